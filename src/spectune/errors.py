@@ -1,0 +1,16 @@
+"""The one exception that a user's mistake raises: a sentence that names the culprit and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpectuneError(ValueError):
+    """Bad input, told in one sentence; the command line prints it and exits with code 2."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` for the known names closest to `name`, or the empty string."""
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.4)
+    return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""

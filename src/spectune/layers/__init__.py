@@ -1,0 +1,1 @@
+"""The adapted layer, its cores and their products."""

@@ -1,0 +1,133 @@
+"""What a method is: the factors it starts from and which of them train."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.factors import Base, Factors
+from spectune.spectral import Request
+
+Tensors = Mapping[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """A fine-tuning method as a declaration; subclasses are frozen dataclasses, one file each.
+
+    A subclass states the tensors that train (`shapes`, `initial`), the frozen ones it needs (`request`, `basis`)
+    and how they make up the factors of W' = W + s L C R (`factors`).  `spectune.adapt` does the rest.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    learning_rate: ClassVar[float]  # a starting point, from the paper
+    basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
+    core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
+    additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
+
+    # -- what a method declares
+
+    @abc.abstractmethod
+    def shapes(self, out: int, into: int) -> Shapes:
+        """Return the shape of each trained tensor for a weight (out x into)."""
+
+    @abc.abstractmethod
+    def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
+        """Return the trained tensors at the start, float32 on the CPU or on the basis' device."""
+
+    @abc.abstractmethod
+    def factors(self, t: Tensors) -> Factors:
+        """Return L, C, R and s, given the trained and the frozen tensors by name."""
+
+    def request(self) -> Request | None:
+        """Return the decomposition of W that `basis` needs, or None."""
+        return None
+
+    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+        """Return the frozen tensors for a weight (out x in), given what `request` asked for."""
+        return {}
+
+    def check(self, out: int, into: int) -> str | None:
+        """Return why a weight (out x into) cannot take this method, or None where it can."""
+        rank = getattr(self, "rank", 1)
+        limit = min(out, into)
+        return f"rank {rank} is above min(out, in) = {limit}; take rank <= {limit}" if rank > limit else None
+
+    # -- what follows from the declaration; a method that is not additive overrides `respond` and `delta`
+
+    def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
+        """Return x (W' - W)^T for x (..., in)."""
+        dropout = getattr(self, "dropout", 0.0)
+        if dropout and training:
+            x = F.dropout(x, dropout)
+        return self.factors(t).apply(x)
+
+    def delta(self, t: Tensors, weight: Tensor) -> Tensor:
+        """Return W' - W (out x in), dense."""
+        return self.factors(t).dense()
+
+    def projections(self, t: Tensors) -> tuple[Tensor, Tensor] | None:
+        """Return g and h with W R^T = L diag(g) and R R^T = diag(h), where the basis makes it so."""
+        return None
+
+    def coefficients(self, t: Tensors) -> dict[str, Tensor] | None:
+        """Return trained tensors that are linear in dW, zero where dW is; None where there are none."""
+        return None
+
+    def from_coefficients(self, coefficients: Tensors) -> tuple[Method, dict[str, Tensor]]:
+        """Return the method and trained tensors whose coefficients these are; the inverse of `coefficients`."""
+        return self, dict(coefficients)
+
+    def start_schedule(self, updates: Sequence[Any]) -> None:
+        """Begin whatever the method does by itself as training proceeds, over all its updates in a model."""
+
+    # -- shared by all
+
+    @property
+    def basis_key(self) -> str:
+        """Name the frozen tensors: methods with the same key on the same weight share them."""
+        values = (str(getattr(self, field)).replace(".", "_") for field in self.basis_fields)
+        return "-".join((self.name, *values))
+
+    def parameter_count(self, out: int, into: int) -> int:
+        """Count the trained parameters for a weight (out x into)."""
+        return sum(int(torch.Size(shape).numel()) for shape in self.shapes(out, into).values())
+
+    def fields(self) -> dict[str, Any]:
+        """Return the name and every field, as JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"name": self.name, **{k: v.fields() if isinstance(v, Method) else v for k, v in values.items()}}
+
+
+def check_int(method: Method, *fields: str, least: int = 1) -> None:
+    """Raise unless each field is an integer of at least `least`."""
+    for field in fields:
+        value = getattr(method, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SpectuneError(f"{field} of {type(method).__name__} must be an integer >= {least}, not {value!r}")
+
+
+def check_range(method: Method, field: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Raise unless the field is a number in [low, high), or in (low, high) if `open_low`."""
+    value = getattr(method, field)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value < low or value >= high or (open_low and value == low):
+        bounds = f"{'(' if open_low else '['}{low}, {high})"
+        raise SpectuneError(f"{field} of {type(method).__name__} must be a number in {bounds}, not {value!r}")
+
+
+def check_choice(method: Method, field: str, choices: Iterable[str]) -> None:
+    """Raise unless the field is one of `choices`."""
+    value = getattr(method, field)
+    if value not in (choices := tuple(choices)):
+        raise SpectuneError(f"{field} of {type(method).__name__} must be one of {', '.join(choices)}, not {value!r}")

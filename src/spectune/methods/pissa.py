@@ -1,0 +1,78 @@
+"""PiSSA: principal singular values and vectors adaptation (arXiv 2404.02948)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from spectune.layers.factors import Factors
+from spectune.methods.base import Method, Shapes, Tensors, check_int, check_range
+from spectune.methods.registry import register
+from spectune.spectral import Request
+
+
+@register
+@dataclass(frozen=True)
+class PiSSA(Method):
+    """Train the top of the spectrum: W' = W + s (B A - B0 A0), s = alpha / rank.
+
+    B0 = U_r sqrt(S_r / s) and A0 = sqrt(S_r / s) V_r^T come from the `rank` largest singular triplets.  W itself is
+    left alone.  What trains and is stored is dB = B - B0 and dA = A - A0, from zero: the same gradients and, without
+    weight decay, the same course as training B and A, an update that is exactly zero at the start in every dtype,
+
+        W' - W = s [dB, B0] [A0 + dA; dA],
+
+    and weight decay, where there is any, that pulls towards W and not towards W without its principal part.
+
+    Args:
+        rank: singular triplets taken.
+        alpha: numerator of the scale; None is `rank`, so that s = 1.
+        dropout: probability of dropping an input of the branch in training.
+
+    Raises:
+        SpectuneError: a field out of its range, named.
+    """
+
+    name: ClassVar[str] = "pissa"
+    paper: ClassVar[str] = "arXiv:2404.02948"
+    summary: ClassVar[str] = "W + s (B A - B0 A0) from the largest triplets; B and A train"
+    learning_rate: ClassVar[float] = 2e-5
+    basis_fields: ClassVar[tuple[str, ...]] = ("rank", "scale")
+    which: ClassVar[Literal["top", "bottom"]] = "top"
+
+    rank: int = 128
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int(self, "rank")
+        if self.alpha is not None:
+            check_range(self, "alpha", 0, open_low=True)
+        check_range(self, "dropout", 0, 1)
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def shapes(self, out: int, into: int) -> Shapes:
+        return {"dA": (self.rank, into), "dB": (out, self.rank)}
+
+    def request(self) -> Request:
+        return Request(self.which, self.rank)
+
+    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+        U, S, Vh = decomposition
+        root = (S / self.scale).sqrt()
+        return {"A0": root[:, None] * Vh, "B0": U * root}
+
+    def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def factors(self, t: Tensors) -> Factors:
+        left = torch.cat([t["dB"], t["B0"]], dim=1)
+        right = torch.cat([t["A0"] + t["dA"], t["dA"]], dim=0)
+        return Factors(left, right, scale=self.scale)

@@ -1,0 +1,114 @@
+"""The methods by name, and their text form `name:field=value,...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from spectune.errors import SpectuneError, nearest
+from spectune.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {}
+T = TypeVar("T", bound=type[Method])
+
+
+def register(cls: T) -> T:
+    """Make a method known by its name to `adapt`, the command line and adapter files."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+def load_all() -> None:
+    """Import every module of `spectune.methods`, so that a new file registers itself."""
+    package = importlib.import_module("spectune.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"spectune.methods.{module.name}")
+
+
+def find(name: str) -> type[Method]:
+    """Return the method class of this name (`lora_xs`, `lora-xs` and `LoRAXS` are one).
+
+    Raises:
+        SpectuneError: there is none.
+    """
+    plain = {key.replace("_", ""): cls for key, cls in METHODS.items()}
+    cls = plain.get(name.lower().replace("_", "").replace("-", ""))
+    if cls is None:
+        raise SpectuneError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+    return cls
+
+
+def parse(text: str | Method) -> Method:
+    """Return the method that `name` or `name:field=value,...` describes.
+
+    `dora:inner=pissa,rank=16` gives fields that DoRA has not to the inner method.
+
+    Raises:
+        SpectuneError: an unknown method or field, or a value that the field does not take.
+    """
+    if isinstance(text, Method):
+        return text
+    name, _, rest = text.strip().partition(":")
+    values: dict[str, Any] = {}
+    for pair in filter(None, (p.strip() for p in rest.split(","))):
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise SpectuneError(f"{pair!r} in method {text!r} is not field=value")
+        values[field.strip()] = _literal(value.strip())
+    return from_fields({"name": name, **values}, complete=False)
+
+
+def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
+    """Return the method of these fields, the inverse of `Method.fields`.
+
+    Args:
+        fields: `name` and the method's fields.
+        complete: every field must be there, as in an adapter's file; otherwise defaults fill in.
+
+    Raises:
+        SpectuneError: a missing or unknown field (the nearest is named), or a wrong value.
+    """
+    if "name" not in fields:
+        raise SpectuneError("the description of a method has no 'name'")
+    cls = find(str(fields["name"]))
+    known = {f.name for f in dataclasses.fields(cls)}
+    given = {k: v for k, v in fields.items() if k != "name"}
+    if "inner" in known and not complete:
+        inner = find(str(given.pop("inner", "lora")))
+        theirs = {f.name for f in dataclasses.fields(inner)}
+        given["inner"] = {"name": inner.name, **{k: given.pop(k) for k in list(given) if k in theirs - known}}
+    for key in given.keys() - known:
+        raise SpectuneError(f"{cls.name} has no field {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})")
+    for key in known - given.keys() if complete else ():
+        raise SpectuneError(f"the description of {cls.name} lacks the field {key!r}")
+    if isinstance(given.get("inner"), Mapping):
+        given["inner"] = from_fields(given["inner"], complete=complete)
+    return cls(**given)
+
+
+def to_text(method: Method) -> str:
+    """Return the shortest `name:field=value,...` that `parse` reads back as `method`."""
+    parts = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Method):
+            inner_name, _, inner_rest = to_text(value).partition(":")
+            parts += [f"inner={inner_name}", *filter(None, [inner_rest])]
+        elif value != field.default:
+            parts.append(f"{field.name}={value}")
+    return f"{method.name}:{','.join(parts)}" if parts else method.name
+
+
+def _literal(text: str) -> Any:
+    lowered = text.lower()
+    if lowered in ("true", "false", "none", "null"):
+        return {"true": True, "false": False}.get(lowered)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,412 @@
+"""Adapters on a whole model: adapt, attach, activate, route, extract, merge and detach."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.adapter import Adapter, LayerUpdate, Term
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.adapted import (
+    Adapted,
+    Basis,
+    Mixture,
+    Selection,
+    Update,
+    adapted_layers,
+    effective_weight,
+    find_linear,
+    give_back,
+    is_conv1d,
+    take_over,
+)
+from spectune.methods import Method, parse
+from spectune.spectral import Request, decompose_many
+from spectune.targets import ALL_LINEAR, Targets, resolve
+
+M = TypeVar("M", bound=nn.Module)
+Choice = str | Mapping[str, float] | None
+
+
+def adapt(
+    model: M,
+    method: Method | str,
+    targets: Targets = ALL_LINEAR,
+    exclude: Targets = (),
+    overrides: Mapping[str, Method | str | None] | None = None,
+    name: str = "default",
+    progress: Any = None,
+) -> M:
+    """Add a trainable adapter to a model, in place: W' = W + s L C R in every target.
+
+    Freezes every parameter but the adapter's, and makes it the one that answers.  W is never written to.
+
+    Args:
+        model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16.
+        method: a method such as `PiSSA(rank=16)`, or its text, `"pissa:rank=16"`.
+        targets: "all-linear" (all but the output embedding), name suffixes, or a regex for the whole name.
+        exclude: suffixes or a regex of layers to leave out.
+        overrides: suffix or regex -> another method, or None to leave the layer out.
+        name: the adapter's name.
+        progress: called as progress(done, total) while weights are decomposed.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpectuneError: a target that matches nothing, a layer that cannot take the method, or a name in use.
+    """
+    _check_name(model, name)
+    methods = resolve(model, parse(method), targets, exclude, overrides)
+    plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
+    _install(model, plan, name, progress=progress)
+    _train_only(model, name)
+    by_method: defaultdict[Method, list[Update]] = defaultdict(list)
+    for layer in adapted_layers(model).values():
+        for update in _updates(layer, name):
+            by_method[update.method].append(update)
+    for chosen, updates in by_method.items():
+        chosen.start_schedule(updates)
+    return model
+
+
+def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False) -> M:
+    """Put an adapter on a model, in place, and make it the one that answers.
+
+    Args:
+        model: its base.
+        adapter: the adapter.
+        name: the name to give it here.
+        trainable: let its tensors train and freeze all others; otherwise everything is frozen.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpectuneError: the adapter belongs to another base (the layer is named), would not reproduce its update
+            there, or the name is in use.
+    """
+    _check_name(model, name)
+    for layer_name, layer in adapter.layers.items():
+        weight = effective_weight(find_linear(model, layer_name))
+        fingerprint.check_base(layer_name, weight, layer.base_sketch, layer.shape)
+    plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
+    _install(model, plan, name, expected={n: layer.update_sketch for n, layer in adapter.layers.items()})
+    _train_only(model, name if trainable else None)
+    return model
+
+
+def activate(model: M, choice: Choice) -> M:
+    """Choose what answers: an adapter, a weighted mixture of adapters, or with None the base alone.
+
+    Raises:
+        SpectuneError: no adapter of that name is on the model.
+    """
+    _selection(model).mixture = _mixture(model, choice)
+    return model
+
+
+@contextmanager
+def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
+    """Within the context, give each row of every batch an adapter, a mixture or none.
+
+    `model.generate` may expand each row to its beams or returned sequences.
+
+    Args:
+        model: a model with adapters.
+        rows: for each row of the batch, what `activate` takes.
+
+    Raises:
+        SpectuneError: an unknown adapter, or later a batch with another number of rows.
+    """
+    if isinstance(rows, (str, Mapping)) or not len(rows):
+        raise SpectuneError("route takes a list with one entry for each row of the batch")
+    selection = _selection(model)
+    mixtures = [_mixture(model, choice) for choice in rows]
+    generate = getattr(model, "generate", None)
+    own = model.__dict__.get("generate")
+
+    def expanding(*args: Any, **kwargs: Any) -> Any:
+        selection.expandable = True
+        try:
+            return generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            selection.expandable = False
+
+    before, selection.rows = selection.rows, mixtures
+    if generate is not None:
+        model.__dict__["generate"] = expanding
+    try:
+        yield
+    finally:
+        selection.rows = before
+        if generate is not None:
+            model.__dict__.pop("generate", None)
+            if own is not None:
+                model.__dict__["generate"] = own
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters on a model."""
+    return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters))
+
+
+def extract(model: nn.Module, name: str = "default") -> Adapter:
+    """Return an adapter that is on a model as an `Adapter` of its own, on the CPU.
+
+    Raises:
+        SpectuneError: no adapter of that name is on the model.
+    """
+    _known(model, name)
+    layers = {}
+    for layer_name, layer in adapted_layers(model).items():
+        if name not in layer.adapters:
+            continue
+        terms = []
+        for update in _updates(layer, name):
+            trained = {k: v.detach().cpu().float().clone() for k, v in update.trained().items()}
+            frozen = {k: v for k, v in layer.tensors(update).items() if k not in trained}
+            terms.append(Term(update.method, trained, update.weight, frozen or None))
+        weight = effective_weight(layer).detach()
+        layers[layer_name] = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
+    return Adapter(layers, getattr(getattr(model, "config", None), "_name_or_path", None) or None)
+
+
+def detach(model: M, name: str | None = None) -> M:
+    """Take an adapter, or all of them, off a model; with the last one gone its layers are what they were before.
+
+    Raises:
+        SpectuneError: no adapter of that name is on the model.
+    """
+    if name is not None:
+        _known(model, name)
+    selection = None
+    for layer in adapted_layers(model).values():
+        selection = layer.selection
+        for gone in [n for n in layer.adapters if name in (None, n)]:
+            del layer.adapters[gone]
+        used = {update.method.basis_key for n in layer.adapters for update in _updates(layer, n)}
+        for key in layer.bases.keys() - used:
+            del layer.bases[key]
+        if not layer.adapters:
+            give_back(layer)
+    if selection is not None:
+        selection.mixture = {n: w for n, w in selection.mixture.items() if name not in (None, n)}
+        if not adapted_layers(model):
+            for parameter in selection.frozen:
+                parameter.requires_grad_(True)
+    return model
+
+
+def merge(model: M) -> M:
+    """Fold what answers now into new weights, and take every adapter off: plain layers again.
+
+    Tied weights stay tied unless an adapter is on one of them.
+
+    Raises:
+        SpectuneError: no adapter is on the model, or a layer's weight cannot hold the sum.
+    """
+    selection = _selection(model)
+    merged = {}
+    for name, layer in adapted_layers(model).items():
+        active = [(n, selection.mixture[n]) for n in layer.adapters if selection.mixture.get(n)]
+        if active:
+            merged[name] = _merged_weight(layer, active)
+    detach(model)
+    tied = _tied(model)
+    for name, weight in merged.items():
+        layer = model.get_submodule(name)
+        old: Any = layer.weight
+        if id(old) in tied and hasattr(model, "config"):
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    return model
+
+
+# -- how it is done
+
+
+def _install(
+    model: nn.Module,
+    plan: Mapping[str, Sequence[Term]],
+    name: str,
+    *,
+    expected: Mapping[str, Tensor | None] | None = None,
+    progress: Any = None,
+) -> None:
+    """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
+    layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
+    for layer_name, layer in layers.items():
+        _check_layer(layer_name, layer, plan[layer_name])
+    bases = _bases(layers, plan, progress)
+    ready: dict[str, list[Update]] = {}
+    for layer_name, layer in layers.items():
+        weight = effective_weight(layer)
+        updates = []
+        for term in plan[layer_name]:
+            trained = term.trained
+            if not trained:
+                shapes = term.method.shapes(*weight.shape)
+                if weight.is_meta:
+                    trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+                else:
+                    trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
+            trained = {k: v.detach().to(weight.device, torch.float32, copy=True) for k, v in trained.items()}
+            updates.append(Update(term.method, trained, term.weight))
+        ready[layer_name] = updates
+    for layer_name, sketch in (expected or {}).items():
+        if sketch is not None:
+            terms = [
+                Term(u.method, u.trained(), u.weight, _frozen(bases[layer_name], layers[layer_name], u.method))
+                for u in ready[layer_name]
+            ]
+            _check_reproduced(layer_name, layers[layer_name], terms, sketch)
+    selection = next((layer.selection for layer in adapted_layers(model).values()), None) or Selection()
+    if not selection.frozen:
+        selection.frozen = [p for p in model.parameters() if p.requires_grad]
+    for layer_name, layer in layers.items():
+        adapted = layer if isinstance(layer, Adapted) else take_over(layer, selection)
+        for key, basis in bases[layer_name].items():
+            adapted.bases[key] = basis
+        adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
+    selection.mixture = {name: 1.0}
+
+
+def _bases(layers: Mapping[str, nn.Module], plan: Mapping[str, Sequence[Term]], progress: Any) -> dict[str, dict[str, Basis]]:
+    """Return the bases that the terms need and the layers have not, by layer and key."""
+    bases: dict[str, dict[str, Basis]] = {name: {} for name in layers}
+    wanted: defaultdict[Request | None, list[tuple[str, Method]]] = defaultdict(list)
+    for name, layer in layers.items():
+        if effective_weight(layer).is_meta:
+            continue
+        for term in plan[name]:
+            method = term.method
+            if isinstance(layer, Adapted) and method.basis_key in layer.bases:
+                continue
+            if term.basis is not None:
+                bases[name].setdefault(method.basis_key, _basis(layer, method, term.basis))
+            elif (name, method) not in wanted[method.request()]:
+                wanted[method.request()].append((name, method))
+    for request, pairs in wanted.items():
+        found: Mapping[str, Any] = {}
+        if request is not None:
+            weights = {name: effective_weight(layers[name]).detach() for name, _ in pairs}
+            found = decompose_many(weights, request, progress=progress)
+        for name, method in pairs:
+            frozen = method.basis(effective_weight(layers[name]).detach(), found.get(name))
+            if frozen:
+                bases[name].setdefault(method.basis_key, _basis(layers[name], method, frozen))
+    return bases
+
+
+def _basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
+    """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
+    weight = effective_weight(layer)
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(weight.device)
+        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else torch.float32)
+
+    return Basis({key: moved(tensor) for key, tensor in tensors.items()})
+
+
+def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[str, Tensor]:
+    if method.basis_key in new:
+        return new[method.basis_key].tensors()
+    if isinstance(layer, Adapted) and method.basis_key in layer.bases:
+        return layer.bases[method.basis_key].tensors()  # type: ignore[operator]
+    return {}
+
+
+def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
+    weight = effective_weight(layer)
+    if not weight.is_floating_point():
+        raise SpectuneError(
+            f"the weight of {name!r} is {weight.dtype}, not floating point: packed or quantized weights cannot be "
+            "adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
+        )
+    if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
+    for term in terms:
+        reason = term.method.check(*weight.shape)
+        if reason is not None:
+            raise SpectuneError(f"{name!r} ({weight.shape[0]} x {weight.shape[1]}) cannot take {term.method.name}: {reason}")
+
+
+def _check_reproduced(name: str, layer: nn.Module, terms: Sequence[Term], sketch: Tensor) -> None:
+    weight = effective_weight(layer).detach()
+    update = LayerUpdate(tuple(weight.shape), tuple(terms), weight=weight)  # type: ignore[arg-type]
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 3e-2
+    if not fingerprint.agrees(Adapter({name: update}).sketch(name), sketch, tolerance):
+        raise SpectuneError(
+            f"the adapter does not reproduce its update on {name!r}: the singular vectors of this base came out "
+            'differently; save the adapter with bases="embed" on the machine that trained it'
+        )
+
+
+def _merged_weight(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
+    weight = effective_weight(layer).detach()
+    total = weight.float()
+    for name, factor in active:
+        for update in _updates(layer, name):
+            tensors = {k: v.detach().float() if v.is_floating_point() else v for k, v in layer.tensors(update).items()}
+            total = total + factor * update.weight * update.method.delta(tensors, weight.float())
+    total = total.to(weight.dtype)
+    return total.T.contiguous() if is_conv1d(layer) else total
+
+
+def _train_only(model: nn.Module, name: str | None) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        if name in layer.adapters:
+            layer.adapters[name].requires_grad_(True)  # type: ignore[index]
+
+
+def _updates(layer: Adapted, name: str) -> list[Update]:
+    return list(layer.adapters[name]) if name in layer.adapters else []  # type: ignore[arg-type]
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules share."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _selection(model: nn.Module) -> Selection:
+    for layer in adapted_layers(model).values():
+        return layer.selection
+    raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
+
+
+def _mixture(model: nn.Module, choice: Choice) -> Mixture:
+    if choice is None:
+        return {}
+    mixture = {choice: 1.0} if isinstance(choice, str) else {name: float(w) for name, w in choice.items()}
+    for name in mixture:
+        _known(model, name)
+    return mixture
+
+
+def _known(model: nn.Module, name: str) -> None:
+    names = adapters(model)
+    if name not in names:
+        there = ", ".join(names) if names else "none"
+        raise SpectuneError(f"no adapter {name!r} is on the model{nearest(name, names)} (there: {there})")
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise SpectuneError(f"{name!r} cannot be an adapter's name; use letters, digits, '-' and '_'")
+    if name in adapters(model):
+        raise SpectuneError(f"an adapter {name!r} is on the model already; choose another name or detach it first")
