@@ -4,33 +4,43 @@
     spectune.adapt(model, spectune.SVF())
     ...  # train with any loop
     spectune.extract(model).save("pirate")
+
+Names are imported when first used, so that `import spectune` and the command line start at once.
 """
 
-from spectune import spectral
-from spectune.adapters.adapter import Adapter
-from spectune.bases import load_base
-from spectune.errors import SpectuneError
-from spectune.methods import METHODS, Method
-from spectune.methods.adalora import AdaLoRA
-from spectune.methods.dora import DoRA
-from spectune.methods.lora import LoRA
-from spectune.methods.lora_xs import LoRAXS
-from spectune.methods.milora import MiLoRA
-from spectune.methods.pissa import PiSSA
-from spectune.methods.svf import SVF
-from spectune.methods.svft import SVFT
-from spectune.model import activate, adapt, adapters, attach, detach, extract, merge, route
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectune import spectral
+    from spectune.adapters.adapter import Adapter
+    from spectune.bases import load_base
+    from spectune.errors import SpectuneError
+    from spectune.methods import Method
+    from spectune.methods.adalora import AdaLoRA
+    from spectune.methods.dora import DoRA
+    from spectune.methods.lora import LoRA
+    from spectune.methods.lora_xs import LoRAXS
+    from spectune.methods.milora import MiLoRA
+    from spectune.methods.pissa import PiSSA
+    from spectune.methods.svf import SVF
+    from spectune.methods.svft import SVFT
+    from spectune.model import activate, adapt, adapter_names, attach, detach, extract, merge, route
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> type[Method]:
-    """Return a registered method's class, so that a new file in `spectune.methods` is public at once."""
-    for cls in METHODS.values():
-        if cls.__name__ == name:
-            return cls
-    raise AttributeError(f"module 'spectune' has no attribute {name!r}")
-
+_HOMES = {
+    "Adapter": "adapters.adapter",
+    "Method": "methods",
+    "SpectuneError": "errors",
+    "load_base": "bases",
+    **dict.fromkeys(
+        ("activate", "adapt", "adapter_names", "attach", "detach", "extract", "merge", "route"),
+        "model",
+    ),
+}
 
 __all__ = [
     "SVF",
@@ -46,7 +56,7 @@ __all__ = [
     "SpectuneError",
     "activate",
     "adapt",
-    "adapters",
+    "adapter_names",
     "attach",
     "detach",
     "extract",
@@ -55,3 +65,19 @@ __all__ = [
     "route",
     "spectral",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "spectral":
+        return import_module("spectune.spectral")
+    if name in _HOMES:
+        return getattr(import_module(f"spectune.{_HOMES[name]}"), name)
+    if not name.startswith("_"):  # any registered method, a new file in spectune.methods included
+        for cls in import_module("spectune.methods").METHODS.values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module 'spectune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

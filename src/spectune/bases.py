@@ -8,11 +8,14 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from spectune.errors import SpectuneError, nearest
+
+if TYPE_CHECKING:
+    from spectune.adapters.adapter import Adapter
 
 Dtype = Literal["fp32", "bf16", "fp16", "auto"]
 _DTYPES = {
@@ -149,10 +152,11 @@ def load_base(
     path = model_path(name)
     wanted = resolve_dtype(dtype, device or "cpu")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        kind = _auto_class(config)
-        model = kind.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code, **kwargs)
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            kind = _auto_class(config)
+            model = kind.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}") from error
@@ -160,6 +164,26 @@ def load_base(
         model.config._name_or_path = os.fspath(name)
     model.eval()
     return (model if device is None else model.to(device)), tokenizer
+
+
+def base_name(adapter: Adapter, given: str | None = None) -> str:
+    """Return the name of an adapter's base model, or the one that is given.
+
+    Raises:
+        SpectuneError: neither is known.
+    """
+    name = given or adapter.base_model
+    if not name:
+        raise SpectuneError("the adapter does not say which base it belongs to; name it with --base")
+    return name
+
+
+def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
+    """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
+    if all(adapter.self_contained(name) for name in adapter.layers):
+        return adapter
+    model, _ = load_base(base_name(adapter, given), "fp32")
+    return adapter.bind(model)
 
 
 def _auto_class(config: Any) -> Any:
@@ -197,9 +221,7 @@ def _converted(name: str, gguf: Path) -> Path:
         temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.config._name_or_path = name
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,0 +1,60 @@
+"""The command line: one file a command, and no logic of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from spectune.cli import cache, chat, compose, demo, export, generate, import_, methods, train
+from spectune.cli.shared import say_error
+from spectune.errors import SpectuneError
+
+app = typer.Typer(
+    name="spectune",
+    help="Fine-tune transformer models through the singular values and vectors of their own weights.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("methods")(methods.methods)
+app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("compose")(compose.compose)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
+app.add_typer(cache.app, name="cache")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from spectune import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SpectuneError as error:
+        say_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,63 @@
+"""spectune chat"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, REMOTE_CODE, load_with_adapters
+from spectune.errors import SpectuneError
+
+
+def chat(
+    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
+    adapter: list[str] = ADAPTER,
+    system: str | None = typer.Option(None, help="A system message."),
+    max_new_tokens: int = typer.Option(256, min=1, help="Length limit of a reply, in tokens."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
+    top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Nucleus sampling, where the temperature is above 0."),
+    seed: int | None = typer.Option(None, help="Of the sampling."),
+    dtype: str | None = DTYPE,
+    device: str | None = DEVICE,
+    trust_remote_code: bool = REMOTE_CODE,
+) -> None:
+    """Talk to a model with a weighted mixture of adapters; /reset begins anew, /quit or Ctrl-D ends."""
+    from transformers import TextStreamer
+
+    from spectune import generation
+
+    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+    console = Console(stderr=True)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        if sys.stdin.isatty():
+            console.print("[bold]you>[/] ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip() == "/reset":
+            messages = list(start)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        try:
+            (reply,) = generation.generate(
+                loaded,
+                tokenizer,
+                [messages],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                streamer=streamer,
+            )
+        except SpectuneError as error:
+            console.print(f"{error}; or begin anew with /reset", style="yellow", markup=False)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": reply.text})

@@ -1,0 +1,39 @@
+"""spectune compose"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from spectune.cli.shared import JSON, print_json, weighted
+
+
+def compose(
+    out: Path = typer.Argument(help="Folder for the sum."),
+    terms: list[str] = typer.Argument(metavar="FOLDER[:WEIGHT]...", help="Adapters with weights, negative ones too."),
+    rank: int | None = typer.Option(None, help="Compress the sum to the best LoRA of this rank."),
+    base: str | None = typer.Option(
+        None, help="The base model, where a basis is needed; the adapters' own by default."
+    ),
+    json: bool = JSON,
+) -> None:
+    """Add adapters: spectune compose OUT pirate:0.7 chef:0.3 legalese:-0.2"""
+    from spectune.adapters.adapter import Adapter
+    from spectune.bases import bind_to_base
+
+    weighted_terms = [(Adapter.load(folder), weight) for folder, weight in map(weighted, terms)]
+    total = None
+    for adapter, weight in weighted_terms:
+        part = adapter if weight == 1.0 else weight * adapter
+        total = part if total is None else total + part
+    assert total is not None
+    if rank is not None:
+        total = bind_to_base(total, base).compress(rank)
+    total.save(out)
+    if json:
+        print_json({"output": str(out), "parameters": total.parameter_count(), "error": total.error})
+        return
+    error = f", relative error {total.error:.2e}" if rank is not None else ""
+    Console().print(f"saved {total!r} in {out}{error}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,78 @@
+"""What several commands share: adapters with weights, models with adapters, JSON and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from spectune.errors import SpectuneError
+
+ADAPTER = typer.Option(
+    [],
+    "--adapter",
+    "-a",
+    metavar="FOLDER[:WEIGHT]",
+    help="An adapter's folder, with a weight; may be repeated.",
+)
+DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
+DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
+JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
+REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the model.")
+
+
+def say_error(message: str) -> None:
+    """Print a message on stderr, plainly."""
+    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """Return the folder and the weight of `FOLDER[:WEIGHT]`.
+
+    Raises:
+        SpectuneError: the weight is not a number.
+    """
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise SpectuneError(f"{text!r} is not FOLDER or FOLDER:WEIGHT") from None
+
+
+def load_with_adapters(
+    name: str, adapters: Sequence[str], dtype: str | None, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
+    from spectune.adapters.adapter import Adapter
+    from spectune.bases import default_device, load_base
+    from spectune.model import activate, attach
+
+    loaded = [(Adapter.load(folder), weight, folder) for folder, weight in map(weighted, adapters)]
+    model, tokenizer = load_base(name, dtype, device=device or default_device(), trust_remote_code=trust_remote_code)
+    mixture: dict[str, float] = {}
+    for adapter, weight, folder in loaded:
+        label = re.sub(r"\W", "_", folder.resolve().name) + ("" if len(loaded) == 1 else f"-{len(mixture)}")
+        attach(model, adapter, f"a-{label}")
+        mixture[f"a-{label}"] = weight
+    if mixture:
+        activate(model, mixture)
+    return model, tokenizer

@@ -1,0 +1,105 @@
+"""Replies from a model: chat prompts, the limit of its context, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from spectune.errors import SpectuneError
+
+Message = Mapping[str, str]
+
+
+class Reply(NamedTuple):
+    """A reply, as text and as tokens up to the first end of text."""
+
+    text: str
+    tokens: list[int]
+
+
+def prompt_tokens(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+    """Return the tokens of a prompt, as a user's turn where the tokenizer has a chat template.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the user's text, or the messages so far.
+        raw: continue the text as it is.
+
+    Raises:
+        SpectuneError: messages for a tokenizer that has no chat template.
+    """
+    templated = bool(getattr(tokenizer, "chat_template", None)) and not raw
+    if isinstance(prompt, str):
+        if not templated:
+            return tokenizer(prompt)["input_ids"]
+        prompt = [{"role": "user", "content": prompt}]
+    elif not templated:
+        raise SpectuneError("the tokenizer has no chat template; give one text instead of messages")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    raw: bool = False,
+    streamer: Any = None,
+) -> list[Reply]:
+    """Return a reply to each prompt, all in one batch.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        prompts: texts or conversations.
+        max_new_tokens: length limit of a reply.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling, where temperature is above 0.
+        seed: of the sampling.
+        raw: continue texts as they are, without a chat template.
+        streamer: a transformers streamer, for a single prompt.
+
+    Raises:
+        SpectuneError: a prompt longer than the model's context.
+    """
+    rows = [prompt_tokens(tokenizer, prompt, raw=raw) for prompt in prompts]
+    context = getattr(model.config, "max_position_embeddings", None)
+    for row in rows:
+        if context is not None and len(row) + 1 > context:
+            raise SpectuneError(
+                f"the prompt has {len(row)} tokens and the model's context holds {context}; shorten the prompt"
+            )
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    if context is not None:
+        max_new_tokens = min(max_new_tokens, context - longest)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        streamer=streamer,
+        **sampling,
+    )
+    replies = []
+    for row in out.tolist():
+        tokens = row[longest:]
+        if pad in tokens:
+            tokens = tokens[: tokens.index(pad)]
+        replies.append(Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens))
+    return replies

@@ -1,0 +1,123 @@
+"""The configuration of a run: one source for the YAML file, the key=value overrides and their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectune.errors import SpectuneError, nearest
+
+if TYPE_CHECKING:
+    from spectune.methods import Method
+
+
+class TrainConfig(BaseModel):
+    """Every key of `spectune train`, with its default."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
+    data: str = Field(description="JSONL file with messages, prompt/completion or text in each line")
+    output: str = Field(description="folder for the adapter, its checkpoints and its log")
+    method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
+    targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
+    exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
+    overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
+    lr: float | None = Field(None, gt=0, description="learning rate; the method's own if not given")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(8, ge=1, description="examples in a forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes in an optimizer step")
+    max_length: int = Field(1024, ge=8, description="tokens of an example; the rest is cut off")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
+    completion_only: bool = Field(True, description="loss on completions and assistant turns only")
+    held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
+    eval_data: str | None = Field(None, description="JSONL file for evaluation, instead of held_out")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    log_steps: int = Field(1, ge=1, description="steps between lines of the log")
+    dtype: str | None = Field(
+        None, description="of the base: fp32, bf16, fp16; the faster of the first two if not given"
+    )
+    device: str | None = Field(None, description="cpu, cuda, mps, ...; the accelerator if there is one")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
+    resume: bool = Field(False, description="go on from the last checkpoint in output")
+    overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    def parsed_method(self) -> Method:
+        """Return the method."""
+        from spectune.methods import parse
+
+        return parse(self.method)
+
+    def learning_rate(self) -> float:
+        """Return lr, or the method's own."""
+        return self.lr if self.lr is not None else self.parsed_method().learning_rate
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
+    """Read a YAML file and apply key=value overrides.
+
+    Raises:
+        SpectuneError: an unreadable file, an unknown key (the nearest is named), or a wrong value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SpectuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if read is not None and not isinstance(read, dict):
+            raise SpectuneError(f"{path} must hold key: value pairs")
+        values |= read or {}
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise SpectuneError(f"{pair!r} is not key=value")
+        values[key.strip()] = _value(text)
+    known = TrainConfig.model_fields
+    for key in values:
+        if key not in known:
+            raise SpectuneError(f"unknown key {key!r}{nearest(str(key), known)} (see `spectune train --help`)")
+    for key in ("lr",):  # YAML 1.1 reads 1e-4 as text
+        if isinstance(values.get(key), str):
+            values[key] = _number(values[key])
+    try:
+        config = TrainConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"][:1]))
+        if first["type"] == "missing":
+            raise SpectuneError(f"{key} is not given: {known[key].description}") from None
+        raise SpectuneError(f"{key}: {first['msg']} (given: {first['input']!r})") from None
+    from spectune.methods import parse
+
+    for text in (config.method, *config.overrides.values()):
+        if text is not None:
+            parse(text)
+    return config
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return _number(value) if isinstance(value, str) else value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

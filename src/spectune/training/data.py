@@ -1,0 +1,192 @@
+"""Examples: read from JSONL, split, and tokenized with the loss on completions only."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spectune.errors import SpectuneError
+
+Record = Mapping[str, Any]
+_FORMS = "'messages', 'prompt' and 'completion', or 'text'"
+
+
+class Example(NamedTuple):
+    """One tokenized example.
+
+    Args:
+        tokens: its token ids.
+        supervised: for each token, whether the loss is on it.
+    """
+
+    tokens: list[int]
+    supervised: list[bool]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples of a data set, and what became of the others.
+
+    Args:
+        examples: those that are trained on.
+        cut: how many were longer than the limit and were cut off.
+        dropped: how many had no supervised token (left).
+    """
+
+    examples: list[Example]
+    cut: int
+    dropped: int
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """Read the records of a JSONL file and check the form of each.
+
+    Raises:
+        SpectuneError: no such file, an empty one, or a broken line, with its number.
+    """
+    records: list[Record] = []
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
+        problem = _problem(record)
+        if problem is not None:
+            raise SpectuneError(f"{path}, line {number}: {problem}")
+        records.append(record)
+    if not records:
+        raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {_FORMS}")
+    return records
+
+
+def _problem(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return f"not a JSON object with {_FORMS}"
+    if "messages" in record:
+        return _message_problem(record["messages"])
+    if "prompt" in record and "completion" in record:
+        both = (record["prompt"], record["completion"])
+        if all(isinstance(part, str) for part in both):
+            return None
+        return (
+            _message_problem([*both[0], *both[1]])
+            if all(isinstance(p, list) for p in both)
+            else ("prompt and completion must both be text, or both be lists of messages")
+        )
+    if "text" in record:
+        return None if isinstance(record["text"], str) else "text must be a string"
+    return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {_FORMS}"
+
+
+def _message_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "messages must be a list of objects with role and content"
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            return "each message needs a role and a content, both text"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "messages has no assistant turn to learn from"
+    return None
+
+
+def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return records for training and a held-out share of them, at random by the seed.
+
+    Raises:
+        SpectuneError: one of the two would be empty.
+    """
+    held = round(len(records) * share)
+    if share > 0 and held in (0, len(records)):
+        raise SpectuneError(
+            f"held_out={share} of {len(records)} examples leaves one side empty; give more data, another share, or 0"
+        )
+    order = list(range(len(records)))
+    random.Random(seed).shuffle(order)
+    return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
+
+
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int, completion_only: bool = True) -> Encoded:
+    """Tokenize records; the loss is on assistant turns, completions, or all of a text.
+
+    Args:
+        records: as `read_jsonl` returns them.
+        tokenizer: with a chat template, where there are messages.
+        max_length: tokens kept of each example.
+        completion_only: False puts the loss on every token.
+
+    Raises:
+        SpectuneError: messages without a chat template, or nothing left to learn from.
+    """
+    examples, cut, dropped = [], 0, 0
+    for record in records:
+        example = encode_one(record, tokenizer)
+        if not completion_only:
+            example = Example(example.tokens, [True] * len(example.tokens))
+        if len(example.tokens) > max_length:
+            cut += 1
+            example = Example(example.tokens[:max_length], example.supervised[:max_length])
+        if any(example.supervised[1:]):
+            examples.append(example)
+        else:
+            dropped += 1
+    if not examples:
+        raise SpectuneError(
+            f"no example has a token to learn from within max_length={max_length}; raise it, or check the data"
+        )
+    return Encoded(examples, cut, dropped)
+
+
+def encode_one(record: Record, tokenizer: Any) -> Example:
+    """Tokenize one record."""
+    if "text" in record:
+        return _pieces(tokenizer, [(record["text"], True)])
+    if "messages" in record:
+        return _conversation(record["messages"], tokenizer)
+    if isinstance(record["prompt"], list):
+        return _conversation([*record["prompt"], *record["completion"]], tokenizer)
+    return _pieces(tokenizer, [(record["prompt"], False), (record["completion"], True)])
+
+
+def _pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Example:
+    tokens: list[int] = [] if tokenizer.bos_token_id is None or not _adds_bos(tokenizer) else [tokenizer.bos_token_id]
+    supervised = [False] * len(tokens)
+    for text, learned in pieces:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens += ids
+        supervised += [learned] * len(ids)
+    if tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)
+        supervised.append(True)
+    return Example(tokens, supervised)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
+    if not getattr(tokenizer, "chat_template", None):
+        raise SpectuneError("the tokenizer has no chat template for 'messages'; use prompt and completion, or text")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (text.startswith(until.rstrip()) and until.startswith(before)):
+            raise SpectuneError("the chat template rewrites earlier turns, so that completions cannot be told apart")
+        spans.append((len(before), len(until.rstrip())))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    supervised = [any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]]
+    return Example(encoded["input_ids"], supervised)

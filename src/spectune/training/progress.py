@@ -1,0 +1,96 @@
+"""What a run shows and writes as it goes: a progress bar and a line of JSON for each step."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+from spectune.training.trainer import AdapterTrainer
+
+
+class RunLog(TrainerCallback):
+    """Show loss, tokens/s and time left, and append each logged step to log.jsonl.
+
+    Args:
+        folder: where log.jsonl goes.
+        console: where the bar goes.
+        keep: go on with the log that is there.
+    """
+
+    def __init__(self, folder: Path, console: Console, keep: bool = False) -> None:
+        self._path = folder / "log.jsonl"
+        if not keep:
+            self._path.unlink(missing_ok=True)
+        self._console = console
+        self._trainer: AdapterTrainer | None = None
+        self._progress: Progress | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def watch(self, trainer: AdapterTrainer) -> None:
+        """Take token counts from this trainer."""
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "train", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
+        )
+        self._progress.start()
+
+    def tokens_per_second(self) -> float:
+        """Return the mean since training began."""
+        tokens = self._trainer.tokens if self._trainer else 0
+        return tokens / max(1e-9, time.perf_counter() - self._start)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, speed=f"{self.tokens_per_second():.0f}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        keys = ("loss", "eval_loss", "learning_rate", "grad_norm")
+        line = {"step": state.global_step, **{k: float(logs[k]) for k in keys if k in logs}}
+        if len(line) == 1:
+            return
+        if self._progress is not None:
+            line |= {
+                "tokens_per_second": round(self.tokens_per_second(), 1),
+                "seconds": round(time.perf_counter() - self._start, 3),
+            }
+            if "loss" in line:
+                self._progress.update(self._task, loss=f"{line['loss']:.3f}")
+        self.history.append(line)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Take the bar away, also after an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()

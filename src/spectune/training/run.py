@@ -1,0 +1,181 @@
+"""One run of `spectune train`: load, adapt, train, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.files import CONFIG, write_atomically
+from spectune.bases import default_device, load_base
+from spectune.errors import SpectuneError
+from spectune.model import adapt, extract
+from spectune.training.batches import Packer
+from spectune.training.config import TrainConfig
+from spectune.training.data import Encoded, Record, encode, read_jsonl, split
+from spectune.training.progress import RunLog
+from spectune.training.trainer import AdapterTrainer
+
+
+@dataclass
+class Result:
+    """What came of a run.
+
+    Args:
+        adapter: the trained adapter.
+        loss_before, loss_after: mean held-out loss a token, where something was held out.
+        steps: optimizer steps.
+        seconds: of training alone.
+        tokens_per_second: of training alone.
+        setup_seconds: of decomposing and adapting.
+        history: the logged lines.
+    """
+
+    adapter: Adapter
+    loss_before: float | None
+    loss_after: float | None
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    setup_seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Result:
+    """Run a configuration from its files to the saved adapter.
+
+    Raises:
+        SpectuneError: bad data, a wrong value, an output folder in use, or a loss that is not finite.
+    """
+    output = Path(config.output)
+    if (output / CONFIG).exists() and not (config.resume or config.overwrite):
+        raise SpectuneError(f"{output} holds an adapter already: give another output, overwrite=true or resume=true")
+    records = read_jsonl(config.data)
+    if config.eval_data is not None:
+        held = read_jsonl(config.eval_data)
+    else:
+        records, held = split(records, config.held_out, config.seed)
+    model, tokenizer = load_base(
+        config.model,
+        config.dtype,
+        device=config.device or default_device(),
+        trust_remote_code=config.trust_remote_code,
+    )
+    return train_model(config, model, tokenizer, records, held, console)
+
+
+def train_model(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    held: Sequence[Record],
+    console: Console | None = None,
+) -> Result:
+    """Adapt a loaded model and train it on records that are already split; the adapter "default" stays on it.
+
+    Raises:
+        SpectuneError: as `train`.
+    """
+    console = console or Console(stderr=True)
+    output = Path(config.output)
+    limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    learned = encode(records, tokenizer, limit, config.completion_only)
+    evaluated = encode(held, tokenizer, limit, config.completion_only) if held else None
+    _report(console, learned, evaluated, limit)
+    set_seed(config.seed)
+    start = time.perf_counter()
+    _adapt(config, model)
+    setup = time.perf_counter() - start
+    output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    write_atomically(output / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    log = RunLog(output, console, keep=config.resume)
+    trainer = AdapterTrainer(
+        model=model,
+        args=_arguments(config, model.device, evaluated is not None),
+        train_dataset=learned.examples,  # type: ignore[arg-type]
+        eval_dataset=evaluated.examples if evaluated else None,  # type: ignore[arg-type]
+        data_collator=Packer(model, tokenizer.pad_token_id or 0),
+        callbacks=[log],
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.watch(trainer)
+    before = trainer.evaluate()["eval_loss"] if evaluated else None
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(output) if config.resume else None)
+    finally:
+        log.close()
+    seconds = time.perf_counter() - start
+    speed = trainer.tokens / seconds
+    after = trainer.evaluate()["eval_loss"] if evaluated else None
+    model.eval()
+    adapter = extract(model)
+    adapter.save(output)
+    return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
+
+
+def _adapt(config: TrainConfig, model: Any) -> None:
+    overrides: Any = config.overrides
+    adapt(model, config.parsed_method(), config.targets, config.exclude, overrides)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+
+
+def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> TrainingArguments:
+    schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
+    return TrainingArguments(
+        output_dir=config.output,
+        learning_rate=config.learning_rate(),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        lr_scheduler_type=schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps" if evaluates and config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.log_steps,
+        seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+    )
+
+
+def _checkpoint(output: Path) -> str | None:
+    found = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not found:
+        raise SpectuneError(f"there is no checkpoint in {output} to resume from; run without resume=true")
+    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2])))
+
+
+def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit: int) -> None:
+    held = len(evaluated.examples) if evaluated else 0
+    console.print(f"{len(learned.examples)} examples to learn from, {held} held out", highlight=False)
+    for what, encoded in (("training", learned), ("held-out", evaluated)):
+        if encoded and encoded.cut:
+            console.print(f"{encoded.cut} {what} examples were cut to {limit} tokens", style="yellow")
+        if encoded and encoded.dropped:
+            console.print(
+                f"{encoded.dropped} {what} examples had nothing to learn from and were left out",
+                style="yellow",
+            )
