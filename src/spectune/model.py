@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from spectune.layers.adapted import (
     Adapted,
     Basis,
     Mixture,
+    Rows,
     Selection,
     Update,
     adapted_layers,
@@ -111,7 +112,9 @@ def activate(model: M, choice: Choice) -> M:
     Raises:
         SpectuneError: no adapter of that name is on the model.
     """
-    _selection(model).mixture = _mixture(model, choice)
+    mixture = _mixture(model, choice)
+    for selection in _selections(model):
+        selection.mixture = mixture
     return model
 
 
@@ -119,7 +122,8 @@ def activate(model: M, choice: Choice) -> M:
 def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     """Within the context, give each row of every batch an adapter, a mixture or none.
 
-    `model.generate` may expand each row to its beams or returned sequences.
+    `model.generate` may expand each row to its beams or returned sequences.  With gradient checkpointing the backward
+    pass belongs in the context too, since it runs the layers again.
 
     Args:
         model: a model with adapters.
@@ -130,32 +134,36 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     """
     if isinstance(rows, (str, Mapping)) or not len(rows):
         raise SpectuneError("route takes a list with one entry for each row of the batch")
-    selection = _selection(model)
-    mixtures = [_mixture(model, choice) for choice in rows]
-    generate = getattr(model, "generate", None)
-    own = model.__dict__.get("generate")
+    selections = _selections(model)
+    before = [(selection, selection.rows, selection.expandable) for selection in selections]
+    routed = Rows([_mixture(model, choice) for choice in rows])
+    generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:
-        selection.expandable = True
+        for selection in selections:
+            selection.expandable = True
         try:
             return generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            selection.expandable = False
+            for selection in selections:
+                selection.expandable = False
 
-    before, selection.rows = selection.rows, mixtures
+    for selection in selections:
+        selection.rows, selection.expandable = routed, False
     if generate is not None:
-        model.__dict__["generate"] = expanding
+        vars(model)["generate"] = expanding
     try:
         yield
     finally:
-        selection.rows = before
-        if generate is not None:
-            model.__dict__.pop("generate", None)
-            if own is not None:
-                model.__dict__["generate"] = own
+        for selection, rows_before, expandable in before:
+            selection.rows, selection.expandable = rows_before, expandable
+        if own is not None:
+            vars(model)["generate"] = own
+        else:
+            vars(model).pop("generate", None)
 
 
-def adapters(model: nn.Module) -> list[str]:
+def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters on a model."""
     return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters))
 
@@ -189,19 +197,19 @@ def detach(model: M, name: str | None = None) -> M:
     """
     if name is not None:
         _known(model, name)
-    selection = None
+    selections = _selections(model)
     for layer in adapted_layers(model).values():
-        selection = layer.selection
         for gone in [n for n in layer.adapters if name in (None, n)]:
             del layer.adapters[gone]
-        used = {update.method.basis_key for n in layer.adapters for update in _updates(layer, n)}
+        used = {update.basis_key for n in layer.adapters for update in _updates(layer, n)}
         for key in layer.bases.keys() - used:
             del layer.bases[key]
         if not layer.adapters:
             give_back(layer)
-    if selection is not None:
+    in_use = {id(layer.selection) for layer in adapted_layers(model).values()}
+    for selection in selections:
         selection.mixture = {n: w for n, w in selection.mixture.items() if name not in (None, n)}
-        if not adapted_layers(model):
+        if id(selection) not in in_use:
             for parameter in selection.frozen:
                 parameter.requires_grad_(True)
     return model
@@ -215,12 +223,12 @@ def merge(model: M) -> M:
     Raises:
         SpectuneError: no adapter is on the model, or a layer's weight cannot hold the sum.
     """
-    selection = _selection(model)
+    _some_adapter(model)
     merged = {}
     for name, layer in adapted_layers(model).items():
-        active = [(n, selection.mixture[n]) for n in layer.adapters if selection.mixture.get(n)]
+        active = [(n, w) for n in layer.adapters if (w := layer.selection.mixture.get(n))]
         if active:
-            merged[name] = _merged_weight(layer, active)
+            merged[name] = _merged_weight(name, layer, active)
     detach(model)
     tied = _tied(model)
     for name, weight in merged.items():
@@ -260,7 +268,7 @@ def _install(
                     trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
                 else:
                     trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
-            trained = {k: v.detach().to(weight.device, torch.float32, copy=True) for k, v in trained.items()}
+            trained = {k: v.detach().to(weight.device, _master_dtype(weight), copy=True) for k, v in trained.items()}
             updates.append(Update(term.method, trained, term.weight))
         ready[layer_name] = updates
     for layer_name, sketch in (expected or {}).items():
@@ -270,18 +278,19 @@ def _install(
                 for u in ready[layer_name]
             ]
             _check_reproduced(layer_name, layers[layer_name], terms, sketch)
-    selection = next((layer.selection for layer in adapted_layers(model).values()), None) or Selection()
-    if not selection.frozen:
-        selection.frozen = [p for p in model.parameters() if p.requires_grad]
+    selections = _selections(model) or [Selection(p for p in model.parameters() if p.requires_grad)]
     for layer_name, layer in layers.items():
-        adapted = layer if isinstance(layer, Adapted) else take_over(layer, selection)
+        adapted = layer if isinstance(layer, Adapted) else take_over(layer, selections[0])
         for key, basis in bases[layer_name].items():
             adapted.bases[key] = basis
         adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
-    selection.mixture = {name: 1.0}
+    for selection in selections:
+        selection.mixture = {name: 1.0}
 
 
-def _bases(layers: Mapping[str, nn.Module], plan: Mapping[str, Sequence[Term]], progress: Any) -> dict[str, dict[str, Basis]]:
+def _bases(
+    layers: Mapping[str, nn.Module], plan: Mapping[str, Sequence[Term]], progress: Any
+) -> dict[str, dict[str, Basis]]:
     """Return the bases that the terms need and the layers have not, by layer and key."""
     bases: dict[str, dict[str, Basis]] = {name: {} for name in layers}
     wanted: defaultdict[Request | None, list[tuple[str, Method]]] = defaultdict(list)
@@ -311,11 +320,12 @@ def _bases(layers: Mapping[str, nn.Module], plan: Mapping[str, Sequence[Term]], 
 def _basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
     """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
     weight = effective_weight(layer)
+    master = _master_dtype(weight)
 
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(weight.device)
-        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else torch.float32)
+        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else master)
 
     return Basis({key: moved(tensor) for key, tensor in tensors.items()})
 
@@ -340,7 +350,9 @@ def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
     for term in terms:
         reason = term.method.check(*weight.shape)
         if reason is not None:
-            raise SpectuneError(f"{name!r} ({weight.shape[0]} x {weight.shape[1]}) cannot take {term.method.name}: {reason}")
+            raise SpectuneError(
+                f"{name!r} ({weight.shape[0]} x {weight.shape[1]}) cannot take {term.method.name}: {reason}"
+            )
 
 
 def _check_reproduced(name: str, layer: nn.Module, terms: Sequence[Term], sketch: Tensor) -> None:
@@ -354,22 +366,35 @@ def _check_reproduced(name: str, layer: nn.Module, terms: Sequence[Term], sketch
         )
 
 
-def _merged_weight(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
+def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
     weight = effective_weight(layer).detach()
-    total = weight.float()
+    if not weight.is_floating_point():
+        raise SpectuneError(
+            f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
+            "first, or keep the adapter beside it"
+        )
+    master = _master_dtype(weight)
+    total = weight.to(master)
     for name, factor in active:
         for update in _updates(layer, name):
-            tensors = {k: v.detach().float() if v.is_floating_point() else v for k, v in layer.tensors(update).items()}
-            total = total + factor * update.weight * update.method.delta(tensors, weight.float())
+            tensors = {
+                k: v.detach().to(master) if v.is_floating_point() else v for k, v in layer.tensors(update).items()
+            }
+            total = total + factor * update.weight * update.method.delta(tensors, weight.to(master))
     total = total.to(weight.dtype)
     return total.T.contiguous() if is_conv1d(layer) else total
+
+
+def _master_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that an update is held in: float32, or float64 beside a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _train_only(model: nn.Module, name: str | None) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in adapted_layers(model).values():
-        if name in layer.adapters:
+        if name is not None and name in layer.adapters:
             layer.adapters[name].requires_grad_(True)  # type: ignore[index]
 
 
@@ -383,23 +408,30 @@ def _tied(model: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
-def _selection(model: nn.Module) -> Selection:
-    for layer in adapted_layers(model).values():
-        return layer.selection
-    raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
+def _selections(model: nn.Module) -> list[Selection]:
+    """Return what the adapted layers share: one object, or several where parts of the model were adapted apart."""
+    return list({id(layer.selection): layer.selection for layer in adapted_layers(model).values()}.values())
+
+
+def _some_adapter(model: nn.Module) -> None:
+    if not adapted_layers(model):
+        raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
 
 
 def _mixture(model: nn.Module, choice: Choice) -> Mixture:
+    _some_adapter(model)
     if choice is None:
         return {}
-    mixture = {choice: 1.0} if isinstance(choice, str) else {name: float(w) for name, w in choice.items()}
-    for name in mixture:
+    mixture = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    for name, weight in mixture.items():
         _known(model, name)
-    return mixture
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise SpectuneError(f"the weight of adapter {name!r} must be a finite number, not {weight!r}")
+    return {name: float(weight) for name, weight in mixture.items()}
 
 
 def _known(model: nn.Module, name: str) -> None:
-    names = adapters(model)
+    names = adapter_names(model)
     if name not in names:
         there = ", ".join(names) if names else "none"
         raise SpectuneError(f"no adapter {name!r} is on the model{nearest(name, names)} (there: {there})")
@@ -408,5 +440,5 @@ def _known(model: nn.Module, name: str) -> None:
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise SpectuneError(f"{name!r} cannot be an adapter's name; use letters, digits, '-' and '_'")
-    if name in adapters(model):
+    if name in adapter_names(model):
         raise SpectuneError(f"an adapter {name!r} is on the model already; choose another name or detach it first")

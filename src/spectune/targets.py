@@ -26,7 +26,7 @@ def resolve(
     """Return the method of each layer to be adapted, in the model's order.
 
     A pattern is the whole name, a suffix of it at a dot, or (one string) a regex that matches the whole name.  An
-    override by whole name goes before one by regex, and that before one by suffix.
+    override by whole name goes before one by regex, and that before one by suffix; `exclude` goes before them all.
 
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
@@ -49,7 +49,7 @@ def resolve(
             by_precedence[level].setdefault(name, replacement)
     for level in by_precedence:
         methods |= level
-    final = {name: m for name in linears if (m := methods.get(name)) is not None}
+    final = {name: m for name in linears if name not in dropped and (m := methods.get(name)) is not None}
     if not final:
         raise SpectuneError("nothing is left to adapt: exclude and overrides take away every target")
     return final
@@ -79,8 +79,8 @@ def _regex(pattern: str, what: str) -> re.Pattern[str]:
         raise SpectuneError(f"{what}: {pattern!r} is not a valid regular expression: {error}") from None
 
 
-def _output_embedding(model: Any) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+def _output_embedding(model: Any) -> Any:
+    get: Any = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
 
 

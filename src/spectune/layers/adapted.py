@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,7 +33,7 @@ class Basis(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return dict(self.named_buffers(recurse=False))
+        return dict(self._buffers)  # type: ignore[arg-type]
 
 
 class Update(nn.Module):
@@ -47,48 +48,86 @@ class Update(nn.Module):
     def __init__(self, method: Method, trained: Mapping[str, Tensor], weight: float = 1.0) -> None:
         super().__init__()
         self.method, self.weight = method, weight
+        self.basis_key = method.basis_key
         for name, tensor in trained.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
     def trained(self) -> dict[str, Tensor]:
         """Return the trained tensors by name."""
-        return dict(self.named_parameters(recurse=False))
+        return dict(self._parameters)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return repr(self.method)
 
 
-class Selection:
-    """Which adapters answer, shared by every adapted layer of a model.
+class Share(NamedTuple):
+    """The weight of one adapter in each row of a batch.
 
     Args:
+        column: weights (batch), zero where the adapter has no part.
+        rows: the rows (n) where it has.
+        weights: their weights (n).
+    """
+
+    column: Tensor
+    rows: Tensor
+    weights: Tensor
+
+
+class Rows:
+    """A mixture of adapters for each row of a batch.
+
+    Args:
+        mixtures: adapter names and weights of each row.
+    """
+
+    def __init__(self, mixtures: Sequence[Mixture]) -> None:
+        self.mixtures = list(mixtures)
+        self._shares: dict[tuple[str, int, torch.device], Share | None] = {}
+
+    def share(self, name: str, times: int, device: torch.device) -> Share | None:
+        """Return an adapter's part where each row stands for `times` rows of the batch, or None if it has none."""
+        key = (name, times, device)
+        if key not in self._shares:
+            column = [row.get(name, 0.0) for row in self.mixtures for _ in range(times)]
+            rows = [i for i, weight in enumerate(column) if weight]
+            weights = torch.tensor(column, device=device)
+            index = torch.tensor(rows, device=device, dtype=torch.int64)
+            self._shares[key] = Share(weights, index, weights[index]) if rows else None
+        return self._shares[key]
+
+
+class Selection:
+    """Which adapters answer, shared by the adapted layers of a model.
+
+    Args:
+        frozen: the parameters that adapting froze, to be set free by detaching.
+
+    Attributes:
         mixture: adapter names and weights for every row.
         rows: a mixture for each row of the batch instead.
         expandable: each row of `rows` may stand for several consecutive rows of the batch (beams).
-        frozen: the parameters that adapting froze, to be set free by detaching.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: Iterable[nn.Parameter] = ()) -> None:
         self.mixture: Mixture = {}
-        self.rows: list[Mixture] | None = None
+        self.rows: Rows | None = None
         self.expandable = False
-        self.frozen: list[nn.Parameter] = []
+        self.frozen = list(frozen)
 
-    def weights(self, names: Iterable[str], x: Tensor) -> dict[str, float | Tensor]:
+    def weights(self, names: Iterable[str], x: Tensor) -> dict[str, float | Share]:
         """Return the weight of each adapter in use: a number, or one for each row of x."""
         if self.rows is None:
-            return {name: self.mixture[name] for name in names if self.mixture.get(name)}
-        times, rest = divmod(x.shape[0], len(self.rows))
-        if rest or (times != 1 and x.dim() > 2 and not self.expandable):
+            return {name: weight for name in names if (weight := self.mixture.get(name))}
+        given = len(self.rows.mixtures)
+        times, rest = divmod(x.shape[0], given)
+        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not self.expandable):
             raise SpectuneError(
-                f"route was given {len(self.rows)} rows and the batch has {x.shape[0]}; give one entry for each row"
+                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
+                "each row of the batch"
             )
-        weights: dict[str, float | Tensor] = {}
-        for name in names:
-            column = [row.get(name, 0.0) for row in self.rows]
-            if any(column):
-                weights[name] = torch.tensor(column, device=x.device).repeat_interleave(times)
-        return weights
+        shares = {name: self.rows.share(name, times, x.device) for name in names}
+        return {name: share for name, share in shares.items() if share is not None}
 
 
 class Adapted(nn.Module):
@@ -97,40 +136,35 @@ class Adapted(nn.Module):
     adapters: nn.ModuleDict
     bases: nn.ModuleDict
     selection: Selection
+    plain_class: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        weights = self.selection.weights(self.adapters, x)
-        return self._respond(weights, x, y) if weights else y
-
-    def _respond(self, weights: Mapping[str, float | Tensor], x: Tensor, y: Tensor) -> Tensor:
-        plain = y
-        groups: dict[tuple[Any, ...], list[tuple[Factors, float | Tensor]]] = {}
-        for name, weight in weights.items():
+        y = plain = super().forward(x)
+        over_bases: dict[Any, list[tuple[Factors, float | Share, float]]] = {}
+        for name, weight in self.selection.weights(self.adapters, x).items():
             for update in self.adapters[name]:  # type: ignore[attr-defined]
-                term_weight = weight * update.weight
                 if not update.method.core_only:
-                    y = self._add(y, update, term_weight, x, plain)
+                    y = self._add(y, update, weight, x, plain)
                     continue
                 factors = update.method.factors(self.tensors(update))
-                core = factors.core
-                key = (update.method.basis_key, type(core), core.values.shape, getattr(core, "width", None))
-                groups.setdefault(key, []).append((factors, term_weight))
-        for group in groups.values():
-            y = y + _mixed(group, x).apply(x)
+                key = (update.basis_key, factors.core.layout)
+                over_bases.setdefault(key, []).append((factors, weight, update.weight))
+        for group in over_bases.values():
+            y = y + _joined(group).apply(x)
         return y
 
-    def _add(self, y: Tensor, update: Update, weight: float | Tensor, x: Tensor, plain: Tensor) -> Tensor:
+    def _add(self, y: Tensor, update: Update, weight: float | Share, x: Tensor, plain: Tensor) -> Tensor:
         tensors = self.tensors(update)
-        if not isinstance(weight, Tensor):
-            part = update.method.respond(tensors, x, self.base(plain), update.training)
-            return y + (part if weight == 1.0 else part * weight)
-        rows = weight.nonzero().flatten()
-        part = update.method.respond(tensors, x[rows], self.base(plain[rows]), update.training)
-        scale = weight[rows].to(part.dtype).reshape(-1, *(1,) * (part.dim() - 1))
-        return y.index_add(0, rows, part * scale)
+        if isinstance(weight, Share):
+            rows = weight.rows
+            part = update.method.respond(tensors, x[rows], self.base(plain[rows]), update.training)
+            scale = (weight.weights * update.weight).to(part.dtype)
+            return y.index_add(0, rows, part * scale.reshape(-1, *(1,) * (part.dim() - 1)))
+        part = update.method.respond(tensors, x, self.base(plain), update.training)
+        weight *= update.weight
+        return y + (part if weight == 1.0 else part * weight)
 
     def base(self, output: Tensor | None = None) -> Base:
         """Return what an update may ask of the frozen layer whose output is `output`."""
@@ -144,19 +178,21 @@ class Adapted(nn.Module):
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
-        key = update.method.basis_key
-        frozen = self.bases[key].tensors() if key in self.bases else {}  # type: ignore[operator]
-        return {**frozen, **update.trained()}
+        basis = self.bases._modules.get(update.basis_key)
+        return update.trained() if basis is None else {**basis._buffers, **update._parameters}  # type: ignore[dict-item]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: copies and pickles name the one that it was made from
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
 
 
-def _mixed(group: list[tuple[Factors, float | Tensor]], x: Tensor) -> Factors:
+def _joined(group: list[tuple[Factors, float | Share, float]]) -> Factors:
     """Add updates over one basis into one, with a core for each row where the weights differ by row."""
-    first, weight = group[0]
-    if len(group) == 1 and isinstance(weight, float) and weight == 1.0:
-        return first
-    scaled = [w * f.scale for f, w in group]
-    weights = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=x.device) for w in scaled], dim=-1)
-    return first._replace(core=mix([f.core for f, _ in group], weights), scale=1.0)
+    first, weight, factor = group[0]
+    if len(group) == 1 and not isinstance(weight, Share):
+        return first._replace(scale=first.scale * weight * factor)
+    weights = [(w.column if isinstance(w, Share) else w) * (factor * f.scale) for f, w, factor in group]
+    return first._replace(core=mix([f.core for f, _, _ in group], weights), scale=1.0)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -181,7 +217,10 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     Raises:
         SpectuneError: there is none; the nearest names are listed.
     """
-    found = dict(model.named_modules()).get(name)
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
     if found is None or not is_linear(found):
         linears = [n for n, m in model.named_modules() if is_linear(m)]
         raise SpectuneError(f"the model has no linear layer {name!r}{nearest(name, linears)}")
@@ -201,7 +240,7 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def take_over(layer: nn.Module, selection: Selection) -> Adapted:
     """Make a linear layer an adapted one, in place, without touching its parameters."""
-    layer.__class__ = adapted_class(type(layer))
+    _change_class(layer, adapted_class(type(layer)))
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
     return layer  # type: ignore[return-value]
@@ -210,4 +249,18 @@ def take_over(layer: nn.Module, selection: Selection) -> Adapted:
 def give_back(layer: Adapted) -> None:
     """Make an adapted layer the plain one it was."""
     del layer.adapters, layer.bases, layer.selection
-    layer.__class__ = layer.plain_class  # type: ignore[attr-defined]
+    _change_class(layer, layer.plain_class)
+
+
+def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:
+    """Change a layer's class, and what wrappers such as accelerate's hooks keep of its forward method."""
+    before = type(layer).forward
+    layer.__class__ = to
+    for name, value in vars(layer).items():
+        if getattr(value, "__self__", None) is layer and getattr(value, "__func__", None) is before:
+            vars(layer)[name] = MethodType(to.forward, layer)
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(kind)
+    return cls.__new__(cls)

@@ -1,7 +1,8 @@
 """The cores C of the update s L C R: identity, diagonal, banded, sparse and dense.
 
 A core never becomes an out x in matrix.  Its `values` may carry a leading batch axis, so that every row of a
-batch has a core of its own; `mix` makes such a batch from several adapters over one basis.
+batch has a core of its own; `mix` makes such a batch from several adapters over one basis, whose cores add where
+their `layout` is the same.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Diagonal:
 
     values: Tensor
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Cores of the same layout over one basis add value by value."""
+        return ("diagonal",)
+
     def apply(self, t: Tensor) -> Tensor:
         """Return t C^T for t (..., k)."""
         return t * _per_row(self.values.to(t.dtype), t)
@@ -56,6 +62,11 @@ class Banded:
     values: Tensor
     size: int
     width: int
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Cores of the same layout over one basis add value by value."""
+        return ("banded", self.width)
 
     def apply(self, t: Tensor) -> Tensor:
         """Return t C^T for t (..., size)."""
@@ -74,6 +85,11 @@ class Sparse:
     rows: Tensor
     columns: Tensor
     size: int
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Cores of the same layout over one basis add value by value."""
+        return ("sparse",)
 
     def apply(self, t: Tensor) -> Tensor:
         """Return t C^T for t (..., size)."""
@@ -96,6 +112,11 @@ class Dense:
 
     values: Tensor
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Cores of the same layout over one basis add value by value."""
+        return ("dense",)
+
     def apply(self, t: Tensor) -> Tensor:
         """Return t C^T for t (..., q)."""
         return self._product(t, self.values.to(t.dtype).mT)
@@ -114,13 +135,15 @@ class Dense:
 Core = Identity | Diagonal | Banded | Sparse | Dense
 
 
-def mix(cores: Sequence[Any], weights: Tensor) -> Any:
-    """Add cores over one basis: values = sum_k weights[..., k] values_k.
+def mix(cores: Sequence[Any], weights: Sequence[float | Tensor]) -> Any:
+    """Add cores over one basis: values = sum_k weights_k values_k.
 
     Args:
-        cores: cores of one kind and size, each with unbatched `values`.
-        weights: (k) for one mixture, (batch, k) for a mixture in each row.
+        cores: cores of one layout, each with unbatched `values`.
+        weights: for each core a number, or a tensor (batch) that gives every row a core of its own.
     """
-    stacked = torch.stack([core.values for core in cores])
-    mixed = torch.tensordot(weights.to(stacked), stacked, dims=1)
-    return replace(cores[0], values=mixed)
+    parts = [
+        (w.reshape(-1, *(1,) * core.values.dim()) if isinstance(w, Tensor) else w) * core.values
+        for core, w in zip(cores, weights, strict=True)
+    ]
+    return replace(cores[0], values=sum(parts[1:], parts[0]))

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ class BudgetSchedule:
     """Score the triplets of many AdaLoRA updates at each optimizer step, and zero E outside the budget.
 
     With I = |w grad|: smoothed sensitivity Ib = b1 Ib + (1 - b1) I, uncertainty Ub = b2 Ub + (1 - b2) |I - Ib|, and a
-    triplet scores Ib Ub of its E plus the means over its column of P and row of Q.  Before each step the gradient of
-    the orthogonality term, 4 gamma P (P^T P - I) and 4 gamma (Q Q^T - I) Q, is added to the gradients.
+    triplet scores Ib Ub of its E plus the means over its column of P and row of Q, all taken before the step, of the
+    weights that the gradients belong to.  First of all the gradient of the orthogonality term, 4 gamma P (P^T P - I)
+    and 4 gamma (Q Q^T - I) Q, is added to the gradients.
 
     It watches every optimizer and acts when one of its own parameters is stepped, so a plain loop, gradient
     accumulation, transformers.Trainer and accelerate all drive it with nothing to call.  Scores are buffers of the
@@ -34,13 +35,10 @@ class BudgetSchedule:
         updates: the modules that hold P, E and Q as parameters, and the method.
     """
 
-    _alive: weakref.WeakSet[BudgetSchedule] = weakref.WeakSet()
-    _watching = False
+    _alive: ClassVar[weakref.WeakSet[BudgetSchedule]] = weakref.WeakSet()
+    _watching: ClassVar[bool] = False
 
     def __init__(self, updates: Sequence[Any]) -> None:
-        self._updates = [weakref.ref(update) for update in updates]
-        self.total_steps: int | None = None
-        self._warned = False
         for update in updates:
             update.register_buffer("step", torch.zeros((), dtype=torch.int64))
             update.register_buffer("kept", torch.ones_like(update.E, dtype=torch.bool))
@@ -48,18 +46,23 @@ class BudgetSchedule:
                 parameter = getattr(update, name)
                 update.register_buffer(f"sensitivity_{name}", torch.zeros_like(parameter))
                 update.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter))
+            update.__dict__["schedule"] = self
+        self.__setstate__({"updates": list(updates), "total_steps": None})
 
-    @classmethod
-    def start(cls, updates: Sequence[Any]) -> None:
-        """Attach a schedule to the updates; it lives as long as they do."""
-        schedule = cls(updates)
-        for update in updates:
-            update.__dict__["schedule"] = schedule
-        cls._alive.add(schedule)
-        if not cls._watching:
+    def __getstate__(self) -> dict[str, Any]:
+        return {"updates": self.updates(), "total_steps": self.total_steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # reached by copies and pickles of a model as well: a copy has a schedule of its own, over its own updates
+        self._updates = [weakref.ref(update) for update in state["updates"]]
+        self._scored: list[Any] = []
+        self.total_steps: int | None = state["total_steps"]
+        self._warned = False
+        BudgetSchedule._alive.add(self)
+        if not BudgetSchedule._watching:
             register_optimizer_step_pre_hook(_before_step)
             register_optimizer_step_post_hook(_after_step)
-            cls._watching = True
+            BudgetSchedule._watching = True
             _join_trainer()
 
     def updates(self) -> list[Any]:
@@ -72,33 +75,27 @@ class BudgetSchedule:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Add the gradient of the orthogonality term."""
-        for update in self.updates():
-            gamma = _settings(update).gamma
-            for grad, factor, rows in ((update.P.grad, update.P, False), (update.Q.grad, update.Q, True)):
-                if grad is None or not gamma:
-                    continue
-                gram = factor @ factor.mT if rows else factor.mT @ factor
-                gram.diagonal().sub_(1)
-                grad.add_((gram @ factor if rows else factor @ gram), alpha=4 * gamma)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Update the scores from weights and gradients, then allocate the budget."""
-        updates = [u for u in self.updates() if u.E.grad is not None]
-        if not updates:
-            return
-        for update in updates:
-            update.step += 1
+        """Add the gradient of the orthogonality term, and score."""
+        self._scored = [update for update in self.updates() if update.E.grad is not None]
+        for update in self._scored:
             settings = _settings(update)
+            _add_orthogonality(update, settings.gamma)
+            update.step += 1
             for name in _FACTORS:
                 parameter = getattr(update, name)
+                sensitivity = getattr(update, f"sensitivity_{name}")
+                uncertainty = getattr(update, f"uncertainty_{name}")
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                sensitivity, uncertainty = (getattr(update, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty"))
                 now = (parameter * grad).abs_()
                 sensitivity.lerp_(now, 1 - settings.beta1)
                 uncertainty.lerp_((now - sensitivity).abs_(), 1 - settings.beta2)
-        self._allocate(updates)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Allocate the budget by the scores."""
+        if self._scored:
+            self._allocate(self._scored)
+        self._scored = []
 
     def _allocate(self, updates: list[Any]) -> None:
         method = _settings(updates[0])
@@ -114,16 +111,21 @@ class BudgetSchedule:
                 return
             method = dataclasses.replace(method, total_steps=self.total_steps)
         step = int(updates[0].step)
-        total, first, last = int(method.total_steps or 0), method.steps(method.t_init), method.steps(method.t_final)
+        total, first, last = (
+            int(method.total_steps or 0),
+            method.steps(method.t_init),
+            method.steps(method.t_final),
+        )
         ending = total - last
         if step <= first or (step < ending and step % method.interval):
             return
         if step <= ending:
             progress = (step - first) / (ending - first)
             budget = method.rank + (method.first_rank - method.rank) * (1 - progress) ** 3
-            scores = torch.stack([_triplet_scores(update) for update in updates])
-            keep = torch.zeros_like(scores, dtype=torch.bool)
-            keep.view(-1)[scores.flatten().topk(round(budget * len(updates))).indices] = True
+            scores = [_triplet_scores(update) for update in updates]
+            table = torch.stack([score.to(scores[0].device) for score in scores])
+            keep = torch.zeros_like(table, dtype=torch.bool)
+            keep.view(-1)[table.flatten().topk(round(budget * len(updates))).indices] = True
             for update, kept in zip(updates, keep, strict=True):
                 update.kept.copy_(kept)
         for update in updates:
@@ -133,6 +135,14 @@ class BudgetSchedule:
 def _settings(update: Any) -> Any:
     """Return the AdaLoRA of an update, looking inside a DoRA."""
     return getattr(update.method, "inner", update.method)
+
+
+def _add_orthogonality(update: Any, gamma: float) -> None:
+    P, Q = update.P, update.Q
+    for factor, gram in ((P, P.mT @ P), (Q, Q @ Q.mT)) if gamma else ():
+        if factor.grad is not None:
+            gram.diagonal().sub_(1)
+            factor.grad.add_(factor @ gram if factor is P else gram @ factor, alpha=4 * gamma)
 
 
 def _triplet_scores(update: Any) -> Tensor:
@@ -169,4 +179,5 @@ def _join_trainer() -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             tell_total_steps(model, state.max_steps)
 
-    trainer.DEFAULT_CALLBACKS.append(SpectuneRunLength)
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(SpectuneRunLength)

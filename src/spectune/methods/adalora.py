@@ -47,7 +47,7 @@ class AdaLoRA(Method):
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv:2303.10512"
     summary: ClassVar[str] = "W + s P diag(E) Q, pruned to a budget over the model; P, E and Q train"
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 2e-3
 
     rank: int = 8
     initial_rank: int | None = None
@@ -65,6 +65,11 @@ class AdaLoRA(Method):
         check_int(self, "rank", "interval")
         if self.initial_rank is not None:
             check_int(self, "initial_rank", least=self.rank)
+        check_range(self, "alpha", 0, open_low=True)
+        for name in ("t_init", "t_final", "gamma"):
+            check_range(self, name, 0)
+        for name in ("beta1", "beta2", "dropout"):
+            check_range(self, name, 0, 1)
         if self.total_steps is not None:
             check_int(self, "total_steps")
             if self.steps(self.t_init) + self.steps(self.t_final) >= self.total_steps:
@@ -72,11 +77,6 @@ class AdaLoRA(Method):
                     f"t_init + t_final of AdaLoRA must be below total_steps ({self.total_steps}), "
                     f"not {self.t_init} + {self.t_final}"
                 )
-        check_range(self, "alpha", 0, open_low=True)
-        for name in ("t_init", "t_final", "gamma"):
-            check_range(self, name, 0)
-        for name in ("beta1", "beta2", "dropout"):
-            check_range(self, name, 0, 1)
 
     @property
     def first_rank(self) -> int:
@@ -105,4 +105,4 @@ class AdaLoRA(Method):
         return Factors(t["P"], t["Q"], Diagonal(t["E"]), self.alpha / self.first_rank)
 
     def start_schedule(self, updates: Sequence[Any]) -> None:
-        BudgetSchedule.start(updates)
+        BudgetSchedule(updates)

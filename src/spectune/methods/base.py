@@ -30,7 +30,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
-    learning_rate: ClassVar[float]  # a starting point, from the paper
+    learning_rate: ClassVar[float]  # a starting point for a short run on a small model
     basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
@@ -88,7 +88,7 @@ class Method(abc.ABC):
         """Return the method and trained tensors whose coefficients these are; the inverse of `coefficients`."""
         return self, dict(coefficients)
 
-    def start_schedule(self, updates: Sequence[Any]) -> None:
+    def start_schedule(self, updates: Sequence[Any]) -> None:  # noqa: B027 - most methods have none
         """Begin whatever the method does by itself as training proceeds, over all its updates in a model."""
 
     # -- shared by all
@@ -106,7 +106,10 @@ class Method(abc.ABC):
     def fields(self) -> dict[str, Any]:
         """Return the name and every field, as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"name": self.name, **{k: v.fields() if isinstance(v, Method) else v for k, v in values.items()}}
+        return {
+            "name": self.name,
+            **{k: v.fields() if isinstance(v, Method) else v for k, v in values.items()},
+        }
 
 
 def check_int(method: Method, *fields: str, least: int = 1) -> None:
@@ -118,12 +121,20 @@ def check_int(method: Method, *fields: str, least: int = 1) -> None:
 
 
 def check_range(method: Method, field: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raise unless the field is a number in [low, high), or in (low, high) if `open_low`."""
+    """Raise unless the field is a finite number in [low, high), or in (low, high) if `open_low`."""
     value = getattr(method, field)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value < low or value >= high or (open_low and value == low):
+    if not number or not low <= value < high or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low}, {high})"
         raise SpectuneError(f"{field} of {type(method).__name__} must be a number in {bounds}, not {value!r}")
+
+
+def check_bool(method: Method, *fields: str) -> None:
+    """Raise unless each field is True or False."""
+    for field in fields:
+        value = getattr(method, field)
+        if not isinstance(value, bool):
+            raise SpectuneError(f"{field} of {type(method).__name__} must be true or false, not {value!r}")
 
 
 def check_choice(method: Method, field: str, choices: Iterable[str]) -> None:

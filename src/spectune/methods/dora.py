@@ -16,7 +16,7 @@ from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
 from spectune.spectral import Request
 
-_ROWS = 256  # rows of L C held at once while the norm is computed
+_CHUNK = 1 << 22  # elements of L C held at once while the norm is computed: 16 MiB of float32
 
 
 @register
@@ -37,7 +37,7 @@ class DoRA(Method):
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
     summary: ClassVar[str] = "m (W + dW) / ||W + dW|| around an additive method; m and the method train"
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 1e-3
     additive: ClassVar[bool] = False
 
     inner: Method = field(default_factory=lambda: LoRA(rank=16, alpha=32))
@@ -57,7 +57,7 @@ class DoRA(Method):
         return self.inner.request()
 
     def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         return {"norms": norms, **self.inner.basis(weight, decomposition)}
 
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
@@ -75,32 +75,30 @@ class DoRA(Method):
 
     @torch.no_grad()
     def _norms(self, t: Tensors, f: Factors, base: Base) -> Tensor:
-        known = self.inner.projections(t)
-        if known is None:
-            g, h = base.project(f.right).to(f.left.dtype), f.right @ f.right.mT
-        else:
-            g, h = known
         squared = []
-        for start in range(0, f.left.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            left = f.left[rows].to(t["norms"].dtype)
-            p = f.core.transposed(left)
-            cross = left * g if known else g[:, rows].mT
-            square = p * h if known else p @ h
-            squared.append((p * (2 * f.scale * cross + f.scale**2 * square)).sum(1))
+        with torch.autocast(t["norms"].device.type, enabled=False):
+            known = self.inner.projections(t)
+            g, h = known or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
+            step = max(1, _CHUNK // f.left.shape[1])
+            for start in range(0, f.left.shape[0], step):
+                rows = slice(start, start + step)
+                left = f.left[rows].to(t["norms"].dtype)
+                p = f.core.transposed(left)
+                cross = left * g if known else g[:, rows].mT
+                square = p * h if known else p @ h
+                squared.append((p * (2 * f.scale * cross + f.scale**2 * square)).sum(1))
         return (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
 
-    def _ratio(self, t: Tensors, f: Factors, base: Base) -> Tensor:
-        norms = self._norms(t, f, base)
-        return torch.where(norms > 0, t["magnitude"] / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
-
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
-        ratio = self._ratio(t, self.factors(t), base)
-        inner = self.inner.respond(t, x, base, training)
-        return (ratio - 1).to(x.dtype) * base.output() + ratio.to(x.dtype) * inner
+        ratio = _ratio(t["magnitude"], self._norms(t, self.factors(t), base))
+        output, inner = base.output(), self.inner.respond(t, x, base, training)
+        return (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         updated = weight + self.inner.delta(t, weight)
-        norms = torch.linalg.vector_norm(updated, dim=1)
-        ratio = torch.where(norms > 0, t["magnitude"] / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
-        return ratio[:, None] * updated - weight
+        return _ratio(t["magnitude"], torch.linalg.vector_norm(updated, dim=1))[:, None] * updated - weight
+
+
+def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Return m / ||W + dW|| by row, and one for a row of zeros."""
+    return torch.where(norms > 0, magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.layers.factors import Factors
-from spectune.methods.base import Method, Shapes, Tensors, check_int, check_range
+from spectune.methods.base import Method, Shapes, Tensors, check_bool, check_int, check_range
 from spectune.methods.registry import register
 
 
@@ -34,7 +34,7 @@ class LoRA(Method):
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
     summary: ClassVar[str] = "W + s B A; B and A train"
-    learning_rate: ClassVar[float] = 4e-4
+    learning_rate: ClassVar[float] = 1e-3
 
     rank: int = 8
     alpha: float = 16
@@ -43,6 +43,7 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         check_int(self, "rank")
+        check_bool(self, "rslora")
         check_range(self, "alpha", 0, open_low=True)
         check_range(self, "dropout", 0, 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectune.layers.cores import Banded, Diagonal, Sparse
 from spectune.layers.factors import Factors
 from spectune.layers.functional import band_entries
-from spectune.methods.base import Method, Shapes, Tensors, check_choice, check_int
+from spectune.methods.base import Method, Shapes, Tensors, check_bool, check_choice, check_int, check_range
 from spectune.methods.registry import register
 from spectune.spectral import Request
 
@@ -52,6 +52,8 @@ class SVFT(Method):
     def __post_init__(self) -> None:
         check_choice(self, "pattern", ("plain", "banded", "random", "top_k"))
         check_int(self, "width", "seed", least=0)
+        check_range(self, "seed", 0, 2**32)
+        check_bool(self, "gate")
 
     @property
     def basis_fields(self) -> tuple[str, ...]:  # type: ignore[override]
