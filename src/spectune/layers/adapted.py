@@ -172,7 +172,7 @@ class Adapted(nn.Module):
         def without_bias() -> Tensor:
             if output is None:
                 raise RuntimeError("this update was asked for outside a forward pass")
-            return output if self.bias is None else output - self.bias
+            return output if self.bias is None else output - self.bias.to(output.dtype)
 
         return Base(without_bias, lambda r: F.linear(r.to(self.weight.dtype), effective_weight(self)))
 
