@@ -350,9 +350,8 @@ def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
     for term in terms:
         reason = term.method.check(*weight.shape)
         if reason is not None:
-            raise SpectuneError(
-                f"{name!r} ({weight.shape[0]} x {weight.shape[1]}) cannot take {term.method.name}: {reason}"
-            )
+            out, into = weight.shape
+            raise SpectuneError(f"{name!r} ({out} x {into}) cannot take {term.method.name}: {reason}, or exclude it")
 
 
 def _check_reproduced(name: str, layer: nn.Module, terms: Sequence[Term], sketch: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The methods and layers that the tests of this folder run over."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
@@ -49,7 +51,7 @@ LAYERS = {
 }
 
 
-def adapted(kind, method, dtype=torch.float64, *, trained=True):
+def adapted(kind, method, dtype=torch.float64, *, trained=True) -> tuple[Any, Any]:
     """Return a one-layer model, adapted, and its layer; with `trained`, away from where the method starts."""
     model = nn.Sequential(LAYERS[kind]()).to(dtype)
     for parameter in model.parameters():  # Conv1D starts at 0.02 randn and a zero bias

@@ -1,6 +1,7 @@
 """Every method against its paper's formula: forward, gradients, start, merge, detach."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from spectune.layers.functional import band_entries
 
 every_method = pytest.mark.parametrize("method", EVERY, ids=name)
 every_layer = pytest.mark.parametrize("kind", LAYERS)
-TOLERANCE = {"rtol": 1e-8, "atol": 1e-9}
+TOLERANCE: Any = {"rtol": 1e-8, "atol": 1e-9}
 
 
 def parts(layer):
@@ -90,7 +91,7 @@ def test_a_half_weight_adds_half_the_update(method):
 @every_method
 def test_detaching_gives_the_layer_back_as_it_was(method, kind):
     torch.manual_seed(1)
-    model = torch.nn.Sequential(LAYERS[kind]())
+    model: Any = torch.nn.Sequential(LAYERS[kind]())
     before = {k: (id(v), v.detach().clone()) for k, v in model.named_parameters()}
     layer, attributes, cls = model[0], set(vars(model[0])), type(model[0])
     spectune.adapt(model, method)
@@ -131,7 +132,7 @@ def double(tensors):
 
 @pytest.mark.parametrize("method", [m for m in EVERY if m.additive and not getattr(m, "dropout", 0)], ids=name)
 def test_gradcheck_of_the_whole_layer(method):
-    model, layer = adapted("tall", method)
+    model, _ = adapted("tall", method)
     parameters = dict(model.named_parameters())
     names = [n for n in parameters if ".adapters." in n]
 
@@ -164,7 +165,7 @@ def test_dropout_falls_on_the_branch_alone(method, magnitude):
 
 
 def test_dora_leaves_a_row_of_zeros_alone():
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(6, 5))
     with torch.no_grad():
         model[0].weight[2] = 0
     x = torch.randn(3, 6)

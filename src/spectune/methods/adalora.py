@@ -89,7 +89,7 @@ class AdaLoRA(Method):
 
     def check(self, out: int, into: int) -> str | None:
         rank, limit = self.first_rank, min(out, into)
-        return f"initial_rank {rank} is above min(out, in) = {limit}" if rank > limit else None
+        return f"initial_rank {rank} is above min(out, in) = {limit}; take it <= {limit}" if rank > limit else None
 
     def shapes(self, out: int, into: int) -> Shapes:
         return {"P": (out, self.first_rank), "E": (self.first_rank,), "Q": (self.first_rank, into)}
