@@ -97,6 +97,7 @@ COMPILED = [
     "adalora:rank=4",
     "vera:rank=4",
     "dora:rank=4",
+    "svft:pattern=random,width=2",
     "dora:inner=svf",
 ]
 

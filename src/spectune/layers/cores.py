@@ -7,6 +7,7 @@ their `layout` is the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,8 +129,8 @@ class Dense:
     def _product(self, t: Tensor, matrix: Tensor) -> Tensor:
         if matrix.dim() == 2:
             return t @ matrix
-        rows = t.reshape(t.shape[0], -1, t.shape[-1])
-        return torch.bmm(rows, matrix).reshape(*t.shape[:-1], -1)
+        rows = t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1])
+        return torch.bmm(rows, matrix).reshape(*t.shape[:-1], matrix.shape[-1])
 
 
 Core = Identity | Diagonal | Banded | Sparse | Dense

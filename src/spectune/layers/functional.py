@@ -1,4 +1,4 @@
-"""The products that autograd would do wastefully: banded and sparse cores, as autograd functions.
+"""The products that autograd would do wastefully: banded and sparse cores, with gradients of their own.
 
 Each is written in plain PyTorch and is the reference for a fused kernel that may take its place.
 """
@@ -79,33 +79,42 @@ def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Te
     return _Banded.apply(t, values, width, transpose)  # type: ignore[return-value]
 
 
-class _Sparse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
-        ctx.save_for_backward(t, values, to, of)
-        rows = t.reshape(-1, t.shape[-1])
-        matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, (t.shape[-1],) * 2, check_invariants=False)
-        return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        t, values, to, of = ctx.saved_tensors
-        (grad,) = grads
-        to_t = sparse_product(grad, values, of, to) if ctx.needs_input_grad[0] else None
-        to_values = None
-        if ctx.needs_input_grad[1]:
-            g, s = grad.reshape(-1, t.shape[-1]).mT, t.reshape(-1, t.shape[-1]).mT
-            step = max(1, _CHUNK // max(1, s.shape[1]))
-            pieces = [(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)]
-            to_values = torch.cat(pieces)
-        return to_t, to_values, None, None
-
-
+@torch.library.custom_op("spectune::sparse_product", mutates_args=())
 def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
     """Multiply by a sparse core: out[..., to] += values * t[..., of].
+
+    An operator of its own, because torch.compile does not trace sparse tensors.
 
     Args:
         t: (..., size).
         values, to, of: (entries): the entries, the output index and the input index of each.
     """
-    return _Sparse.apply(t, values, to, of)  # type: ignore[return-value]
+    rows = t.reshape(-1, t.shape[-1])
+    matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, (t.shape[-1],) * 2, check_invariants=False)
+    return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).contiguous()
+
+
+@sparse_product.register_fake
+def _(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+def _save_sparse(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sparse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    t, values, to, of = ctx.saved_tensors
+    to_t = sparse_product(grad, values, of, to) if ctx.needs_input_grad[0] else None
+    to_values = sparse_entries(grad, t, to, of) if ctx.needs_input_grad[1] else None
+    return to_t, to_values, None, None
+
+
+def sparse_entries(grad: Tensor, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    """Return sum over rows of grad[..., to] * t[..., of], (entries), a piece of the entries at a time."""
+    g, s = grad.reshape(-1, t.shape[-1]).mT, t.reshape(-1, t.shape[-1]).mT
+    step = max(1, _CHUNK // max(1, s.shape[1]))
+    return torch.cat([(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)])
+
+
+sparse_product.register_autograd(_sparse_backward, setup_context=_save_sparse)
