@@ -1,0 +1,240 @@
+"""A different adapter, mixture or none in each row of a batch: equal to running each row alone."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+
+import spectune
+import tiny
+from spectune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA, SpectuneError
+
+METHODS = {
+    "svf": SVF(),
+    "sigmoid": SVF(parametrization="sigmoid"),
+    "banded": SVFT(pattern="banded", width=2),
+    "random": SVFT(pattern="random", width=2),
+    "lora": LoRA(rank=2),
+    "lora_xs": LoRAXS(rank=4),
+    "dora": DoRA(LoRA(rank=2)),
+    "dora_svf": DoRA(SVF()),
+    "pissa": PiSSA(rank=3),
+    "milora": MiLoRA(rank=3),
+    "adalora": AdaLoRA(rank=2),
+}
+ALIKE = ["svf", "banded", "random", "lora", "lora_xs", "dora", "pissa"]
+
+
+def several(model, methods) -> Any:
+    """Put an adapter of each method on a model, far enough from its start to change what it says."""
+    for name, method in methods.items():
+        spectune.adapt(model, method, name=name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def alone(model, choices, run):
+    """Return run(i) for each row with its choice activated for the whole model."""
+    answers = []
+    for i, choice in enumerate(choices):
+        spectune.activate(model, choice)
+        answers.append(run(i))
+    spectune.activate(model, None)
+    return answers
+
+
+def ids(rows=4, length=7):
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def check_forward(model, choices):
+    tokens = ids(len(choices))
+    expected = torch.cat(alone(model, choices, lambda i: model(tokens[i : i + 1]).logits))
+    with spectune.route(model, choices):
+        together = model(tokens).logits
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
+    plain = model(tokens).logits
+    assert all((together[i] - plain[i]).abs().max() > 1e-3 for i, choice in enumerate(choices) if choice)
+    return together
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_two_adapters_of_one_kind(kind):
+    model = several(tiny.llama(), {"a": METHODS[kind], "b": METHODS[kind]})
+    check_forward(model, ["a", None, "b", {"a": 0.5, "b": -0.7}, {"b": 2.0}])
+
+
+def test_every_kind_at_once():
+    model = several(tiny.llama(), METHODS)
+    everything = dict.fromkeys(METHODS, 0.3)
+    check_forward(model, [*METHODS, None, everything, {"svf": 0.4, "sigmoid": 0.4, "pissa": -1.0, "dora": 0.5}, {}])
+
+
+def test_rows_of_the_base_alone_are_the_base():
+    model = several(tiny.llama(), {"a": SVF(), "b": LoRA(rank=2)})
+    tokens = ids()
+    with torch.no_grad():
+        spectune.activate(model, None)
+        plain = model(tokens).logits
+        with spectune.route(model, [None] * 4):
+            assert torch.equal(model(tokens).logits, plain)
+
+
+CHOICES = ["svf", None, {"svf": 0.5, "pissa": 0.5}, "dora", "lora"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return several(tiny.llama(), {k: METHODS[k] for k in ("svf", "pissa", "dora", "lora", "lora_xs")})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+    ids=["greedy", "beams", "several beams", "no cache"],
+)
+def test_generating(llama, settings):
+    tokens = ids(len(CHOICES), 5)
+    settings = settings | {"max_new_tokens": 6, "attention_mask": torch.ones_like(tokens)}
+
+    def run(i):
+        own = settings | {"attention_mask": settings["attention_mask"][i : i + 1]}
+        return llama.generate(tokens[i : i + 1], **own)
+
+    expected = torch.cat(alone(llama, CHOICES, run))
+    with spectune.route(llama, CHOICES):
+        together = llama.generate(tokens, **settings)
+    assert torch.equal(together, expected)
+    assert len({tuple(row[5:].tolist()) for row in together}) > 2
+
+
+def test_sampling_several_sequences(llama):
+    tokens = ids(2, 5)
+    mask = torch.ones_like(tokens)
+    with spectune.route(llama, ["svf", None]):
+        out = llama.generate(tokens, attention_mask=mask, do_sample=True, num_return_sequences=3, max_new_tokens=4)
+    assert out.shape == (6, 9)
+    assert torch.equal(out[:3, :5], tokens[:1].expand(3, -1))
+
+
+def test_left_padded_prompts(llama):
+    prompts = [ids(1, n)[0] for n in (6, 2, 4, 3, 5)]
+    padded = torch.stack([torch.cat([torch.zeros(6 - len(p), dtype=torch.int64), p]) for p in prompts])
+    options: Any = {"max_new_tokens": 5, "do_sample": False}
+    expected = alone(
+        llama,
+        CHOICES,
+        lambda i: llama.generate(prompts[i][None], attention_mask=torch.ones(1, len(prompts[i])).long(), **options),
+    )
+    with spectune.route(llama, CHOICES):
+        together = llama.generate(padded, attention_mask=(padded != 0).long(), **options)
+    assert torch.equal(together[:, 6:], torch.stack([e[0, -5:] for e in expected]))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_encoder_decoder_generates(beams):
+    model = several(tiny.t5(), {"svf": SVF(), "lora": LoRA(rank=2), "dora": DoRA(LoRA(rank=2))})
+    choices = ["svf", None, "lora", {"dora": 1.0, "svf": 0.5}]
+    tokens = ids()
+    options: Any = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    expected = alone(model, choices, lambda i: model.generate(tokens[i : i + 1], **options))
+    with spectune.route(model, choices):
+        together = model.generate(tokens, **options)
+    assert torch.equal(together, torch.cat(expected))
+
+
+def test_gradients_reach_the_adapters_of_their_rows_alone():
+    model = several(nn.Sequential(nn.Linear(6, 5)), {"a": LoRA(rank=2), "b": SVF(), "c": DoRA(SVF()), "d": SVF()})
+    model.requires_grad_(True)
+    x = torch.randn(4, 3, 6)
+    with spectune.route(model, ["a", {"b": 0.5, "c": 0.5}, None, "b"]):
+        model(x).square().sum().backward()
+    grads = {n.split(".")[2]: p.grad for n, p in model.named_parameters() if ".adapters." in n}
+    assert grads["d"] is None
+    routed = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for i, choice in enumerate(["a", {"b": 0.5, "c": 0.5}, None, "b"]):
+        spectune.activate(model, choice)
+        model(x[i : i + 1]).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in routed:
+            torch.testing.assert_close(parameter.grad, routed[name])
+
+
+def test_rows_nest_and_come_back_after_an_error():
+    model = several(tiny.llama(), {"a": SVF(), "b": LoRA(rank=2)})
+    spectune.activate(model, {"a": 0.5})
+    tokens = ids(2)
+    with torch.no_grad():
+        before = model(tokens).logits
+        with spectune.route(model, ["a", None]):
+            outer = model(tokens).logits
+            with pytest.raises(SpectuneError), spectune.route(model, ["b", "b"]):
+                model(ids(3))
+            with spectune.route(model, ["b", "b"]):
+                inner = model(tokens).logits
+            assert not torch.equal(inner, outer)
+            assert torch.equal(model(tokens).logits, outer)
+            assert "generate" in vars(model)
+        assert torch.equal(model(tokens).logits, before)
+    assert "generate" not in vars(model)
+
+
+def test_generate_of_a_wrapper_is_kept_and_restored():
+    model = several(tiny.llama(), {"a": SVF()})
+    own = model.generate
+    model.generate = own
+    with spectune.route(model, ["a", None]):
+        out = model.generate(ids(2), attention_mask=torch.ones(2, 7).long(), max_new_tokens=2, num_beams=2)
+    assert out.shape == (2, 9)
+    assert vars(model)["generate"] is own
+
+
+@pytest.mark.parametrize("rows", [3, 5, 8])
+def test_the_wrong_number_of_rows_is_told(rows):
+    model = several(tiny.llama(), {"a": SVF()})
+    with spectune.route(model, ["a"] * rows), pytest.raises(SpectuneError, match=rf"given {rows} rows .*\(4, 7, 32\)"):
+        model(ids(4))
+    with spectune.route(model, ["a", None]), pytest.raises(SpectuneError, match="one entry for each row"):
+        model(ids(4))  # a multiple is meant for generate's beams only
+
+
+def test_what_cannot_be_routed_is_told():
+    model = several(nn.Sequential(nn.Linear(4, 4)), {"a": SVF()})
+    for rows in ("a", {"a": 1.0}, []):
+        with pytest.raises(SpectuneError, match="list with one entry for each row"), spectune.route(model, rows):
+            pass
+    with pytest.raises(SpectuneError, match="no adapter 'b'"), spectune.route(model, ["a", "b"]):
+        pass
+    with spectune.route(model, ["a", None, None, None]), pytest.raises(SpectuneError, match=r"\(4,\)"):
+        model(torch.randn(4))
+    with pytest.raises(SpectuneError, match="no adapter"), spectune.route(nn.Linear(2, 2), [None]):
+        pass
+
+
+def test_parts_adapted_apart_are_routed_together():
+    model: Any = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 4)))
+    several(model[0], {"a": SVF()})
+    several(model[1], {"a": LoRA(rank=2)})
+    x = torch.randn(2, 6)
+    spectune.activate(model, "a")
+    active = model(x)
+    spectune.activate(model, None)
+    plain = model(x)
+    assert not torch.allclose(active, plain)
+    with spectune.route(model, [None, "a"]):
+        torch.testing.assert_close(model(x), torch.stack([plain[0], active[1]]))
+    spectune.detach(model)
+    assert torch.equal(model(x), plain)
+    assert all(p.requires_grad for p in model.parameters())
