@@ -1,0 +1,220 @@
+"""Adapted models are copied, pickled, saved and loaded like any other; tied weights and wrappers survive."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from transformers.pytorch_utils import Conv1D
+
+import spectune
+import tiny
+from spectune.layers.adapted import adapted_layers
+
+METHODS = [
+    "svf",
+    "svft:pattern=random,width=1",
+    "lora:rank=2",
+    "pissa:rank=2",
+    "dora:rank=2",
+    "adalora:rank=2,total_steps=20",
+]
+
+
+def small(method) -> Any:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Conv1D(5, 8))
+    spectune.adapt(model, method)
+    with torch.no_grad():
+        for parameter in adapted_parameters(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def adapted_parameters(model):
+    return [p for n, p in model.named_parameters() if ".adapters." in n]
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, by_pickle])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_answers_alike_and_goes_its_own_way(method, copied_by):
+    model, x = small(method), torch.randn(3, 6)
+    y = model(x)
+    copied = copied_by(model)
+    assert torch.equal(copied(x), y)
+    assert type(copied[0]) is type(model[0])
+    assert copied[0].selection is copied[2].selection is not model[0].selection
+
+    optimizer = torch.optim.SGD(adapted_parameters(copied), lr=0.1)
+    copied(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(copied(x), y)
+    spectune.activate(copied, None)
+    assert torch.equal(model(x), y)
+    spectune.detach(copied)
+    assert not adapted_layers(copied)
+    assert type(copied[0]) is nn.Linear
+    assert type(copied[2]) is Conv1D
+    assert all(p.requires_grad for p in copied.parameters())
+    assert len(adapted_layers(model)) == 2
+    assert not model[0].weight.requires_grad
+
+
+def test_torch_save_keeps_a_whole_model(tmp_path):
+    model, x = small("svf"), torch.randn(3, 6)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+    spectune.merge(loaded)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_dict_keeps_the_bases_names_and_round_trips(method):
+    plain = {n for n, _ in nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Conv1D(5, 8)).named_parameters()}
+    model, x = small(method), torch.randn(3, 6)
+    state = model.state_dict()
+    assert {key for key in state if ".adapters." not in key} == plain
+    other = small(method)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    other[0].load_state_dict({k.removeprefix("0."): v for k, v in state.items() if k.startswith("0.")})
+    other[2].load_state_dict({k.removeprefix("2."): v for k, v in state.items() if k.startswith("2.")})
+    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    if method == "lora:rank=2":  # without a basis, the state is everything
+        assert torch.equal(other(x), model(x))
+
+
+def tied() -> Any:
+    model = tiny.llama(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+IDS = torch.arange(5, 15)[None]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def trained(model, *targets):
+    spectune.adapt(model, "svf", *targets)
+    with torch.no_grad():
+        for parameter in adapted_parameters(model):
+            parameter.mul_(1.2)
+    return model
+
+
+def test_saving_an_adapted_model_and_loading_it_gives_the_base(tmp_path):
+    model = tied()
+    plain = logits(model)
+    trained(model)
+    assert not torch.allclose(logits(model), plain)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert torch.equal(logits(loaded), plain)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_merged_model_is_saved_and_loaded_with_its_ties(tmp_path):
+    model = trained(tied())
+    expected = logits(model)
+    spectune.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_adapter_on_the_tied_head_unties_it_only_by_merging(tmp_path):
+    model = tied()
+    plain, embedding = logits(model), model.model.embed_tokens.weight
+    trained(model, ["lm_head", "q_proj"])
+    assert model.lm_head.weight is embedding
+    expected = logits(model)
+    assert not torch.allclose(expected, plain)
+    spectune.detach(copy.deepcopy(model))
+    assert torch.equal(logits(model), expected)
+    before = embedding.detach().clone()
+    spectune.merge(model)
+    assert torch.equal(embedding, before)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight is embedding
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+def test_layers_that_accelerate_has_wrapped_answer_too():
+    model: Any = nn.Sequential(nn.Linear(6, 4))
+    x = torch.randn(2, 6)
+    plain = model(x)
+    add_hook_to_module(model[0], Doubling())
+    spectune.adapt(model, "svf")
+    with torch.no_grad():
+        adapted_parameters(model)[0].fill_(3)
+    torch.testing.assert_close(model(x), 2 * (3 * plain - 2 * model[0].bias))
+    spectune.detach(model)
+    assert torch.equal(model(x), 2 * plain)
+    spectune.adapt(model, "svf")
+    remove_hook_from_module(model[0])
+    with torch.no_grad():
+        adapted_parameters(model)[0].fill_(3)
+    torch.testing.assert_close(model(x), 3 * plain - 2 * model[0].bias)
+
+
+def test_forward_hooks_and_moves_between_dtypes_go_on_working():
+    model: Any = nn.Sequential(nn.Linear(6, 4))
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    spectune.adapt(model, "dora:inner=svf")
+    model(torch.randn(2, 6))
+    assert seen == [1]
+    assert model.double()(torch.randn(2, 6).double()).dtype == torch.float64
+    assert model.bfloat16()(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_model_on_the_meta_device_is_adapted_for_counting():
+    with torch.device("meta"):
+        model: Any = nn.Sequential(nn.Linear(600, 400))
+    spectune.adapt(model, "dora:inner=pissa,rank=8")
+    assert sum(p.numel() for p in adapted_parameters(model)) == 8 * 1000 + 400
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_part_of_a_model_that_has_its_own_adapters_attribute():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.adapters = nn.ModuleList([nn.Linear(4, 4)])
+            self.bases = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.bases(self.adapters[0](x))
+
+    model: Any = Block()
+    x = torch.randn(2, 4)
+    plain = model(x)
+    spectune.adapt(model, "svf")
+    assert set(adapted_layers(model)) == {"adapters.0", "bases"}
+    assert torch.equal(model(x), plain)
+    spectune.detach(model)
+    assert torch.equal(model(x), plain)
