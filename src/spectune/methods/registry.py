@@ -44,7 +44,8 @@ def find(name: str) -> type[Method]:
 def parse(text: str | Method) -> Method:
     """Return the method that `name` or `name:field=value,...` describes.
 
-    `dora:inner=pissa,rank=16` gives fields that DoRA has not to the inner method.
+    `dora:inner=pissa,rank=16` gives fields that DoRA has not to the inner method; without `inner` they change the
+    method that is inside by default.
 
     Raises:
         SpectuneError: an unknown method or field, or a value that the field does not take.
@@ -57,7 +58,9 @@ def parse(text: str | Method) -> Method:
         field, equals, value = pair.partition("=")
         if not equals:
             raise SpectuneError(f"{pair!r} in method {text!r} is not field=value")
-        values[field.strip()] = _literal(value.strip())
+        if (field := field.strip()) in values:
+            raise SpectuneError(f"{field!r} is given twice in method {text!r}")
+        values[field] = _literal(value.strip())
     return from_fields({"name": name, **values}, complete=False)
 
 
@@ -77,9 +80,10 @@ def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
     known = {f.name for f in dataclasses.fields(cls)}
     given = {k: v for k, v in fields.items() if k != "name"}
     if "inner" in known and not complete:
-        inner = find(str(given.pop("inner", "lora")))
-        theirs = {f.name for f in dataclasses.fields(inner)}
-        given["inner"] = {"name": inner.name, **{k: given.pop(k) for k in list(given) if k in theirs - known}}
+        chosen = given.pop("inner", None)
+        start = _default(cls, "inner").fields() if chosen is None else {"name": find(str(chosen)).name}
+        theirs = {f.name for f in dataclasses.fields(find(start["name"]))} - known
+        given["inner"] = start | {k: given.pop(k) for k in list(given) if k in theirs}
     for key in given.keys() - known:
         raise SpectuneError(f"{cls.name} has no field {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})")
     for key in known - given.keys() if complete else ():
@@ -94,12 +98,18 @@ def to_text(method: Method) -> str:
     parts = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
+        if value == _default(type(method), field.name):
+            continue
         if isinstance(value, Method):
             inner_name, _, inner_rest = to_text(value).partition(":")
             parts += [f"inner={inner_name}", *filter(None, [inner_rest])]
-        elif value != field.default:
+        else:
             parts.append(f"{field.name}={value}")
     return f"{method.name}:{','.join(parts)}" if parts else method.name
+
+
+def _default(cls: type[Method], field: str) -> Any:
+    return getattr(cls(), field)
 
 
 def _literal(text: str) -> Any:
