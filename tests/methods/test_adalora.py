@@ -1,0 +1,258 @@
+"""AdaLoRA's scores, budget and orthogonality against the paper, in a plain loop and in transformers.Trainer."""
+
+import copy
+import gc
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+
+import spectune
+import tiny
+from spectune import AdaLoRA, DoRA, LoRA
+from spectune.methods._budget import BudgetSchedule
+
+STEPS, LAYERS, RANK, FIRST = 20, 3, 2, 4
+METHOD = AdaLoRA(
+    rank=RANK, initial_rank=FIRST, total_steps=STEPS, t_init=3, t_final=5, interval=4, gamma=0.3, beta2=0.7
+)
+
+
+def network() -> Any:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (
+            torch.randn(12, 6, dtype=torch.float64, generator=generator),
+            torch.randn(12, 5, dtype=torch.float64, generator=generator),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def updates(model):
+    return [m for m in model.modules() if hasattr(m, "sensitivity_E")]
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def kept(model):
+    return sum(int((update.E != 0).sum()) for update in updates(model))
+
+
+def train(model, batches, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=0.02)
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_the_papers_algorithm_step_by_step():
+    """Algorithm 1 of the paper, with the regularizer in the loss, dense weights and plain loops."""
+    method = METHOD
+    model = spectune.adapt(network(), method)
+    ours = updates(model)
+    layers = [{k: v.detach().clone().requires_grad_() for k, v in u.trained().items()} for u in ours]
+    smooth = [{k: [torch.zeros_like(v), torch.zeros_like(v)] for k, v in layer.items()} for layer in layers]
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
+    reference = torch.optim.AdamW([p for layer in layers for p in layer.values()], lr=0.02)
+    base = network()
+    counts, final = [], None
+    for t, (x, y) in enumerate(data(), start=1):
+        train(model, [(x, y)], optimizer)
+
+        h, penalty = x, 0
+        for i, layer in enumerate(layers):
+            linear = base[2 * i]
+            W = linear.weight + method.alpha / FIRST * layer["P"] @ torch.diag(layer["E"]) @ layer["Q"]
+            h = F.linear(h, W, linear.bias)
+            h = torch.tanh(h) if i < LAYERS - 1 else h
+            eye = torch.eye(FIRST, dtype=torch.float64)
+            penalty = penalty + (layer["P"].T @ layer["P"] - eye).pow(2).sum()
+            penalty = penalty + (layer["Q"] @ layer["Q"].T - eye).pow(2).sum()
+        reference.zero_grad()
+        (F.mse_loss(h, y) + method.gamma * penalty).backward()
+        scores = torch.zeros(LAYERS, FIRST, dtype=torch.float64)
+        for i, layer in enumerate(layers):
+            importance = {}
+            for key, w in layer.items():
+                assert w.grad is not None
+                I = (w * w.grad).abs().detach()
+                bar, uncertain = smooth[i][key]
+                bar = method.beta1 * bar + (1 - method.beta1) * I
+                uncertain = method.beta2 * uncertain + (1 - method.beta2) * (I - bar).abs()
+                smooth[i][key] = [bar, uncertain]
+                importance[key] = bar * uncertain
+            for j in range(FIRST):
+                scores[i, j] = importance["E"][j] + importance["P"][:, j].mean() + importance["Q"][j, :].mean()
+        reference.step()
+        end = STEPS - 5
+        if (3 < t <= end and t % 4 == 0) or t == end:
+            budget = RANK + (FIRST - RANK) * (1 - (t - 3) / (STEPS - 5 - 3)) ** 3
+            best = scores.flatten().topk(round(budget * LAYERS)).indices
+            final = torch.zeros(LAYERS * FIRST, dtype=torch.bool)
+            final[best] = True
+            final = final.view(LAYERS, FIRST)
+        if final is not None and (t >= end or t % 4 == 0):
+            with torch.no_grad():
+                for layer, keep in zip(layers, final, strict=True):
+                    layer["E"].mul_(keep)
+
+        for update, layer in zip(ours, layers, strict=True):
+            assert int(update.step) == t
+            for key, value in layer.items():
+                torch.testing.assert_close(getattr(update, key), value, rtol=1e-9, atol=1e-12)
+        counts.append(kept(model))
+    assert counts[:3] == [12, 12, 12]
+    assert counts[7] == round(3 * (2 + 2 * (7 / 12) ** 3))
+    assert counts[-6:] == [RANK * LAYERS] * 6
+
+
+def test_pruned_triplets_may_come_back_before_the_end():
+    model = spectune.adapt(network(), METHOD)
+    batches, seen = data(), []
+    optimizer = train(model, batches[:8])
+    pruned = [update.E == 0 for update in updates(model)]
+    train(model, batches[8:9], optimizer)
+    seen = [bool((update.E[p] != 0).all()) for update, p in zip(updates(model), pruned, strict=True)]
+    assert sum(int(p.sum()) for p in pruned) == 12 - round(3 * (2 + 2 * (7 / 12) ** 3))
+    assert all(seen)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradient_accumulation_counts_optimizer_steps(accumulate):
+    model = spectune.adapt(network(), METHOD)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
+    for x, y in data():
+        optimizer.zero_grad()
+        for part_x, part_y in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+            (F.mse_loss(model(part_x), part_y) / accumulate).backward()
+        optimizer.step()
+    assert {int(update.step) for update in updates(model)} == {STEPS}
+    assert kept(model) == RANK * LAYERS
+
+
+def test_its_state_travels_in_the_state_dict():
+    batches = data()
+    model = spectune.adapt(network(), METHOD)
+    optimizer = train(model, batches[:9])
+    state, optimizer_state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, batches[9:], optimizer)
+
+    resumed = spectune.adapt(network(), METHOD)
+    resumed.load_state_dict(state)
+    optimizer = torch.optim.AdamW(trainable(resumed), lr=0.02)
+    optimizer.load_state_dict(optimizer_state)
+    train(resumed, batches[9:], optimizer)
+    for key, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value)
+    assert kept(resumed) == RANK * LAYERS
+
+
+def test_a_copy_has_a_schedule_of_its_own():
+    batches = data()
+    model = spectune.adapt(network(), METHOD)
+    train(model, batches[:5])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copied = copy.deepcopy(model)
+    train(copied, batches[5:])
+    assert kept(copied) == RANK * LAYERS
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    train(model, batches[5:])
+    assert all(torch.equal(v, copied.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_two_models_and_another_optimizer_do_not_disturb_each_other():
+    first, second = (spectune.adapt(network(), METHOD) for _ in range(2))
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    train(first, data()[:2])
+    assert [int(u.step) for u in updates(first) + updates(second)] == [2] * 3 + [0] * 3
+
+
+def test_a_schedule_goes_with_its_adapter():
+    gc.collect()
+    before = len(BudgetSchedule._alive)
+    model = spectune.adapt(network(), METHOD)
+    assert len(BudgetSchedule._alive) == before + 1
+    spectune.detach(model)
+    gc.collect()
+    assert len(BudgetSchedule._alive) == before
+    spectune.adapt(model, LoRA(rank=2))
+    train(model, data()[:1])
+
+
+def test_without_a_length_it_warns_once_and_keeps_every_triplet():
+    model = spectune.adapt(network(), AdaLoRA(rank=2))
+    with pytest.warns(UserWarning, match=r"does not know the length of the run.*give AdaLoRA\(total_steps"):
+        optimizer = train(model, data()[:1])
+    train(model, data()[1:], optimizer)
+    assert kept(model) == 3 * LAYERS
+
+
+def test_phases_longer_than_the_run_are_told_when_the_run_is_known():
+    from spectune.methods._budget import tell_total_steps
+
+    model = spectune.adapt(network(), AdaLoRA(rank=2, t_init=30))
+    tell_total_steps(model, STEPS)
+    with pytest.raises(spectune.SpectuneError, match="must be below total_steps"):
+        train(model, data()[:1])
+
+
+def test_inside_a_dora_it_prunes_as_well():
+    model = spectune.adapt(network(), DoRA(METHOD))
+    train(model, data())
+    assert kept(model) == RANK * LAYERS
+
+
+def test_beside_another_method_the_budget_is_over_its_own_layers():
+    model = spectune.adapt(network(), METHOD, overrides={"2": "svf"})
+    train(model, data())
+    assert kept(model) == RANK * 2
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        ids = torch.randint(3, 96, (6,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("how", ["max_steps", "epochs"])
+def test_transformers_trainer_tells_it_the_length(how, tmp_path):
+    model = tiny.llama()
+    spectune.adapt(model, AdaLoRA(rank=2, interval=2), ["q_proj", "v_proj", "down_proj"])
+    length: Any = {"max_steps": 12} if how == "max_steps" else {"num_train_epochs": 4}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        **length,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        transformers.Trainer(model=model, args=arguments, train_dataset=Rows()).train()
+    assert {int(update.step) for update in updates(model)} == {12}
+    assert kept(model) == 2 * 6
