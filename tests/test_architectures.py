@@ -83,7 +83,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, method, r
     assert grads[0].keys() == grads[1].keys()
     assert all(".adapters." in name for name in grads[0])
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad)
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-4)
 
 
 COMPILED = [
