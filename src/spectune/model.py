@@ -71,12 +71,7 @@ def adapt(
     plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
     _install(model, plan, name, progress=progress)
     _train_only(model, name)
-    by_method: defaultdict[Method, list[Update]] = defaultdict(list)
-    for layer in adapted_layers(model).values():
-        for update in _updates(layer, name):
-            by_method[update.method].append(update)
-    for chosen, updates in by_method.items():
-        chosen.start_schedule(updates)
+    _start_schedules(model, name)
     return model
 
 
@@ -103,6 +98,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
     _install(model, plan, name, expected={n: layer.update_sketch for n, layer in adapter.layers.items()})
     _train_only(model, name if trainable else None)
+    if trainable:
+        _start_schedules(model, name)
     return model
 
 
@@ -395,6 +392,15 @@ def _train_only(model: nn.Module, name: str | None) -> None:
     for layer in adapted_layers(model).values():
         if name is not None and name in layer.adapters:
             layer.adapters[name].requires_grad_(True)  # type: ignore[index]
+
+
+def _start_schedules(model: nn.Module, name: str) -> None:
+    by_method: defaultdict[Method, list[Update]] = defaultdict(list)
+    for layer in adapted_layers(model).values():
+        for update in _updates(layer, name):
+            by_method[update.method].append(update)
+    for method, updates in by_method.items():
+        method.start_schedule(updates)
 
 
 def _updates(layer: Adapted, name: str) -> list[Update]:

@@ -85,5 +85,6 @@ def _output_embedding(model: Any) -> Any:
 
 
 def _used_raw(model: nn.Module, name: str) -> bool:
-    """Whether torch's own attention reads the layer's weight without calling the layer."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    """Whether torch's own attention or encoder reads the layer's weight, at times, without calling the layer."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer))

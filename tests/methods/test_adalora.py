@@ -219,6 +219,18 @@ def test_inside_a_dora_it_prunes_as_well():
     assert kept(model) == RANK * LAYERS
 
 
+def test_an_attached_adapter_that_trains_is_pruned_again():
+    model = spectune.adapt(network(), METHOD)
+    train(model, data()[:5])
+    adapter = spectune.extract(model)
+    frozen = spectune.attach(network(), adapter)
+    assert not trainable(frozen)
+    assert not updates(frozen)
+    again = spectune.attach(network(), adapter, trainable=True)
+    train(again, data())
+    assert kept(again) == RANK * LAYERS
+
+
 def test_beside_another_method_the_budget_is_over_its_own_layers():
     model = spectune.adapt(network(), METHOD, overrides={"2": "svf"})
     train(model, data())

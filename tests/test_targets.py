@@ -1,0 +1,88 @@
+"""Which layers a method goes to: suffixes, regexes, exclusions and overrides."""
+
+from typing import Any
+
+import pytest
+import torch.nn as nn
+
+import tiny
+import spectune
+from spectune import SVF, DoRA, LoRA
+from spectune.targets import resolve
+
+BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+EVERY = [f"model.layers.{i}.{name}" for i in (0, 1) for name in BLOCK]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.llama()
+
+
+def names(*args, **kwargs):
+    return list(resolve(*args, **kwargs))
+
+
+def test_all_linear_is_all_but_the_output_embedding_in_order(model):
+    assert names(model, SVF()) == EVERY
+    assert names(model, SVF(), ["lm_head", "q_proj"]) == [EVERY[0], EVERY[7], "lm_head"]
+    assert "cls.predictions.decoder" not in names(tiny.bert(), SVF())
+    assert "cls.predictions.transform.dense" in names(tiny.bert(), SVF())
+
+
+def test_suffixes_end_at_a_dot(model):
+    assert names(model, SVF(), ["q_proj", "v_proj"]) == [n for n in EVERY if n.endswith(("q_proj", "v_proj"))]
+    assert names(model, SVF(), "down_proj") == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert names(model, SVF(), ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+    with pytest.raises(ValueError, match="'proj' matches no linear layer"):
+        names(model, SVF(), ["proj"])
+
+
+def test_one_string_may_be_a_regex_for_the_whole_name(model):
+    assert names(model, SVF(), r".*\.0\..*[qk]_proj") == EVERY[:2]
+    assert names(model, SVF(), exclude=r".*\.mlp\..*") == [n for n in EVERY if "mlp" not in n]
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        names(model, SVF(), r"layers\.0")
+
+
+def test_overrides_go_from_whole_name_to_regex_to_suffix(model):
+    chosen = resolve(
+        model,
+        SVF(),
+        ["q_proj", "v_proj"],
+        overrides={
+            "v_proj": "lora:rank=2",
+            r".*\.1\..*v_proj": DoRA(),
+            "model.layers.1.self_attn.q_proj": None,
+            r".*\.1\..*q_proj": LoRA(rank=3),
+            "down_proj": LoRA(rank=4),
+        },
+    )
+    assert chosen == {
+        "model.layers.0.self_attn.q_proj": SVF(),
+        "model.layers.0.self_attn.v_proj": LoRA(rank=2),
+        "model.layers.0.mlp.down_proj": LoRA(rank=4),
+        "model.layers.1.self_attn.v_proj": DoRA(),
+        "model.layers.1.mlp.down_proj": LoRA(rank=4),
+    }
+
+
+def test_what_is_excluded_stays_out_of_overrides(model):
+    chosen = resolve(model, SVF(), exclude=r".*\.0\..*", overrides={"q_proj": LoRA()})
+    assert [n for n in chosen if ".0." in n] == []
+    assert chosen["model.layers.1.self_attn.q_proj"] == LoRA()
+
+
+def test_layers_that_torch_may_read_without_calling_are_left_out():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.MultiheadAttention(8, 2), nn.Linear(8, 2))
+    assert names(model, SVF()) == ["2"]
+    with pytest.raises(ValueError, match=r"'out_proj' matches no linear layer"):
+        names(model, SVF(), ["out_proj"])
+
+
+def test_a_model_may_be_one_layer():
+    layer = nn.Linear(3, 4)
+    assert names(layer, SVF()) == [""]
+    assert spectune.adapt(layer, "svf") is layer
+    assert type(spectune.merge(layer)) is nn.Linear
