@@ -90,7 +90,7 @@ def fast_bf16(device: str | torch.device = "cpu") -> bool:
         times = []
         for _ in range(4):
             start = time.perf_counter()
-            a @ a
+            torch.mm(a, a)
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -221,7 +221,8 @@ def _converted(name: str, gguf: Path) -> Path:
         temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        causal: Any = transformers.AutoModelForCausalLM
+        model = causal.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.config._name_or_path = name
     del model.config.quantization_config
     model.hf_quantizer = None

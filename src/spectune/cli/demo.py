@@ -16,6 +16,7 @@ def demo(
     lr: float | None = typer.Option(None, help="Learning rate; the method's own if not given."),
     steps: int = typer.Option(24, min=1, help="Optimizer steps."),
     batch_size: int = typer.Option(8, min=1, help="Chat pairs in a step."),
+    held: int = typer.Option(32, min=1, help="Chat pairs held out."),
     output: Path = typer.Option(Path("runs/pirate"), help="Folder for the adapter, the log and the curve."),
     model: str = typer.Option("smollm2-135m", help="Embedded name, local folder or hub id."),
     dtype: str | None = DTYPE,
@@ -40,7 +41,7 @@ def demo(
     }
     config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
     console = Console(stderr=json)
-    result = run_demo(config, console)
+    result = run_demo(config, held, console)
     if json:
         print_json(result._asdict())
         return

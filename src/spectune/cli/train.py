@@ -11,7 +11,7 @@ from spectune.cli.shared import JSON, print_json
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
 
-SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+SETTINGS = {"ignore_unknown_options": True}
 
 
 def _keys() -> str:
@@ -31,16 +31,12 @@ Settings come from a YAML file, then from key=value or --key value, which win. T
 
 
 def train(
-    context: typer.Context,
-    run: Path | None = typer.Argument(None, metavar="[RUN.YAML]", help="Settings; all may be given as key=value."),
-    settings: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings that win over the file's."),
+    settings: list[str] = typer.Argument(
+        None, metavar="[RUN.YAML] [KEY=VALUE]...", help="A file, and what wins over it."
+    ),
     json: bool = JSON,
 ) -> None:
-    pairs = list(settings or [])
-    if run is not None and "=" in str(run) and not run.exists():
-        pairs.insert(0, str(run))
-        run = None
-    config = load_config(run, _join(pairs + context.args))
+    config = load_config(*_file_and_pairs(settings or []))
     from spectune.training.run import train as train_
 
     console = Console(stderr=True)
@@ -63,23 +59,23 @@ def train(
     console.print(f"saved {result.adapter!r} in {config.output}", highlight=False)
 
 
-def _join(arguments: list[str]) -> list[str]:
-    """Turn `--key value` and `--key=value` into key=value."""
-    pairs, i = [], 0
-    while i < len(arguments):
-        argument = arguments[i]
+def _file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take apart the file, key=value, --key value and --key=value.
+
+    Raises:
+        SpectuneError: a flag without a value, or a second file.
+    """
+    file, pairs, rest = None, [], iter(arguments)
+    for argument in rest:
         if argument.startswith("--"):
-            key = argument[2:].replace("-", "_")
-            if "=" not in key:
-                i += 1
-                if i == len(arguments):
-                    raise SpectuneError(f"{argument} needs a value")
-                key = f"{key}={arguments[i]}"
-            else:
-                name, _, value = argument[2:].partition("=")
-                key = f"{name.replace('-', '_')}={value}"
-            pairs.append(key)
-        else:
+            key, equals, value = argument[2:].partition("=")
+            if not equals and (value := next(rest, None)) is None:  # type: ignore[assignment]
+                raise SpectuneError(f"{argument} needs a value")
+            pairs.append(f"{key.replace('-', '_')}={value}")
+        elif "=" in argument and not Path(argument).exists():
             pairs.append(argument)
-        i += 1
-    return pairs
+        elif file is None:
+            file = argument
+        else:
+            raise SpectuneError(f"two files are given, {file!r} and {argument!r}; give one, and key=value for the rest")
+    return file, pairs

@@ -86,7 +86,7 @@ class AdapterTrainer(Trainer):
                 target[key].copy_(tensor)
 
 
-def adapter_state(model: torch.nn.Module) -> dict[str, Tensor]:
+def adapter_state(model: Any) -> dict[str, Tensor]:
     """Return every tensor of the adapters in a model's state, schedules included, by name."""
     return {key: value for key, value in model.state_dict().items() if ".adapters." in f".{key}"}
 

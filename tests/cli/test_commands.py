@@ -1,0 +1,167 @@
+"""The commands as a user types them, on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import spectune
+from spectune.cli import app, main
+from training.folder import make_tokenizer, save_folder
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory):
+    """Folders of an SVF and a LoRA adapter, trained for two steps by the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "data.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"say {w}", "completion": f"ahoy {w}"}) for w in ["one", "two"] * 6)
+    )
+    for name, method in (("pirate", "svf"), ("chef", "lora:rank=2")):
+        arguments = ["train", f"model={model}", f"data={data}", f"output={folder / name}", f"method={method}"]
+        result = run(*arguments, "--lr", "1e-2", "--max-steps=2", "dtype=fp32", "held_out=0")
+        assert "saved Adapter" in result.stderr
+    return {name: str(folder / name) for name in ("pirate", "chef")}
+
+
+def run(*arguments, code=0, stdin=None):
+    result = runner.invoke(app, list(arguments), input=stdin)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def fails(monkeypatch, capsys, *arguments):
+    """Return what stderr says when the command line ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["spectune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err + output.out
+    return " ".join(output.err.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["", "demo", "methods", "train", "generate", "chat", "compose", "export", "import", "cache"]
+)
+def test_every_command_has_help(command):
+    assert "Usage" in run(*filter(None, [command]), "--help").output
+
+
+def test_help_of_train_names_every_key():
+    from spectune.training.config import TrainConfig
+
+    text = run("train", "--help").output
+    assert all(key in text for key in TrainConfig.model_fields)
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, spectune.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_methods_lists_all_with_their_papers():
+    rows = json.loads(run("methods", "--json").stdout)
+    assert {"lora", "svf", "svft", "pissa", "milora", "lora_xs", "dora", "adalora"} <= {r["method"] for r in rows}
+    assert all(row["paper"].startswith("arXiv:") for row in rows)
+    assert "pissa" in run("methods").output
+
+
+def test_generate_with_one_and_with_weighted_adapters(model, adapters):
+    plain = json.loads(run("generate", model, "say one", "--json", "--max-new-tokens", "5").stdout)
+    none = json.loads(
+        run("generate", model, "say one", "-a", adapters["pirate"] + ":0", "--json", "--max-new-tokens", "5").stdout
+    )
+    assert plain[0]["tokens"] == none[0]["tokens"]
+    arguments = ["-a", adapters["pirate"] + ":0.7", "-a", adapters["chef"] + ":0.3"]
+    mixed = json.loads(run("generate", model, "say one", "say two", *arguments, "--json").stdout)
+    assert [reply["prompt"] for reply in mixed] == ["say one", "say two"]
+
+
+def test_generate_reads_stdin_and_prints_text(model):
+    assert run("generate", model, "--max-new-tokens", "3", stdin="say one\n").stdout.strip()
+
+
+def test_chat_remembers_resets_and_quits(model, adapters):
+    result = run(
+        "chat", model, "-a", adapters["pirate"], "--max-new-tokens", "3", stdin="say one\n\n/reset\nsay\n/quit\n"
+    )
+    assert len(result.stdout.strip().splitlines()) >= 2
+
+
+def test_compose_adds_on_files(adapters, tmp_path):
+    out = tmp_path / "sum"
+    result = json.loads(
+        run("compose", str(out), adapters["pirate"] + ":0.5", adapters["pirate"] + ":1.5", "--json").stdout
+    )
+    one, total = spectune.Adapter.load(adapters["pirate"]), spectune.Adapter.load(out)
+    assert result["parameters"] == one.parameter_count()
+    name = next(iter(one.layers))
+    z, doubled = (a.layers[name].terms[0].trained["z"] - 1 for a in (one, total))
+    assert (doubled - 2 * z).abs().max() < 1e-6
+
+
+def test_compose_of_different_methods_compresses(model, adapters, tmp_path):
+    out = tmp_path / "small"
+    terms = [adapters["pirate"], adapters["chef"] + ":-0.5"]
+    result = json.loads(run("compose", str(out), *terms, "--rank", "2", "--base", model, "--json").stdout)
+    assert 0 < result["error"] < 1
+    assert spectune.Adapter.load(out).layers["model.layers.0.self_attn.q_proj"].terms[0].method.rank == 2
+
+
+def test_export_to_peft_and_import_again(model, adapters, tmp_path):
+    result = json.loads(run("export", adapters["pirate"], str(tmp_path / "peft"), "--rank", "4", "--json").stdout)
+    assert 0 < result["error"] < 1
+    run("import", str(tmp_path / "peft"), str(tmp_path / "back"))
+    ours = spectune.Adapter.load(tmp_path / "back")
+    assert ours.layers["model.layers.0.mlp.up_proj"].terms[0].method == spectune.LoRA(rank=4, alpha=4)
+
+
+def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tmp_path):
+    run("export", adapters["pirate"], str(tmp_path / "merged"), "--format", "merged")
+    arguments = ["say one", "--json", "--dtype", "fp32", "--max-new-tokens", "6"]
+    merged = json.loads(run("generate", str(tmp_path / "merged"), *arguments).stdout)
+    adapted = json.loads(run("generate", model, "-a", adapters["pirate"], *arguments).stdout)
+    assert merged[0]["tokens"] == adapted[0]["tokens"]
+
+
+def test_train_reads_yaml(model, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one two three"}\n' * 4)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {model}\ndata: {data}\noutput: {tmp_path / 'out'}\nmax_steps: 5\nheld_out: 0.5\n")
+    result = json.loads(run("train", str(config), "max_steps=1", "--json").stdout)
+    assert result["steps"] == 1
+    assert result["held_out_loss_before"] > 0
+
+
+def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, adapters, tmp_path):
+    def says(*arguments):
+        return fails(monkeypatch, capsys, *arguments)
+
+    assert "unknown key 'lrr'; did you mean 'lr'" in says("train", "lrr=1")
+    assert "model is not given" in says("train")
+    assert "there is no adapter folder" in says("generate", model, "say", "-a", str(tmp_path / "none"))
+    assert "is not FOLDER or FOLDER:WEIGHT" in says("generate", model, "say", "-a", "a:b")
+    assert "unknown model 'smollm'; did you mean 'smollm2-135m'" in says("generate", "smollm", "say")
+    assert "there is no model folder" in says("generate", "./nowhere", "say")
+    assert "the model's context holds 64" in says("generate", model, "one " * 70)
+    assert "needs a value" in says("train", "--lr")
+    assert "unknown method 'svv'" in says("demo", "--method", "svv")
+    assert "is not an adapter" in says("import", str(tmp_path), str(tmp_path / "out"))
+    assert "unknown dtype 'fp31'" in says("generate", model, "say", "--dtype", "fp31")
+
+
+def test_a_folder_without_a_model_is_told(monkeypatch, capsys, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    assert "cannot be loaded as a model" in fails(monkeypatch, capsys, "generate", str(tmp_path), "say")

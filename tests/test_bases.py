@@ -1,0 +1,49 @@
+"""Base models by name, dtypes and folders."""
+
+import pytest
+import torch
+import transformers
+
+import spectune
+from spectune import bases
+from spectune.errors import SpectuneError
+from training.folder import save_folder
+
+
+def test_the_embedded_encoder_loads():
+    model, tokenizer = spectune.load_base("minilm-l6", "fp32")
+    assert isinstance(model, transformers.BertModel)
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216
+    states = model(**tokenizer("Ahoy there", return_tensors="pt")).last_hidden_state
+    assert states.shape[-1] == 384
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_dtypes(tmp_path, name, kind):
+    model, _ = spectune.load_base(save_folder(tmp_path / "model"), name)
+    assert model.dtype == kind
+    assert not model.training
+
+
+def test_auto_takes_bf16_only_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(bases, "fast_bf16", lambda device: True)
+    assert bases.resolve_dtype(None) == torch.bfloat16
+    monkeypatch.setattr(bases, "fast_bf16", lambda device: False)
+    assert bases.resolve_dtype("auto") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2", "unknown model 'smollm2'; did you mean 'smollm2-135m'"),
+        ("./nothing", "there is no model folder"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(SpectuneError, match=message):
+        spectune.load_base(name)
+
+
+def test_a_package_that_is_not_there():
+    with pytest.raises(SpectuneError, match="pip install --no-deps no-such-package"):
+        bases.package_file("no-such-package", "file")

@@ -1,0 +1,54 @@
+"""YAML, key=value and their errors."""
+
+import pytest
+
+from spectune.errors import SpectuneError
+from spectune.training.config import load_config
+
+NEEDED = ["model=m", "data=d.jsonl", "output=o"]
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d.jsonl\noutput: o\nlr: 1e-4\nmethod: pissa:rank=4\ntargets: [q_proj, v_proj]\n")
+    config = load_config(path, ["lr=2e-3", "method=lora:rank=2", "resume=true"])
+    assert (config.lr, config.method, config.resume) == (2e-3, "lora:rank=2", True)
+    assert config.targets == ["q_proj", "v_proj"]
+    assert load_config(path, []).lr == 1e-4
+
+
+def test_the_learning_rate_is_the_methods_own_if_not_given():
+    assert load_config(None, [*NEEDED, "method=svf"]).learning_rate() == 2e-2
+    assert load_config(None, [*NEEDED, "method=svf", "lr=0.5"]).learning_rate() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([*NEEDED, "learning_rat=1"], "unknown key 'learning_rat'"),
+        ([*NEEDED, "warmpu=1"], "did you mean 'warmup'"),
+        (["model=m", "output=o"], "data is not given"),
+        ([*NEEDED, "lr=-1"], "lr: .*greater than 0"),
+        ([*NEEDED, "batch_size=many"], "batch_size: .*integer"),
+        ([*NEEDED, "schedule=wavy"], "schedule: "),
+        ([*NEEDED, "method=lroa"], "did you mean 'lora'"),
+        ([*NEEDED, "method=lora:rank=0"], "rank of LoRA"),
+        ([*NEEDED, "overrides={mlp: svv}"], "did you mean 'svf'"),
+        ([*NEEDED, "lr"], "not key=value"),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(SpectuneError, match=message):
+        load_config(None, settings)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(SpectuneError, match="cannot read"):
+        load_config(tmp_path / "none.yaml", [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(SpectuneError, match="not valid YAML"):
+        load_config(broken, [])
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(SpectuneError, match="key: value"):
+        load_config(broken, [])

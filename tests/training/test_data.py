@@ -1,0 +1,116 @@
+"""Reading, splitting and tokenizing."""
+
+import json
+
+import pytest
+
+from spectune.errors import SpectuneError
+from spectune.training.data import encode, encode_one, read_jsonl, split
+from training.folder import make_tokenizer
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "say hello"},
+        {"role": "assistant", "content": "ahoy"},
+        {"role": "user", "content": "what is one plus one"},
+        {"role": "assistant", "content": "two"},
+    ]
+}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def learned(example, tokenizer):
+    return [tokenizer.decode([t]) for t, s in zip(*example, strict=True) if s]
+
+
+def test_only_assistant_turns_are_learned_with_their_end():
+    tokenizer = make_tokenizer()
+    assert learned(encode_one(CHAT, tokenizer), tokenizer) == ["ahoy</s>", "two</s>"] or learned(
+        encode_one(CHAT, tokenizer), tokenizer
+    ) == ["ahoy", "</s>", "two", "</s>"]
+
+
+def test_completion_and_end_are_learned_but_not_the_prompt():
+    tokenizer = make_tokenizer()
+    example = encode_one({"prompt": "one plus one is", "completion": "two"}, tokenizer)
+    assert learned(example, tokenizer) == ["two", "</s>"]
+
+
+def test_conversational_prompt_and_completion():
+    tokenizer = make_tokenizer()
+    record = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]}
+    assert encode_one(record, tokenizer) == encode_one({"messages": CHAT["messages"][:2]}, tokenizer)
+
+
+def test_all_of_a_text_is_learned():
+    tokenizer = make_tokenizer()
+    assert all(encode_one({"text": "one two three"}, tokenizer).supervised)
+
+
+def test_long_examples_are_cut_and_counted_and_hopeless_ones_dropped():
+    tokenizer = make_tokenizer()
+    records = [{"prompt": "one " * 20, "completion": "two"}, {"prompt": "one", "completion": "two " * 20}]
+    encoded = encode(records, tokenizer, max_length=10)
+    assert (len(encoded.examples), encoded.cut, encoded.dropped) == (1, 2, 1)
+    assert len(encoded.examples[0].tokens) == 10
+
+
+def test_nothing_to_learn_from_is_an_error():
+    with pytest.raises(SpectuneError, match="max_length=8"):
+        encode([{"prompt": "one " * 20, "completion": "two"}], make_tokenizer(), max_length=8)
+
+
+def test_messages_without_a_template():
+    with pytest.raises(SpectuneError, match="no chat template"):
+        encode_one(CHAT, make_tokenizer(template=None))
+
+
+def test_a_template_that_rewrites_earlier_turns():
+    rewriting = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    with pytest.raises(SpectuneError, match="rewrites earlier turns"):
+        encode_one(CHAT, make_tokenizer(rewriting))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "one"', "line 2: not valid JSON"),
+        ("[1, 2]", "line 2: not a JSON object"),
+        ({"question": "one"}, "line 2: has the keys 'question'; it needs 'messages'"),
+        ({"messages": []}, "line 2: messages must be a list"),
+        ({"messages": [{"role": "user", "content": "one"}]}, "line 2: messages has no assistant turn"),
+        ({"messages": [{"role": "user"}]}, "line 2: each message needs a role and a content"),
+        ({"prompt": "one", "completion": 2}, "line 2: prompt and completion must both be text"),
+        ({"text": 5}, "line 2: text must be a string"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, message):
+    with pytest.raises(SpectuneError, match=message):
+        read_jsonl(write(tmp_path, {"text": "one"}, line))
+
+
+def test_an_empty_file_and_a_missing_one(tmp_path):
+    with pytest.raises(SpectuneError, match="holds no examples"):
+        read_jsonl(write(tmp_path, "", ""))
+    with pytest.raises(SpectuneError, match="cannot read"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_split_is_disjoint_complete_and_seeded():
+    records = [{"text": str(i)} for i in range(50)]
+    train, held = split(records, 0.2, seed=3)
+    assert len(held) == 10
+    assert sorted(r["text"] for r in train + held) == sorted(r["text"] for r in records)
+    assert split(records, 0.2, seed=3) == (train, held)
+    assert split(records, 0.2, seed=4) != (train, held)
+    assert split(records, 0.0, seed=3) == (records, [])
+
+
+def test_split_that_leaves_a_side_empty():
+    with pytest.raises(SpectuneError, match=r"held_out=0.1 of 2 examples"):
+        split([{"text": "a"}, {"text": "b"}], 0.1, seed=0)
