@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch.nn as nn
 
-import tiny
 import spectune
+import tiny
 from spectune import SVF, DoRA, LoRA
 from spectune.targets import resolve
 

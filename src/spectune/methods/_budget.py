@@ -86,7 +86,7 @@ class BudgetSchedule:
                 sensitivity = getattr(update, f"sensitivity_{name}")
                 uncertainty = getattr(update, f"uncertainty_{name}")
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                now = (parameter * grad).abs_()
+                now = (_whole(parameter) * _whole(grad)).abs_()
                 sensitivity.lerp_(now, 1 - settings.beta1)
                 uncertainty.lerp_((now - sensitivity).abs_(), 1 - settings.beta2)
 
@@ -129,7 +129,7 @@ class BudgetSchedule:
             for update, kept in zip(updates, keep, strict=True):
                 update.kept.copy_(kept)
         for update in updates:
-            update.E.mul_(update.kept)
+            update.E.mul_(_as_part(update.kept, update.E))
 
 
 def _settings(update: Any) -> Any:
@@ -138,11 +138,26 @@ def _settings(update: Any) -> Any:
 
 
 def _add_orthogonality(update: Any, gamma: float) -> None:
-    P, Q = update.P, update.Q
-    for factor, gram in ((P, P.mT @ P), (Q, Q @ Q.mT)) if gamma else ():
+    for factor, rows in ((update.P, False), (update.Q, True)) if gamma else ():
         if factor.grad is not None:
+            whole = _whole(factor)
+            gram = whole @ whole.mT if rows else whole.mT @ whole
             gram.diagonal().sub_(1)
-            factor.grad.add_(factor @ gram if factor is P else gram @ factor, alpha=4 * gamma)
+            factor.grad.add_(_as_part(gram @ whole if rows else whole @ gram, factor), alpha=4 * gamma)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Return a tensor that FSDP may have sharded as a whole one; factors are thin."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def _as_part(tensor: Tensor, of: Any) -> Tensor:
+    """Return a whole tensor, the same on every rank, sharded as `of` is."""
+    if not hasattr(of, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, of.device_mesh, of.placements, src_data_rank=None)
 
 
 def _triplet_scores(update: Any) -> Tensor:
