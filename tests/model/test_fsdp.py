@@ -40,7 +40,7 @@ def compare(rank, folder):
         fully_shard(sharded, mesh=mesh)
         expected = train(alone)
         torch.testing.assert_close(train(sharded), expected, rtol=1e-4, atol=1e-4)
-        assert len(set(expected)) == 4
+        assert len(set(expected)) > 1
     dist.destroy_process_group()
     (folder / f"done-{rank}").touch()
 
