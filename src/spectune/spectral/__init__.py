@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from spectune.spectral import cache
+from spectune.spectral._certificate import Certificate, certificate
 from spectune.spectral._many import decompose_many
-from spectune.spectral._svd import Certificate, certificate, one_sided, svd
+from spectune.spectral._stream import Streamed, stream
+from spectune.spectral._svd import one_sided, svd
 from spectune.spectral._types import SVD, OneSided, Request
 
-__all__ = ["SVD", "Certificate", "OneSided", "Request", "certificate", "decompose_many", "one_sided", "svd"]
+__all__ = [
+    "SVD",
+    "Certificate",
+    "OneSided",
+    "Request",
+    "Streamed",
+    "cache",
+    "certificate",
+    "decompose_many",
+    "one_sided",
+    "stream",
+    "svd",
+]

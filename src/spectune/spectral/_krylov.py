@@ -97,7 +97,7 @@ def block_krylov(
         if measure is not None and not dry:
             value, scale = measure(torch.linalg.eigvalsh(T[:dim, :dim])[-rank:])
             seen.append(value)
-            if len(seen) < 3 or _to_come(*seen[-3:]) > tol * scale:
+            if len(seen) < 3 or to_come(*seen[-3:]) > tol * scale:
                 continue
         values, vectors = torch.linalg.eigh(T[:dim, :dim])
         values, vectors = values[-rank:], vectors[:, -rank:]
@@ -110,7 +110,7 @@ def block_krylov(
     return None
 
 
-def _to_come(first: float, second: float, third: float) -> float:
+def to_come(first: float, second: float, third: float) -> float:
     """Return what the geometric series of the last two gains adds up to, at most the last gain."""
     gain, earlier = third - second, second - first
     return gain * gain / (earlier - gain) if 2 * gain < earlier else gain

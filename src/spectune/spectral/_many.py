@@ -1,11 +1,158 @@
-"""Many matrices at once."""
+"""The decompositions of many matrices: through the cache, and as many at once as there are threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.spectral import cache as _cache
+from spectune.spectral._hash import tensor_digest
 from spectune.spectral._svd import one_sided, svd
+from spectune.spectral._types import SVD, OneSided, Request
+
+Weight = Tensor | Callable[[], Tensor]
+SMALL = 1 << 23  # entries: up to here a core works on a matrix by itself
 
 
-def decompose_many(weights, request, *, cache=True, progress=None, order=None):
-    out = {}
-    for i, (n, w) in enumerate(weights.items()):
-        w = w() if callable(w) else w
-        out[n] = one_sided(w) if request.kind == "one_sided" else svd(w, request.rank, request.kind, request.tol)
-        if progress: progress(i + 1, len(weights))
-    return out
+def decompose_many(
+    weights: Mapping[str, Weight],
+    request: Request,
+    *,
+    cache: bool | str | os.PathLike[str] = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, SVD | OneSided]:
+    """Decompose many weights, each as `svd` or `one_sided` would.
+
+    Weights of up to 8 million entries on a CPU go to a pool of `torch.get_num_threads()` threads, one core each, which
+    keeps every core in large products and makes results independent of the number of threads; larger ones, and those
+    on an accelerator, are taken in turn with all threads.  At any time there is one weight a thread in memory, raised
+    to float32, besides what was passed in and the factors to be returned.
+
+    Args:
+        weights: by name, tensors (out x in) or functions that return them (called once, when the turn comes).
+        request: what to compute.
+        cache: False does without, a folder is used in place of the usual one.
+        progress: called as progress(done, total) after each weight, in units of work (out * in * min(out, in), in
+            millions, where tensors were passed; else weights), so that time left is in proportion.
+
+    Returns:
+        The results by name, in the order of `weights`, on the weights' devices.
+
+    Raises:
+        SpectuneError: a weight that cannot be decomposed, named.
+    """
+    folder = None
+    if cache is not False:
+        folder = _cache.directory() if cache is True else Path(cache)
+    job = _Job(request, folder)
+    work = {name: _work(weight) for name, weight in weights.items()}
+    order = sorted(weights, key=lambda name: -work[name])
+    small = [name for name in order if _is_small(weights[name])]
+    results: dict[str, SVD | OneSided] = {}
+    done, total = 0, sum(work.values())
+
+    def finished(name: str, result: SVD | OneSided) -> None:
+        nonlocal done
+        results[name] = result
+        done += work[name]
+        if progress is not None:
+            progress(done, total)
+
+    for name in order:
+        if name not in small:
+            finished(name, job.run(name, weights[name]))
+    for future, name in _on_cores(job.run, {name: weights[name] for name in small}):
+        finished(name, future.result())
+    if job.stored and folder is not None:
+        _cache.prune(folder=folder)
+    return {name: results[name] for name in weights}
+
+
+class _Job:
+    def __init__(self, request: Request, folder: Path | None) -> None:
+        self.request, self.folder, self.stored = request, folder, False
+
+    def run(self, name: str, source: Weight) -> SVD | OneSided:
+        """Return one weight's decomposition, from the cache where it is there."""
+        weight = source() if callable(source) else source
+        try:
+            if self.folder is None or weight.is_meta:
+                return self.compute(weight)
+            return self.cached(weight, self.folder)
+        except (SpectuneError, torch.linalg.LinAlgError) as error:
+            raise SpectuneError(f"{name!r} cannot be decomposed: {error}") from error
+
+    def cached(self, weight: Tensor, folder: Path) -> SVD | OneSided:
+        digest = tensor_digest(weight)
+        kind = OneSided if self.request.kind == "one_sided" else SVD
+        key = _cache.key(digest, self.request)
+        found = _cache.load(key, folder)
+        if found is not None and set(found) == set(kind._fields):
+            return kind(**{field: tensor.to(weight.device) for field, tensor in found.items()})
+        full = self.from_full(digest, weight, folder)
+        if full is not None:
+            return full
+        result = self.compute(weight)
+        tensors = {field: tensor.cpu() for field, tensor in result._asdict().items()}
+        if _cache.store(key, tensors, (weight.shape[0], weight.shape[1]), self.request, folder):
+            self.stored = True
+        return result
+
+    def from_full(self, digest: str, weight: Tensor, folder: Path) -> SVD | OneSided | None:
+        """Return what a cached full decomposition answers: all that would come out the same up to rounding.
+
+        With a tolerance above zero, top and bottom are cheaper and coarser than that.  To answer them from a full
+        decomposition would make an adapter's basis depend on what happened to be in the cache when it was trained.
+        """
+        kind, rank = self.request.kind, self.request.rank
+        if kind == "full" or (kind in ("top", "bottom") and self.request.tol > 0):
+            return None
+        found = _cache.load(_cache.key(digest, Request("full")), folder)
+        if found is None or set(found) != set(SVD._fields) or (rank or 1) > len(found["S"]):
+            return None
+        U, S, Vh = (found[field].to(weight.device) for field in SVD._fields)
+        if kind == "one_sided":
+            return OneSided(U * S, Vh, S) if weight.shape[0] >= weight.shape[1] else OneSided(U, S[:, None] * Vh, S)
+        part = slice(0, rank) if kind == "top" else slice(len(S) - (rank or 0), len(S))
+        return SVD(U[:, part].contiguous(), S[part], Vh[part])
+
+    def compute(self, weight: Tensor) -> SVD | OneSided:
+        request = self.request
+        if request.kind == "one_sided":
+            return one_sided(weight)
+        return svd(weight, request.rank, request.kind, request.tol, certify=request.certify)
+
+
+def _on_cores(
+    run: Callable[[str, Weight], SVD | OneSided], weights: Mapping[str, Weight]
+) -> Iterator[tuple[Future[SVD | OneSided], str]]:
+    """Yield futures of run(name, weight) as they finish, each computed by a thread on one core.
+
+    `torch.set_num_threads` holds for the calling thread and for threads to come; at the end the latter are put back.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(weights)) or 1
+    pool = ThreadPoolExecutor(workers, "spectune", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = {pool.submit(run, name, weight): name for name, weight in weights.items()}
+        for future in as_completed(futures):
+            yield future, futures[future]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _is_small(weight: Weight) -> bool:
+    return callable(weight) or (weight.numel() <= SMALL and weight.device.type == "cpu")
+
+
+def _work(weight: Weight) -> int:
+    if callable(weight) or weight.dim() != 2:
+        return 1
+    return 1 + weight.numel() * min(weight.shape) // 10**6

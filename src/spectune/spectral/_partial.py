@@ -52,7 +52,7 @@ def bottom(T: Tensor, rank: int, tol: float, certify: Certify, seed: int) -> Row
     if k >= 256 and worthwhile(rank, k, share=6):
         for dtype in dict.fromkeys((T.dtype, torch.float64)):
             like = T.to(dtype)
-            rows = _inverse_krylov(T, _factor(like), like, rank, tol, certify, seed)
+            rows = _inverse_krylov(T, factor(like), like, rank, tol, certify, seed)
             if rows is not None:
                 return rows
     return exact(T, part)
@@ -83,7 +83,7 @@ def _normalized(right: Tensor, left: Tensor) -> Rows:
     return left / S[:, None].clamp_min(torch.finfo(S.dtype).tiny), S, right
 
 
-class _Inverse(NamedTuple):
+class Inverse(NamedTuple):
     """Products with the inverse of a k x k factor A of a tall T, and A's left vectors as T's.
 
     Args:
@@ -97,13 +97,13 @@ class _Inverse(NamedTuple):
     lift: Product
 
 
-def _factor(T: Tensor) -> _Inverse:
+def factor(T: Tensor) -> Inverse:
     """Factor a tall T: P L U where it is square, else Q R; a pivot below 1e-7 of the largest is raised to that."""
     m, k = T.shape
     if m == k:
         LU, pivots, _ = torch.linalg.lu_factor_ex(T)
         _raise_pivots(LU)
-        return _Inverse(
+        return Inverse(
             lambda X: torch.linalg.lu_solve(LU, pivots, X, left=False),
             lambda Y: torch.linalg.lu_solve(LU, pivots, Y, left=False, adjoint=True),
             lambda U: U,
@@ -111,7 +111,7 @@ def _factor(T: Tensor) -> _Inverse:
     reflectors, tau = torch.geqrf(T)
     R = reflectors[:k].triu()
     _raise_pivots(R)
-    return _Inverse(
+    return Inverse(
         lambda X: torch.linalg.solve_triangular(R, X, upper=True, left=False),
         lambda Y: torch.linalg.solve_triangular(R.mT, Y, upper=False, left=False),
         lambda U: torch.ormqr(reflectors, tau, torch.cat([U.mT, U.new_zeros(m - k, len(U))])).mT,
@@ -125,7 +125,7 @@ def _raise_pivots(triangle: Tensor) -> None:
 
 
 def _inverse_krylov(
-    T: Tensor, A: _Inverse, like: Tensor, rank: int, tol: float, certify: Certify, seed: int
+    T: Tensor, A: Inverse, like: Tensor, rank: int, tol: float, certify: Certify, seed: int
 ) -> Rows | None:
     """Return the smallest triplets of a tall T (m x k), or None where they do not pass.
 
@@ -139,9 +139,7 @@ def _inverse_krylov(
         energy = float((1 / theta).sum())
         return -energy, energy
 
-    found = block_krylov(
-        A.forward, A.backward, (k, k), rank, tol, measure if certify == "span" else None, like, seed
-    )
+    found = block_krylov(A.forward, A.backward, (k, k), rank, tol, measure if certify == "span" else None, like, seed)
     if found is None:
         return None
     V = torch.linalg.qr(A.backward(A.forward(found.right)).mT)[0]

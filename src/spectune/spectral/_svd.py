@@ -1,14 +1,16 @@
-"""The decompositions of one matrix, and their certificate."""
+"""The decompositions of one matrix."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from spectune.spectral._exact import eigen, tall_svd, times
-from spectune.spectral._partial import Rows, bottom, top
+from spectune.spectral._exact import eigen, times
+from spectune.spectral._partial import bottom, exact, top
 from spectune.spectral._types import SVD, Certify, OneSided, Which, check_rank, checked, signs
 
 
@@ -21,65 +23,110 @@ def svd(
     certify: Certify = "span",
     seed: int = 0,
 ) -> SVD:
-    k = check_rank(rank, which, W.shape)
+    """Return singular triplets of a weight: W = U diag(S) Vh, all of them or the largest or smallest `rank`.
+
+    The top comes from block Krylov iteration, the bottom from the same on the inverse of an LU or QR factor, all
+    triplets, and whatever those cannot settle, from the eigenproblem of the smaller side's Gram matrix in float64.
+    The sign of a triplet is such that the largest entry of v in magnitude is positive.  The same W and arguments give
+    the same result up to rounding, whatever the global random state, which is left alone.
+
+    Args:
+        W: weight (out x in), on any device; float16 and bfloat16 are raised to float32.
+        rank: triplets to compute, at most min(out, in); None with which="full".
+        which: "full", "top" (largest) or "bottom" (smallest).
+        tol: relative tolerance of `certify`; 0 computes top and bottom exactly.
+        certify: what to iterate until.  "span": the energy outside the span, ||W - W V V^T||_F^2, is within a part
+            tol of the least possible for the top, and that inside, ||W V||_F^2, for the bottom, by the trend of the
+            last steps; single vectors of a dense cluster may then be mixed with neighbours of almost equal S.
+            "residual": ||W^T u_i - s_i v_i|| <= tol s_i and ||W v_i - s_i u_i|| <= tol s_i for every i, as far as
+            rounding lets them.  Where the criterion is not reached, the exact method takes over.
+        seed: of the first Krylov block.
+
+    Returns:
+        U (out x k), S (k, descending) and Vh (k x in), float64 where W is and float32 otherwise, on W's device.
+
+    Raises:
+        SpectuneError: W is no matrix of finite floating-point values, or the rank does not fit.
+
+    References:
+        Musco and Musco, arXiv 1504.05477 (block Krylov); Halko, Martinsson and Tropp, arXiv 0909.4061.
+    """
     W, largest = checked(W)
-    tall = W.shape[0] >= W.shape[1]
+    k = check_rank(rank, which, W.shape)
     if largest == 0:
-        return _zero(W, k)
-    T = _scaled(W if tall else W.mT, largest)
-    if which == "full" or k > min(W.shape) // 2:
-        U, S, V = tall_svd(T)
-        part = slice(len(S) - k, len(S)) if which == "bottom" else slice(0, k)
-        rows: Rows = (U[:, part].mT, S[part], V[:, part].mT)
-    elif which == "top":
-        rows = top(T, k, tol, certify, seed)
-    else:
-        rows = bottom(T, k, tol, certify, seed)
-    U, S, V = rows
-    if not tall:
-        U, V = V, U
-    sign = signs(V)[:, None]
+        return _of_zero(W, k)
+    tall = W.shape[0] >= W.shape[1]
     scale = _scale(largest)
-    return SVD((U * sign).mT.to(W.dtype).contiguous(), (S * scale).to(W.dtype), (V * sign).to(W.dtype).contiguous())
+    T = _scaled(W if tall else W.mT, scale)
+    with full_precision(W):
+        if which == "full" or tol == 0 or k == min(W.shape):
+            U, S, V = exact(T, slice(-k, None) if which == "bottom" else slice(0, k))
+        else:
+            U, S, V = (top if which == "top" else bottom)(T, k, tol, certify, seed)
+    U, V = (U, V) if tall else (V, U)
+    sign = signs(V)[:, None]
+    U, S, V = (U * sign).mT.to(W.dtype), (S * scale).to(W.dtype), (V * sign).to(W.dtype)
+    return SVD(U.contiguous(), S.contiguous(), V.contiguous())
 
 
 def one_sided(W: Tensor) -> OneSided:
+    """Return W = L R with the singular vectors of one side only: U S and V^T, or U and S V^T where in > out.
+
+    V and S^2 are the eigenpairs of W^T W (W W^T where in > out) in float64, and L = W V (R = U^T W), so that W = L R
+    to rounding whatever the spectrum.
+
+    Args:
+        W: weight (out x in), on any device; float16 and bfloat16 are raised to float32.
+
+    Returns:
+        L (out x k), R (k x in) and S (k, descending), k = min(out, in), float64 where W is and float32 otherwise.
+
+    Raises:
+        SpectuneError: W is no matrix of finite floating-point values.
+    """
     W, largest = checked(W)
     tall = W.shape[0] >= W.shape[1]
     if largest == 0:
-        U, S, Vh = _zero(W, min(W.shape))
+        U, S, Vh = _of_zero(W, min(W.shape))
         return OneSided(U * S, Vh, S) if tall else OneSided(U, S[:, None] * Vh, S)
-    T = _scaled(W if tall else W.mT, largest)
-    S, V = eigen(T)
-    product = times(T, V)
+    scale = _scale(largest)
+    T = _scaled(W if tall else W.mT, scale)
+    with full_precision(W):
+        V = eigen(T)[1]
+        product = times(T, V)
     S = torch.linalg.vector_norm(product, dim=0)
     S, order = S.sort(descending=True, stable=True)
-    product, V = product[:, order], V[:, order]
-    sign = signs((V if tall else product).mT)
-    scale = _scale(largest)
-    product, V, S = (product * (sign * scale)).to(W.dtype), (V * sign).to(W.dtype), (S * scale).to(W.dtype)
+    sign = signs((V if tall else product).mT)[order]
+    V, product = V[:, order] * sign, product[:, order] * (sign * scale)
+    S, V, product = (S * scale).to(W.dtype), V.to(W.dtype), product.to(W.dtype)
     if tall:
         return OneSided(product.contiguous(), V.mT.contiguous(), S)
     return OneSided(V.contiguous(), product.mT.contiguous(), S)
 
 
-class Certificate(NamedTuple):
-    residual: float
-
-
-def certificate(W: Tensor, decomposition: SVD) -> Certificate:
-    return Certificate(0.0)
+@contextmanager
+def full_precision(W: Tensor) -> Iterator[None]:
+    """Within the context products of float32 are products of float32: no autocast, no TF32, no bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def _scale(largest: float) -> float:
-    """Return the power of two by which W is divided, so that its square neither overflows nor vanishes."""
-    return 1.0 if 2.0**-30 < largest < 2.0**30 else float(2.0 ** torch.tensor(largest).double().log2().floor())
+    """Return the power of two to divide W by, so that squares of its entries neither overflow nor vanish."""
+    return 1.0 if 2.0**-30 < largest < 2.0**30 else 2.0 ** math.floor(math.log2(largest))
 
 
-def _scaled(T: Tensor, largest: float) -> Tensor:
-    scale = _scale(largest)
+def _scaled(T: Tensor, scale: float) -> Tensor:
     return T if scale == 1.0 else (T.double() / scale).to(T.dtype)
 
 
-def _zero(W: Tensor, k: int) -> SVD:
-    return SVD(W.new_zeros(W.shape[0], k).fill_diagonal_(1), W.new_zeros(k), W.new_zeros(k, W.shape[1]).fill_diagonal_(1))
+def _of_zero(W: Tensor, k: int) -> SVD:
+    eye = torch.eye(max(W.shape), k, dtype=W.dtype, device=W.device)
+    return SVD(eye[: W.shape[0]].clone(), W.new_zeros(k), eye[: W.shape[1]].mT.contiguous())

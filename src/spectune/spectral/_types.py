@@ -83,7 +83,9 @@ def checked(W: Tensor) -> tuple[Tensor, float]:
         SpectuneError: not a matrix, not floating point, no data, or values that are not finite.
     """
     if W.dim() != 2 or 0 in W.shape:
-        raise SpectuneError(f"a weight of shape {tuple(W.shape)} is not a matrix with rows and columns; reshape it first")
+        raise SpectuneError(
+            f"a weight of shape {tuple(W.shape)} is not a matrix with rows and columns; reshape it first"
+        )
     if not W.is_floating_point() or W.element_size() < 2:
         raise SpectuneError(
             f"a weight in {W.dtype} is packed or quantized, not floating point; dequantize it first, for its bytes "
@@ -113,7 +115,9 @@ def check_rank(rank: int | None, which: str, shape: torch.Size) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SpectuneError(f"rank must be an integer >= 1 where which is {which!r}, not {rank!r}")
     if rank > k:
-        raise SpectuneError(f"rank {rank} is above min(out, in) = {k} of a {shape[0]} x {shape[1]} weight; take rank <= {k}")
+        raise SpectuneError(
+            f"rank {rank} is above min(out, in) = {k} of a {shape[0]} x {shape[1]} weight; take rank <= {k}"
+        )
     return rank
 
 

@@ -1,0 +1,221 @@
+"""The cache of decompositions: a folder of memory-mapped safetensors files, named by what they were computed from.
+
+An entry's name is a digest of the weight's bytes, shape and dtype, the request and the algorithm's version, so nothing
+in the cache is ever out of date.  Entries are written to a temporary name and renamed, so that processes may share the
+folder without locks; each carries a checksum, verified at every load, and one that fails is deleted and computed anew.
+
+$SPECTUNE_CACHE moves the folder, and "off" or "0" does without; else it is $SPECTUNE_HOME/decompositions or
+$XDG_CACHE_HOME/spectune/decompositions (~/.cache by default).  $SPECTUNE_CACHE_BYTES bounds its size, 20 GB by default:
+the entries used longest ago go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.spectral._hash import tensors_digest
+from spectune.spectral._types import Request
+
+VERSION = 1  # of the algorithms: raised whenever results change by more than rounding
+DEFAULT_BYTES = 20 * 10**9
+ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead
+
+_warned = threading.Event()
+
+
+class Entry(NamedTuple):
+    """One cached decomposition.
+
+    Args:
+        key: the entry's name.
+        kind: "top", "bottom", "full" or "one_sided".
+        rank: triplets, None where all.
+        shape: of the weight (out, in).
+        bytes: on disk.
+        used: when it was last read or written, seconds since the epoch.
+        path: the file.
+    """
+
+    key: str
+    kind: str
+    rank: int | None
+    shape: tuple[int, int]
+    bytes: int
+    used: float
+    path: Path
+
+
+def directory() -> Path | None:
+    """Return the cache's folder, which need not exist yet, or None where the cache is off."""
+    named = os.environ.get("SPECTUNE_CACHE")
+    if named:
+        return None if named.lower() in ("off", "0") else Path(named).expanduser()
+    home = os.environ.get("SPECTUNE_HOME")
+    if not home:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spectune"
+    return Path(home).expanduser() / "decompositions"
+
+
+def limit() -> int:
+    """Return the bytes that the cache may take.
+
+    Raises:
+        SpectuneError: $SPECTUNE_CACHE_BYTES is not a whole number.
+    """
+    text = os.environ.get("SPECTUNE_CACHE_BYTES", str(DEFAULT_BYTES))
+    if not text.isdecimal():
+        raise SpectuneError(f"SPECTUNE_CACHE_BYTES must be a whole number of bytes, not {text!r}")
+    return int(text)
+
+
+def key(weight_digest: str, request: Request) -> str:
+    """Return an entry's name.  Results that come out the same up to rounding share one."""
+    asked = (request.kind,)
+    if request.kind in ("top", "bottom"):
+        asked = (request.kind, request.rank, request.tol, request.certify)
+    return hashlib.sha256(f"{VERSION} {weight_digest} {asked}".encode()).hexdigest()
+
+
+def load(name: str, folder: Path) -> dict[str, Tensor] | None:
+    """Return an entry's tensors, mapped and not copied, or None where there is no sound one; a damaged one goes."""
+    path = _path(name, folder)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        sound = metadata.get("checksum") == tensors_digest(tensors)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        sound = False
+    if not sound:
+        _remove(path)
+        return None
+    with suppress(OSError):  # read-only: the order of eviction is then that of writing
+        os.utime(path)
+    return tensors
+
+
+def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request: Request, folder: Path) -> bool:
+    """Write an entry and return whether it could be; where it could not, warn once a process."""
+    path = _path(name, folder)
+    metadata = {
+        "checksum": tensors_digest(tensors),
+        "kind": request.kind,
+        "rank": "" if request.rank is None else str(request.rank),
+        "shape": f"{shape[0]} {shape[1]}",
+    }
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        os.close(handle)
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            _remove(Path(temporary))
+        if not _warned.is_set():
+            _warned.set()
+            warnings.warn(
+                f"decompositions are not cached: {folder} cannot be written ({error}); free some space, or set "
+                "SPECTUNE_CACHE to another folder or to 'off'",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
+    return True
+
+
+def ls(folder: Path | None = None) -> list[Entry]:
+    """Return the entries, the most recently used first."""
+    entries = []
+    for path in _files(folder):
+        try:
+            status = path.stat()
+            with safe_open(path, "pt") as file:
+                about: dict[str, Any] = file.metadata() or {}
+            rows, columns = about["shape"].split()
+            rank = int(about["rank"]) if about["rank"] else None
+            shape = (int(rows), int(columns))
+            entries.append(Entry(path.stem, about["kind"], rank, shape, status.st_size, status.st_mtime, path))
+        except (OSError, SafetensorError, KeyError, ValueError):  # gone meanwhile, or damaged: `verify` removes it
+            continue
+    return sorted(entries, key=lambda entry: -entry.used)
+
+
+def prune(max_bytes: int | None = None, folder: Path | None = None) -> list[str]:
+    """Delete the entries used longest ago until the rest take at most `max_bytes`, and what killed writers left.
+
+    Args:
+        max_bytes: None is the limit that $SPECTUNE_CACHE_BYTES sets; 0 empties the cache.
+        folder: None is the folder in use.
+
+    Returns:
+        The names of the deleted entries.
+    """
+    allowed = limit() if max_bytes is None else max_bytes
+    removed = []
+    for path, status in sorted(_stats(folder), key=lambda found: -found[1].st_mtime):
+        allowed -= status.st_size
+        if allowed < 0:
+            _remove(path)
+            removed.append(path.stem)
+    for path, status in _stats(folder, ".*.tmp"):
+        if time.time() - status.st_mtime > ABANDONED:
+            _remove(path)
+    return removed
+
+
+def verify(folder: Path | None = None) -> list[str]:
+    """Read every entry, delete those whose checksum fails, and return their names; they will be computed anew."""
+    damaged = []
+    for path in _files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                sound = (file.metadata() or {}).get("checksum") == tensors_digest(tensors)
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+        except (SafetensorError, OSError, ValueError, RuntimeError):
+            sound = False
+        if not sound:
+            _remove(path)
+            damaged.append(path.stem)
+    return damaged
+
+
+def _path(name: str, folder: Path) -> Path:
+    return folder / name[:2] / f"{name}.safetensors"
+
+
+def _files(folder: Path | None, pattern: str = "*.safetensors") -> list[Path]:
+    folder = directory() if folder is None else folder
+    return [] if folder is None else sorted(folder.glob(f"??/{pattern}"))
+
+
+def _stats(folder: Path | None, pattern: str = "*.safetensors") -> Iterator[tuple[Path, os.stat_result]]:
+    for path in _files(folder, pattern):
+        try:
+            yield path, path.stat()
+        except OSError:  # gone meanwhile
+            continue
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # read-only
+        path.unlink(missing_ok=True)
