@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -63,7 +64,7 @@ class SVFT(Method):
     def shapes(self, out: int, into: int) -> Shapes:
         k = min(out, into)
         entries = k if self.pattern == "plain" else band_entries(k, self.width)
-        return {"M": (entries,), **({"g": ()} if self.gate else {})}
+        return {"M": (entries,), **({"g": (1,)} if self.gate else {})}
 
     def request(self) -> Request:
         return Request("full")
@@ -75,8 +76,7 @@ class SVFT(Method):
         if self.pattern in ("random", "top_k"):
             count = band_entries(k, self.width)
             if self.pattern == "random":
-                drawn = np.random.RandomState(self.seed).permutation(k * k)[:count]
-                flat = torch.from_numpy(drawn).to(U.device)
+                flat = _drawn(self.seed, k, count).to(U.device)
             else:
                 flat = (U[:k].mT @ Vh[:, :k].mT).abs().flatten().topk(count).indices
             flat = flat.sort().values
@@ -87,7 +87,7 @@ class SVFT(Method):
         if not self.gate:
             return {"M": torch.zeros(shapes["M"])}
         k = len(basis["S"])
-        return {"M": torch.randn(shapes["M"]) * (2 / k) ** 0.5, "g": torch.zeros(())}
+        return {"M": torch.randn(shapes["M"]) * (2 / k) ** 0.5, "g": torch.zeros(1)}
 
     def factors(self, t: Tensors) -> Factors:
         values, k = self._values(t), len(t["S"])
@@ -110,3 +110,9 @@ class SVFT(Method):
 
     def from_coefficients(self, coefficients: Tensors) -> tuple[Method, dict[str, Tensor]]:
         return SVFT(self.pattern, self.width, False, self.seed), dict(coefficients)
+
+
+@lru_cache(maxsize=8)
+def _drawn(seed: int, k: int, count: int) -> Tensor:
+    """Return `count` different places in a k x k matrix; a model has few k and asks for each of its layers."""
+    return torch.from_numpy(np.random.RandomState(seed).permutation(k * k)[:count].copy())
