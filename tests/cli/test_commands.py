@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -165,3 +166,25 @@ def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, adapte
 def test_a_folder_without_a_model_is_told(monkeypatch, capsys, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     assert "cannot be loaded as a model" in fails(monkeypatch, capsys, "generate", str(tmp_path), "say")
+
+
+def test_cache_lists_verifies_and_prunes(model, adapters, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTUNE_CACHE", str(tmp_path / "cache"))
+    run("generate", model, "say", "-a", adapters["pirate"], "--max-new-tokens", "1")
+    entries = json.loads(run("cache", "ls", "--json").stdout)
+    assert len(entries) == 14
+    assert {entry["kind"] for entry in entries} == {"one_sided"}
+    assert "14 entries" in run("cache", "ls").stdout
+    path = Path(entries[0]["path"])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert json.loads(run("cache", "verify", "--json").stdout) == {"damaged": [entries[0]["key"]]}
+    assert "13 deleted" in run("cache", "prune", "--max-bytes", "0").stdout
+    assert json.loads(run("cache", "ls", "--json").stdout) == []
+
+
+def test_the_cache_can_be_moved_and_switched_off(model, adapters, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTUNE_CACHE", "unused")
+    generate = ["generate", model, "say", "-a", adapters["pirate"], "--max-new-tokens", "1"]
+    run("--cache", str(tmp_path / "elsewhere"), *generate)
+    assert any((tmp_path / "elsewhere").iterdir())
+    assert "the cache is off" in run("--cache", "off", "cache", "ls").stdout

@@ -7,7 +7,8 @@ import sys
 
 import typer
 
-from spectune.cli import cache, chat, compose, demo, export, generate, import_, methods, train
+from spectune.cli import cache as cache_
+from spectune.cli import chat, compose, demo, export, generate, import_, methods, train
 from spectune.cli.shared import say_error
 from spectune.errors import SpectuneError
 
@@ -26,7 +27,7 @@ app.command("chat")(chat.chat)
 app.command("compose")(compose.compose)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
-app.add_typer(cache.app, name="cache")
+app.add_typer(cache_.app, name="cache")
 
 
 def _version(value: bool) -> None:
@@ -40,8 +41,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    cache: str | None = typer.Option(None, "--cache", metavar="FOLDER", help="For decompositions; `off` goes without."),
 ) -> None:
-    pass
+    if cache is not None:
+        os.environ["SPECTUNE_CACHE"] = cache
 
 
 def main() -> None:

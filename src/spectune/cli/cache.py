@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -13,37 +15,49 @@ app = typer.Typer(help="The cache of decompositions.", no_args_is_help=True)
 
 @app.command()
 def ls(json: bool = JSON) -> None:
-    """List the entries, the least recently used first."""
+    """List the entries, the most recently used first, and their folder."""
     from spectune.spectral import cache
 
     entries = cache.ls()
     if json:
-        print_json([entry._asdict() for entry in entries])
+        print_json([{**entry._asdict(), "path": str(entry.path)} for entry in entries])
         return
-    table = Table("entry", "bytes", "used")
+    table = Table("entry", "kind", "rank", "weight", "bytes", "used")
     for entry in entries:
-        table.add_row(entry.key, f"{entry.bytes:,}", entry.used)
-    Console().print(table)
+        used = datetime.fromtimestamp(entry.used).isoformat(" ", "seconds")
+        shape = " x ".join(map(str, entry.shape))
+        table.add_row(entry.key[:12], entry.kind, str(entry.rank or "all"), shape, f"{entry.bytes:,}", used)
+    console = Console()
+    if entries:
+        console.print(table)
+    total = sum(entry.bytes for entry in entries)
+    where = cache.directory() or "no folder: the cache is off"
+    console.print(
+        f"{len(entries)} entries, {total:,} bytes of {cache.limit():,}, in {where}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()
 def prune(
-    max_bytes: int = typer.Option(0, min=0, help="Keep this many bytes of the most recently used."),
+    max_bytes: int | None = typer.Option(None, min=0, help="Bytes to keep; the cache's limit if not given."),
     json: bool = JSON,
 ) -> None:
-    """Remove entries, the least recently used first."""
+    """Delete the entries used longest ago until the rest fit."""
     from spectune.spectral import cache
 
-    removed = cache.prune(max_bytes)
-    print_json({"removed": removed}) if json else Console().print(f"removed {removed} entries", highlight=False)
+    _report("deleted", cache.prune(max_bytes), json)
 
 
 @app.command()
 def verify(json: bool = JSON) -> None:
-    """Check every entry against its checksum, and remove those that are damaged."""
+    """Check every entry against its checksum, and delete the damaged ones; they are computed anew when needed."""
     from spectune.spectral import cache
 
-    damaged = cache.verify()
-    print_json({"damaged": damaged}) if json else Console().print(
-        f"{len(damaged)} damaged entries removed", highlight=False
-    )
+    _report("damaged", cache.verify(), json)
+
+
+def _report(what: str, keys: list[str], json: bool) -> None:
+    if json:
+        print_json({what: keys})
+    else:
+        Console().print(f"{len(keys)} {what}", highlight=False)
