@@ -4,103 +4,141 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import Adapter, LayerUpdate, lora_term
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.terms import LayerUpdate, Term, lora_term
 from spectune.errors import SpectuneError
-from spectune.methods.adalora import AdaLoRA
+from spectune.layers.cores import Diagonal
 from spectune.spectral import svd
+
+_NOISE = 1e-13  # relative size of an eigenvalue of a float64 Gram matrix that is rounding error
+
+
+class _Product(NamedTuple):
+    """dW = left @ right, left (out x p) and right (p x in)."""
+
+    left: Tensor
+    right: Tensor
+
+
+class _Part(NamedTuple):
+    """A truncated product, with the squared Frobenius norms of the whole and of what was cut off."""
+
+    product: _Product
+    total: float
+    lost: float
 
 
 def to_lora(adapter: Adapter, rank: int | None) -> Adapter:
     """See `Adapter.to_lora`."""
     if rank is not None:
         return compress(adapter, rank)
-    layers = {}
-    for name in adapter.layers:
-        factors = _stacked(adapter, name) or _dense_factors(adapter, name, None)
-        layers[name] = _lora_layer(adapter.layers[name], *factors)
-    return Adapter(layers, adapter.base_model)
+    adapter.complete()
+    exact = {name: _stacked(layer) or _as_product(adapter.delta(name)) for name, layer in adapter.layers.items()}
+    return Adapter({name: _lora_layer(adapter.layers[name], f) for name, f in exact.items()}, adapter.base_model)
 
 
 def compress(adapter: Adapter, rank: int) -> Adapter:
-    """See `Adapter.compress`.
-
-    With dW = L R, L = Q_l T_l and R^T = Q_r T_r by QR, the singular values of dW are those of T_l T_r^T, a matrix
-    of the stacked rank.  Layers of equal shapes are done at once.
-    """
+    """See `Adapter.compress`."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SpectuneError(f"rank must be an integer >= 1, not {rank!r}")
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    alike: defaultdict[tuple[int, int, int], list[str]] = defaultdict(list)
-    total = lost = 0.0
-    for name in adapter.layers:
-        stacked = _stacked(adapter, name)
+    adapter.complete()
+    parts: dict[str, _Part] = {}
+    by_width: defaultdict[int, dict[str, _Product]] = defaultdict(dict)
+    for name, layer in adapter.layers.items():
+        stacked = _stacked(layer)
         if stacked is None:
-            factors[name] = _dense_factors(adapter, name, rank)
-            exact = adapter.delta(name)
-            total += float(exact.double().square().sum())
-            lost += float((exact - factors[name][0] @ factors[name][1]).double().square().sum())
+            parts[name] = _truncate_dense(adapter.delta(name), rank)
         else:
-            factors[name] = stacked
-            if stacked[0].shape[1] > rank:
-                alike[stacked[0].shape[0], stacked[1].shape[1], stacked[0].shape[1]].append(name)
-            else:
-                total += float(((stacked[0].mT @ stacked[0]) * (stacked[1] @ stacked[1].mT)).double().sum())
-    for names in alike.values():
-        left, right, S = _truncate(
-            torch.stack([factors[n][0] for n in names]), torch.stack([factors[n][1] for n in names]), rank
-        )
-        squares = S.double().square()
-        total += float(squares.sum())
-        lost += float(squares[:, rank:].sum())
-        factors.update({n: (left[i], right[i]) for i, n in enumerate(names)})
-    layers = {n: _lora_layer(adapter.layers[n], *factors[n]) for n in adapter.layers}
-    return Adapter(layers, adapter.base_model, error=(lost / total) ** 0.5 if total else 0.0)
+            by_width[stacked.left.shape[1]][name] = stacked
+    for products in by_width.values():
+        parts |= zip(products, _truncate(list(products.values()), rank), strict=True)
+    total, lost = sum(p.total for p in parts.values()), sum(p.lost for p in parts.values())
+    layers = {name: _lora_layer(layer, parts[name].product) for name, layer in adapter.layers.items()}
+    return Adapter(layers, adapter.base_model, error=(lost / total) ** 0.5 if total > 0 else 0.0)
 
 
-def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best L, R of this rank for the batch of products left @ right, and all singular values."""
-    q_left, t_left = torch.linalg.qr(left)
-    q_right, t_right = torch.linalg.qr(right.mT)
-    U, S, Vh = torch.linalg.svd(t_left @ t_right.mT)
-    root = S[:, :rank].sqrt()
-    return q_left @ (U[..., :rank] * root[:, None]), (root[..., None] * Vh[:, :rank]) @ q_right.mT, S
+def _truncate(products: list[_Product], rank: int) -> list[_Part]:
+    """Return the best approximation of this rank to each of several products L R of one width p.
+
+    All that is done in p x p: with L^T L = V D V^T and X = D^1/2 V^T R R^T V D^1/2 = Y diag(S^2) Y^T, the columns of
+    Q = L V D^-1/2 Y are the left singular vectors of L R and S its singular values, and Q_r (Q_r^T L R) is the best
+    approximation of rank r.  The Gram matrices square the condition number, so they are float64; the columns of L and
+    the rows of R are first brought to equal lengths, so that how dW is split into factors does not matter.
+    """
+    width = products[0].left.shape[1]
+    if width <= rank:
+        return [_Part(p, _squared_norm(p), 0.0) for p in products]
+    lefts, rights = [p.left.double() for p in products], [p.right.double() for p in products]
+    left_gram = torch.stack([L.mT @ L for L in lefts])
+    right_gram = torch.stack([R @ R.mT for R in rights])
+    lengths = left_gram.diagonal(dim1=1, dim2=2).sqrt(), right_gram.diagonal(dim1=1, dim2=2).sqrt()
+    balance = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 0.0)
+    inverse = torch.where(balance > 0, 1 / balance, 0.0)
+    D, V = torch.linalg.eigh(balance[:, :, None] * left_gram * balance[:, None])
+    D = torch.where(_NOISE * D[:, -1:] < D, D, 0.0)
+    root = D.sqrt()
+    to_right = root[:, :, None] * V.mT * inverse[:, None]  # D^1/2 V^T, for R as it was
+    squares, Y = torch.linalg.eigh(to_right @ right_gram @ to_right.mT)
+    squares, kept = squares.clamp_min(0), Y[..., -rank:]
+    to_left = balance[:, :, None] * V @ (torch.where(root > 0, 1 / root, 0.0)[:, :, None] * kept)
+    singular = squares[:, -rank:].sqrt()
+    share = torch.where(singular > 0, singular.sqrt(), 1.0)  # of the singular value, half to each factor
+    to_left, to_right = to_left * share[:, None], (kept / share[:, None]).mT @ to_right
+    totals, losses = squares.sum(1).tolist(), squares[:, :-rank].sum(1).tolist()
+    return [
+        _Part(_Product((lefts[i] @ to_left[i]).float(), (to_right[i] @ rights[i]).float()), totals[i], losses[i])
+        for i in range(len(products))
+    ]
 
 
-def _stacked(adapter: Adapter, name: str) -> tuple[Tensor, Tensor] | None:
-    """Return L (out x p) and R (p x in) with dW = L R, or None where p would reach min(out, in)."""
-    terms = adapter.complete(name).terms
-    if not all(t.method.additive for t in terms):
-        return None
-    lefts, rights = [], []
-    for term in terms:
-        tensors = term.tensors()
-        f = term.method.factors(tensors)
-        if f.left.shape[1] >= min(adapter.layers[name].shape):
-            return None
-        left, right = f.core.transposed(f.left) * (f.scale * term.weight), f.right
-        if isinstance(term.method, AdaLoRA):
-            kept = tensors["E"] != 0
-            left, right = left[:, kept], right[kept]
-        lefts.append(left)
-        rights.append(right)
-    left, right = torch.cat(lefts, dim=1), torch.cat(rights, dim=0)
-    return (left, right) if 0 < left.shape[1] < min(adapter.layers[name].shape) else None
-
-
-def _dense_factors(adapter: Adapter, name: str, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return the factors of the dense update, of full rank or of the best rank."""
-    delta = adapter.delta(name)
-    smaller = min(delta.shape)
-    if rank is None or rank >= smaller:
-        eye = torch.eye(smaller)
-        return (delta, eye) if delta.shape[1] == smaller else (eye, delta)
+def _truncate_dense(delta: Tensor, rank: int) -> _Part:
+    """Return the best approximation of this rank to a dense update."""
+    total = float(delta.double().square().sum())
+    if rank >= min(delta.shape) or not total:
+        return _Part(_as_product(delta), total, 0.0)
     U, S, Vh = svd(delta, rank, "top", tol=1e-6)
-    return U * S.sqrt(), S.sqrt()[:, None] * Vh
+    product = _Product(U * S.sqrt(), S.sqrt()[:, None] * Vh)
+    return _Part(product, total, float((delta - product.left @ product.right).double().square().sum()))
 
 
-def _lora_layer(layer: LayerUpdate, left: Tensor, right: Tensor) -> LayerUpdate:
-    return replace(layer, terms=(lora_term(left, right),), update_sketch=None)
+def _stacked(layer: LayerUpdate) -> _Product | None:
+    """Return the factors of a layer's terms side by side, or None where they would be as wide as dW itself."""
+    if not all(term.method.additive for term in layer.terms):
+        return None
+    products = [_factored(term) for term in layer.terms]
+    product = _Product(torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0))
+    if product.left.shape[1] == 0:
+        return _Product(torch.zeros(layer.shape[0], 1), torch.zeros(1, layer.shape[1]))
+    return product if product.left.shape[1] < min(layer.shape) else None
+
+
+def _factored(term: Term) -> _Product:
+    """Return the factors of one term, without what a diagonal core has at zero."""
+    f = term.method.factors(term.tensors())
+    left, right = f.core.transposed(f.left) * (f.scale * term.weight), f.right
+    if isinstance(f.core, Diagonal):
+        kept = f.core.values != 0
+        left, right = left[:, kept], right[kept]
+    return _Product(left, right)
+
+
+def _as_product(delta: Tensor) -> _Product:
+    """Return a dense update as a product with an identity matrix, or as one of width 1 where it is zero."""
+    out, into = delta.shape
+    if not delta.any():
+        return _Product(torch.zeros(out, 1), torch.zeros(1, into))
+    return _Product(delta, torch.eye(into)) if into <= out else _Product(torch.eye(out), delta)
+
+
+def _squared_norm(product: _Product) -> float:
+    L, R = product.left.double(), product.right.double()
+    return float(((L.mT @ L) * (R @ R.mT)).sum())
+
+
+def _lora_layer(layer: LayerUpdate, product: _Product) -> LayerUpdate:
+    return replace(layer, terms=(lora_term(product.left, product.right),))

@@ -1,4 +1,4 @@
-"""Adapter folders: two files, written whole or not at all, checked when read."""
+"""A folder of two files that belong together: written whole or not at all, checked when read."""
 
 from __future__ import annotations
 
@@ -15,110 +15,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectune.adapters import fingerprint
-from spectune.adapters.adapter import Adapter, LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError, nearest
-from spectune.methods import from_fields
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FORMAT_VERSION = 1
-_KEYS = {"library_name", "format_version", "base_model_name_or_path", "methods", "layers", "error"}
-_LAYER_KEYS = {"shape", "conv1d", "terms"}
+_OUR_KEYS = ("format_version", "methods", "layers")
+_PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
 
 
-def save(adapter: Adapter, path: Path, *, embed: bool = False) -> Path:
-    """Write an adapter's folder; LoRA and DoRA around LoRA in PEFT's format, all else in spectune's."""
-    from spectune.adapters.peft_format import is_peft, save_peft
+class Entry:
+    """A JSON object of a config, whose values are asked for with their types.
 
-    if is_peft(adapter):
-        return save_peft(adapter, path)
-    tensors: dict[str, Tensor] = {}
-    methods: list[dict[str, Any]] = []
-    layers: dict[str, Any] = {}
-    for name in adapter.layers:
-        layer = adapter.complete(name) if embed else adapter.layer(name)
-        terms = []
-        for i, term in enumerate(layer.terms):
-            described = term.method.fields()
-            if described not in methods:
-                methods.append(described)
-            terms.append({"method": methods.index(described), "weight": term.weight})
-            tensors |= {f"{name}.{i}.{key}": value for key, value in term.trained.items()}
-            if embed and needs_basis(term.method):
-                tensors |= {f"{name}.{i}.basis.{key}": value for key, value in (term.basis or {}).items()}
-        tensors[f"{name}.sketch"] = adapter.sketch(name)
-        base = layer.base_sketch
-        if base is None and layer.weight is not None:
-            base = fingerprint.sketch_weight(layer.weight)
-        if base is not None:
-            tensors[f"{name}.base"] = base
-        layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
-    config = {
-        "library_name": "spectune",
-        "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": adapter.base_model,
-        "methods": methods,
-        "layers": layers,
-        "error": adapter.error,
-    }
-    return write_folder(path, config, tensors)
+    Args:
+        values: the object.
+        where: what to call it in messages.
+    """
 
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise SpectuneError(f"{where} is {values!r:.60}, not a JSON object")
+        self.values, self.where = values, where
 
-def load(path: Path) -> Adapter:
-    """Read an adapter's folder in either format."""
-    config = read_config(path)
-    if config.get("library_name") != "spectune" and "peft_type" in config:
-        from spectune.adapters.peft_format import load_peft
+    def check_keys(self, *known: str) -> None:
+        """Raise unless the object has exactly these keys, naming the first that is unknown or missing."""
+        for key in sorted(self.values.keys() - set(known)):
+            raise SpectuneError(f"{self.where} has the unknown key {key!r}{nearest(key, known)}")
+        for key in sorted(set(known) - self.values.keys()):
+            raise SpectuneError(f"{self.where} lacks the key {key!r}")
 
-        return load_peft(path)
-    where = path / CONFIG
-    check_keys(config, _KEYS, str(where))
-    if config["format_version"] != FORMAT_VERSION:
-        raise SpectuneError(f"{where} has format version {config['format_version']!r}; this release reads 1")
-    methods = [from_fields(fields) for fields in config["methods"]]
-    tensors = read_tensors(path)
-    layers = {}
-    for name, entry in config["layers"].items():
-        check_keys(entry, _LAYER_KEYS, f"layer {name!r} in {where}")
-        out, into = entry["shape"]
-        terms = []
-        for i, described in enumerate(entry["terms"]):
-            check_keys(described, {"method", "weight"}, f"layer {name!r} in {where}")
-            method = methods[described["method"]]
-            trained = {
-                key: _take(tensors, f"{name}.{i}.{key}", shape, path)
-                for key, shape in method.shapes(out, into).items()
-            }
-            prefix = f"{name}.{i}.basis."
-            basis = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-            terms.append(Term(method, trained, described["weight"], basis or None))
-        layers[name] = LayerUpdate(
-            shape=(out, into),
-            terms=tuple(terms),
-            conv1d=entry["conv1d"],
-            base_sketch=tensors.pop(f"{name}.base", None),
-            update_sketch=tensors.pop(f"{name}.sketch", None),
-        )
-    if tensors:
-        raise SpectuneError(f"{path / WEIGHTS} has a tensor that its config does not speak of: {min(tensors)!r}")
-    return Adapter(layers, config["base_model_name_or_path"], config["error"])
+    def take(self, key: str, *kinds: type, default: Any = None) -> Any:
+        """Return a value, which must be of one of the types (True is no int), or the default where it is not there."""
+        if key not in self.values and default is not None:
+            return default
+        value = self.values.get(key)
+        if type(value) not in kinds:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise SpectuneError(f"{key!r} in {self.where} is {value!r:.60}, not {names}")
+        return value
 
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """Return a value, which must be a finite number."""
+        value = self.take(key, int, float, default=default)
+        if not abs(value) < 1e300:
+            raise SpectuneError(f"{key!r} in {self.where} is {value!r:.60}, not a finite number")
+        return value
 
-def _take(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], path: Path) -> Tensor:
-    if key not in tensors:
-        raise SpectuneError(f"{path / WEIGHTS} lacks the tensor {key!r}{nearest(key, tensors)}")
-    tensor = tensors.pop(key)
-    if tuple(tensor.shape) != tuple(shape):
-        raise SpectuneError(f"{key!r} in {path / WEIGHTS} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
-    return tensor
-
-
-def check_keys(found: Mapping[str, Any], known: set[str], where: str) -> None:
-    """Raise unless a mapping has exactly the known keys, naming the first that is unknown or missing."""
-    for key in sorted(found.keys() - known):
-        raise SpectuneError(f"{where} has the unknown key {key!r}{nearest(key, known)}")
-    for key in sorted(known - found.keys()):
-        raise SpectuneError(f"{where} lacks the key {key!r}")
+    def inside(self, key: str) -> Entry:
+        """Return the JSON object that is the value of a key; an empty one where it is not there or null."""
+        value = self.values.get(key)
+        return Entry({} if value is None else value, f"{key!r} in {self.where}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -129,57 +74,120 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpectuneError(f"{path / CONFIG} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise SpectuneError(f"{path / CONFIG} is not a JSON object")
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter's folder, and check them against the digest that we store with them."""
+def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors of an adapter's folder, and check the digests that are stored with them.
+
+    Args:
+        path: the folder.
+        config: what `read_config` returned.
+    """
     where = path / WEIGHTS
     try:
         with safe_open(where, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            digest = (opened.metadata() or {}).get("sha256")
+            metadata = opened.metadata() or {}
     except FileNotFoundError:
         raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {WEIGHTS}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SpectuneError(f"{where} is damaged or cut short ({error}); get it again") from None
-    if digest is not None and digest != _digest(tensors):
+    if metadata.get("sha256", digest := _digest(tensors)) != digest:
         raise SpectuneError(f"{where} was changed after it was written: its checksum does not match; get it again")
+    if metadata.get("config_sha256", digest := _config_digest(config)) != digest:
+        raise SpectuneError(
+            f"{path / CONFIG} and {WEIGHTS} do not belong together: the config was changed, or a write was cut "
+            "off between the two; get or save the adapter again"
+        )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SpectuneError(f"{where} holds values that are not finite, in {key!r}")
     return tensors
 
 
+def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a temporary name beside the target, flush it to disk, and rename it."""
+    temporaries: list[Path] = []
+    try:
+        os.replace(_write_beside(target, write, temporaries), target)
+        _flush(target.parent)
+    finally:
+        _remove(temporaries)
+
+
 def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write the two files, the tensors first, each whole or not at all."""
+    """Write the two files, both or none; the weights name their config's digest, so that a torn pair is found out.
+
+    Both are written in full under temporary names before the first is renamed, and the old weights are put back should
+    the second rename fail.
+    """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    metadata = {"format": "pt", "sha256": _digest(tensors), "config_sha256": _config_digest(config)}
+    text = json.dumps(config, indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "sha256": _digest(tensors)}
-    write_atomically(path / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata))
-    text = json.dumps(config, indent=2, sort_keys=False) + "\n"
-    write_atomically(path / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    temporaries: list[Path] = []
+    try:
+        weights = _write_beside(path / WEIGHTS, lambda to: save_file(tensors, to, metadata), temporaries)
+        described = _write_beside(path / CONFIG, lambda to: to.write_text(text, encoding="utf-8"), temporaries)
+        fresh = not (path / WEIGHTS).exists()
+        old = None if fresh else _keep_beside(path / WEIGHTS, temporaries)
+        os.replace(weights, path / WEIGHTS)
+        try:
+            os.replace(described, path / CONFIG)
+        except BaseException:
+            if old is not None:
+                os.replace(old, path / WEIGHTS)
+            elif fresh:
+                (path / WEIGHTS).unlink()
+            raise
+        _flush(path)
+    finally:
+        _remove(temporaries)
     return path
 
 
-def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write to a temporary name beside the target, flush it to disk, and rename it."""
+def _write_beside(target: Path, write: Callable[[Path], Any], temporaries: list[Path]) -> Path:
+    """Write a temporary file in the target's folder, flushed to the disk."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except BaseException:
+    temporaries.append(temporary := Path(name))
+    write(temporary)
+    _flush(temporary)
+    temporary.chmod(0o666 & ~_umask())
+    return temporary
+
+
+def _remove(temporaries: list[Path]) -> None:
+    for temporary in temporaries:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def _keep_beside(target: Path, temporaries: list[Path]) -> Path | None:
+    """Give a file that is about to be replaced a second, temporary name, where the file system can."""
+    second = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(target, second)
+    except OSError:
+        return None
+    temporaries.append(second)
+    return second
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or a folder's entries where the system allows it, written to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -188,10 +196,16 @@ def _umask() -> int:
     return mask
 
 
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """Return the digest of what a config says of the update; a base's name, say, may be edited by hand."""
+    bound = {key: value for key, value in config.items() if key in _BOUND_KEYS}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -11,41 +12,132 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 
 PROBES = 4
+_ROUNDINGS = (torch.bfloat16, torch.float16)
+UPDATE_SHAPE = (PROBES * PROBES + 1,)
+WEIGHT_SHAPE = (1 + len(_ROUNDINGS), PROBES * PROBES)
+_CHUNK = 1 << 24  # elements of a weight held in float64 at once: 128 MiB
+
+# Largest relative differences of two sketches that stand for one thing.
+SAME_WEIGHT = 1e-5  # a weight in one dtype: only the order of summation differs
+BOTH_ROUNDED = 5e-3  # its bf16 beside its fp16 values, which no longer know each other
+SAME_BASIS = 2e-2  # an update over singular vectors of one weight, in 16 bits at worst
+ROUNDED_BASIS = 0.2  # the same where rounding the weight has turned nearly equal singular vectors: 2 to 8% is usual
 
 
 @lru_cache(maxsize=64)
 def probes(size: int, salt: int) -> Tensor:
     """Return (PROBES x size) normal numbers, the same on every machine and in every version."""
     drawn = np.random.RandomState(size + salt).standard_normal((PROBES, size)) / size**0.5
-    return torch.from_numpy(drawn.astype(np.float32))
+    return torch.from_numpy(drawn)
 
 
-def sketch(right_product: Tensor) -> Tensor:
-    """Return P_out M P_in^T (PROBES x PROBES), given M P_in^T transposed, as (PROBES x out)."""
-    product = right_product.detach().float().cpu()
-    return probes(product.shape[-1], 1) @ product.mT
+def sketch_update(right_product: Tensor) -> Tensor:
+    """Return the sketch of dW (out x in): P_out dW P_in^T, flat, and its norm.
+
+    Args:
+        right_product: P_in dW^T (PROBES x out), for the probes P_in of size in.
+    """
+    product = right_product.detach().cpu().double()
+    values = (probes(product.shape[1], 1) @ product.mT).flatten()
+    return torch.cat([values, torch.linalg.vector_norm(values)[None]]).float()
+
+
+def combine(sketches: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
+    """Return the sketch of a weighted sum of updates.
+
+    Its last entry is the sum of the parts' norms: what rounding errors are to be compared with where parts cancel.
+    """
+    parts = [torch.cat([w * s[:-1].double(), abs(w) * s[-1:].double()]) for s, w in zip(sketches, weights, strict=True)]
+    return torch.stack(parts).sum(0).float()
 
 
 def sketch_weight(weight: Tensor) -> Tensor:
-    """Return the sketch of a weight W (out x in): PROBES x PROBES numbers that a changed weight changes."""
-    rows = probes(weight.shape[1], 0).to(weight.device, weight.dtype)
-    return sketch(rows.float() @ weight.float().mT if weight.dtype != torch.float32 else rows @ weight.mT)
+    """Return the sketches of W (out x in), of W rounded to bf16 and of W rounded to fp16, (3 x PROBES^2).
+
+    A base that is loaded in 16 bits agrees with the rounded sketch of the base in 32, to the last digits.
+    """
+    return torch.stack([_sketch(weight, None), *(_sketch(weight, dtype) for dtype in _ROUNDINGS)]).float()
 
 
-def agrees(ours: Tensor, stored: Tensor, tolerance: float) -> bool:
-    """Whether two sketches are equal up to a relative tolerance in the Frobenius norm."""
-    difference = torch.linalg.vector_norm(ours.double() - stored.double())
-    return bool(difference <= tolerance * torch.linalg.vector_norm(stored.double()) + 1e-12)
+def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:
+    right = probes(weight.shape[1], 0).to(weight.device)
+    rows = max(1, _CHUNK // weight.shape[1])
+    pieces = []
+    for start in range(0, weight.shape[0], rows):
+        piece = weight[start : start + rows].detach()
+        piece = piece if rounding is None else piece.to(rounding)
+        pieces.append(right @ piece.double().nan_to_num(posinf=0, neginf=0).mT)
+    return (probes(weight.shape[0], 1) @ torch.cat(pieces, dim=1).cpu().mT).flatten()
 
 
-def check_base(name: str, weight: Tensor, expected: Tensor | None, shape: tuple[int, int]) -> None:
-    """Raise unless a weight (out x in) has the shape and the sketch that an adapter's layer was trained on.
+def same_weight(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two sketches of weights, by `sketch_weight`, are of one weight, in whatever dtype each is held."""
+    if any(_near(a, b, SAME_WEIGHT) for a, b in zip(ours, theirs, strict=True)):
+        return True
+    apart = {_rounding(ours), _rounding(theirs)} == {1, 2}
+    return apart and _near(ours[1], theirs[1], BOTH_ROUNDED)
 
-    A sketch of a weight in 16 bits differs from that in 32 by about 2^-9, another fine-tune by more.
+
+def check_shape(name: str, weight: Tensor, shape: tuple[int, int]) -> None:
+    """Raise unless a weight has the shape (out, in) of the one that an adapter's layer was trained on.
+
+    Raises:
+        SpectuneError: it has not.
     """
     if tuple(weight.shape) != tuple(shape):
         raise SpectuneError(
             f"the adapter belongs to another base: {name!r} is {tuple(weight.shape)} here and {tuple(shape)} there"
         )
-    if expected is not None and not agrees(sketch_weight(weight), expected, 1e-2):
-        raise SpectuneError(f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on")
+
+
+def check_weight(name: str, weight: Tensor, expected: Tensor) -> None:
+    """Raise unless a weight (out x in) has the sketch of the one that an adapter's layer was trained on.
+
+    Raises:
+        SpectuneError: it has not.
+    """
+    if _near(_sketch(weight, None), expected[0], SAME_WEIGHT) or same_weight(sketch_weight(weight), expected):
+        return
+    raise SpectuneError(
+        f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on"
+    )
+
+
+def check_update(name: str, made: Tensor, stored: Tensor, weight: Tensor | None, base: Tensor | None) -> None:
+    """Raise unless the sketch of an update is the one that was stored.
+
+    Args:
+        name: the layer.
+        made: the sketch of dW as it comes out here.
+        stored: the sketch of dW as it was trained.
+        weight: W (out x in), where it is at hand.
+        base: the sketch of W as it was trained on, where it is known.
+
+    Raises:
+        SpectuneError: it is not.
+    """
+    if _near(made[:-1], stored[:-1], SAME_BASIS, float(stored[-1])):
+        return
+    if weight is not None:
+        rounded = base is not None and not _near(_sketch(weight, None), base[0], SAME_WEIGHT)
+        # DoRA's magnitude is a difference from W's row norms, known no better than W is
+        size = PROBES * float(weight.detach().double().square().mean().sqrt())
+        slack = size * (2**-9 if rounded else 2**-20)
+        if _near(made[:-1], stored[:-1], ROUNDED_BASIS if rounded else SAME_BASIS, float(stored[-1]), slack):
+            return
+    raise SpectuneError(
+        f"the adapter does not reproduce its update on {name!r}: the singular vectors of this base came out "
+        "differently; load the base in the dtype that the adapter was trained in, or save the adapter with "
+        'bases="embed" where it was trained'
+    )
+
+
+def _near(ours: Tensor, stored: Tensor, tolerance: float, size: float | None = None, slack: float = 1e-12) -> bool:
+    size = float(torch.linalg.vector_norm(stored.double())) if size is None else size
+    return float(torch.linalg.vector_norm(ours.double() - stored.double())) <= tolerance * size + slack
+
+
+def _rounding(sketches: Tensor) -> int:
+    """Return which rounding leaves the weight as it is: 1 for bf16, 2 for fp16, 0 for neither or for both."""
+    unchanged = [i for i in (1, 2) if _near(sketches[0], sketches[i], 1e-7)]
+    return unchanged[0] if len(unchanged) == 1 else 0

@@ -1,0 +1,184 @@
+"""What an adapter does to one layer: a sum of terms, each a method and its tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.errors import SpectuneError
+from spectune.layers.factors import Base
+from spectune.methods import Method
+from spectune.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight * (the update that `method` makes of `trained` and, where it needs one, a basis).
+
+    Args:
+        method: the method.
+        trained: its trained tensors.
+        weight: factor of the update.
+        basis: its frozen tensors, where they are at hand.
+        sketch: of the update at weight 1, by which it is known to be reproduced.
+    """
+
+    method: Method
+    trained: Mapping[str, Tensor]
+    weight: float = 1.0
+    basis: Mapping[str, Tensor] | None = None
+    sketch: Tensor | None = field(default=None, repr=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return trained and frozen tensors, float32 on the CPU."""
+        everything = {**(self.basis or {}), **self.trained}
+        return {n: on_cpu(t) for n, t in everything.items()}
+
+    @property
+    def lacks_basis(self) -> bool:
+        """Whether the method has frozen tensors that are not at hand."""
+        return self.basis is None and needs_basis(self.method)
+
+    def sketched(self, weight: Tensor | None) -> Tensor | None:
+        """Return the sketch, made now where it was not; None where none is needed or what it takes is not at hand.
+
+        Args:
+            weight: W (out x in).
+        """
+        needed, made_here = needs_basis(self.method), self.method.additive or weight is not None
+        if self.sketch is not None or self.lacks_basis or not needed or not made_here:
+            return self.sketch
+        return self.make_sketch(weight)
+
+    def make_sketch(self, weight: Tensor | None) -> Tensor:
+        """Return the sketch of the update as it comes out here."""
+        tensors = self.tensors()
+        x = fingerprint.probes(self.method.factors(tensors).right.shape[1], 0).float()
+
+        def through_base(rows: Tensor) -> Tensor:
+            assert weight is not None
+            return rows @ on_cpu(weight).mT
+
+        base = Base(lambda: through_base(x), through_base)
+        return fingerprint.sketch_update(self.method.respond(tensors, x, base, False))
+
+    def check(self, name: str, weight: Tensor | None, base_sketch: Tensor | None) -> None:
+        """Raise unless the update is the one that was trained.
+
+        Args:
+            name: the layer.
+            weight: W (out x in).
+            base_sketch: of the W that it was trained on, where it is known.
+
+        Raises:
+            SpectuneError: the basis came out differently.
+        """
+        if self.sketch is not None and not self.lacks_basis:
+            fingerprint.check_update(name, self.make_sketch(weight), self.sketch, weight, base_sketch)
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The sum of terms on one layer.
+
+    Args:
+        shape: (out, in) of the weight.
+        terms: the terms.
+        conv1d: the layer is a Conv1D, whose weight is stored transposed.
+        weight: W (out x in), where it is at hand.
+        base_sketch: sketch of W, to know the base again.
+    """
+
+    shape: tuple[int, int]
+    terms: tuple[Term, ...]
+    conv1d: bool = False
+    weight: Tensor | None = field(default=None, repr=False)
+    base_sketch: Tensor | None = field(default=None, repr=False)
+
+    def base(self) -> Tensor | None:
+        """Return the sketch of W, made now where W is at hand, else None."""
+        if self.base_sketch is None and self.weight is not None:
+            return fingerprint.sketch_weight(self.weight)
+        return self.base_sketch
+
+
+def needs_basis(method: Method) -> bool:
+    """Whether a method has frozen tensors besides W."""
+    return method.request() is not None or not method.additive or type(method).basis is not Method.basis
+
+
+def lora_term(left: Tensor, right: Tensor) -> Term:
+    """Return the LoRA term with B = left (out x r), A = right (r x in) and s = 1."""
+    rank = left.shape[1]
+    return Term(LoRA(rank=rank, alpha=rank), {"A": right.contiguous(), "B": left.contiguous()})
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, in float32 if it is floating point."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def add_layers(name: str, ours: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate:
+    """Return the sum of two updates of one layer.
+
+    Raises:
+        SpectuneError: they differ in shape, or are known to belong to different weights.
+    """
+    if ours.shape != theirs.shape:
+        raise SpectuneError(f"the adapters differ in the shape of {name!r}: {ours.shape} and {theirs.shape}")
+    weights = [layer.weight for layer in (ours, theirs) if layer.weight is not None]
+    one = len(weights) == 2 and weights[0].data_ptr() == weights[1].data_ptr()
+    bases = [] if one else [base for layer in (ours, theirs) if (base := layer.base()) is not None]
+    if len(bases) == 2 and not fingerprint.same_weight(*bases):
+        raise SpectuneError(f"the adapters belong to different bases: {name!r} is another weight in each")
+    return replace(
+        ours,
+        terms=collect([*ours.terms, *theirs.terms]),
+        weight=weights[0] if weights else None,
+        base_sketch=bases[0] if bases else ours.base_sketch,
+    )
+
+
+def collect(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """Join the terms that one term can hold: over the same basis coefficients add, and LoRA stacks its factors."""
+    alike: defaultdict[Any, list[tuple[Term, Mapping[str, Tensor]]]] = defaultdict(list)
+    loras: list[Term] = []
+    others: list[Term] = []
+    for term in terms:
+        in_double = {k: v.double() for k, v in term.trained.items()}
+        coefficients = term.method.coefficients({**(term.basis or {}), **in_double})
+        if coefficients is not None:
+            plain, _ = term.method.from_coefficients(coefficients)
+            alike[plain].append((term, coefficients))
+        elif isinstance(term.method, LoRA):
+            loras.append(term)
+        else:
+            others.append(term)
+    joined = [_sum_of_coefficients(pairs) for pairs in alike.values()]
+    if len(loras) == 1 and loras[0].weight == 1.0:
+        joined += loras
+    elif loras:
+        left = torch.cat([t.trained["B"] * (t.weight * t.method.scale) for t in loras], dim=1)  # type: ignore[attr-defined]
+        joined.append(lora_term(left, torch.cat([t.trained["A"] for t in loras], dim=0)))
+    return tuple(joined + others)
+
+
+def _sum_of_coefficients(pairs: list[tuple[Term, Mapping[str, Tensor]]]) -> Term:
+    """Return the one term that sums terms over the same basis, given the coefficients of each."""
+    terms = [term for term, _ in pairs]
+    total = {key: sum(t.weight * c[key] for t, c in pairs) for key in pairs[0][1]}
+    method, trained = terms[0].method.from_coefficients(total)  # type: ignore[arg-type]
+    sketches = [term.sketch for term in terms if term.sketch is not None]
+    return Term(
+        method,
+        {key: value.float() for key, value in trained.items()},
+        basis=next((term.basis for term in terms if term.basis is not None), None),
+        sketch=fingerprint.combine(sketches, [t.weight for t in terms]) if len(sketches) == len(terms) else None,
+    )
