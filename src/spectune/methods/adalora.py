@@ -34,7 +34,8 @@ class AdaLoRA(Method):
         t_init: steps before pruning; a fraction of the run below 1.
         t_final: steps after it, at the final budget; a fraction of the run below 1.
         interval: steps between two allocations.
-        beta1, beta2: smoothing of sensitivity and of uncertainty.
+        beta1: smoothing of the sensitivity.
+        beta2: smoothing of the uncertainty.
         gamma: weight of the orthogonality term.
         total_steps: length of the run; None takes it from transformers.Trainer or spectune's trainer, and without
             either nothing is pruned.
