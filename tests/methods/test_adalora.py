@@ -110,10 +110,12 @@ def test_the_papers_algorithm_step_by_step():
                 for layer, keep in zip(layers, final, strict=True):
                     layer["E"].mul_(keep)
 
-        for update, layer in zip(ours, layers, strict=True):
+        for update, layer, scored in zip(ours, layers, smooth, strict=True):
             assert int(update.step) == t
             for key, value in layer.items():
                 torch.testing.assert_close(getattr(update, key), value, rtol=1e-9, atol=1e-12)
+                state = [getattr(update, f"{kind}_{key}") for kind in ("sensitivity", "uncertainty")]
+                torch.testing.assert_close(state, scored[key], rtol=1e-9, atol=1e-15)
         counts.append(kept(model))
     assert counts[:3] == [12, 12, 12]
     assert counts[7] == round(3 * (2 + 2 * (7 / 12) ** 3))

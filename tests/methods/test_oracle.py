@@ -164,6 +164,19 @@ def test_dropout_falls_on_the_branch_alone(method, magnitude):
     assert layer.adapters["default"][0].training
 
 
+@pytest.mark.parametrize("inner", [m.inner for m in EVERY if isinstance(m, DoRA)], ids=name)
+def test_doras_norm_is_exact_under_autocast(inner):
+    method = DoRA(inner)
+    _, layer = adapted("tall", method, torch.float32)
+    W, trained, frozen = parts(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = method._norms(
+            layer.tensors(layer.adapters["default"][0]), method.factors(trained | frozen), layer.base()
+        )
+    expected = (W + inner.delta(trained | frozen, W)).norm(dim=1)
+    torch.testing.assert_close(norms, expected, rtol=2e-5, atol=1e-5)
+
+
 def test_dora_leaves_a_row_of_zeros_alone():
     model: Any = torch.nn.Sequential(torch.nn.Linear(6, 5))
     with torch.no_grad():

@@ -152,6 +152,7 @@ def test_an_adapter_on_the_tied_head_unties_it_only_by_merging(tmp_path):
     assert torch.equal(embedding, before)
     assert model.lm_head.weight is not model.model.embed_tokens.weight is embedding
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert model.config.tie_word_embeddings is False
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(logits(loaded), logits(model))

@@ -69,6 +69,34 @@ def test_two_adapters_of_one_kind(kind):
     check_forward(model, ["a", None, "b", {"a": 0.5, "b": -0.7}, {"b": 2.0}])
 
 
+def test_cores_over_one_basis_keep_their_own_scale():
+    model = several(tiny.llama(), {"a": LoRAXS(rank=4, alpha=4), "b": LoRAXS(rank=4, alpha=12)})
+    layer = model.model.layers[0].mlp.up_proj
+    assert list(layer.bases) == ["lora_xs-4"]
+    mixture = {"a": 0.5, "b": -0.5}
+    check_forward(model, ["a", "b", mixture, None])
+    deltas = {name: spectune.extract(model, name).delta("model.layers.0.mlp.up_proj") for name in mixture}
+    x = torch.randn(3, 32)
+    spectune.activate(model, None)
+    plain = layer(x)
+    spectune.activate(model, mixture)
+    torch.testing.assert_close(layer(x) - plain, x @ (0.5 * deltas["a"] - 0.5 * deltas["b"]).T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sum_of_adapters_answers_term_by_term():
+    """An attached sum has several terms in a layer, each with a weight, one of them over a shared basis."""
+    model = several(tiny.llama(), {"a": SVF(), "b": PiSSA(rank=3), "c": DoRA(LoRA(rank=2)), "d": LoRAXS(rank=4)})
+    a, b, c, d = (spectune.extract(model, name) for name in "abcd")
+    total = 0.5 * a - 0.7 * b + 0.4 * c + 2.0 * d
+    spectune.attach(model, total, name="sum")
+    tokens = ids(2)
+    with torch.no_grad():
+        at_once = model(tokens).logits
+        spectune.activate(model, {"a": 0.5, "b": -0.7, "c": 0.4, "d": 2.0})
+        torch.testing.assert_close(at_once, model(tokens).logits, rtol=1e-3, atol=1e-3)
+        check_forward(model, ["sum", {"sum": 0.5, "a": 1.0}, None])
+
+
 def test_every_kind_at_once():
     model = several(tiny.llama(), METHODS)
     everything = dict.fromkeys(METHODS, 0.3)
