@@ -152,22 +152,30 @@ def collect(terms: Iterable[Term]) -> tuple[Term, ...]:
     loras: list[Term] = []
     others: list[Term] = []
     for term in terms:
+        if isinstance(term.method, LoRA):
+            loras.append(term)
+            continue
         in_double = {k: v.double() for k, v in term.trained.items()}
         coefficients = term.method.coefficients({**(term.basis or {}), **in_double})
-        if coefficients is not None:
+        if coefficients is None:
+            others.append(term)
+        else:
             plain, _ = term.method.from_coefficients(coefficients)
             alike[plain].append((term, coefficients))
-        elif isinstance(term.method, LoRA):
-            loras.append(term)
-        else:
-            others.append(term)
     joined = [_sum_of_coefficients(pairs) for pairs in alike.values()]
-    if len(loras) == 1 and loras[0].weight == 1.0:
-        joined += loras
-    elif loras:
-        left = torch.cat([t.trained["B"] * (t.weight * t.method.scale) for t in loras], dim=1)  # type: ignore[attr-defined]
-        joined.append(lora_term(left, torch.cat([t.trained["A"] for t in loras], dim=0)))
-    return tuple(joined + others)
+    return (*joined, *_sum_of_loras(loras), *others)
+
+
+def _sum_of_loras(terms: list[Term]) -> list[Term]:
+    """Return one LoRA with the factors of all side by side; a positive weight of a single one goes into alpha."""
+    if len(terms) == 1 and terms[0].weight > 0:
+        (term,) = terms
+        alpha = term.method.alpha if term.weight == 1.0 else term.method.alpha * term.weight  # type: ignore[attr-defined]
+        return [replace(term, method=replace(term.method, alpha=alpha), weight=1.0)]
+    if not terms:
+        return []
+    left = torch.cat([t.trained["B"] * (t.weight * t.method.scale) for t in terms], dim=1)  # type: ignore[attr-defined]
+    return [lora_term(left, torch.cat([t.trained["A"] for t in terms], dim=0))]
 
 
 def _sum_of_coefficients(pairs: list[tuple[Term, Mapping[str, Tensor]]]) -> Term:
