@@ -52,3 +52,16 @@ def test_files_that_cannot_be_read(tmp_path):
     broken.write_text("- a\n- b\n")
     with pytest.raises(SpectuneError, match="key: value"):
         load_config(broken, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["patience=2"], "patience needs evaluations"),
+        (["best=true", "eval_steps=5", "held_out=0"], "best needs held-out data"),
+        (["best=true", "eval_steps=3", "save_steps=10"], "multiple of eval_steps"),
+    ],
+)
+def test_keys_that_do_not_go_together(settings, message):
+    with pytest.raises(SpectuneError, match=message):
+        load_config(None, [*NEEDED, *settings])

@@ -1,7 +1,9 @@
 """A whole run on a tiny model: it learns, resumes bit for bit, and stops at a loss that is not finite."""
 
 import json
+import signal
 
+import pandas
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import spectune
 from spectune.errors import SpectuneError
 from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
+from spectune.training.progress import Interrupted
 from spectune.training.run import train
 from training.folder import save_folder
 
@@ -113,7 +116,7 @@ def test_an_output_in_use_is_refused_and_resume_without_a_checkpoint_too(setting
 def test_resuming_with_another_method_is_refused(settings, tmp_path):
     output = f"output={tmp_path / 'out'}"
     run(settings, output, "max_steps=5", "method=svf")
-    with pytest.raises(SpectuneError, match="other settings"):
+    with pytest.raises(SpectuneError, match="with another method"):
         run(settings, output, "max_steps=10", "method=lora:rank=2", "resume=true")
 
 
@@ -127,3 +130,69 @@ def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
         atol=1e-5,
         rtol=1e-4,
     )
+
+
+def test_the_run_folder_says_what_was_run(settings, tmp_path):
+    run(settings, f"output={tmp_path / 'out'}", "max_steps=1")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.yaml", "run.json", "README.md", "log.jsonl", "curve.png"} <= names
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["data"]["examples"] == 40
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nbase_model: ")
+
+
+def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, capsys):
+    output = f"output={tmp_path / 'out'}"
+    run(settings, output, "max_steps=5")
+    with pytest.raises(SpectuneError, match="with another batch_size, seed"):
+        run(settings, output, "max_steps=10", "resume=true", "seed=1", "batch_size=4")
+    run(settings, output, "max_steps=6", "resume=true", "lr=0.5")
+    assert "resuming with changed lr, max_steps" in capsys.readouterr().err
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatch):
+    original = trainer_module.AdapterTrainer.training_step
+
+    def interrupt_once(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", interrupt_once)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"at step 3; saved .*checkpoint-3, go on with resume=true"):
+        run(settings, f"output={tmp_path / 'out'}", "max_steps=10")
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    assert run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "resume=true").steps == 10
+
+
+def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path):
+    more = ["eval_steps=5", "save_steps=5", "patience=1", "max_steps=60", "lr=3", "schedule=constant"]
+    result = run(settings, f"output={tmp_path / 'out'}", *more)
+    losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]
+    assert result.steps < 60
+    assert result.loss_after == pytest.approx(min(losses[1:]))
+
+
+def test_a_tensor_can_have_its_own_learning_rate(settings, tmp_path):
+    still = ["method=dora:inner=lora,rank=2", "max_steps=2", "group_lr={magnitude: 1e-12}", "lr=1e-2"]
+    result = run(settings, f"output={tmp_path / 'out'}", *still)
+    layer = result.adapter.layers["model.layers.0.mlp.up_proj"]
+    norms = layer.weight.norm(dim=1)
+    torch.testing.assert_close(layer.terms[0].trained["magnitude"], norms, atol=1e-6, rtol=0)
+    assert layer.terms[0].trained["B"].abs().max() > 1e-3
+    with pytest.raises(SpectuneError, match="no trained tensor is named 'magnitud'; did you mean 'magnitude'"):
+        run(settings, f"output={tmp_path / 'b'}", "method=dora:inner=lora,rank=2", "group_lr={magnitud: 1}")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables(settings, tmp_path, suffix):
+    table = pandas.DataFrame({"prompt": ["say one", "say two"] * 8, "completion": ["ahoy", "hello"] * 8})
+    path = tmp_path / f"data.{suffix}"
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    result = run(settings, f"data={path}", f"output={tmp_path / 'out'}", "max_steps=1")
+    assert result.steps == 1
+    table.drop(columns="completion").to_csv(tmp_path / "bad.csv", index=False)
+    with pytest.raises(SpectuneError, match=r"bad.csv, row 1: has the keys 'prompt'"):
+        run(settings, f"data={tmp_path / 'bad.csv'}", f"output={tmp_path / 'b'}")

@@ -55,8 +55,8 @@ def main() -> None:
     except SpectuneError as error:
         say_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        say_error("interrupted")
+    except KeyboardInterrupt as interrupt:
+        say_error(str(interrupt) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,13 +20,18 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
-    data: str = Field(description="JSONL file with messages, prompt/completion or text in each line")
+    data: str = Field(
+        description="JSONL, CSV or Parquet file, or data set id, with messages, prompt/completion or text"
+    )
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
     method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
     targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
     overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
     lr: float | None = Field(None, gt=0, description="learning rate; the method's own if not given")
+    group_lr: dict[str, float] = Field(
+        {}, description="name of a trained tensor (magnitude, z, ...): its learning rate"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(8, ge=1, description="examples in a forward pass")
@@ -38,8 +43,10 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
     completion_only: bool = Field(True, description="loss on completions and assistant turns only")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
-    eval_data: str | None = Field(None, description="JSONL file for evaluation, instead of held_out")
+    eval_data: str | None = Field(None, description="data for evaluation, instead of held_out")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better loss before the run stops")
+    best: bool = Field(False, description="end with the checkpoint of the lowest held-out loss; needs eval_steps")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints")
     log_steps: int = Field(1, ge=1, description="steps between lines of the log")
     dtype: str | None = Field(
@@ -47,6 +54,7 @@ class TrainConfig(BaseModel):
     )
     device: str | None = Field(None, description="cpu, cuda, mps, ...; the accelerator if there is one")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    report_to: list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
     seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
     resume: bool = Field(False, description="go on from the last checkpoint in output")
     overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
@@ -57,6 +65,24 @@ class TrainConfig(BaseModel):
         from spectune.methods import parse
 
         return parse(self.method)
+
+    def check(self) -> None:
+        """Raise for keys that do not go together.
+
+        Raises:
+            SpectuneError: patience or best without evaluations, or checkpoints at other steps than evaluations.
+        """
+        wanted = "patience" if self.patience is not None else "best" if self.best else None
+        if wanted is None:
+            return
+        if self.eval_steps is None:
+            raise SpectuneError(f"{wanted} needs evaluations: give eval_steps")
+        if self.held_out == 0 and self.eval_data is None:
+            raise SpectuneError(f"{wanted} needs held-out data: give held_out or eval_data")
+        if self.best and self.save_steps % self.eval_steps:
+            raise SpectuneError(
+                f"best needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
+            )
 
     def learning_rate(self) -> float:
         """Return lr, or the method's own."""
@@ -100,6 +126,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
         if first["type"] == "missing":
             raise SpectuneError(f"{key} is not given: {known[key].description}") from None
         raise SpectuneError(f"{key}: {first['msg']} (given: {first['input']!r})") from None
+    config.check()
     from spectune.methods import parse
 
     for text in (config.method, *config.overrides.values()):

@@ -42,6 +42,37 @@ class Encoded:
     dropped: int
 
 
+def read(source: str | Path) -> list[Record]:
+    """Read the records of a JSONL, CSV or Parquet file, or of the "train" split of a data set by its id.
+
+    Raises:
+        SpectuneError: what cannot be read, or a record of another form, with its number.
+    """
+    kinds = {".csv": "csv", ".parquet": "parquet"}
+    suffix = Path(source).suffix
+    if suffix not in kinds and (Path(source).exists() or suffix in (".jsonl", ".json")):
+        return read_jsonl(source)
+    import datasets
+
+    if suffix in kinds and not Path(source).is_file():
+        raise SpectuneError(f"cannot read {source}: no such file")
+    try:
+        if suffix in kinds:
+            table = datasets.load_dataset(kinds[suffix], data_files=str(source), split="train")
+        else:
+            table = datasets.load_dataset(str(source), split="train")
+    except Exception as error:  # whatever the many readers raise
+        raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+    records: list[Record] = list(table)  # type: ignore[arg-type]
+    for number, record in enumerate(records, start=1):
+        problem = _problem(record)
+        if problem is not None:
+            raise SpectuneError(f"{source}, row {number}: {problem}")
+    if not records:
+        raise SpectuneError(f"{source} holds no examples; each row needs {_FORMS}")
+    return records
+
+
 def read_jsonl(path: str | Path) -> list[Record]:
     """Read the records of a JSONL file and check the form of each.
 

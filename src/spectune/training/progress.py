@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from spectune.training.trainer import AdapterTrainer
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted and saved; the message says how to go on."""
 
 
 class RunLog(TrainerCallback):
@@ -38,6 +44,8 @@ class RunLog(TrainerCallback):
         self._trainer: AdapterTrainer | None = None
         self._progress: Progress | None = None
         self.history: list[dict[str, Any]] = []
+        self.interrupted = False
+        self._handler: Any = None
 
     def watch(self, trainer: AdapterTrainer) -> None:
         """Take token counts from this trainer."""
@@ -60,6 +68,14 @@ class RunLog(TrainerCallback):
             "train", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
         )
         self._progress.start()
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        """Let the step end and save; a second Ctrl-C stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._handler)
+        self._console.print("stopping after this step", style="yellow")
 
     def tokens_per_second(self) -> float:
         """Return the mean since training began."""
@@ -67,6 +83,8 @@ class RunLog(TrainerCallback):
         return tokens / max(1e-9, time.perf_counter() - self._start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, speed=f"{self.tokens_per_second():.0f}")
 
@@ -91,6 +109,9 @@ class RunLog(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, write_atomically
+from spectune.adapters.files import CONFIG
 from spectune.bases import default_device, load_base
 from spectune.errors import SpectuneError
 from spectune.model import adapt, extract
 from spectune.training.batches import Packer
 from spectune.training.config import TrainConfig
-from spectune.training.data import Encoded, Record, encode, read_jsonl, split
-from spectune.training.progress import RunLog
+from spectune.training.curve import plot_curve
+from spectune.training.data import Encoded, Record, encode, read, split
+from spectune.training.progress import Interrupted, RunLog
+from spectune.training.record import changed, read_run, write_run
 from spectune.training.trainer import AdapterTrainer
 
 
@@ -58,9 +59,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     if (output / CONFIG).exists() and not (config.resume or config.overwrite):
         raise SpectuneError(f"{output} holds an adapter already: give another output, overwrite=true or resume=true")
-    records = read_jsonl(config.data)
+    records = read(config.data)
     if config.eval_data is not None:
-        held = read_jsonl(config.eval_data)
+        held = read(config.eval_data)
     else:
         records, held = split(records, config.held_out, config.seed)
     model, tokenizer = load_base(
@@ -95,9 +96,10 @@ def train_model(
     start = time.perf_counter()
     _adapt(config, model)
     setup = time.perf_counter() - start
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    write_atomically(output / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    checkpoint = _checkpoint(output) if config.resume else None
+    if checkpoint is not None:
+        _report_changes(config, output, console)
+    write_run(config, output, [*records, *held])
     log = RunLog(output, console, keep=config.resume)
     trainer = AdapterTrainer(
         model=model,
@@ -105,22 +107,28 @@ def train_model(
         train_dataset=learned.examples,  # type: ignore[arg-type]
         eval_dataset=evaluated.examples if evaluated else None,  # type: ignore[arg-type]
         data_collator=Packer(model, tokenizer.pad_token_id or 0),
-        callbacks=[log],
+        callbacks=[log, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
+        group_lr=config.group_lr,
     )
     trainer.remove_callback(PrinterCallback)
     log.watch(trainer)
     before = trainer.evaluate()["eval_loss"] if evaluated else None
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint(output) if config.resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         log.close()
+    if log.interrupted:
+        raise Interrupted(
+            f"interrupted at step {trainer.state.global_step}; saved {trainer.last_checkpoint}, go on with resume=true"
+        )
     seconds = time.perf_counter() - start
     speed = trainer.tokens / seconds
     after = trainer.evaluate()["eval_loss"] if evaluated else None
     model.eval()
     adapter = extract(model)
     adapter.save(output)
+    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}")
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
 
 
@@ -150,9 +158,12 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> Tr
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=2,
+        load_best_model_at_end=config.best or config.patience is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         logging_steps=config.log_steps,
         seed=config.seed,
-        report_to="none",
+        report_to=config.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         prediction_loss_only=True,
@@ -166,6 +177,18 @@ def _checkpoint(output: Path) -> str | None:
     if not found:
         raise SpectuneError(f"there is no checkpoint in {output} to resume from; run without resume=true")
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2])))
+
+
+def _report_changes(config: TrainConfig, output: Path, console: Console) -> None:
+    """Refuse to resume a run whose meaning changed, and say what else did."""
+    fatal, other = changed(read_run(output), config)
+    if fatal:
+        raise SpectuneError(
+            f"cannot resume {output} with another {', '.join(fatal)}; give the values of {output / 'config.yaml'}, "
+            "or start anew with overwrite=true"
+        )
+    if other:
+        console.print(f"resuming with changed {', '.join(other)}", style="yellow", highlight=False)
 
 
 def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit: int) -> None:

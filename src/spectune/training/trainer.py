@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from spectune.adapters.files import write_atomically
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, nearest
 from spectune.model import extract
 from spectune.training.batches import IGNORE
 
@@ -24,17 +25,46 @@ class AdapterTrainer(Trainer):
 
     Args:
         adapter_name: the adapter.
+        group_lr: learning rates of trained tensors by their name in the method, such as "magnitude" or "z".
         args, kwargs: as for transformers.Trainer; batches come from `Packer`.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        adapter_name: str = "default",
+        group_lr: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.adapter_name = adapter_name
+        self.group_lr = dict(group_lr or {})
         self.model_accepts_loss_kwargs = True
         self.tokens = 0
         self.last_checkpoint: str | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return AdamW, with a group of its own for each tensor name that has its own learning rate.
+
+        Raises:
+            SpectuneError: no trained tensor has such a name.
+        """
+        if not self.group_lr or self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        tails = {n: n.rpartition(".")[2] for n in trained}
+        for name in self.group_lr:
+            if name not in tails.values():
+                raise SpectuneError(f"group_lr: no trained tensor is named {name!r}{nearest(name, tails.values())}")
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in trained.items():
+            groups.setdefault(self.group_lr.get(tails[name], self.args.learning_rate), []).append(parameter)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        options |= {"weight_decay": self.args.weight_decay}
+        self.optimizer = kind([{"params": p, "lr": lr} for lr, p in groups.items()], **options)
+        return self.optimizer  # type: ignore[return-value]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,6 +101,9 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         self.last_checkpoint = str(Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}")
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / STATE)
