@@ -29,3 +29,16 @@ def test_it_starts_at_the_papers_values_and_trains_two_vectors():
     assert torch.equal(update.b, torch.zeros(12))
     assert torch.equal(update.d, torch.full((20,), 0.1))
     assert spectune.VeRA(rank=20).parameter_count(12, 9) == 32
+
+
+def test_it_is_saved_and_loaded_without_its_matrices(tmp_path):
+    model, layer = adapted("tall", spectune.VeRA(rank=20), torch.float32)
+    x = torch.randn(3, 9)
+    y = model(x)
+    spectune.extract(model).save(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 20 * 12 * 4
+    spectune.detach(model)
+    assert not torch.allclose(model(x), y)
+    spectune.attach(model, spectune.Adapter.load(tmp_path))
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
+    assert layer.bases["vera-20-0"].A.shape == (20, 9)
