@@ -22,9 +22,9 @@ class Certificate(NamedTuple):
         residual: the largest of residuals / S; infinite where a triplet with s_i = 0 has one.
         orthogonality: the largest entry of |U^T U - I| and |V^T V - I|.
         error: ||W - U S Vh||_F / ||W||_F.
-        excess: the energy by which the span falls short, as a part of the least: (||W - W V V^T||_F^2 - least) / least
-            for the top, (||W V||_F^2 - least) / least for the bottom, extrapolated from two more Krylov steps; 0 for
-            a full decomposition.
+        excess: how far the energy inside the span, ||W V||_F^2, is from the largest that a span of its rank holds, or
+            the smallest for the bottom, extrapolated from two more Krylov steps; as a part of it and of the energy
+            outside, whichever is larger (for the bottom, as a part of it).  0 for a full decomposition.
         floor: the residual that rounding of the vectors leaves, in the units of W.
         S: singular values (k), for `met`.
     """
@@ -94,7 +94,7 @@ def _excess(T: Tensor, V: Tensor, energy: float, which: str) -> float:
     if 3 * rank > k or (which == "bottom" and k < 256):
         S = tall_svd(T.double())[1]
         best = float((S[:rank] if which == "top" else S[-rank:]).square().sum())
-        least = energy - best if which == "top" else best
+        least = min(best, energy - best) if which == "top" else best
         return abs(best - inside) / least if least > 0 else 0.0
     if which == "top":
 
@@ -115,6 +115,6 @@ def _excess(T: Tensor, V: Tensor, energy: float, which: str) -> float:
         for _ in range(2):
             more = torch.linalg.qr(more - basis @ (basis.mT @ more))[0]
         basis = torch.cat([basis, more], dim=1)
-    least = energy - values[-1] if which == "top" else -values[-1]
+    least = min(values[-1], energy - values[-1]) if which == "top" else -values[-1]
     first = inside if which == "top" else -inside
     return max(values[-1] - first + to_come(*values), 0.0) / least if least > 0 else 0.0

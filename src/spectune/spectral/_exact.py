@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectune.spectral._krylov import polish
+from spectune.spectral._krylov import polish, start
 
 CHUNK = 1 << 22  # entries of W raised to float64 at a time
+PANELS = 4  # of columns of a Gram matrix, of which eigh reads the lower triangle
 TAIL = 1e-4  # below this part of the largest singular value, the Gram matrix does not settle the left vectors
 
 
@@ -21,11 +22,14 @@ def eigen(T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram(T: Tensor) -> Tensor:
-    """Return T^T T (k x k) in float64, raising a few rows at a time."""
-    total = T.new_zeros(T.shape[1], T.shape[1], dtype=torch.float64)
+    """Return the lower block triangle of T^T T (k x k) in float64, raising a few rows at a time."""
+    k = T.shape[1]
+    total = T.new_zeros(k, k, dtype=torch.float64)
+    panels = [slice(i * k // PANELS, (i + 1) * k // PANELS) for i in range(PANELS)]
     for rows in _chunks(T):
         double = rows.double()
-        total.addmm_(double.mT, double)
+        for panel in panels:
+            total[panel.start :, panel].addmm_(double[:, panel.start :].mT, double[:, panel])
     return total
 
 
@@ -56,11 +60,25 @@ def tall_svd(T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first = U[:, :head]
         tail, S[head:], rotation = torch.linalg.svd(_without(U[:, head:], first), full_matrices=False)
         V[:, head:] = V[:, head:] @ rotation.mT
-        for _ in range(2):
-            tail, R = torch.linalg.qr(_without(tail, first))
-            tail = tail * torch.where(R.diagonal() < 0, -1.0, 1.0)
-        U[:, head:] = tail
+        U[:, head:] = _completed(tail, first)
     return U, S, V
+
+
+def _completed(columns: Tensor, basis: Tensor) -> Tensor:
+    """Return orthonormal columns, orthogonal to the basis; those that lie in it, as of zeros, are drawn anew."""
+    columns, R = _orthonormal(_without(columns, basis))
+    lost = R.abs() < 0.5
+    columns[:, lost] = start(len(lost), len(columns), 1).mT.to(columns)[:, lost]
+    for _ in range(2):
+        columns = _orthonormal(_without(columns, basis))[0]
+    return columns
+
+
+def _orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Q of a QR factorization with its signs chosen to be near the columns, and R's diagonal."""
+    Q, R = torch.linalg.qr(columns)
+    diagonal = R.diagonal()
+    return Q * torch.where(diagonal < 0, -1.0, 1.0), diagonal
 
 
 def _without(columns: Tensor, basis: Tensor) -> Tensor:

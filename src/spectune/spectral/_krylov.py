@@ -111,9 +111,10 @@ def block_krylov(
 
 
 def to_come(first: float, second: float, third: float) -> float:
-    """Return what the geometric series of the last two gains adds up to, at most the last gain."""
+    """Return what the geometric series of the last two gains adds up to, its ratio taken as 0.95 at most."""
     gain, earlier = third - second, second - first
-    return gain * gain / (earlier - gain) if 2 * gain < earlier else gain
+    ratio = min(gain / earlier, 0.95) if earlier > gain else 0.95
+    return gain * ratio / (1 - ratio) if gain > 0 else 0.0
 
 
 def polish(right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from spectune.spectral._exact import eigen, times
+from spectune.spectral._exact import eigen
 from spectune.spectral._partial import bottom, exact, top
-from spectune.spectral._types import SVD, Certify, OneSided, Which, check_rank, checked, signs
+from spectune.spectral._types import SVD, Certify, OneSided, Which, check_criterion, check_rank, checked, signs
 
 
 def svd(
@@ -35,9 +35,9 @@ def svd(
         rank: triplets to compute, at most min(out, in); None with which="full".
         which: "full", "top" (largest) or "bottom" (smallest).
         tol: relative tolerance of `certify`; 0 computes top and bottom exactly.
-        certify: what to iterate until.  "span": the energy outside the span, ||W - W V V^T||_F^2, is within a part
-            tol of the least possible for the top, and that inside, ||W V||_F^2, for the bottom, by the trend of the
-            last steps; single vectors of a dense cluster may then be mixed with neighbours of almost equal S.
+        certify: what to iterate until.  "span": more steps would, by the trend of the last ones, change the energy
+            inside the span, ||W V||_F^2, and for the top that outside, ||W - W V V^T||_F^2, by less than a part tol;
+            single vectors of a dense cluster may then be mixed with neighbours of almost equal S.
             "residual": ||W^T u_i - s_i v_i|| <= tol s_i and ||W v_i - s_i u_i|| <= tol s_i for every i, as far as
             rounding lets them.  Where the criterion is not reached, the exact method takes over.
         seed: of the first Krylov block.
@@ -53,6 +53,7 @@ def svd(
     """
     W, largest = checked(W)
     k = check_rank(rank, which, W.shape)
+    check_criterion(tol, certify)
     if largest == 0:
         return _of_zero(W, k)
     tall = W.shape[0] >= W.shape[1]
@@ -92,9 +93,9 @@ def one_sided(W: Tensor) -> OneSided:
     scale = _scale(largest)
     T = _scaled(W if tall else W.mT, scale)
     with full_precision(W):
-        V = eigen(T)[1]
-        product = times(T, V)
-    S = torch.linalg.vector_norm(product, dim=0)
+        V = eigen(T)[1].to(W.dtype)
+        product = T @ V
+    S = torch.linalg.vector_norm(product, dim=0, dtype=torch.float64)
     S, order = S.sort(descending=True, stable=True)
     sign = signs((V if tall else product).mT)[order]
     V, product = V[:, order] * sign, product[:, order] * (sign * scale)

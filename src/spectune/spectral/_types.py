@@ -70,10 +70,15 @@ class Request:
                 raise SpectuneError(f"rank must be an integer >= 1 where kind is {self.kind!r}, not {self.rank!r}")
         elif self.rank is not None:
             raise SpectuneError(f"rank must be None where kind is {self.kind!r}: all triplets are computed")
-        if not self.tol >= 0:
-            raise SpectuneError(f"tol must be a number >= 0, not {self.tol!r}")
-        if self.certify not in ("span", "residual"):
-            raise SpectuneError(f"certify must be 'span' or 'residual', not {self.certify!r}")
+        check_criterion(self.tol, self.certify)
+
+
+def check_criterion(tol: float, certify: str) -> None:
+    """Raise unless `tol` is a number >= 0 and `certify` a criterion."""
+    if not tol >= 0:
+        raise SpectuneError(f"tol must be a number >= 0, not {tol!r}")
+    if certify not in ("span", "residual"):
+        raise SpectuneError(f"certify must be 'span' or 'residual', not {certify!r}")
 
 
 def checked(W: Tensor) -> tuple[Tensor, float]:
