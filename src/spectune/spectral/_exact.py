@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectune.spectral._krylov import polish, start
 
-CHUNK = 1 << 22  # entries of W raised to float64 at a time
+CHUNK = 1 << 20  # entries of W raised to float64 at a time
 PANELS = 4  # of columns of a Gram matrix, of which eigh reads the lower triangle
 TAIL = 1e-4  # below this part of the largest singular value, the Gram matrix does not settle the left vectors
 
@@ -17,19 +17,22 @@ def eigen(T: Tensor) -> tuple[Tensor, Tensor]:
 
     The error of S_i is about 1e-16 S_0^2 / S_i: 1e-8 of the largest at the very bottom.
     """
-    values, vectors = torch.linalg.eigh(gram(T))
-    return values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    values, vectors = torch.linalg.eigh(minus_gram(T))
+    return values.neg_().clamp_min_(0).sqrt_(), vectors
 
 
-def gram(T: Tensor) -> Tensor:
-    """Return the lower block triangle of T^T T (k x k) in float64, raising a few rows at a time."""
+def minus_gram(T: Tensor) -> Tensor:
+    """Return the lower block triangle of -T^T T (k x k) in float64, raising a few rows at a time.
+
+    The eigenvalues of the negative come with the largest singular value first.
+    """
     k = T.shape[1]
     total = T.new_zeros(k, k, dtype=torch.float64)
     panels = [slice(i * k // PANELS, (i + 1) * k // PANELS) for i in range(PANELS)]
     for rows in _chunks(T):
         double = rows.double()
         for panel in panels:
-            total[panel.start :, panel].addmm_(double[:, panel.start :].mT, double[:, panel])
+            total[panel.start :, panel].addmm_(double[:, panel.start :].mT, double[:, panel], alpha=-1)
     return total
 
 
@@ -43,7 +46,7 @@ def _chunks(T: Tensor) -> tuple[Tensor, ...]:
 
 
 def tall_svd(T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m x k), S (k), V (k x k) of a tall T (m x k), m >= k, in float64.
+    """Return U (m x k) in T's dtype, S (k) and V (k x k) in float64, of a tall T (m x k), m >= k.
 
     U = T V / S, where S_i is above 1e-4 of the largest.  The rest, few in a weight matrix, are found again by an SVD
     of T V_tail, which the head's left vectors are projected out of: it works at the tail's own scale, and its left
@@ -53,12 +56,14 @@ def tall_svd(T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(T, full_matrices=False)
         return U, S, Vh.mT
     S, V = eigen(T)
-    head = int((TAIL * S[0] < S).sum())
-    U = times(T, V)
-    U[:, :head] /= S[:head]
+    head = int((S > TAIL * S[0]).sum())
+    scaled = V[:, :head] / S[:head]
+    U = T.new_empty(T.shape[0], len(S))
+    for rows, into in zip(_chunks(T), _chunks(U), strict=True):
+        into[:, :head] = rows.double() @ scaled
     if head < len(S):
-        first = U[:, :head]
-        tail, S[head:], rotation = torch.linalg.svd(_without(U[:, head:], first), full_matrices=False)
+        first = U[:, :head].double()
+        tail, S[head:], rotation = torch.linalg.svd(_without(times(T, V[:, head:]), first), full_matrices=False)
         V[:, head:] = V[:, head:] @ rotation.mT
         U[:, head:] = _completed(tail, first)
     return U, S, V
@@ -92,5 +97,5 @@ def gram_part(T: Tensor, part: slice) -> tuple[Tensor, Tensor]:
 
     Half the time of float64, and good to 6e-8 (S_0 / S_i)^2 in float32: for a part that is near the head.
     """
-    V = torch.linalg.eigh(T.mT @ T)[1].flip(1)[:, part].mT.contiguous()
+    V = torch.linalg.eigh((T.mT @ T).neg_())[1][:, part].mT.contiguous()
     return polish(V, V @ T.mT)

@@ -22,9 +22,9 @@ def _keys() -> np.ndarray:
 def tensor_digest(tensor: Tensor) -> str:
     """Return a hexadecimal digest of a tensor's shape, dtype and bytes, at the speed of memory.
 
-    Each block of words x is condensed to h = sum_i key_i (x_i xor x_i >> 32) mod 2^64, and SHA-256 runs over the
+    Each block of words x is condensed to h = sum_i key_i (x_i xor x_i >> 29) mod 2^64, and SHA-256 runs over the
     blocks' h.  Any change within one word changes h for certain, since keys are odd; any other with a chance of at
-    least 1 - 2^-32 over the keys, which is enough against accidents and no defence against forgers.
+    least 1 - 2^-30 over the keys, which is enough against accidents and no defence against forgers.
     """
     flat = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
     sums = np.empty(-(-flat.size // (8 * BLOCK)), np.uint64)
@@ -35,7 +35,7 @@ def tensor_digest(tensor: Tensor) -> str:
         if i == whole:
             block = np.concatenate([block, np.zeros(8 * BLOCK - block.size, np.uint8)])
         words = block.view("<u8")
-        np.right_shift(words, np.uint64(32), out=mixed)
+        np.right_shift(words, np.uint64(29), out=mixed)
         np.bitwise_xor(mixed, words, out=mixed)
         np.multiply(mixed, keys, out=mixed)
         sums[i] = mixed.sum()

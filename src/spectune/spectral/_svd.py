@@ -66,8 +66,8 @@ def svd(
             U, S, V = (top if which == "top" else bottom)(T, k, tol, certify, seed)
     U, V = (U, V) if tall else (V, U)
     sign = signs(V)[:, None]
-    U, S, V = (U * sign).mT.to(W.dtype), (S * scale).to(W.dtype), (V * sign).to(W.dtype)
-    return SVD(U.contiguous(), S.contiguous(), V.contiguous())
+    U, V = U.to(W.dtype) * sign.to(W.dtype), V.to(W.dtype) * sign.to(W.dtype)
+    return SVD(U.mT.contiguous(), (S * scale).to(W.dtype), V.contiguous())
 
 
 def one_sided(W: Tensor) -> OneSided:

@@ -1,0 +1,389 @@
+"""The cache: the same bits, mapped; shared, damaged, full and read-only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from spectra import weight_like
+
+from spectune.errors import SpectuneError
+from spectune.spectral import Request, cache, decompose_many, svd
+from spectune.spectral import _many as many
+from spectune.spectral._hash import BLOCK, tensor_digest
+
+TOP = Request("top", 4)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTUNE_CACHE", str(tmp_path / "cache"))
+    cache._warned.clear()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def weights():
+    return {name: weight_like(60, 40, i) for i, name in enumerate("abc")}
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Count the decompositions that are computed."""
+    count = []
+    compute = many._Job.compute
+
+    def counting(self, weight):
+        count.append(tuple(weight.shape))
+        return compute(self, weight)
+
+    monkeypatch.setattr(many._Job, "compute", counting)
+    return count
+
+
+def files(folder):
+    return sorted(folder.glob("??/*.safetensors"))
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name], strict=True))
+
+
+def run(script, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+# -- hits
+
+
+@pytest.mark.parametrize("kind", ["top", "bottom", "full", "one_sided"])
+def test_the_second_time_is_read_and_equal_bit_for_bit(folder, weights, computed, kind):
+    request = Request(kind, 4 if kind in ("top", "bottom") else None)
+    first = decompose_many(weights, request)
+    assert len(computed) == 3
+    second = decompose_many(weights, request)
+    assert len(computed) == 3
+    assert same(first, second)
+    assert len(files(folder)) == 3
+
+
+def test_what_differs_is_another_entry(folder, weights, computed):
+    W = weights["a"]
+    for request in (
+        TOP,
+        Request("top", 5),
+        Request("top", 4, 1e-3),
+        Request("top", 4, 1e-4, "residual"),
+        Request("bottom", 4),
+    ):
+        decompose_many({"a": W}, request)
+    changed = W.clone()
+    changed[7, 7] = torch.nextafter(changed[7, 7], torch.tensor(9.0))
+    for other in (changed, -W, W.T, W.double(), W.bfloat16(), W.reshape(40, 60), W.flip(0)):
+        decompose_many({"a": other}, TOP)
+    assert len(computed) == 12
+    assert len(files(folder)) == 12
+
+
+def test_equal_weights_share_an_entry_whatever_their_names_and_strides(folder, weights, computed):
+    decompose_many({"a": weights["a"]}, TOP)
+    decompose_many({"b": weights["a"].clone(), "c": weights["a"].T.contiguous().T}, TOP)
+    assert len(computed) == 1
+
+
+def test_factors_are_mapped_not_copied(folder):
+    W = weight_like(600, 300)
+    decompose_many({"a": W}, Request("full"))
+    found = decompose_many({"a": W}, Request("full"))["a"]
+    (path,) = files(folder)
+    first, last = found.U.data_ptr(), found.U.data_ptr() + found.U.numel() * 4 - 1
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines() if Path("/proc").is_dir() else []:
+        if line.endswith(str(path)):
+            start, end = (int(x, 16) for x in line.split()[0].split("-"))
+            mapped.append(start <= first <= last < end)
+    assert any(mapped) or not Path("/proc").is_dir()
+
+
+def test_changing_a_mapped_factor_does_not_change_the_entry(folder, weights):
+    decompose_many(weights, TOP)
+    found = decompose_many(weights, TOP)
+    found["a"].U.zero_()
+    assert cache.verify() == []
+    assert float(decompose_many(weights, TOP)["a"].U.norm()) == pytest.approx(2)
+
+
+def test_an_evicted_entry_stays_readable_where_it_is_in_use(folder, weights):
+    first = decompose_many(weights, TOP)
+    mapped = decompose_many(weights, TOP)
+    cache.prune(0)
+    assert same(first, mapped)
+
+
+def test_a_full_decomposition_answers_what_comes_out_the_same(folder, weights, computed):
+    W = weights["a"]
+    full = decompose_many({"a": W}, Request("full"))["a"]
+    assert len(computed) == 1
+    top = decompose_many({"a": W}, Request("top", 4, tol=0))["a"]
+    bottom = decompose_many({"a": W}, Request("bottom", 4, tol=0))["a"]
+    one = decompose_many({"a": W}, Request("one_sided"))["a"]
+    assert len(computed) == 1
+    assert torch.equal(top.S, full.S[:4])
+    assert torch.equal(bottom.Vh, full.Vh[-4:])
+    torch.testing.assert_close(one.L @ one.R, W)
+    assert torch.equal(one.S, full.S)
+    cold = svd(W, 4, "top", tol=0)
+    assert all(torch.equal(a, b) for a, b in zip(top, cold, strict=True))
+
+
+def test_iterated_results_do_not_depend_on_what_is_in_the_cache(folder):
+    W = weight_like(400, 400)
+    cold = svd(W, 8, "top")
+    decompose_many({"a": W}, Request("full"))
+    warm = decompose_many({"a": W}, Request("top", 8))["a"]
+    assert all(torch.equal(a, b) for a, b in zip(cold, warm, strict=True))
+
+
+# -- where it is
+
+
+def test_off(folder, weights, monkeypatch, tmp_path):
+    for value in ("off", "0", "OFF"):
+        monkeypatch.setenv("SPECTUNE_CACHE", value)
+        assert cache.directory() is None
+        decompose_many(weights, TOP)
+    assert cache.ls() == []
+    assert cache.prune(0) == []
+    assert cache.verify() == []
+    monkeypatch.setenv("SPECTUNE_CACHE", str(folder))
+    decompose_many(weights, TOP, cache=False)
+    assert not folder.exists()
+    decompose_many(weights, TOP, cache=tmp_path / "elsewhere")
+    assert not folder.exists()
+    assert len(files(tmp_path / "elsewhere")) == 3
+
+
+def test_default_folders(monkeypatch):
+    monkeypatch.delenv("SPECTUNE_CACHE", raising=False)
+    monkeypatch.setenv("SPECTUNE_HOME", "/somewhere")
+    assert cache.directory() == Path("/somewhere/decompositions")
+    monkeypatch.delenv("SPECTUNE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache.directory() == Path("/xdg/spectune/decompositions")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.directory() == Path.home() / ".cache/spectune/decompositions"
+
+
+# -- its size
+
+
+def test_ls(folder, weights):
+    decompose_many(weights, TOP)
+    decompose_many({"a": weights["a"]}, Request("one_sided"))
+    entries = cache.ls()
+    assert len(entries) == 4
+    assert entries[0].kind == "one_sided"
+    assert entries[0].rank is None
+    assert {(e.kind, e.rank, e.shape) for e in entries[1:]} == {("top", 4, (60, 40))}
+    assert all(e.bytes == e.path.stat().st_size and e.key == e.path.stem for e in entries)
+
+
+def test_what_was_used_longest_ago_goes_first(folder, weights):
+    for age, name in enumerate("abc"):
+        decompose_many({name: weights[name]}, TOP)
+        (newest,) = (e for e in cache.ls() if e.used > time.time() - 50)
+        os.utime(newest.path, (0, time.time() - 1000 + 100 * age))
+    size = cache.ls()[0].bytes
+    decompose_many({"a": weights["a"]}, TOP)  # the oldest, used again
+    kept = {e.key for e in cache.ls()[:2]}
+    assert len(cache.prune(2 * size)) == 1
+    assert {e.key for e in cache.ls()} == kept
+    assert len(cache.prune(0)) == 2
+    assert cache.ls() == []
+
+
+def test_writing_keeps_the_limit(folder, weights, monkeypatch):
+    decompose_many({"a": weights["a"]}, TOP)
+    size = cache.ls()[0].bytes
+    monkeypatch.setenv("SPECTUNE_CACHE_BYTES", str(2 * size))
+    decompose_many(weights, TOP)
+    assert len(cache.ls()) == 2
+    monkeypatch.setenv("SPECTUNE_CACHE_BYTES", "much")
+    with pytest.raises(SpectuneError, match="SPECTUNE_CACHE_BYTES"):
+        cache.prune()
+
+
+# -- damage
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip(position):
+    def damage(path):
+        data = bytearray(path.read_bytes())
+        at = int(position * (len(data) - 1)) if isinstance(position, float) else position
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def rename_fields(path):
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"Vh"', b'"Wh"'))
+
+
+def claim_another_shape(path):
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"shape":[60,4]', b'"shape":[4,60]'))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, empty, flip(0), flip(20), flip(0.5), flip(1.0), rename_fields, claim_another_shape],
+    ids=["truncated", "empty", "length", "header", "middle", "last byte", "fields", "shape"],
+)
+def test_damage_repairs_itself(folder, weights, computed, damage):
+    first = decompose_many(weights, TOP)
+    for path in files(folder):
+        damage(path)
+    assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 6
+    assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 6
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip(0.5)])
+def test_verify_removes_the_damaged_and_only_those(folder, weights, damage):
+    decompose_many(weights, TOP)
+    bad = files(folder)[1]
+    damage(bad)
+    assert cache.verify() == [bad.stem]
+    assert len(files(folder)) == 2
+    assert cache.verify() == []
+
+
+# -- trouble with the disk
+
+
+def test_a_folder_that_cannot_be_written_warns_once(folder, weights, computed):
+    folder.write_text("a file, not a folder")
+    with pytest.warns(RuntimeWarning, match="decompositions are not cached") as warned:
+        first = decompose_many(weights, TOP)
+    assert len(warned) == 1
+    assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 6
+
+
+FULL_DISK = """
+    import resource, signal, sys, warnings
+    import torch
+    from spectra import weight_like
+    from spectune.spectral import Request, cache, decompose_many, svd
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the file system takes no more
+    W = {str(i): weight_like(60, 40, i) for i in range(5)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = decompose_many(W, Request("full"), cache=sys.argv[1])
+    assert torch.equal(found["3"].S, svd(W["3"]).S)
+    print(sum("not cached" in str(w.message) for w in caught))
+"""
+
+
+def test_a_full_disk_warns_once_and_leaves_nothing(folder):
+    process = run(FULL_DISK, folder)
+    assert process.communicate(timeout=120)[0].strip() == "1"
+    assert process.returncode == 0
+    assert [p for p in folder.glob("**/*") if p.is_file()] == []
+
+
+# -- several processes
+
+WRITER = """
+    import hashlib, os, signal, sys
+    from spectra import weight_like
+    from spectune.spectral import Request, cache, decompose_many
+    if sys.argv[2] == "killed":
+        os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+    weights = {str(i): weight_like(60, 40, i) for i in range(30)}
+    for _ in range(3):
+        found = decompose_many(weights, Request("full"), cache=sys.argv[1])
+        if sys.argv[2] == "prunes":
+            cache.prune(10_000, cache.Path(sys.argv[1]))
+    digest = hashlib.sha256()
+    for result in found.values():
+        for tensor in result:
+            digest.update(tensor.numpy().tobytes())
+    print(digest.hexdigest())
+"""
+
+
+def test_writers_readers_and_pruners_at_once_and_one_killed(folder):
+    processes = [run(WRITER, folder, role) for role in ("writes", "prunes", "killed")]
+    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, -9]
+    assert len(set(printed[:2])) == 1
+    assert cache.verify() == []
+    left = list(folder.glob("??/.*.tmp"))
+    assert len(left) >= 1  # the killed writer's
+    cache.prune()
+    assert list(folder.glob("??/.*.tmp")) == left  # it might be at work
+    for path in left:
+        os.utime(path, (0, time.time() - 2 * cache.ABANDONED))
+    cache.prune()
+    assert list(folder.glob("??/.*.tmp")) == []
+
+
+# -- the digest
+
+
+def test_every_byte_counts():
+    flat = torch.arange(3 * BLOCK, dtype=torch.int32)
+    before = tensor_digest(flat)
+    for byte in (0, 1, 7, 8, 8 * BLOCK - 1, 8 * BLOCK, 12 * BLOCK - 1):
+        for bit in (1, 0x80):
+            changed = flat.clone()
+            changed.view(torch.uint8)[byte] ^= bit
+            assert tensor_digest(changed) != before
+
+
+def test_changes_that_cancel_in_plain_sums_do_not():
+    W = weight_like(64, 64)
+    digests = {
+        tensor_digest(W),
+        tensor_digest(-W),
+        tensor_digest(W.flip(0)),
+        tensor_digest(W.flip(1)),
+        tensor_digest(W.T),
+    }
+    for i, j in ((0, 1), (1, 3), (0, 2), (5, 4095)):  # signs of two entries
+        changed = W.clone()
+        changed.view(-1)[[i, j]] *= -1
+        digests.add(tensor_digest(changed))
+    assert len(digests) == 9
+
+
+def test_the_digest_is_stable():
+    digests = [tensor_digest(t) for t in (torch.zeros(0, 4), torch.arange(5), torch.ones(3, 3, dtype=torch.bfloat16))]
+    golden = json.loads((Path(__file__).parent / "digests.json").read_text())
+    assert digests == golden
