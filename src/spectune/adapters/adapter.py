@@ -214,7 +214,15 @@ class Adapter:
         Args:
             path: the folder, made if need be.
             bases: "embed" stores the frozen tensors too, so that no decomposition is needed to load it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SpectuneError: the adapter has no layers, or bases are to be embedded that are not at hand.
         """
+        if bases not in ("none", "embed"):
+            raise SpectuneError(f"bases must be 'none' or 'embed', not {bases!r}")
         from spectune.adapters.spectune_format import save
 
         return save(self, Path(path), embed=bases == "embed")

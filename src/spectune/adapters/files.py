@@ -18,6 +18,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
@@ -97,9 +98,11 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {WEIGHTS}") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SpectuneError(f"{where} is damaged or cut short ({error}); get it again") from None
-    if metadata.get("sha256", digest := _digest(tensors)) != digest:
+    digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
+    found = {key: metadata.get(key) for key in digests if metadata.keys() & digests.keys()}  # none by other tools
+    if found.get(_DIGEST, digests[_DIGEST]) != digests[_DIGEST]:
         raise SpectuneError(f"{where} was changed after it was written: its checksum does not match; get it again")
-    if metadata.get("config_sha256", digest := _config_digest(config)) != digest:
+    if found.get(_CONFIG_DIGEST, digests[_CONFIG_DIGEST]) != digests[_CONFIG_DIGEST]:
         raise SpectuneError(
             f"{path / CONFIG} and {WEIGHTS} do not belong together: the config was changed, or a write was cut "
             "off between the two; get or save the adapter again"
@@ -127,7 +130,7 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     the second rename fail.
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    metadata = {"format": "pt", "sha256": _digest(tensors), "config_sha256": _config_digest(config)}
+    metadata = {"format": "pt", _DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
     text = json.dumps(config, indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
     temporaries: list[Path] = []

@@ -74,7 +74,7 @@ def same_weight(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two sketches of weights, by `sketch_weight`, are of one weight, in whatever dtype each is held."""
     if any(_near(a, b, SAME_WEIGHT) for a, b in zip(ours, theirs, strict=True)):
         return True
-    apart = {_rounding(ours), _rounding(theirs)} == {1, 2}
+    apart = any(_held_in(a, 1) and _held_in(b, 2) and not _held_in(b, 1) for a, b in ((ours, theirs), (theirs, ours)))
     return apart and _near(ours[1], theirs[1], BOTH_ROUNDED)
 
 
@@ -137,7 +137,6 @@ def _near(ours: Tensor, stored: Tensor, tolerance: float, size: float | None = N
     return float(torch.linalg.vector_norm(ours.double() - stored.double())) <= tolerance * size + slack
 
 
-def _rounding(sketches: Tensor) -> int:
-    """Return which rounding leaves the weight as it is: 1 for bf16, 2 for fp16, 0 for neither or for both."""
-    unchanged = [i for i in (1, 2) if _near(sketches[0], sketches[i], 1e-7)]
-    return unchanged[0] if len(unchanged) == 1 else 0
+def _held_in(sketches: Tensor, which: int) -> bool:
+    """Whether rounding leaves the weight as it is: to bf16 (1) or to fp16 (2)."""
+    return _near(sketches[0], sketches[which], 1e-7)
