@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters import fingerprint
-from spectune.adapters.terms import LayerUpdate, add_layers, collect, needs_basis, on_cpu
+from spectune.adapters.terms import LayerUpdate, add_layers, needs_basis, on_cpu
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import effective_weight, find_linear
 from spectune.spectral import Request, decompose_many
@@ -152,10 +152,10 @@ class Adapter:
             return NotImplemented
         if not math.isfinite(factor):
             raise SpectuneError(f"an adapter's weight must be a finite number, not {factor!r}")
-        layers = {}
-        for name, layer in self.layers.items():
-            terms = [replace(term, weight=term.weight * float(factor)) for term in layer.terms]
-            layers[name] = replace(layer, terms=collect(terms))
+        layers = {
+            name: replace(layer, terms=tuple(term.scaled(float(factor)) for term in layer.terms))
+            for name, layer in self.layers.items()
+        }
         return Adapter(layers, self.base_model, self.error)
 
     __rmul__ = __mul__

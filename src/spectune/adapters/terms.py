@@ -40,6 +40,16 @@ class Term:
         everything = {**(self.basis or {}), **self.trained}
         return {n: on_cpu(t) for n, t in everything.items()}
 
+    def scaled(self, factor: float) -> Term:
+        """Return factor * this term; LoRA takes the factor into alpha and its sign into B, so that it stays plain."""
+        if not isinstance(self.method, LoRA):
+            return replace(self, weight=self.weight * factor)
+        size = abs(factor) or 1.0
+        sign = factor / size
+        B = self.trained["B"] if sign == 1.0 else self.trained["B"] * sign
+        method = self.method if size == 1.0 else replace(self.method, alpha=self.method.alpha * size)
+        return replace(self, method=method, trained={**self.trained, "B": B})
+
     @property
     def lacks_basis(self) -> bool:
         """Whether the method has frozen tensors that are not at hand."""
@@ -167,13 +177,9 @@ def collect(terms: Iterable[Term]) -> tuple[Term, ...]:
 
 
 def _sum_of_loras(terms: list[Term]) -> list[Term]:
-    """Return one LoRA with the factors of all side by side; a positive weight of a single one goes into alpha."""
-    if len(terms) == 1 and terms[0].weight > 0:
-        (term,) = terms
-        alpha = term.method.alpha if term.weight == 1.0 else term.method.alpha * term.weight  # type: ignore[attr-defined]
-        return [replace(term, method=replace(term.method, alpha=alpha), weight=1.0)]
-    if not terms:
-        return []
+    """Return one LoRA with the factors of all side by side."""
+    if len(terms) < 2:
+        return terms
     left = torch.cat([t.trained["B"] * (t.weight * t.method.scale) for t in terms], dim=1)  # type: ignore[attr-defined]
     return [lora_term(left, torch.cat([t.trained["A"] for t in terms], dim=0))]
 
