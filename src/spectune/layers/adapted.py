@@ -141,16 +141,28 @@ class Adapted(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = plain = super().forward(x)
+        weights = self.selection.weights(self.adapters, x)
+        if not weights:
+            return super().forward(x)
+        updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
+        update, weight = updates[0]
+        if len(updates) > 1 or isinstance(weight, Share) or weight * update.weight != 1.0:
+            return self._sum(updates, x, super().forward(x))
+        y = super().forward(x.reshape(-1, x.shape[-1]))
+        y = update.method.answer(self.tensors(update), x, y, self.base(), update.training)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _sum(self, updates: Sequence[tuple[Update, float | Share]], x: Tensor, plain: Tensor) -> Tensor:
+        """Return the answer of several updates, or of updates that differ by row."""
+        y = plain
         over_bases: dict[Any, list[tuple[Factors, float | Share, float]]] = {}
-        for name, weight in self.selection.weights(self.adapters, x).items():
-            for update in self.adapters[name]:  # type: ignore[attr-defined]
-                if not update.method.core_only:
-                    y = self._add(y, update, weight, x, plain)
-                    continue
-                factors = update.method.factors(self.tensors(update))
-                key = (update.basis_key, factors.core.layout)
-                over_bases.setdefault(key, []).append((factors, weight, update.weight))
+        for update, weight in updates:
+            if not update.method.core_only:
+                y = self._add(y, update, weight, x, plain)
+                continue
+            factors = update.method.factors(self.tensors(update))
+            key = (update.basis_key, factors.core.layout)
+            over_bases.setdefault(key, []).append((factors, weight, update.weight))
         for group in over_bases.values():
             y = y + _joined(group).apply(x)
         return y
@@ -174,7 +186,7 @@ class Adapted(nn.Module):
                 raise RuntimeError("this update was asked for outside a forward pass")
             return output if self.bias is None else output - self.bias.to(output.dtype)
 
-        return Base(without_bias, lambda r: F.linear(r.to(self.weight.dtype), effective_weight(self)))
+        return Base(without_bias, lambda r: F.linear(r.to(self.weight.dtype), effective_weight(self)), self.bias)
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""

@@ -63,14 +63,19 @@ class Method(abc.ABC):
         limit = min(out, into)
         return f"rank {rank} is above min(out, in) = {limit}; take rank <= {limit}" if rank > limit else None
 
-    # -- what follows from the declaration; a method that is not additive overrides `respond` and `delta`
+    # -- what follows from the declaration; a method that is not additive overrides `respond`, `answer` and `delta`
 
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
         """Return x (W' - W)^T for x (..., in)."""
+        return self.factors(t).apply(self._dropped(x, training))
+
+    def answer(self, t: Tensors, x: Tensor, y: Tensor, base: Base, training: bool) -> Tensor:
+        """Return x W'^T + bias for x (..., in), given y = x W^T + bias (n x out), which is written to."""
+        return self.factors(t).add_to(y, self._dropped(x, training))
+
+    def _dropped(self, x: Tensor, training: bool) -> Tensor:
         dropout = getattr(self, "dropout", 0.0)
-        if dropout and training:
-            x = F.dropout(x, dropout)
-        return self.factors(t).apply(x)
+        return F.dropout(x, dropout) if dropout and training else x
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         """Return W' - W (out x in), dense."""

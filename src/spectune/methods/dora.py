@@ -94,6 +94,11 @@ class DoRA(Method):
         output, inner = base.output(), self.inner.respond(t, x, base, training)
         return (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
 
+    def answer(self, t: Tensors, x: Tensor, y: Tensor, base: Base, training: bool) -> Tensor:
+        ratio = _ratio(t["magnitude"], self._norms(t, self.factors(t), base)).to(y.dtype)
+        y = self.inner.answer(t, x, y, base, training)
+        return y * ratio if base.bias is None else torch.addcmul(base.bias.to(y.dtype) * (1 - ratio), y, ratio)
+
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         updated = weight + self.inner.delta(t, weight)
         return _ratio(t["magnitude"], torch.linalg.vector_norm(updated, dim=1))[:, None] * updated - weight
