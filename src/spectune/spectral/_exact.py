@@ -56,7 +56,7 @@ def tall_svd(T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(T, full_matrices=False)
         return U, S, Vh.mT
     S, V = eigen(T)
-    head = int((S > TAIL * S[0]).sum())
+    head = int((TAIL * S[0] < S).sum())
     scaled = V[:, :head] / S[:head]
     U = T.new_empty(T.shape[0], len(S))
     for rows, into in zip(_chunks(T), _chunks(U), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from spectune.spectral._svd import one_sided, svd
 from spectune.spectral._types import SVD, OneSided, Request
 
 Weight = Tensor | Callable[[], Tensor]
-SMALL = 1 << 23  # entries: up to here a core works on a matrix by itself
+SMALL = 1 << 21  # entries: up to here a core works on a matrix by itself
 
 
 def decompose_many(
@@ -29,7 +29,7 @@ def decompose_many(
 ) -> dict[str, SVD | OneSided]:
     """Decompose many weights, each as `svd` or `one_sided` would.
 
-    Weights of up to 8 million entries on a CPU go to a pool of `torch.get_num_threads()` threads, one core each, which
+    Weights of up to 2 million entries on a CPU go to a pool of `torch.get_num_threads()` threads, one core each, which
     keeps every core in large products and makes results independent of the number of threads; larger ones, and those
     on an accelerator, are taken in turn with all threads.  At any time there is one weight a thread in memory, raised
     to float32, besides what was passed in and the factors to be returned.
@@ -67,8 +67,8 @@ def decompose_many(
     for name in order:
         if name not in small:
             finished(name, job.run(name, weights[name]))
-    for future, name in _on_cores(job.run, {name: weights[name] for name in small}):
-        finished(name, future.result())
+    for name, result in _on_cores(job.run, {name: weights[name] for name in small}):
+        finished(name, result)
     if job.stored and folder is not None:
         _cache.prune(folder=folder)
     return {name: results[name] for name in weights}
@@ -131,20 +131,27 @@ class _Job:
 
 def _on_cores(
     run: Callable[[str, Weight], SVD | OneSided], weights: Mapping[str, Weight]
-) -> Iterator[tuple[Future[SVD | OneSided], str]]:
-    """Yield futures of run(name, weight) as they finish, each computed by a thread on one core.
+) -> Iterator[tuple[str, SVD | OneSided]]:
+    """Yield names and what run(name, weight) returns as they finish, each computed on one core.
 
-    `torch.set_num_threads` holds for the calling thread and for threads to come; at the end the latter are put back.
+    `torch.set_num_threads` holds for the calling thread and for threads to come; at the end it is put back.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, len(weights)) or 1
-    pool = ThreadPoolExecutor(workers, "spectune", initializer=torch.set_num_threads, initargs=(1,))
+    workers = min(threads, len(weights))
     try:
-        futures = {pool.submit(run, name, weight): name for name, weight in weights.items()}
-        for future in as_completed(futures):
-            yield future, futures[future]
+        if workers <= 1:
+            torch.set_num_threads(1)
+            for name, weight in weights.items():
+                yield name, run(name, weight)
+            return
+        with ThreadPoolExecutor(workers, "spectune", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = {pool.submit(run, name, weight): name for name, weight in weights.items()}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 

@@ -50,7 +50,8 @@ def bottom(T: Tensor, rank: int, tol: float, certify: Certify, seed: int) -> Row
         if rows is not None:
             return rows
     if k >= 256 and worthwhile(rank, k, share=6):
-        for dtype in dict.fromkeys((T.dtype, torch.float64)):
+        # a square weight is ill-conditioned as a rule, and float32 then seldom passes
+        for dtype in dict.fromkeys((torch.float64 if m == k else T.dtype, torch.float64)):
             like = T.to(dtype)
             rows = _inverse_krylov(T, factor(like), like, rank, tol, certify, seed)
             if rows is not None:
