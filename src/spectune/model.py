@@ -7,32 +7,27 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import LayerUpdate, Term
 from spectune.errors import SpectuneError, nearest
+from spectune.install import install, master_dtype, selections
 from spectune.layers.adapted import (
     Adapted,
-    Basis,
     Mixture,
     Rows,
-    Selection,
     Update,
     adapted_layers,
     effective_weight,
     find_linear,
     give_back,
     is_conv1d,
-    take_over,
 )
 from spectune.methods import Method, parse
-from spectune.spectral import Request, decompose_many
 from spectune.targets import ALL_LINEAR, Targets, resolve
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,7 +65,7 @@ def adapt(
     _check_name(model, name)
     methods = resolve(model, parse(method), targets, exclude, overrides)
     plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
-    _install(model, plan, name, progress=progress)
+    install(model, plan, name, progress=progress)
     _train_only(model, name)
     _start_schedules(model, name)
     return model
@@ -95,7 +90,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     _check_name(model, name)
     adapter.check_base({n: effective_weight(find_linear(model, n)) for n in adapter.layers})
     plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
-    _install(model, plan, name, trained_on={n: layer.base_sketch for n, layer in adapter.layers.items()})
+    install(model, plan, name, trained_on={n: layer.base_sketch for n, layer in adapter.layers.items()})
     _train_only(model, name if trainable else None)
     if trainable:
         _start_schedules(model, name)
@@ -109,7 +104,7 @@ def activate(model: M, choice: Choice) -> M:
         SpectuneError: no adapter of that name is on the model.
     """
     mixture = _mixture(model, choice)
-    for selection in _selections(model):
+    for selection in selections(model):
         selection.mixture = mixture
     return model
 
@@ -130,21 +125,21 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     """
     if isinstance(rows, (str, Mapping)) or not len(rows):
         raise SpectuneError("route takes a list with one entry for each row of the batch")
-    selections = _selections(model)
-    before = [(selection, selection.rows, selection.expandable) for selection in selections]
+    shared = selections(model)
+    before = [(selection, selection.rows, selection.expandable) for selection in shared]
     routed = Rows([_mixture(model, choice) for choice in rows])
     generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:
-        for selection in selections:
+        for selection in shared:
             selection.expandable = True
         try:
             return generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for selection in selections:
+            for selection in shared:
                 selection.expandable = False
 
-    for selection in selections:
+    for selection in shared:
         selection.rows, selection.expandable = routed, False
     if generate is not None:
         vars(model)["generate"] = expanding
@@ -193,7 +188,7 @@ def detach(model: M, name: str | None = None) -> M:
     """
     if name is not None:
         _known(model, name)
-    selections = _selections(model)
+    shared = selections(model)
     for layer in adapted_layers(model).values():
         for gone in [n for n in layer.adapters if name in (None, n)]:
             del layer.adapters[gone]
@@ -203,7 +198,7 @@ def detach(model: M, name: str | None = None) -> M:
         if not layer.adapters:
             give_back(layer)
     in_use = {id(layer.selection) for layer in adapted_layers(model).values()}
-    for selection in selections:
+    for selection in shared:
         selection.mixture = {n: w for n, w in selection.mixture.items() if name not in (None, n)}
         if id(selection) not in in_use:
             for parameter in selection.frozen:
@@ -239,114 +234,6 @@ def merge(model: M) -> M:
 # -- how it is done
 
 
-def _install(
-    model: nn.Module,
-    plan: Mapping[str, Sequence[Term]],
-    name: str,
-    *,
-    trained_on: Mapping[str, Tensor | None] | None = None,
-    progress: Any = None,
-) -> None:
-    """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
-    layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
-    for layer_name, layer in layers.items():
-        _check_layer(layer_name, layer, plan[layer_name])
-    bases = _bases(layers, plan, progress)
-    ready: dict[str, list[Update]] = {}
-    for layer_name, layer in layers.items():
-        weight = effective_weight(layer)
-        updates = []
-        for term in plan[layer_name]:
-            trained = term.trained
-            if not trained:
-                shapes = term.method.shapes(*weight.shape)
-                if weight.is_meta:
-                    trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-                else:
-                    trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
-            trained = {k: v.detach().to(weight.device, _master_dtype(weight), copy=True) for k, v in trained.items()}
-            updates.append(Update(term.method, trained, term.weight))
-            if term.sketch is not None:
-                frozen = _frozen(bases[layer_name], layer, term.method)
-                term = replace(term, basis=frozen or None)
-                term.check(layer_name, weight.detach(), (trained_on or {}).get(layer_name))
-        ready[layer_name] = updates
-    selections = _selections(model) or [Selection(p for p in model.parameters() if p.requires_grad)]
-    for layer_name, layer in layers.items():
-        adapted = layer if isinstance(layer, Adapted) else take_over(layer, selections[0])
-        for key, basis in bases[layer_name].items():
-            adapted.bases[key] = basis
-        adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
-    for selection in selections:
-        selection.mixture = {name: 1.0}
-
-
-def _bases(
-    layers: Mapping[str, nn.Module], plan: Mapping[str, Sequence[Term]], progress: Any
-) -> dict[str, dict[str, Basis]]:
-    """Return the bases that the terms need and the layers have not, by layer and key."""
-    bases: dict[str, dict[str, Basis]] = {name: {} for name in layers}
-    wanted: defaultdict[Request | None, list[tuple[str, Method]]] = defaultdict(list)
-    for name, layer in layers.items():
-        if effective_weight(layer).is_meta:
-            continue
-        for term in plan[name]:
-            method = term.method
-            if isinstance(layer, Adapted) and method.basis_key in layer.bases:
-                continue
-            if term.basis is not None:
-                bases[name].setdefault(method.basis_key, _basis(layer, method, term.basis))
-            elif (name, method) not in wanted[method.request()]:
-                wanted[method.request()].append((name, method))
-    for request, pairs in wanted.items():
-        found: Mapping[str, Any] = {}
-        if request is not None:
-            weights = {name: effective_weight(layers[name]).detach() for name, _ in pairs}
-            found = decompose_many(weights, request, progress=progress)
-        for name, method in pairs:
-            frozen = method.basis(effective_weight(layers[name]).detach(), found.get(name))
-            if frozen:
-                bases[name].setdefault(method.basis_key, _basis(layers[name], method, frozen))
-    return bases
-
-
-def _basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
-    """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
-    weight = effective_weight(layer)
-    master = _master_dtype(weight)
-
-    def moved(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.to(weight.device)
-        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else master)
-
-    return Basis({key: moved(tensor) for key, tensor in tensors.items()})
-
-
-def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[str, Tensor]:
-    if method.basis_key in new:
-        return new[method.basis_key].tensors()
-    if isinstance(layer, Adapted) and method.basis_key in layer.bases:
-        return layer.bases[method.basis_key].tensors()  # type: ignore[operator]
-    return {}
-
-
-def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
-    weight = effective_weight(layer)
-    if not weight.is_floating_point():
-        raise SpectuneError(
-            f"the weight of {name!r} is {weight.dtype}, not floating point: packed or quantized weights cannot be "
-            "adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
-        )
-    if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-        raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
-    for term in terms:  # a sum of adapters may have factors wider than the layer
-        reason = None if term.trained else term.method.check(*weight.shape)
-        if reason is not None:
-            out, into = weight.shape
-            raise SpectuneError(f"{name!r} ({out} x {into}) cannot take {term.method.name}: {reason}, or exclude it")
-
-
 def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
     weight = effective_weight(layer).detach()
     if not weight.is_floating_point():
@@ -354,7 +241,7 @@ def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, 
             f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
             "first, or keep the adapter beside it"
         )
-    master = _master_dtype(weight)
+    master = master_dtype(weight)
     total = weight.to(master)
     for name, factor in active:
         for update in _updates(layer, name):
@@ -364,11 +251,6 @@ def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, 
             total = total + factor * update.weight * update.method.delta(tensors, weight.to(master))
     total = total.to(weight.dtype)
     return total.T.contiguous() if is_conv1d(layer) else total
-
-
-def _master_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype that an update is held in: float32, or float64 beside a float64 weight."""
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _train_only(model: nn.Module, name: str | None) -> None:
@@ -396,11 +278,6 @@ def _tied(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that several modules share."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, count in owners.items() if count > 1}
-
-
-def _selections(model: nn.Module) -> list[Selection]:
-    """Return what the adapted layers share: one object, or several where parts of the model were adapted apart."""
-    return list({id(layer.selection): layer.selection for layer in adapted_layers(model).values()}.values())
 
 
 def _some_adapter(model: nn.Module) -> None:

@@ -196,3 +196,11 @@ def test_tables(settings, tmp_path, suffix):
     table.drop(columns="completion").to_csv(tmp_path / "bad.csv", index=False)
     with pytest.raises(SpectuneError, match=r"bad.csv, row 1: has the keys 'prompt'"):
         run(settings, f"data={tmp_path / 'bad.csv'}", f"output={tmp_path / 'b'}")
+
+
+def test_recomputed_activations_give_the_same_adapter(settings, tmp_path):
+    kept = run(settings, f"output={tmp_path / 'a'}", "max_steps=3", "lr=1e-2")
+    recomputed = run(settings, f"output={tmp_path / 'b'}", "max_steps=3", "lr=1e-2", "gradient_checkpointing=true")
+    name = "model.layers.1.self_attn.q_proj"
+    z, again = (r.adapter.layers[name].terms[0].trained["z"] for r in (kept, recomputed))
+    torch.testing.assert_close(z, again, atol=1e-6, rtol=1e-6)

@@ -12,12 +12,12 @@ from spectune.cli.shared import JSON, print_json
 
 def methods(json: bool = JSON) -> None:
     """List the methods, their options with defaults, and their papers."""
-    from spectune.methods import METHODS
+    from spectune.methods import METHODS, Method, to_text
 
     rows = []
     for name, cls in METHODS.items():
         fields = {
-            field.name: value.name if hasattr(value := getattr(cls(), field.name), "name") else value
+            field.name: to_text(value) if isinstance(value := getattr(cls(), field.name), Method) else value
             for field in dataclasses.fields(cls)
         }
         rows.append({"method": name, "update": cls.summary, "options": fields, "paper": cls.paper})

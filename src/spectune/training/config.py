@@ -79,9 +79,9 @@ class TrainConfig(BaseModel):
             raise SpectuneError(f"{wanted} needs evaluations: give eval_steps")
         if self.held_out == 0 and self.eval_data is None:
             raise SpectuneError(f"{wanted} needs held-out data: give held_out or eval_data")
-        if self.best and self.save_steps % self.eval_steps:
+        if self.save_steps % self.eval_steps:
             raise SpectuneError(
-                f"best needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
+                f"{wanted} needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
             )
 
     def learning_rate(self) -> float:

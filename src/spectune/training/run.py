@@ -135,8 +135,8 @@ def train_model(
 def _adapt(config: TrainConfig, model: Any) -> None:
     overrides: Any = config.overrides
     adapt(model, config.parsed_method(), config.targets, config.exclude, overrides)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if config.gradient_checkpointing:  # under its new name where transformers has it
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.train()
 
 
@@ -166,6 +166,7 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> Tr
         report_to=config.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_broadcast_buffers=False,  # bases are the same everywhere
         prediction_loss_only=True,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",

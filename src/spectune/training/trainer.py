@@ -53,7 +53,8 @@ class AdapterTrainer(Trainer):
         """
         if not self.group_lr or self.optimizer is not None:
             return super().create_optimizer(model)
-        trained = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        stepped: Any = model if model is not None else self.model
+        trained = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
         tails = {n: n.rpartition(".")[2] for n in trained}
         for name in self.group_lr:
             if name not in tails.values():
