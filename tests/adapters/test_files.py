@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import threading
 from typing import Any
 
 import pytest
@@ -292,6 +293,32 @@ def test_a_crash_between_the_two_renames_is_found_out(tmp_path):
             Adapter.load(torn)
 
 
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2"])
+def test_a_reader_sees_the_old_adapter_or_the_new_one(tmp_path, method):
+    adapters = [made(method, seed=1), made(f"dora:inner={method.replace(':', ',')}", seed=2)]
+    adapters[0].save(tmp_path)
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        for i in range(40):
+            adapters[i % 2].save(tmp_path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    read = 0
+    while writer.is_alive() or not read:
+        try:
+            loaded = Adapter.load(tmp_path)
+            assert_identical(
+                loaded, adapters[loaded.layers["0"].terms[0].method == adapters[1].layers["0"].terms[0].method]
+            )
+            read += 1
+        except BaseException as error:
+            failures.append(error)
+    writer.join()
+    assert not failures
+
+
 def test_what_the_config_may_have_changed_by_hand(tmp_path):
     for method in ("svf", "lora:rank=2"):
         made(method).save(tmp_path)
@@ -527,3 +554,28 @@ def test_what_is_stored_is_small_and_says_what_it_is(tmp_path):
         assert set(opened.metadata()) == {"format", "sha256", "config_sha256"}
         assert set(opened.keys()) == {f"{n}.{k}" for n in "024" for k in ("0.z", "0.sketch", "base")}
     assert moved(spectune.attach(small(), Adapter.load(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["svft:pattern=banded,width=2", "svft:pattern=random,width=2", "lora_xs:rank=12"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_was_trained_in_16_bits_is_the_same_update_in_32(tmp_path, method, dtype):
+    def base(dtype: torch.dtype) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 48))
+        U, V = torch.linalg.qr(torch.randn(48, 40))[0], torch.linalg.qr(torch.randn(40, 40))[0]
+        with torch.no_grad():  # singular values so near to each other that rounding turns their vectors
+            model[0].weight.copy_((U * torch.linspace(1, 1.001, 40)) @ V)
+        return model.to(dtype).eval()
+
+    adapter = made(method, base(dtype))
+    loaded = Adapter.load(adapter.save(tmp_path / "16"))
+    again = spectune.extract(spectune.attach(base(torch.float32), loaded))
+    exact = adapter.delta("0")
+    assert (again.delta("0") - exact).norm() <= 0.01 * exact.norm()
+    assert (loaded.bind(base(torch.float32)).delta("0") - exact).norm() <= 0.01 * exact.norm()
+
+    in_32 = Adapter.load(made(method, base(torch.float32)).save(tmp_path / "32"))
+    with pytest.raises(SpectuneError, match=r"does not reproduce its update on '0'.*in the dtype that"):
+        spectune.attach(base(dtype), in_32)
+    embedded = Adapter.load(made(method, base(torch.float32)).save(tmp_path / "32", bases="embed"))
+    spectune.attach(base(dtype), embedded)

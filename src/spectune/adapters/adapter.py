@@ -74,19 +74,18 @@ class Adapter:
                             'at hand: attach the adapter, call adapter.bind(model), or save it with bases="embed"'
                         )
                     lacking[term.method.request()].add(name)
+        weights = {name: self.layers[name].trained_weight() for name in set().union(*lacking.values())}
         found: dict[Request | None, Mapping[str, Any]] = {
-            request: decompose_many({name: self.layers[name].weight for name in of}, request)  # type: ignore[misc]
+            request: decompose_many({name: weights[name] for name in of}, request)
             for request, of in lacking.items()
             if request is not None
         }
-        for name in set().union(*lacking.values()):
-            layer = self.layers[name]
-            assert layer.weight is not None
-            terms = []
+        for name, weight in weights.items():
+            layer, terms = self.layers[name], []
             for term in layer.terms:
                 if term.lacks_basis:
                     decomposition = found.get(term.method.request(), {}).get(name)
-                    term = replace(term, basis=term.method.basis(layer.weight.detach(), decomposition))
+                    term = replace(term, basis=term.method.basis(weight, decomposition))
                     term.check(name, layer.weight, layer.base_sketch)
                 terms.append(term)
             self.layers[name] = replace(layer, terms=tuple(terms))
@@ -234,9 +233,10 @@ class Adapter:
         Raises:
             SpectuneError: missing, truncated or tampered files, or a config that is not understood.
         """
+        from spectune.adapters.files import read_whole
         from spectune.adapters.spectune_format import load
 
-        return load(Path(path))
+        return read_whole(load, Path(path))
 
     def export(self, path: Path_, format: Literal["peft"] = "peft", *, rank: int | None = None) -> Adapter:
         """Write the adapter as a PEFT LoRA folder (DoRA around LoRA stays DoRA) and return what was written.
@@ -264,6 +264,7 @@ class Adapter:
         Raises:
             SpectuneError: missing or damaged files, or a kind of adapter that is not one of these.
         """
+        from spectune.adapters.files import read_whole
         from spectune.adapters.peft_format import load_peft
 
-        return load_peft(Path(path))
+        return read_whole(load_peft, Path(path))

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +19,28 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
+
+
+T = TypeVar("T")
+
+
+class _Torn(SpectuneError):
+    """The two files of a folder do not belong together."""
+
+
+def read_whole(read: Callable[[Path], T], path: Path) -> T:
+    """Return read(path), tried again while another process seems to be replacing the folder."""
+    for wait in _WAITS:
+        try:
+            return read(path)
+        except _Torn:
+            time.sleep(wait)
+    return read(path)
 
 
 class Entry:
@@ -103,7 +122,7 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     if found.get(_DIGEST, digests[_DIGEST]) != digests[_DIGEST]:
         raise SpectuneError(f"{where} was changed after it was written: its checksum does not match; get it again")
     if found.get(_CONFIG_DIGEST, digests[_CONFIG_DIGEST]) != digests[_CONFIG_DIGEST]:
-        raise SpectuneError(
+        raise _Torn(
             f"{path / CONFIG} and {WEIGHTS} do not belong together: the config was changed, or a write was cut "
             "off between the two; get or save the adapter again"
         )

@@ -15,13 +15,13 @@ PROBES = 4
 _ROUNDINGS = (torch.bfloat16, torch.float16)
 UPDATE_SHAPE = (PROBES * PROBES + 1,)
 WEIGHT_SHAPE = (1 + len(_ROUNDINGS), PROBES * PROBES)
-_CHUNK = 1 << 24  # elements of a weight held in float64 at once: 128 MiB
+_CHUNK = 1 << 20  # elements of a weight held in float64 at once: 8 MiB
 
 # Largest relative differences of two sketches that stand for one thing.
 SAME_WEIGHT = 1e-5  # a weight in one dtype: only the order of summation differs
 BOTH_ROUNDED = 5e-3  # its bf16 beside its fp16 values, which no longer know each other
 SAME_BASIS = 2e-2  # an update over singular vectors of one weight, in 16 bits at worst
-ROUNDED_BASIS = 0.2  # the same where rounding the weight has turned nearly equal singular vectors: 2 to 8% is usual
+ROUNDED_BASIS = 0.2  # the same where W has fewer bits here than there: 0.5 to 8% is usual, another basis gives 100%
 
 
 @lru_cache(maxsize=64)
@@ -60,13 +60,15 @@ def sketch_weight(weight: Tensor) -> Tensor:
 
 
 def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:
+    """Return the sketch of W (out x in), rounded first if asked; in float64, which no setting makes coarser."""
     right = probes(weight.shape[1], 0).to(weight.device)
     rows = max(1, _CHUNK // weight.shape[1])
     pieces = []
-    for start in range(0, weight.shape[0], rows):
-        piece = weight[start : start + rows].detach()
-        piece = piece if rounding is None else piece.to(rounding)
-        pieces.append(right @ piece.double().nan_to_num(posinf=0, neginf=0).mT)
+    for piece in weight.detach().split(rows):
+        if rounding is not None:
+            limit = min(torch.finfo(piece.dtype).max, torch.finfo(rounding).max)
+            piece = piece.clamp(-limit, limit).to(rounding)
+        pieces.append(right @ piece.double().mT)
     return (probes(weight.shape[0], 1) @ torch.cat(pieces, dim=1).cpu().mT).flatten()
 
 
@@ -76,6 +78,23 @@ def same_weight(ours: Tensor, theirs: Tensor) -> bool:
         return True
     apart = any(_held_in(a, 1) and _held_in(b, 2) and not _held_in(b, 1) for a, b in ((ours, theirs), (theirs, ours)))
     return apart and _near(ours[1], theirs[1], BOTH_ROUNDED)
+
+
+def as_trained(weight: Tensor, base: Tensor | None) -> Tensor:
+    """Return W as the adapter was trained on it: rounded to 16 bits where W is held in more here than there.
+
+    The singular vectors of the rounded weight are others where singular values are nearly equal; with SVFT and LoRA-XS
+    an update over those of the unrounded weight can be half wrong.
+
+    Args:
+        weight: W (out x in).
+        base: the sketch of W as it was trained on, where it is known.
+    """
+    if base is None or _near(_sketch(weight, None), base[0], SAME_WEIGHT):
+        return weight
+    fitting = (dtype for dtype in _ROUNDINGS if _near(_sketch(weight, dtype), base[0], SAME_WEIGHT))
+    rounded = next(fitting, None)
+    return weight if rounded is None else weight.to(rounded)
 
 
 def check_shape(name: str, weight: Tensor, shape: tuple[int, int]) -> None:

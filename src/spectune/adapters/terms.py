@@ -111,6 +111,11 @@ class LayerUpdate:
     weight: Tensor | None = field(default=None, repr=False)
     base_sketch: Tensor | None = field(default=None, repr=False)
 
+    def trained_weight(self) -> Tensor:
+        """Return W, which must be at hand, as the update was trained on it."""
+        assert self.weight is not None
+        return fingerprint.as_trained(self.weight.detach(), self.base_sketch)
+
     def base(self) -> Tensor | None:
         """Return the sketch of W, made now where W is at hand, else None."""
         if self.base_sketch is None and self.weight is not None:
