@@ -117,4 +117,4 @@ def _excess(T: Tensor, V: Tensor, energy: float, which: str) -> float:
         basis = torch.cat([basis, more], dim=1)
     least = min(values[-1], energy - values[-1]) if which == "top" else -values[-1]
     first = inside if which == "top" else -inside
-    return max(values[-1] - first + to_come(*values), 0.0) / least if least > 0 else 0.0
+    return max(values[-1] - first + to_come(list(enumerate(values))), 0.0) / least if least > 0 else 0.0

@@ -77,7 +77,7 @@ def block_krylov(
     K, P, T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
     tiny = 10 * torch.finfo(like.dtype).eps
     Q = start(b, n, seed).to(like)
-    seen: list[float] = []
+    seen: list[tuple[int, float]] = []
     for old in range(0, most, b):
         dim = old + b
         K[old:dim] = Q
@@ -96,8 +96,8 @@ def block_krylov(
         look = max(dim + 1, 9 * dim // 8)
         if measure is not None and not dry:
             value, scale = measure(torch.linalg.eigvalsh(T[:dim, :dim])[-rank:])
-            seen.append(value)
-            if len(seen) < 3 or to_come(*seen[-3:]) > tol * scale:
+            seen.append((dim // b, value))
+            if len(seen) < 3 or to_come(seen) > tol * scale:
                 continue
         values, vectors = torch.linalg.eigh(T[:dim, :dim])
         values, vectors = values[-rank:], vectors[:, -rank:]
@@ -110,11 +110,17 @@ def block_krylov(
     return None
 
 
-def to_come(first: float, second: float, third: float) -> float:
-    """Return what the geometric series of the last two gains adds up to, its ratio taken as 0.95 at most."""
-    gain, earlier = third - second, second - first
-    ratio = min(gain / earlier, 0.95) if earlier > gain else 0.95
-    return gain * ratio / (1 - ratio) if gain > 0 else 0.0
+def to_come(seen: list[tuple[int, float]]) -> float:
+    """Return what a rising value will still gain, given the last three (steps, value), if gains fall geometrically.
+
+    Their ratio, a step, is taken as 0.95 at most.
+    """
+    (first, a), (second, b), (third, c) = seen[-3:]
+    earlier, later = (b - a) / (second - first), (c - b) / (third - second)
+    if later <= 0:
+        return 0.0
+    ratio = min((later / earlier) ** (2 / (third - first)), 0.95) if earlier > later else 0.95
+    return later * ratio ** ((third - second - 1) / 2) * ratio / (1 - ratio)
 
 
 def polish(right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
