@@ -72,7 +72,8 @@ def block_krylov(
     """
     m, n = shape
     b = block_size(rank)
-    look = max(3 * b, 2 * rank)
+    # without `measure` a look takes eigenvectors, and is passed late
+    look, growth = (max(3 * b, 2 * rank), 9 / 8) if measure is not None else (max(6 * b, 2 * rank), 5 / 4)
     most = min(6 * n // 10, max(40 * b, 10 * rank)) // b * b
     K, P, T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
     tiny = 10 * torch.finfo(like.dtype).eps
@@ -93,7 +94,7 @@ def block_krylov(
         dry = dim >= rank and bool(R.diagonal().abs().min() <= tiny * T.diagonal().max())
         if dim < look and not dry:
             continue
-        look = max(dim + 1, 9 * dim // 8)
+        look = growth * dim
         if measure is not None and not dry:
             value, scale = measure(torch.linalg.eigvalsh(T[:dim, :dim])[-rank:])
             seen.append((dim // b, value))
