@@ -5,6 +5,7 @@ import random
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start too
 os.environ["SPECTUNE_HOME"] = tempfile.mkdtemp(prefix="spectune-tests-")
 
 import numpy as np
