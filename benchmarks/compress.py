@@ -27,8 +27,7 @@ RANK, WEIGHTS = 16, {"a": 0.7, "b": 0.5, "c": -0.3}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--repeats", type=int, default=7, help="runs of spectune; the median counts")
-    parser.add_argument("--peft-repeats", type=int, default=2, help="runs of PEFT, each tens of seconds; likewise")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds: five runs of spectune, then one of PEFT")
     parser.add_argument("--name", default="compress", help="results/<name>.json")
     options = parser.parse_args()
     adapters = {name: trained(seed) for seed, name in enumerate(WEIGHTS)}
@@ -42,10 +41,6 @@ def main() -> None:
         assert total is not None
         return total.compress(RANK)
 
-    ours()
-    our_times, compressed = timed(ours, options.repeats)
-    our_error = error(exact, lambda layer: compressed.delta(layer))
-
     model = peft_model(adapters)
 
     def theirs() -> None:
@@ -53,9 +48,27 @@ def main() -> None:
             model.delete_adapter("sum")
         model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum", combination_type="svd", svd_rank=RANK)
 
-    their_times, _ = timed(theirs, options.peft_repeats)
+    ours()
+    our_times: list[float] = []
+    their_times: list[float] = []
+    for _ in range(options.rounds):
+        our_times += [seconds(ours) for _ in range(5)]
+        their_times.append(seconds(theirs))
+    compressed = ours()
+
+    def our_delta(layer: str) -> torch.Tensor:
+        (term,) = compressed.layers[layer].terms
+        return term.trained["B"].double() @ term.trained["A"].double()
+
+    our_error = error(exact, our_delta)
     modules = dict(model.base_model.model.named_modules())
-    their_error = error(exact, lambda layer: modules[layer].get_delta_weight("sum").detach())
+
+    def their_delta(layer: str) -> torch.Tensor:
+        module = modules[layer]
+        B, A = module.lora_B["sum"].weight.detach().double(), module.lora_A["sum"].weight.detach().double()
+        return module.scaling["sum"] * (B @ A)
+
+    their_error = error(exact, their_delta)
     ours_s, theirs_s = statistics.median(our_times), statistics.median(their_times)
     results = {
         "task": "combine three rank-16 LoRA adapters (weights 0.7, 0.5, -0.3) on SmolLM2-135M to rank 16",
@@ -77,6 +90,7 @@ def main() -> None:
 def trained(seed: int) -> spectune.Adapter:
     """Return a LoRA of rank 16 on all 210 linears, with random factors of the sizes that training gives."""
     model, _ = spectune.load_base("smollm2-135m", "fp32")
+    torch.manual_seed(seed)
     spectune.adapt(model, spectune.LoRA(rank=RANK, alpha=RANK))
     drawn = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -127,14 +141,11 @@ def peft_model(adapters: dict[str, spectune.Adapter]) -> Any:
     return model
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
-    """Return the seconds of each call and the last result."""
-    times, result = [], None
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-    return times, result
+def seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -73,9 +73,8 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     width = products[0].left.shape[1]
     if width <= rank:
         return [_Part(p, _squared_norm(p), 0.0) for p in products]
-    lefts, rights = [p.left.double() for p in products], [p.right.double() for p in products]
-    left_gram = torch.stack([L.mT @ L for L in lefts])
-    right_gram = torch.stack([R @ R.mT for R in rights])
+    left_gram = torch.stack([_gram(p.left) for p in products])
+    right_gram = torch.stack([_gram(p.right.mT) for p in products])
     lengths = left_gram.diagonal(dim1=1, dim2=2).sqrt(), right_gram.diagonal(dim1=1, dim2=2).sqrt()
     balance = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 0.0)
     inverse = torch.where(balance > 0, 1 / balance, 0.0)
@@ -91,9 +90,15 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     to_left, to_right = to_left * share[:, None], (kept / share[:, None]).mT @ to_right
     totals, losses = squares.sum(1).tolist(), squares[:, :-rank].sum(1).tolist()
     return [
-        _Part(_Product((lefts[i] @ to_left[i]).float(), (to_right[i] @ rights[i]).float()), totals[i], losses[i])
-        for i in range(len(products))
+        _Part(_Product((L.double() @ to_left[i]).float(), (to_right[i] @ R.double()).float()), totals[i], losses[i])
+        for i, (L, R) in enumerate(products)
     ]
+
+
+def _gram(left: Tensor) -> Tensor:
+    """Return L^T L (p x p), float64."""
+    L = left.double()
+    return L.mT @ L
 
 
 def _truncate_dense(delta: Tensor, rank: int) -> _Part:
@@ -111,7 +116,9 @@ def _stacked(layer: LayerUpdate) -> _Product | None:
     if not all(term.method.additive for term in layer.terms):
         return None
     products = [_factored(term) for term in layer.terms]
-    product = _Product(torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0))
+    product = products[0]
+    if len(products) > 1:
+        product = _Product(torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0))
     if product.left.shape[1] == 0:
         return _Product(torch.zeros(layer.shape[0], 1), torch.zeros(1, layer.shape[1]))
     return product if product.left.shape[1] < min(layer.shape) else None
@@ -120,7 +127,8 @@ def _stacked(layer: LayerUpdate) -> _Product | None:
 def _factored(term: Term) -> _Product:
     """Return the factors of one term, without what a diagonal core has at zero."""
     f = term.method.factors(term.tensors())
-    left, right = f.core.transposed(f.left) * (f.scale * term.weight), f.right
+    left, right, scale = f.core.transposed(f.left), f.right, f.scale * term.weight
+    left = left if scale == 1.0 else left * scale
     if isinstance(f.core, Diagonal):
         kept = f.core.values != 0
         left, right = left[:, kept], right[kept]
@@ -136,8 +144,7 @@ def _as_product(delta: Tensor) -> _Product:
 
 
 def _squared_norm(product: _Product) -> float:
-    L, R = product.left.double(), product.right.double()
-    return float(((L.mT @ L) * (R @ R.mT)).sum())
+    return float((_gram(product.left) * _gram(product.right.mT)).sum())
 
 
 def _lora_layer(layer: LayerUpdate, product: _Product) -> LayerUpdate:
