@@ -1,7 +1,7 @@
 """Time of a training step over the floor: ours and PEFT's, on SmolLM2-135M, r 16, all 210 linears, in one run.
 
-The floor is the frozen model's forward and its gradient with respect to the embeddings.  Every side runs the same row of
-packed tokens, with logits at supervised positions only, and a plain AdamW step.  Sides take turns, and the median of
+The floor is the frozen model's forward and its gradient with respect to the embeddings.  Every side runs the same row
+of packed tokens, with logits at supervised positions only, and a plain AdamW step.  Sides take turns, and the median of
 each one's ratio to the floor of the same round is kept.
 
     python benchmarks/train_step.py [--dtype fp32|bf16] [--tokens 512] [--rounds 7] [--only NAME ...]
@@ -18,9 +18,9 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from _machine import save
 
 import spectune
+from _machine import save
 
 OURS = {
     "LoRA": "lora:rank=16,alpha=32",

@@ -73,8 +73,9 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     width = products[0].left.shape[1]
     if width <= rank:
         return [_Part(p, _squared_norm(p), 0.0) for p in products]
-    left_gram = torch.stack([_gram(p.left) for p in products])
-    right_gram = torch.stack([_gram(p.right.mT) for p in products])
+    products = [_Product(p.left.double(), p.right.double()) for p in products]
+    left_gram = torch.stack([p.left.mT @ p.left for p in products])
+    right_gram = torch.stack([p.right @ p.right.mT for p in products])
     lengths = left_gram.diagonal(dim1=1, dim2=2).sqrt(), right_gram.diagonal(dim1=1, dim2=2).sqrt()
     balance = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 0.0)
     inverse = torch.where(balance > 0, 1 / balance, 0.0)
@@ -90,15 +91,9 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     to_left, to_right = to_left * share[:, None], (kept / share[:, None]).mT @ to_right
     totals, losses = squares.sum(1).tolist(), squares[:, :-rank].sum(1).tolist()
     return [
-        _Part(_Product((L.double() @ to_left[i]).float(), (to_right[i] @ R.double()).float()), totals[i], losses[i])
+        _Part(_Product((L @ to_left[i]).float(), (to_right[i] @ R).float()), totals[i], losses[i])
         for i, (L, R) in enumerate(products)
     ]
-
-
-def _gram(left: Tensor) -> Tensor:
-    """Return L^T L (p x p), float64."""
-    L = left.double()
-    return L.mT @ L
 
 
 def _truncate_dense(delta: Tensor, rank: int) -> _Part:
@@ -144,7 +139,8 @@ def _as_product(delta: Tensor) -> _Product:
 
 
 def _squared_norm(product: _Product) -> float:
-    return float((_gram(product.left) * _gram(product.right.mT)).sum())
+    left, right = product.left.double(), product.right.double()
+    return float(((left.mT @ left) * (right @ right.mT)).sum())
 
 
 def _lora_layer(layer: LayerUpdate, product: _Product) -> LayerUpdate:

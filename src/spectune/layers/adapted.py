@@ -161,7 +161,8 @@ class Adapted(nn.Module):
                 y = self._add(y, update, weight, x, plain)
                 continue
             factors = update.method.factors(self.tensors(update))
-            key = (update.basis_key, factors.core.layout)
+            core: Any = factors.core  # never the identity, which has nothing to train
+            key = (update.basis_key, core.layout)
             over_bases.setdefault(key, []).append((factors, weight, update.weight))
         for group in over_bases.values():
             y = y + _joined(group).apply(x)
