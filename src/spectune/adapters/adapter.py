@@ -180,7 +180,7 @@ class Adapter:
     # -- other forms of the same update
 
     def compress(self, rank: int) -> Adapter:
-        """Return the best LoRA of this rank, from a QR of the stacked factors; `error` says how far it is.
+        """Return the best LoRA of this rank, from the stacked factors alone; `error` says how far it is.
 
         Args:
             rank: columns of B and rows of A in each layer (fewer where the layer has fewer).
