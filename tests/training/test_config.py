@@ -19,6 +19,8 @@ def test_overrides_win_over_the_file(tmp_path):
 
 def test_the_learning_rate_is_the_methods_own_if_not_given():
     assert load_config(None, [*NEEDED, "method=svf"]).learning_rate() == 2e-2
+    assert load_config(None, [*NEEDED, "method=svft:pattern=banded"]).learning_rate() == 5e-3
+    assert load_config(None, [*NEEDED, "method=dora:inner=svf"]).learning_rate() == 2e-2
     assert load_config(None, [*NEEDED, "method=svf", "lr=0.5"]).learning_rate() == 0.5
 
 

@@ -37,7 +37,6 @@ class DoRA(Method):
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
     summary: ClassVar[str] = "m (W + dW) / ||W + dW|| around an additive method; m and the method train"
-    learning_rate: ClassVar[float] = 1e-3
     additive: ClassVar[bool] = False
 
     inner: Method = field(default_factory=lambda: LoRA(rank=16, alpha=32))
@@ -45,6 +44,11 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method) or not self.inner.additive:
             raise SpectuneError(f"inner of DoRA must be an additive method such as LoRA(), not {self.inner!r}")
+
+    @property
+    def learning_rate(self) -> float:  # type: ignore[override]
+        """The inner method's."""
+        return self.inner.learning_rate
 
     @property
     def basis_key(self) -> str:

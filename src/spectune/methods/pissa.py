@@ -39,7 +39,7 @@ class PiSSA(Method):
     name: ClassVar[str] = "pissa"
     paper: ClassVar[str] = "arXiv:2404.02948"
     summary: ClassVar[str] = "W + s (B A - B0 A0) from the largest triplets; B and A train"
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 2e-4
     basis_fields: ClassVar[tuple[str, ...]] = ("rank", "scale")
     which: ClassVar[Literal["top", "bottom"]] = "top"
 

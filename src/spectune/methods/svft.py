@@ -42,7 +42,6 @@ class SVFT(Method):
     name: ClassVar[str] = "svft"
     paper: ClassVar[str] = "arXiv:2405.19597"
     summary: ClassVar[str] = "U (S + M) V^T; M's entries train: plain, banded, random or top_k"
-    learning_rate: ClassVar[float] = 5e-2
     core_only: ClassVar[bool] = True
 
     pattern: str = "plain"
@@ -60,6 +59,11 @@ class SVFT(Method):
     def basis_fields(self) -> tuple[str, ...]:  # type: ignore[override]
         indexed = {"random": ("pattern", "width", "seed"), "top_k": ("pattern", "width")}
         return indexed.get(self.pattern, ())
+
+    @property
+    def learning_rate(self) -> float:  # type: ignore[override]
+        """The paper's for the pattern."""
+        return {"plain": 5e-2, "banded": 5e-3, "top_k": 5e-3, "random": 1e-3}[self.pattern]
 
     def shapes(self, out: int, into: int) -> Shapes:
         k = min(out, into)
