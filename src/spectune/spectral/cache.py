@@ -94,15 +94,10 @@ def load(name: str, folder: Path) -> dict[str, Tensor] | None:
     """Return an entry's tensors, mapped and not copied, or None where there is no sound one; a damaged one goes."""
     path = _path(name, folder)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        sound = metadata.get("checksum") == tensors_digest(tensors)
+        tensors = _read(path)
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, ValueError, RuntimeError):
-        sound = False
-    if not sound:
+    if tensors is None:
         _remove(path)
         return None
     with suppress(OSError):  # read-only: the order of eviction is then that of writing
@@ -186,17 +181,26 @@ def verify(folder: Path | None = None) -> list[str]:
     damaged = []
     for path in _files(folder):
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-                sound = (file.metadata() or {}).get("checksum") == tensors_digest(tensors)
+            tensors = _read(path)
         except FileNotFoundError:  # evicted meanwhile
             continue
-        except (SafetensorError, OSError, ValueError, RuntimeError):
-            sound = False
-        if not sound:
+        if tensors is None:
             _remove(path)
             damaged.append(path.stem)
     return damaged
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return a file's tensors, or None where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get("checksum")
+        return tensors if checksum == tensors_digest(tensors) else None
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return None
 
 
 def _path(name: str, folder: Path) -> Path:

@@ -115,9 +115,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
     for key in values:
         if key not in known:
             raise SpectuneError(f"unknown key {key!r}{nearest(str(key), known)} (see `spectune train --help`)")
-    for key in ("lr",):  # YAML 1.1 reads 1e-4 as text
-        if isinstance(values.get(key), str):
-            values[key] = _number(values[key])
+    if isinstance(values.get("lr"), str):  # YAML 1.1 reads 1e-4 as text
+        values["lr"] = _number(values["lr"])
     try:
         config = TrainConfig(**values)
     except ValidationError as error:

@@ -88,6 +88,9 @@ def train_model(
     """
     console = console or Console(stderr=True)
     output = Path(config.output)
+    checkpoint = _checkpoint(output) if config.resume else None
+    if checkpoint is not None:
+        _report_changes(config, output, console)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     learned = encode(records, tokenizer, limit, config.completion_only)
     evaluated = encode(held, tokenizer, limit, config.completion_only) if held else None
@@ -96,9 +99,6 @@ def train_model(
     start = time.perf_counter()
     _adapt(config, model)
     setup = time.perf_counter() - start
-    checkpoint = _checkpoint(output) if config.resume else None
-    if checkpoint is not None:
-        _report_changes(config, output, console)
     write_run(config, output, [*records, *held])
     log = RunLog(output, console, keep=config.resume)
     trainer = AdapterTrainer(
@@ -173,7 +173,7 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> Tr
     )
 
 
-def _checkpoint(output: Path) -> str | None:
+def _checkpoint(output: Path) -> str:
     found = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     if not found:
         raise SpectuneError(f"there is no checkpoint in {output} to resume from; run without resume=true")
