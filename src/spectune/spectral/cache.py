@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.home import cache_dir
 from spectune.spectral._hash import tensors_digest
 from spectune.spectral._types import Request
 
@@ -64,10 +65,7 @@ def directory() -> Path | None:
     named = os.environ.get("SPECTUNE_CACHE")
     if named:
         return None if named.lower() in ("off", "0") else Path(named).expanduser()
-    home = os.environ.get("SPECTUNE_HOME")
-    if not home:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spectune"
-    return Path(home).expanduser() / "decompositions"
+    return cache_dir() / "decompositions"
 
 
 def limit() -> int:
