@@ -81,7 +81,7 @@ def train_step(
     model: Any, inputs: dict[str, torch.Tensor], after: Callable[[int], None] = lambda n: None
 ) -> Callable[[], None]:
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     count = [0]
 
     def step() -> None:
@@ -99,7 +99,7 @@ def sides(dtype: str, inputs: dict[str, torch.Tensor], only: list[str]) -> dict[
     for name, method in OURS.items():
         if not only or name in only:
             model, _ = spectune.load_base("smollm2-135m", dtype)
-            steps[name] = train_step(spectune.adapt(model, method), inputs)
+            steps[name] = train_step(spectune.adapt(model, method, factored=True), inputs)
     for name, config in peft_configs().items():
         if not only or name in only:
             model, _ = spectune.load_base("smollm2-135m", dtype)

@@ -42,6 +42,8 @@ def adapt(
     overrides: Mapping[str, Method | str | None] | None = None,
     name: str = "default",
     progress: Any = None,
+    *,
+    factored: bool = False,
 ) -> M:
     """Add a trainable adapter to a model, in place: W' = W + s L C R in every target.
 
@@ -55,6 +57,8 @@ def adapt(
         overrides: suffix or regex -> another method, or None to leave the layer out.
         name: the adapter's name.
         progress: called as progress(done, total) while weights are decomposed.
+        factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
+            products instead of three, equal up to rounding in W's dtype.
 
     Returns:
         The model.
@@ -68,6 +72,8 @@ def adapt(
     install(model, plan, name, progress=progress)
     _train_only(model, name)
     _start_schedules(model, name)
+    for selection in selections(model):
+        selection.factored = factored
     return model
 
 

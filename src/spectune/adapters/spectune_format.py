@@ -144,7 +144,7 @@ def _fits(term: Term, out: int, into: int) -> bool:
     indices = [t for t in tensors.values() if not t.is_floating_point()]
     if not needs_basis(term.method) or any(t.numel() and not 0 <= t.min() <= t.max() < min(out, into) for t in indices):
         return False
-    base = Base(lambda: torch.zeros(1, out), lambda rows: torch.zeros(rows.shape[0], out))
+    base = Base(lambda: torch.zeros(1, out), lambda R: torch.zeros(out, R.shape[0]))
     try:
         f = term.method.factors(tensors)
         if (f.left.shape[0], f.right.shape[1]) != (out, into):

@@ -75,7 +75,7 @@ class Term:
             assert weight is not None
             return rows @ on_cpu(weight).mT
 
-        base = Base(lambda: through_base(x), through_base)
+        base = Base(lambda: through_base(x), lambda R: through_base(R).mT)
         return fingerprint.sketch_update(self.method.respond(tensors, x, base, False))
 
     def check(self, name: str, weight: Tensor | None, base_sketch: Tensor | None) -> None:

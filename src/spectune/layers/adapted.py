@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
+from spectune.layers.linear import adapted_linear
 
 if TYPE_CHECKING:
     from spectune.methods.base import Method
@@ -107,12 +107,14 @@ class Selection:
         mixture: adapter names and weights for every row.
         rows: a mixture for each row of the batch instead.
         expandable: each row of `rows` may stand for several consecutive rows of the batch (beams).
+        factored: whether training goes through the factors of W where a basis holds all of it.
     """
 
     def __init__(self, frozen: Iterable[nn.Parameter] = ()) -> None:
         self.mixture: Mixture = {}
         self.rows: Rows | None = None
         self.expandable = False
+        self.factored = False
         self.frozen = list(frozen)
 
     def weights(self, names: Iterable[str], x: Tensor) -> dict[str, float | Share]:
@@ -148,9 +150,35 @@ class Adapted(nn.Module):
         update, weight = updates[0]
         if len(updates) > 1 or isinstance(weight, Share) or weight * update.weight != 1.0:
             return self._sum(updates, x, super().forward(x))
-        y = super().forward(x.reshape(-1, x.shape[-1]))
-        y = update.method.answer(self.tensors(update), x, y, self.base(), update.training)
+        return self._alone(update, x)
+
+    def _alone(self, update: Update, x: Tensor) -> Tensor:
+        """Return the answer of one update with weight one."""
+        tensors, method, training = self.tensors(update), update.method, update.training
+        if not self._fuses(x) or (training and method.drop):
+            plain = super().forward(x)
+            return plain + method.respond(tensors, x, self.base(plain), training)
+        whole = method.whole(tensors) if training and self.selection.factored else None
+        y = adapted_linear(
+            x.reshape(-1, x.shape[-1]),
+            effective_weight(self) if whole is None else None,
+            self.bias,
+            whole or method.factors(tensors),
+            method.ratio(tensors, self.base()),
+        )
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
+        weight, bias = self.weight, self.bias
+        return (
+            self.plain_class in (nn.Linear, Conv1D)
+            and weight.dtype == x.dtype
+            and not weight.requires_grad
+            and not (bias is not None and bias.requires_grad)
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def _sum(self, updates: Sequence[tuple[Update, float | Share]], x: Tensor, plain: Tensor) -> Tensor:
         """Return the answer of several updates, or of updates that differ by row."""
@@ -187,7 +215,7 @@ class Adapted(nn.Module):
                 raise RuntimeError("this update was asked for outside a forward pass")
             return output if self.bias is None else output - self.bias.to(output.dtype)
 
-        return Base(without_bias, lambda r: F.linear(r.to(self.weight.dtype), effective_weight(self)), self.bias)
+        return Base(without_bias, lambda R: effective_weight(self) @ R.to(self.weight.dtype).mT)
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.layers.functional import banded_product, sparse_product
+from spectune.layers.functional import band_entries, banded_entries, banded_product, sparse_entries, sparse_product
 
 
 def _per_row(values: Tensor, t: Tensor) -> Tensor:
@@ -23,6 +24,11 @@ def _per_row(values: Tensor, t: Tensor) -> Tensor:
     if values.dim() == 1:
         return values
     return values.reshape(values.shape[0], *(1,) * (t.dim() - 2), values.shape[-1])
+
+
+def _rows(t: Tensor, batch: Sequence[int]) -> Tensor:
+    """Join the middle axes of t (..., k): (n, k), or (*batch, n, k) where every row of the batch has its own core."""
+    return t.reshape(*batch, math.prod(t.shape[len(batch) : -1]), t.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Identity:
     def transposed(self, t: Tensor) -> Tensor:
         """Return t C for t (..., p)."""
         return t
+
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, None]:
+        """Return the gradients of t and of the values, given that of t C^T."""
+        return grad, None
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,14 @@ class Diagonal:
 
     transposed = apply
 
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of t (n, k) and of the values, given that of t C^T."""
+        return self.transposed(grad), (grad * t).sum(0) if of_values else None
+
+    def plus(self, diagonal: Tensor) -> Diagonal:
+        """Return C + diag(diagonal)."""
+        return Diagonal(self.values + diagonal)
+
 
 @dataclass(frozen=True)
 class Banded:
@@ -71,11 +89,24 @@ class Banded:
 
     def apply(self, t: Tensor) -> Tensor:
         """Return t C^T for t (..., size)."""
-        return banded_product(t, _per_row(self.values.to(t.dtype), t), self.width, False)
+        return self._product(t, False)
 
     def transposed(self, t: Tensor) -> Tensor:
         """Return t C for t (..., size)."""
-        return banded_product(t, _per_row(self.values.to(t.dtype), t), self.width, True)
+        return self._product(t, True)
+
+    def _product(self, t: Tensor, transpose: bool) -> Tensor:
+        values = self.values.to(t.dtype)
+        return banded_product(_rows(t, values.shape[:-1]), values, self.width, transpose).reshape(t.shape)
+
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of t (n, size) and of the values, given that of t C^T."""
+        return self.transposed(grad), banded_entries(grad, t, self.width, False) if of_values else None
+
+    def plus(self, diagonal: Tensor) -> Banded:
+        """Return C + diag(diagonal)."""
+        before = (band_entries(self.size, self.width) - self.size) // 2
+        return replace(self, values=self.values + F.pad(diagonal, (before, before)))
 
 
 @dataclass(frozen=True)
@@ -106,6 +137,16 @@ class Sparse:
             return sparse_product(t, values, to, of)
         return torch.stack([sparse_product(row, v, to, of) for row, v in zip(t, values, strict=True)])
 
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of t (n, size) and of the values, given that of t C^T."""
+        return self.transposed(grad), sparse_entries(grad, t, self.rows, self.columns) if of_values else None
+
+    def plus(self, diagonal: Tensor) -> Sparse:
+        """Return C + diag(diagonal)."""
+        places = torch.arange(self.size, device=self.rows.device)
+        rows, columns = torch.cat([self.rows, places]), torch.cat([self.columns, places])
+        return Sparse(torch.cat([self.values, diagonal]), rows, columns, self.size)
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -127,10 +168,11 @@ class Dense:
         return self._product(t, self.values.to(t.dtype))
 
     def _product(self, t: Tensor, matrix: Tensor) -> Tensor:
-        if matrix.dim() == 2:
-            return t @ matrix
-        rows = t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1])
-        return torch.bmm(rows, matrix).reshape(*t.shape[:-1], matrix.shape[-1])
+        return (_rows(t, matrix.shape[:-2]) @ matrix).reshape(*t.shape[:-1], matrix.shape[-1])
+
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of t (n, q) and of the values, given that of t C^T."""
+        return self.transposed(grad), grad.mT @ t if of_values else None
 
 
 Core = Identity | Diagonal | Banded | Sparse | Dense

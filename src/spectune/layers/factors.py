@@ -16,13 +16,11 @@ class Base(NamedTuple):
 
     Args:
         output: () -> x W^T, without the bias, for the input at hand.
-        project: R (q x in) -> R W^T (q x out).
-        bias: (out), or None.
+        project: R (q x in) -> W R^T (out x q).
     """
 
     output: Callable[[], Tensor]
     project: Callable[[Tensor], Tensor]
-    bias: Tensor | None = None
 
 
 class Factors(NamedTuple):
@@ -46,12 +44,6 @@ class Factors(NamedTuple):
         if self.scale != 1.0:
             t = t * self.scale
         return F.linear(t, self.left.to(x.dtype))
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add x dW^T to y (n x out) in place, for x (..., in) of n rows, in one product less a pass over y."""
-        t = self.core.apply(F.linear(x, self.right.to(x.dtype)))
-        t = t.reshape(-1, t.shape[-1]).to(y.dtype)  # under autocast x may be wider than y
-        return y.addmm_(t, self.left.to(y.dtype).mT, alpha=self.scale)
 
     def dense(self) -> Tensor:
         """Return dW (out x in); for checks and merging, never in a training step."""

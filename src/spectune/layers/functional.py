@@ -5,10 +5,11 @@ Each is written in plain PyTorch and is the reference for a fused kernel that ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 1 << 22  # elements gathered at once by the sparse core's gradient: 16 MiB of float32
@@ -32,51 +33,75 @@ def _offsets(size: int, width: int) -> range:
     return range(-width, width + 1)
 
 
-def _diagonals(size: int, width: int, transpose: bool) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield for each diagonal its slice of values, of the output and of the input."""
-    start = 0
-    for d in _offsets(size, width):
-        length = size - abs(d)
-        output, source = slice(max(0, -d), max(0, -d) + length), slice(max(0, d), max(0, d) + length)
-        yield slice(start, start + length), *((source, output) if transpose else (output, source))
-        start += length
+@cache
+def _band_blocks(size: int, width: int, transpose: bool) -> tuple[int, int, Tensor, Tensor]:
+    """Return a band's block size b, its reach w, each block entry's place in `values`, and each value's in the blocks.
+
+    Row i of the product needs columns i - w to i + w: block n, (b x (b + 2 w)), holds rows n b to n b + b of the core
+    against columns n b - w to n b + b + w.  What lies outside the band, or outside the core, has the place `entries`.
+    """
+    width = min(width, size - 1)
+    block = min(size, max(32, width))
+    count = -(-size // block)
+    rows, columns = band_indices(size, width)
+    if transpose:
+        rows, columns = columns, rows
+    places = torch.full((count, block, block + 2 * width), len(rows))
+    slots = rows * places.shape[2] + columns + width - rows // block * block
+    places.view(-1)[slots] = torch.arange(len(rows))
+    return block, width, places, slots
 
 
-class _Banded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
-        ctx.save_for_backward(t, values)
-        ctx.width, ctx.transpose = width, transpose
-        out = torch.zeros_like(t)
-        for entry, to, of in _diagonals(t.shape[-1], width, transpose):
-            out[..., to].addcmul_(t[..., of], values[..., entry])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        t, values = ctx.saved_tensors
-        (grad,) = grads
-        to_t = banded_product(grad, values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[0] else None
-        to_values = None
-        if ctx.needs_input_grad[1]:
-            pieces = [
-                (grad[..., to] * t[..., of]).sum_to_size(values[..., entry].shape)
-                for entry, to, of in _diagonals(t.shape[-1], ctx.width, ctx.transpose)
-            ]
-            to_values = torch.cat(pieces, dim=-1)
-        return to_t, to_values, None, None
+def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
+    """Return the columns that each block of a band meets, (..., count, n, block + 2 width)."""
+    padded = F.pad(t, (width, width + count * block - t.shape[-1]))
+    return padded.unfold(-1, block + 2 * width, block).movedim(-2, -3)
 
 
+@torch.library.custom_op("spectune::banded_product", mutates_args=())
 def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
-    """Multiply by a banded core: t C^T, or t C if `transpose`, as 2 width + 1 shifted elementwise products.
+    """Multiply by a banded core: t C^T, or t C if `transpose`, as one batched product of small blocks.
+
+    An operator of its own, because torch.compile does not see through the cached places of the blocks.
 
     Args:
-        t: (..., size).
-        values: (entries), or (batch, 1, ..., entries) against t's leading axis.
+        t: (n, size), or (batch, n, size).
+        values: (entries), or (batch, entries).
         width: entries are those with |i - j| <= width.
         transpose: multiply by C instead of its transpose.
     """
-    return _Banded.apply(t, values, width, transpose)  # type: ignore[return-value]
+    block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose)
+    blocks = F.pad(values, (0, 1))[..., places.to(t.device)]
+    out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
+    return out.movedim(-3, -2).flatten(-2)[..., : t.shape[-1]].contiguous()
+
+
+@banded_product.register_fake
+def _(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+def banded_entries(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
+    """Return the gradient of `banded_product` with respect to its values, (entries) or (batch, entries)."""
+    block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose)
+    rows = F.pad(grad, (0, len(places) * block - t.shape[-1])).unflatten(-1, (len(places), block)).movedim(-2, -3)
+    blocks = torch.matmul(rows.mT, _windows(t, block, reach, len(places)))
+    return blocks.flatten(-3)[..., slots.to(t.device)]
+
+
+def _save_banded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    t, values, ctx.width, ctx.transpose = inputs
+    ctx.save_for_backward(t, values)
+
+
+def _banded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    t, values = ctx.saved_tensors
+    to_t = banded_product(grad, values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[0] else None
+    to_values = banded_entries(grad, t, ctx.width, ctx.transpose) if ctx.needs_input_grad[1] else None
+    return to_t, to_values, None, None
+
+
+banded_product.register_autograd(_banded_backward, setup_context=_save_banded)
 
 
 @torch.library.custom_op("spectune::sparse_product", mutates_args=())

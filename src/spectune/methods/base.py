@@ -63,19 +63,27 @@ class Method(abc.ABC):
         limit = min(out, into)
         return f"rank {rank} is above min(out, in) = {limit}; take rank <= {limit}" if rank > limit else None
 
-    # -- what follows from the declaration; a method that is not additive overrides `respond`, `answer` and `delta`
+    # -- what follows from the declaration; a method that is not additive overrides `respond`, `ratio` and `delta`
 
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
         """Return x (W' - W)^T for x (..., in)."""
         return self.factors(t).apply(self._dropped(x, training))
 
-    def answer(self, t: Tensors, x: Tensor, y: Tensor, base: Base, training: bool) -> Tensor:
-        """Return x W'^T + bias for x (..., in), given y = x W^T + bias (n x out), which is written to."""
-        return self.factors(t).add_to(y, self._dropped(x, training))
+    def ratio(self, t: Tensors, base: Base) -> Tensor | None:
+        """Return what W + s L C R is multiplied by to give W', (out), or None where they are the same."""
+        return None
+
+    def whole(self, t: Tensors) -> Factors | None:
+        """Return the factors of W + s L C R itself, where the basis holds all of W."""
+        return None
+
+    @property
+    def drop(self) -> float:
+        """The probability of dropping an input of the update in training."""
+        return getattr(self, "dropout", 0.0)
 
     def _dropped(self, x: Tensor, training: bool) -> Tensor:
-        dropout = getattr(self, "dropout", 0.0)
-        return F.dropout(x, dropout) if dropout and training else x
+        return F.dropout(x, self.drop) if self.drop and training else x
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         """Return W' - W (out x in), dense."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,10 @@ class DoRA(Method):
         return self.inner.learning_rate
 
     @property
+    def drop(self) -> float:
+        return self.inner.drop
+
+    @property
     def basis_key(self) -> str:
         return f"dora-{self.inner.basis_key}"
 
@@ -84,24 +89,27 @@ class DoRA(Method):
             known = self.inner.projections(t)
             g, h = known or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
             step = max(1, _CHUNK // f.left.shape[1])
-            for start in range(0, f.left.shape[0], step):
-                rows = slice(start, start + step)
-                left = f.left[rows].to(t["norms"].dtype)
+            for left, cross in zip(f.left.split(step), repeat(g) if known else g.split(step), strict=False):
+                left = left.to(t["norms"].dtype)
                 p = f.core.transposed(left)
-                cross = left * g if known else g[:, rows].mT
-                square = p * h if known else p @ h
-                squared.append((p * (2 * f.scale * cross + f.scale**2 * square)).sum(1))
+                if known:
+                    rest = 2 * f.scale * left * cross + f.scale**2 * p * h
+                else:
+                    rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
+                squared.append((p * rest).sum(1))
         return (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
 
+    def ratio(self, t: Tensors, base: Base) -> Tensor:
+        norms = self._norms(t, self.factors(t), base)
+        return _ratio(t["magnitude"], norms)
+
+    def whole(self, t: Tensors) -> Factors | None:
+        return self.inner.whole(t)
+
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
-        ratio = _ratio(t["magnitude"], self._norms(t, self.factors(t), base))
+        ratio = self.ratio(t, base)
         output, inner = base.output(), self.inner.respond(t, x, base, training)
         return (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
-
-    def answer(self, t: Tensors, x: Tensor, y: Tensor, base: Base, training: bool) -> Tensor:
-        ratio = _ratio(t["magnitude"], self._norms(t, self.factors(t), base)).to(y.dtype)
-        y = self.inner.answer(t, x, y, base, training)
-        return y * ratio if base.bias is None else torch.addcmul(base.bias.to(y.dtype) * (1 - ratio), y, ratio)
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         updated = weight + self.inner.delta(t, weight)

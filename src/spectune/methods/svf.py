@@ -63,6 +63,9 @@ class SVF(Method):
     def factors(self, t: Tensors) -> Factors:
         return Factors(t["L"], t["R"], Diagonal(self._multiples(t) - 1))
 
+    def whole(self, t: Tensors) -> Factors:
+        return Factors(t["L"], t["R"], Diagonal(self._multiples(t)))
+
     def _multiples(self, t: Tensors) -> Tensor:
         if self.parametrization == "plain":
             return t["z"]

@@ -103,6 +103,11 @@ class SVFT(Method):
             core = Sparse(values, t["rows"], t["columns"], k)
         return Factors(t["U"], t["Vh"], core)
 
+    def whole(self, t: Tensors) -> Factors:
+        update = self.factors(t)
+        core: Any = update.core
+        return update._replace(core=core.plus(t["S"]))
+
     def _values(self, t: Tensors) -> Tensor:
         return torch.sigmoid(t["g"]) * t["M"] if self.gate else t["M"]
 
