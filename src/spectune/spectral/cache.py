@@ -2,7 +2,9 @@
 
 An entry's name is a digest of the weight's bytes, shape and dtype, the request and the algorithm's version, so nothing
 in the cache is ever out of date.  Entries are written to a temporary name and renamed, so that processes may share the
-folder without locks; each carries a checksum, verified at every load, and one that fails is deleted and computed anew.
+folder without locks.  Each carries a checksum, and one that fails it is deleted and computed anew.  An entry that
+passed is sealed: the fraction of a second in its time of modification is set to one that follows from the checksum, so
+that whoever writes to the file breaks the seal.  A sealed entry is mapped without being read; `verify` reads them all.
 
 $SPECTUNE_CACHE moves the folder, and "off" or "0" does without; else it is $SPECTUNE_HOME/decompositions or
 $XDG_CACHE_HOME/spectune/decompositions (~/.cache by default).  $SPECTUNE_CACHE_BYTES bounds its size, 20 GB by default:
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +34,7 @@ from spectune.home import cache_dir
 from spectune.spectral._hash import tensors_digest
 from spectune.spectral._types import Request
 
-VERSION = 1  # of the algorithms: raised whenever results change by more than rounding
+VERSION = 2  # of the algorithms: raised whenever results change by more than rounding
 DEFAULT_BYTES = 20 * 10**9
 ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead
 
@@ -98,8 +101,6 @@ def load(name: str, folder: Path) -> dict[str, Tensor] | None:
     if tensors is None:
         _remove(path)
         return None
-    with suppress(OSError):  # read-only: the order of eviction is then that of writing
-        os.utime(path)
     return tensors
 
 
@@ -119,6 +120,7 @@ def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request
         os.close(handle)
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
+        _seal(path, metadata["checksum"])
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             _remove(Path(temporary))
@@ -179,7 +181,7 @@ def verify(folder: Path | None = None) -> list[str]:
     damaged = []
     for path in _files(folder):
         try:
-            tensors = _read(path)
+            tensors = _read(path, trust_seal=False)
         except FileNotFoundError:  # evicted meanwhile
             continue
         if tensors is None:
@@ -188,17 +190,33 @@ def verify(folder: Path | None = None) -> list[str]:
     return damaged
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _read(path: Path, trust_seal: bool = True) -> dict[str, Tensor] | None:
     """Return a file's tensors, or None where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get("checksum")
-        return tensors if checksum == tensors_digest(tensors) else None
+            checksum = (file.metadata() or {}).get("checksum", "")
+        sealed = trust_seal and path.stat().st_mtime_ns % 10**9 == _fraction(checksum)
+        if not sealed and checksum != tensors_digest(tensors):
+            return None
+        with suppress(OSError):  # read-only: it is read in full each time, and eviction goes by the time of writing
+            _seal(path, checksum)
+        return tensors
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError):
         return None
+
+
+def _seal(path: Path, checksum: str) -> None:
+    """Mark a file as one that has this checksum, and as used now, to the second."""
+    used = int(time.time()) * 10**9 + _fraction(checksum)
+    os.utime(path, ns=(used, used))
+
+
+def _fraction(checksum: str) -> int:
+    """Return the nanoseconds of a seal; whole microseconds, which every file system that has fractions keeps."""
+    return zlib.crc32(checksum.encode()) % 10**6 * 1000
 
 
 def _path(name: str, folder: Path) -> Path:
