@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectune.training import attention
 from spectune.training.data import Example
 
 IGNORE = -100
@@ -30,6 +32,7 @@ class Packer:
     def __init__(self, model: Any, pad: int) -> None:
         parameters = inspect.signature(type(model).forward).parameters
         self._packs = {"logits_to_keep", "position_ids"} <= parameters.keys()
+        self._config = model.config.get_text_config() if self._packs and "kwargs" in parameters else None
         self._pad = pad
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -50,12 +53,16 @@ class Packer:
             learned = [i for i, s in enumerate(example.supervised) if s and i > 0]
             keep += [start + i - 1 for i in learned]
             labels += [example.tokens[i] for i in learned]
-        return {
+        batch = {
             "input_ids": torch.tensor([tokens]),
             "position_ids": torch.tensor([positions]),
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor([labels]),
         }
+        if self._config is not None and self._config._attn_implementation == attention.NAME:
+            starts = [0, *accumulate(len(example.tokens) for example in examples)]
+            batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)  # the name that attention functions know
+        return batch
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         longest = max(len(e.tokens) for e in examples)

@@ -1,0 +1,74 @@
+"""Attention within each example of a packed row, at the cost of the examples and not of the row.
+
+With a block-diagonal mask, attention on a CPU computes the whole square of the row.  Here each example attends to itself
+in a call of its own: for 8 examples of 57 tokens a third of the time, for 32 a tenth (benchmarks/packed_attention.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "spectune_packed"
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return attention (1, n, heads, d), each example of a packed row by itself; without lengths as usual.
+
+    Args:
+        module: the model's attention layer.
+        query, key, value: (1, heads, n, d), with fewer heads in the last two where they share.
+        attention_mask: used only without lengths.
+        dropout: of the probabilities.
+        scaling: of the scores.
+        cu_seq_lens_q: (examples + 1), where each example begins, and the end.
+        kwargs: what else models pass.
+    """
+    if cu_seq_lens_q is None or len(query) != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(t.split(lengths, 2) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))), strict=True)
+    each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
+    return torch.cat(each, 2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Within the context a causal language model on a CPU attends to each example of a packed row by itself.
+
+    Where that would not be the same, with sliding windows or another attention than PyTorch's, nothing changes.
+    """
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    same = kinds == {"full_attention"} and not (windowed and getattr(config, "layer_types", None) is None)
+    if before == "sdpa" and same and model.device.type == "cpu":
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,93 @@
+"""The cross-entropy of a language model's next tokens, without the logits of all positions in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spectune.layers.adapted import Adapted
+
+IGNORE = -100
+_CHUNK = 1 << 23  # logits held at once: 32 MiB of float32
+_OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
+
+
+def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """Return the sum over positions of -log p(label).
+
+    Where the output embedding is frozen and the model returns its product as it is, logits are made, and their gradient
+    taken, a few positions at a time; only the gradient of the hidden states is kept.  Elsewhere (soft-capped or scaled
+    logits, an adapter or a shard in that place) the model's own logits are used.
+
+    Args:
+        model: a causal language model.
+        inputs: to the model.
+        labels: of the positions of its logits, -100 where there is none.
+    """
+    targets = labels.flatten()
+    hidden = _hidden(model, inputs)
+    if isinstance(hidden, Tensor):
+        wanted = targets != IGNORE
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        return _Chunked.apply(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])  # type: ignore[return-value]
+    logits = model(**inputs, use_cache=False).logits.float().flatten(0, -2)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return what the model multiplies by its output embedding, or None where that product is not its answer."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    plain = type(head) is nn.Linear and not isinstance(head, Adapted) and head.bias is None
+    if not plain or head.weight.requires_grad or type(head.weight) is not nn.Parameter or "forward" in vars(head):
+        return None
+    if model in _OWN_LOGITS or torch.compiler.is_compiling():
+        return None
+    head.forward = _unchanged
+    try:
+        outputs = model(**inputs, use_cache=False)
+    finally:
+        del head.forward
+    if getattr(outputs.logits, "_spectune_hidden", False):
+        return outputs.logits
+    _OWN_LOGITS.add(model)
+    return None
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    """Take the place of the output embedding, and mark what passes so that any change by the model shows."""
+    marked = hidden.view(hidden.shape)
+    marked._spectune_hidden = True  # type: ignore[attr-defined]
+    return marked
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        learns = ctx.needs_input_grad[0]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(hidden) if learns else None
+        step = max(1, _CHUNK // weight.shape[0])
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            target = targets[rows, None]
+            logits = F.linear(hidden[rows], weight).float()
+            picked = logits.gather(1, target)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            total += (log_sum - picked).sum()
+            if grad is not None:
+                p = logits.sub_(log_sum).exp_()
+                p.scatter_add_(1, target, torch.full_like(picked, -1.0))
+                torch.mm(p.to(weight.dtype), weight, out=grad[rows])
+        ctx.grad = grad
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.grad * grads[0].to(ctx.grad.dtype), None, None

@@ -1,0 +1,64 @@
+"""Attention within the examples of a packed row equals attention under the block-diagonal mask."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from spectune.training.attention import NAME, packed_attention
+from spectune.training.batches import Packer
+from spectune.training.data import encode
+from training.folder import make_model, make_tokenizer
+
+RECORDS = [
+    {"prompt": "one plus two is", "completion": "three"},
+    {"text": "ahoy"},
+    {"prompt": "say", "completion": "hello and ahoy and hello"},
+]
+
+
+def run(model, batch):
+    inputs = {k: v for k, v in batch.items() if "labels" not in k}
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits
+    logits.square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+def test_logits_and_gradients_are_those_of_the_mask(checkpointing, sharing):
+    model = make_model(num_key_value_heads=4 // sharing).double().train()
+    if checkpointing:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    examples = encode(RECORDS, make_tokenizer(), 32).examples
+    masked = run(model, Packer(model, 0)(examples))
+    with packed_attention(model):
+        batch = Packer(model, 0)(examples)
+        assert batch["cu_seq_lens_q"].tolist()[-1] == batch["input_ids"].shape[1]
+        each = run(model, batch)
+        padded = Packer(model, 0)._padded(examples)
+        tokens = model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    torch.testing.assert_close(each, masked)
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(tokens, model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits)
+
+
+def test_where_it_would_differ_nothing_changes():
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=4,
+        )
+    )
+    eager = make_model()
+    eager.set_attn_implementation("eager")
+    for model in (windowed, eager):
+        before = model.config._attn_implementation
+        with packed_attention(model):
+            assert model.config._attn_implementation == before != NAME
+            assert "cu_seq_lens_q" not in Packer(model, 0)(encode(RECORDS, make_tokenizer(), 32).examples)
