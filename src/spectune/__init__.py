@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spectune.methods.svf import SVF
     from spectune.methods.svft import SVFT
     from spectune.model import activate, adapt, adapter_names, attach, detach, extract, merge, route
+    from spectune.reports.plan import plan
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Method": "methods",
     "SpectuneError": "errors",
     "load_base": "bases",
+    "plan": "reports.plan",
     **dict.fromkeys(
         ("activate", "adapt", "adapter_names", "attach", "detach", "extract", "merge", "route"),
         "model",
@@ -62,6 +64,7 @@ __all__ = [
     "extract",
     "load_base",
     "merge",
+    "plan",
     "route",
     "spectral",
 ]

@@ -148,7 +148,7 @@ def load_base(
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            kind = _auto_class(config)
+            kind = auto_class(config)
             model = kind.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -179,7 +179,7 @@ def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
     return adapter.bind(model)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 

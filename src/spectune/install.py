@@ -87,7 +87,7 @@ def _bases(
             if isinstance(layer, Adapted) and method.basis_key in layer.bases:
                 continue
             if term.basis is not None:
-                bases[name].setdefault(method.basis_key, _basis(layer, method, term.basis))
+                bases[name].setdefault(method.basis_key, frozen_basis(layer, method, term.basis))
             elif (name, method) not in wanted[method.request()]:
                 wanted[method.request()].append((name, method))
     needed = dict.fromkeys(name for pairs in wanted.values() for name, _ in pairs)
@@ -99,11 +99,11 @@ def _bases(
         for name, method in pairs:
             frozen = method.basis(weights[name], found.get(name))
             if frozen:
-                bases[name].setdefault(method.basis_key, _basis(layers[name], method, frozen))
+                bases[name].setdefault(method.basis_key, frozen_basis(layers[name], method, frozen))
     return bases
 
 
-def _basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
+def frozen_basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
     """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
     weight = effective_weight(layer)
     master = master_dtype(weight)

@@ -23,6 +23,7 @@ _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is bein
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
 
 
@@ -149,8 +150,8 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     the second rename fail.
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    metadata = {"format": "pt", _DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
-    text = json.dumps(config, indent=2) + "\n"
+    metadata = _metadata(_digest(tensors), _config_digest(config))
+    text = _text(config)
     path.mkdir(parents=True, exist_ok=True)
     temporaries: list[Path] = []
     try:
@@ -171,6 +172,42 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     finally:
         _remove(temporaries)
     return path
+
+
+def folder_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes of the weights' file and of the config that `write_folder` would write.
+
+    Args:
+        config: the config.
+        tensors: tensors of the shapes and dtypes to be written; their values, if they have any, do not matter.
+    """
+    weights = safetensors_size(tensors, _metadata("0" * 64, "0" * 64))
+    return weights, len(_text(config).encode())
+
+
+def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Return the bytes of a safetensors file: 8, the header padded to a multiple of 8, and the data.
+
+    Args:
+        tensors: by name; of one dtype, or in the order in which safetensors writes them.
+        metadata: of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in sorted(tensors):
+        start, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        dtype = _SAFETENSORS_NAMES[tensors[key].dtype]
+        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + end
+
+
+def _metadata(digest: str, config_digest: str) -> dict[str, str]:
+    return {"format": "pt", _DIGEST: digest, _CONFIG_DIGEST: config_digest}
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _write_beside(target: Path, write: Callable[[Path], Any], temporaries: list[Path]) -> Path:

@@ -67,6 +67,11 @@ def _lora(method: Any) -> LoRA:
 
 def save_peft(adapter: Adapter, path: Path) -> Path:
     """Write an adapter for which `is_peft` holds, key for key as PEFT writes it."""
+    return write_folder(path, *peft_contents(adapter))
+
+
+def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors that `save_peft` writes."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -100,7 +105,7 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
         "use_dora": isinstance(method, DoRA),
         "use_rslora": _lora(method).rslora,
     }
-    return write_folder(path, config, tensors)
+    return config, tensors
 
 
 def _whole(name: str) -> str:

@@ -22,12 +22,17 @@ _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "
 
 def save(adapter: Adapter, path: Path, *, embed: bool = False) -> Path:
     """Write an adapter's folder; LoRA and DoRA around LoRA in PEFT's format, all else in spectune's."""
-    from spectune.adapters.peft_format import is_peft, save_peft
+    return write_folder(path, *contents(adapter, embed=embed))
+
+
+def contents(adapter: Adapter, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors that `save` writes."""
+    from spectune.adapters.peft_format import is_peft, peft_contents
 
     if not adapter.layers:
         raise SpectuneError("the adapter has no layers, so there is nothing to save")
     if is_peft(adapter):
-        return save_peft(adapter, path)
+        return peft_contents(adapter)
     if embed:
         adapter.complete()
     tensors: dict[str, Tensor] = {}
@@ -58,7 +63,7 @@ def save(adapter: Adapter, path: Path, *, embed: bool = False) -> Path:
         "methods": methods,
         "layers": layers,
     }
-    return write_folder(path, config, tensors)
+    return config, tensors
 
 
 def load(path: Path) -> Adapter:

@@ -85,7 +85,7 @@ class DoRA(Method):
     @torch.no_grad()
     def _norms(self, t: Tensors, f: Factors, base: Base) -> Tensor:
         squared = []
-        with torch.autocast(t["norms"].device.type, enabled=False):
+        with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
             known = self.inner.projections(t)
             g, h = known or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
             step = max(1, _CHUNK // f.left.shape[1])

@@ -79,7 +79,9 @@ class SVFT(Method):
         frozen = {"U": U, "Vh": Vh, "S": S}
         if self.pattern in ("random", "top_k"):
             count = band_entries(k, self.width)
-            if self.pattern == "random":
+            if U.is_meta:
+                flat = torch.empty(count, dtype=torch.int64, device="meta")
+            elif self.pattern == "random":
                 flat = _drawn(self.seed, k, count).to(U.device)
             else:
                 flat = (U[:k].mT @ Vh[:, :k].mT).abs().flatten().topk(count).indices

@@ -72,6 +72,8 @@ class VeRA(Method):
 @lru_cache(maxsize=8)
 def _random(seed: int, rank: int, out: int, into: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return A (rank x into) and B (out x rank), uniform with variance 2 / fan-in."""
+    if device.type == "meta":
+        return torch.empty(rank, into, device=device), torch.empty(out, rank, device=device)
     draw = np.random.RandomState(seed).uniform
     A, B = (draw(-1, 1, shape) * (6 / shape[1]) ** 0.5 for shape in ((rank, into), (out, rank)))
     return torch.from_numpy(A).to(device, torch.float32), torch.from_numpy(B).to(device, torch.float32)

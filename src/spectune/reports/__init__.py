@@ -1,0 +1,1 @@
+"""What the reports say of models and methods, without the command line."""

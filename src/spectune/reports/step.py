@@ -1,0 +1,329 @@
+"""A training step without numbers: what it computes, moves and holds, from the real code on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from spectune.errors import SpectuneError
+from spectune.install import frozen_basis
+from spectune.layers.adapted import adapted_layers, effective_weight
+from spectune.methods import Method
+from spectune.methods._budget import tell_total_steps
+from spectune.model import adapt, detach
+from spectune.reports.machine import Machine
+from spectune.spectral import SVD, OneSided, Request
+
+ATTENTION = "spectune_plan"
+_FEW, _MORE = 2, 4  # blocks of the two short models that the whole one is extrapolated from
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model in a step, on each device.
+
+    Args:
+        rows: sequences.
+        length: tokens of each; for an image model it has no meaning.
+        supervised: share of the positions that a causal model computes logits and the loss at.
+    """
+
+    rows: int = 8
+    length: int = 512
+    supervised: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A training step's cost; all of it is additive over the blocks of a model.
+
+    Args:
+        seconds: forward, backward and the optimizer's step.
+        flops: of its matrix products.
+        activations: bytes held at most at once, without parameters, bases and gradients.
+    """
+
+    seconds: float
+    flops: float
+    activations: float
+
+    def extended(self, more: Cost, times: float) -> Cost:
+        """Return self + times * (more - self)."""
+        return Cost(*(a + times * (b - a) for a, b in zip(_values(self), _values(more), strict=True)))
+
+
+def _values(cost: Cost) -> list[float]:
+    return [getattr(cost, field.name) for field in fields(cost)]
+
+
+def measure(
+    model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine
+) -> Cost:
+    """Return what a training step costs, from one pass of a model on the meta device.
+
+    Of a model whose blocks are alike, two short versions are passed and the whole one is extrapolated.
+
+    Args:
+        model: on the meta device; it comes back as it was.
+        methods: the method of each layer, "full" for all parameters, or "floor" for the frozen model's forward and
+            gradient with respect to the embeddings.
+        batch: what goes through.
+        dtype: of the weights.
+        machine: how long things take.
+
+    Raises:
+        SpectuneError: the model's code needs numbers and cannot run without them.
+    """
+    stack = _stack(model, methods)
+    if stack is None:
+        return _pass(model, methods, batch, dtype, machine)
+    blocks = list(stack)
+    costs = []
+    for count in (_FEW, _MORE):
+        _keep(stack, blocks[:count])
+        try:
+            costs.append(_pass(model, methods, batch, dtype, machine))
+        finally:
+            _keep(stack, blocks)
+    return costs[0].extended(costs[1], (len(blocks) - _FEW) / (_MORE - _FEW))
+
+
+def _keep(stack: nn.ModuleList, blocks: list[nn.Module]) -> None:
+    stack._modules.clear()
+    stack._modules.update({str(i): block for i, block in enumerate(blocks)})
+
+
+def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> nn.ModuleList | None:
+    """Return the longest list of blocks, where they are alike (the first may differ) and more than are passed."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    if not outer:
+        return None
+    name, stack = max(outer.items(), key=lambda item: len(item[1]))
+
+    def described(i: int) -> tuple[Any, ...]:
+        prefix = f"{name}.{i}."
+        chosen = {} if isinstance(methods, str) else methods
+        mine = [(n.removeprefix(prefix), m) for n, m in chosen.items() if n.startswith(prefix)]
+        return (*mine, *((n, p.shape) for n, p in stack[i].named_parameters()))
+
+    alike = len(stack) > _MORE and len({described(i) for i in range(1, len(stack))}) == 1
+    return stack if alike else None
+
+
+def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine) -> Cost:
+    before = next(model.parameters()).dtype
+    model.to(dtype).train()
+    embedding, hook = model.get_input_embeddings(), None
+    try:
+        if not isinstance(methods, str):
+            _adapt(model, methods)
+        else:
+            model.requires_grad_(methods == "full")
+        if methods == "floor":
+            hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        with _attention(model):
+            return _step(model, batch, machine)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, SpectuneError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SpectuneError(f"{type(model).__name__} cannot run without weights: {first}") from error
+    finally:
+        if hook is not None:
+            hook.remove()
+        if adapted_layers(model):
+            detach(model)
+        model.to(before).requires_grad_(True)
+        model.zero_grad()
+
+
+def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
+    """Adapt the layers that a shortened model has left, with bases on the meta device too."""
+    there = {n: m for n, m in methods.items() if _has(model, n)}
+    first = next(iter(there.values()))
+    adapt(model, first, list(there), overrides={n: m for n, m in there.items() if m != first})
+    for name, layer in adapted_layers(model).items():
+        weight, method = effective_weight(layer), there[name]
+        frozen = method.basis(weight, empty_decomposition(method.request(), *weight.shape))
+        if frozen:
+            layer.bases[method.basis_key] = frozen_basis(layer, method, frozen)
+    tell_total_steps(model, 1000)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def empty_decomposition(request: Request | None, out: int, into: int) -> SVD | OneSided | None:
+    """Return what a request for a weight (out x into) is answered with, on the meta device."""
+    if request is None:
+        return None
+    k = request.rank or min(out, into)
+    left, values, right = (torch.empty(shape, device="meta") for shape in ((out, k), (k,), (k, into)))
+    return OneSided(left, right, values) if request.kind == "one_sided" else SVD(left, values, right)
+
+
+def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
+    """Pass a batch forward and backward, and step AdamW."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inputs = make_inputs(model, batch, "meta")
+    ledger = Ledger(machine)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.forget(p.grad)) for p in trained]
+    try:
+        with ledger:
+            loss_of(model, inputs).backward()
+        activations = ledger.peak
+        if trained:
+            optimizer = torch.optim.AdamW(trained, foreach=False)
+            with ledger:
+                optimizer.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Cost(ledger.seconds, ledger.flops, activations)
+
+
+def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
+    """Return a training batch of tokens, or of images, without padding."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else (vision.image_size,) * 2
+        return {"pixel_values": torch.zeros(batch.rows, getattr(vision, "num_channels", 3), *size, device=device)}
+    tokens = torch.ones(batch.rows, batch.length, dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if batch.supervised < 1 and "logits_to_keep" in type(model).forward.__code__.co_varnames:
+        inputs["logits_to_keep"] = torch.arange(max(1, round(batch.supervised * batch.length)), device=device)
+    return inputs
+
+
+def loss_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return a cross-entropy over the logits, or the mean square of what a model without a head returns."""
+    cached = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    output = model(**inputs, **cached)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return output[0].float().square().mean()
+    logits = logits.float().flatten(0, -2)
+    return F.cross_entropy(logits, torch.ones(len(logits), dtype=torch.int64, device=logits.device), reduction="sum")
+
+
+@contextmanager
+def _attention(model: Any) -> Iterator[None]:
+    """Give a model on the meta device the attention that it would have with weights: torch's fused one."""
+    from transformers import AttentionInterface
+
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    AttentionInterface.register(ATTENTION, _fused)
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def _fused(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and position_bias is None
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, _lse = attend(query, key, value, dropout, bool(causal), attn_mask=position_bias, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Ledger(TorchDispatchMode):
+    """Count what operations on the meta device compute, move and hold.
+
+    An operation takes the longer of its arithmetic and its traffic, and something for itself.
+
+    Args:
+        machine: rates.
+
+    Attributes:
+        seconds, flops: so far.
+        held, peak: bytes of results that are alive, now and at most.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+        self.seconds = self.flops = 0.0
+        self.held = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta]
+        mutates = func._schema.is_mutable
+        known = {t.untyped_storage()._cdata for t in given}
+        new = [t for t in made if t.untyped_storage()._cdata not in known]
+        for tensor in new:
+            self._hold(tensor)
+        if new or mutates:
+            self._charge(func, args, kwargs, given, made, out)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen[key] = size
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.held -= self._seen.pop(key, 0)
+
+    def forget(self, tensor: Tensor | None) -> None:
+        """Hold a tensor, such as a gradient, against the step no more."""
+        if tensor is not None:
+            self._release(tensor.untyped_storage()._cdata)
+
+    def _charge(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], out: Any) -> None:
+        moved = sum(_bytes(t) for t in given) + sum(_bytes(t) for t in made)
+        count = flop_registry.get(func._overloadpacket)
+        flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
+        self.flops += flops
+        dtype = made[0].dtype if made else torch.float32
+        smallest = min((side for t in given if t.dim() > 1 for side in t.shape[-2:]), default=0) if flops else 0
+        self.seconds += self.machine.seconds(flops, moved, dtype, smallest)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return what reading a tensor moves: what it holds, however often an expanded one repeats it."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
