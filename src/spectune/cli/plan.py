@@ -24,7 +24,7 @@ def plan(
     length: int = typer.Option(512, min=1, help="Tokens of a sequence."),
     supervised: float = typer.Option(1.0, help="Share of the positions with a loss, in (0, 1]."),
     precision: list[str] = typer.Option(
-        [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. The table shows the first (bf16)."
+        [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."
     ),
     devices: str = typer.Option("1", help="With FSDP2: a number, several (1,4,8) or a range (1-8)."),
     memory: str | None = typer.Option(None, help="Of a device (24GB): the largest batch that fits."),
@@ -78,44 +78,45 @@ def _progress(console: Console) -> Any:
     return show if console.is_terminal else None
 
 
-def _show(found: dict[str, Any], precision: str, memory: str | None) -> None:
+def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
     from spectune.reports.sizes import gigabytes
-
-    console = Console()
-    fewest, *more = _device_counts(found)
-    columns = ["method", "trained", "file", "start", "memory", "step"]
-    extra = [f"on {n}" for n in more]
-    extra += ["batch"] if memory else []
-    extra += ["budget"] if "budget" in found["rows"][0] else []
-    table = Table(title=f"{found['model']}, {found['parameters']:,} parameters, {precision}", pad_edge=False, box=None)
-    for column in [*columns[:5], *extra[: len(more)], columns[5], *extra[len(more) :]]:
-        table.add_column(column, justify="left" if column in ("method", "budget") else "right", overflow="fold")
 
     def size(value: float | None) -> str:
         return "-" if value is None else gigabytes(value)
 
+    console, counts, precisions = Console(), _device_counts(found), list(found["floor_seconds"])
+    if len(counts) > 1:
+        held = [(main, count, f"on {count}") for count in counts]
+    else:
+        held = [(p, counts[0], p if len(precisions) > 1 else "memory") for p in precisions]
+    columns = ["method", "trained", "file", "start", *(heading for _, _, heading in held), "step"]
+    columns += ["batch"] * (memory is not None) + ["budget"] * ("budget" in found["rows"][0])
+    table = Table(box=None, pad_edge=False, title=f"{found['model']}: {found['parameters']:,} parameters")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("method", "budget") else "right", overflow="fold")
     for row in found["rows"]:
-        at = row["precisions"].get(precision) or {}
-        held = at.get("memory", {})
-        totals = [size(held[n]["total"]) if n in held else "-" for n in (fewest, *more)]
-        step = "-" if at.get("step_over_floor") is None else f"{at['step_over_floor']:.2f}"
+        at = row["precisions"]
+        totals = [size(at[p]["memory"][count]["total"]) if at[p] else "-" for p, count, _ in held]
+        step = at[main] and at[main]["step_over_floor"]
         cells = [row["method"], _count(row["trainable_parameters"]), size(row["adapter_bytes"])]
-        cells += [_seconds(row["setup_seconds"]), *totals, step]
-        if memory:
-            batch = held.get(fewest, {}).get("largest_batch")
+        cells += [_seconds(row["setup_seconds"]), *totals, "-" if step is None else f"{step:.2f}"]
+        if memory is not None:
+            batch = at[main] and at[main]["memory"][counts[0]]["largest_batch"]
             cells.append("-" if batch is None else f"{batch:,}")
         if "budget" in row:
             cells.append(row["budget"]["method"] if row["budget"] else "none")
         table.add_row(*cells)
     console.print(table)
-    batch, floor = found["batch"], _seconds(found["floor_seconds"].get(precision))
+    batch, floor = found["batch"], _seconds(found["floor_seconds"][main])
+    fits = f" batch: sequences that fit {memory} in {main}." if memory is not None else ""
     console.print(
-        f"memory: on each device, at {batch['rows']} x {batch['length']} tokens. step: over the frozen model's forward "
-        f"and gradient to its input ({floor}). start: adapting, no decomposition cached. Times: {found['times']}.",
+        f"memory: in all on each device, {batch['rows']} x {batch['length']} tokens. step: {main}, over the frozen "
+        f"model's forward and gradient to its input ({floor}). start: adapting, no decomposition cached. "
+        f"Times: {found['times']}.{fits}",
         highlight=False,
     )
     for note in found["notes"]:
-        console.print(note, style="yellow", markup=False)
+        console.print(note, style="yellow", markup=False, highlight=False)
 
 
 def _device_counts(found: dict[str, Any]) -> list[str]:

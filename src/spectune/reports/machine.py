@@ -18,7 +18,7 @@ from spectune.home import cache_dir
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 
-STAND_IN = 1 << 20  # entries of the largest weight that is decomposed to see how long it takes
+STAND_IN = 1 << 18  # entries of the largest weight that is decomposed to see how long it takes
 _PER_LAYER = 8e-4  # seconds to change a layer's class and register its tensors
 _DRAWN = 1.5e8  # random numbers a second
 # seconds for 10^9 of out * in * min(out, in) on one core of the machine of the committed benchmarks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +13,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from spectune.errors import SpectuneError
@@ -26,7 +25,7 @@ from spectune.reports.machine import Machine
 from spectune.spectral import SVD, OneSided, Request
 
 ATTENTION = "spectune_plan"
-_FEW, _MORE = 2, 4  # blocks of the two short models that the whole one is extrapolated from
+_FEW, _MORE = 2, 3  # blocks of the two short models that the whole one is extrapolated from
 
 
 @dataclass(frozen=True)
@@ -281,33 +280,31 @@ class Ledger(TorchDispatchMode):
         self.machine = machine
         self.seconds = self.flops = 0.0
         self.held = self.peak = 0
-        self._seen: dict[int, int] = {}
+        self._seen: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_meta]
-        mutates = func._schema.is_mutable
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = list(_on_meta((*args, *kwargs.values())))
         known = {t.untyped_storage()._cdata for t in given}
+        made = list(_on_meta((out,)))
         new = [t for t in made if t.untyped_storage()._cdata not in known]
         for tensor in new:
-            self._hold(tensor)
-        if new or mutates:
+            self._hold(tensor.untyped_storage())
+        if new or func._schema.is_mutable:  # the rest are views
             self._charge(func, args, kwargs, given, made, out)
         return out
 
-    def _hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _hold(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen[key] = size
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._release, key)
+        if key not in self._seen:
+            self._seen[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
+            self.held += size
+            self.peak = max(self.peak, self.held)
 
     def _release(self, key: int) -> None:
-        self.held -= self._seen.pop(key, 0)
+        if key in self._seen:
+            self.held -= self._seen.pop(key)[1]
 
     def forget(self, tensor: Tensor | None) -> None:
         """Hold a tensor, such as a gradient, against the step no more."""
@@ -317,11 +314,20 @@ class Ledger(TorchDispatchMode):
     def _charge(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], out: Any) -> None:
         moved = sum(_bytes(t) for t in given) + sum(_bytes(t) for t in made)
         count = flop_registry.get(func._overloadpacket)
-        flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
+        flops = count(*args, **kwargs, out_val=out) if count is not None else 0
         self.flops += flops
         dtype = made[0].dtype if made else torch.float32
         smallest = min((side for t in given if t.dim() > 1 for side in t.shape[-2:]), default=0) if flops else 0
         self.seconds += self.machine.seconds(flops, moved, dtype, smallest)
+
+
+def _on_meta(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _on_meta(value)
 
 
 def _bytes(tensor: Tensor) -> int:

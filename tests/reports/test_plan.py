@@ -1,0 +1,156 @@
+"""A plan from a config: what it says, and how it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import spectune
+import spectune.methods
+from spectune import SpectuneError
+from spectune.reports.machine import Machine, keep, this_machine
+from spectune.reports.memory import Parts, Weights
+from spectune.reports.plan import default_methods, parse_devices
+from training.folder import make_model
+
+QUICK = {"precisions": ["bf16"], "measured": False, "batch_size": 2, "length": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model().config.save_pretrained(path)
+    return str(path)
+
+
+def test_counts_are_those_of_the_adapted_model(folder):
+    rows = spectune.plan(folder, ["svf", "lora:rank=2", "dora:inner=svf", "full"], **QUICK).rows
+    for row in rows:
+        model = make_model()
+        if row["method"] != "full":
+            spectune.adapt(model, row["method"])
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert row["trainable_parameters"] == trained
+
+
+def test_targets_and_overrides_are_those_of_adapt(folder):
+    where = {"targets": ["q_proj", "v_proj"], "overrides": {"v_proj": "svf"}}
+    (row,) = spectune.plan(folder, ["lora:rank=2"], **where, **QUICK).rows
+    model = spectune.adapt(make_model(), "lora:rank=2", **where)
+    assert row["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert row["layers"] == 4
+
+
+def test_every_method_is_there_by_default_with_its_defaults(folder):
+    found = spectune.plan("minilm-l6", measured=False, precisions=["fp32"], length=16)
+    assert [row["method"] for row in found.rows] == [
+        spectune.methods.to_text(spectune.methods.parse(m)) if m != "full" else m for m in default_methods()
+    ]
+    small = spectune.plan(folder, **QUICK)  # a rank of 128 is above its smaller side
+    assert "pissa" not in [row["method"] for row in small.rows]
+    assert any("pissa is left out" in note for note in small.notes)
+
+
+def test_memory_adds_up_and_shards():
+    row = spectune.plan("minilm-l6", ["lora"], precisions=["fp32", "4bit"], devices=[1, 2], measured=False).rows[0]
+    one, two = (row["precisions"]["fp32"]["memory"][n] for n in "12")
+    parts = one["weights"] + one["bases"] + one["trained"] + one["optimizer"]
+    assert one["total"] == parts + max(one["activations"], one["gradients"])
+    assert one["trained"] == 4 * row["trainable_parameters"]
+    assert one["optimizer"] == 2 * one["trained"]
+    assert two["activations"] == one["activations"]
+    assert two["optimizer"] * 2 == pytest.approx(one["optimizer"], abs=1)
+    assert row["precisions"]["4bit"]["memory"]["1"]["weights"] < one["weights"] / 2
+
+
+@pytest.mark.parametrize("memory", [3_000, 5_500, 80_000])
+def test_the_largest_batch_fits_and_the_next_does_not(memory):
+    parts = Parts(Weights(1000, 0, 0, 0), 100, 50, 100, 50, (2000.0, 1500.0))
+    rows = parts.largest_batch(1, memory)
+    assert rows == 0 or parts.on(1, rows).total <= memory
+    assert parts.on(1, rows + 1).total > memory
+
+
+def test_full_fine_tuning_is_not_for_four_bits(folder):
+    (row,) = spectune.plan(folder, ["full"], precisions=["fp32", "4bit"], measured=False, length=8).rows
+    assert row["precisions"]["4bit"] is None
+    assert row["precisions"]["fp32"]["memory"]["1"]["optimizer"] == 8 * row["trainable_parameters"]
+
+
+def test_keras_has_a_row_of_its_own():
+    rows = spectune.plan("gemma-7b", ["keras_lora:rank=8", "lora:rank=8"], targets=["q_proj", "v_proj"], **QUICK).rows
+    assert [row["trainable_parameters"] for row in rows] == [22_134_784, 3_211_264]
+
+
+def test_a_plan_is_json(folder):
+    found = spectune.plan(folder, ["lora:rank=2"], memory="1GB", budget="10k", **QUICK).to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["model"] == folder
+    assert found["rows"][0]["precisions"]["bf16"]["memory"]["1"]["largest_batch"] > 0
+
+
+def test_a_name_on_the_hub_finds_the_built_in_shapes():
+    found = spectune.plan("meta-llama/Llama-2-7B", ["svf"], targets=["q_proj"], **QUICK)
+    assert found.parameters == 6_738_415_616
+
+
+def test_mistakes_are_told(folder, tmp_path):
+    def says(match, *arguments, **more):
+        with pytest.raises(SpectuneError, match=match):
+            spectune.plan(*arguments, **{**QUICK, **more})
+
+    says("unknown model 'lama-3-8b'; did you mean 'llama-3-8b'", "lama-3-8b")
+    says("there is no model folder './nowhere'", "./nowhere")
+    says("has no config.json", str(tmp_path))
+    (tmp_path / "config.json").write_text("{]")
+    says("is not understood", str(tmp_path))
+    says("unknown method 'svv'", folder, ["svv"])
+    says("cannot take pissa: rank 128 is above", folder, ["pissa"])
+    says("'12 apples' is not a size", folder, memory="12 apples")
+    says("'few' is not a number of parameters", folder, budget="few")
+    says("unknown precision 'fp8'", folder, precisions=["fp8"])
+    says("devices must be", folder, devices=[0])
+    says("length must be at least 1", folder, length=0)
+    says(r"supervised must be a share", folder, supervised=0.0)
+    says("keras_lora has no field|has no field 'width'", folder, ["keras_lora:width=3"])
+
+
+def test_a_memory_too_small_for_the_weights_says_what_would_do():
+    match = "the weights of llama-3-70b alone take 141 GB in bf16 on each of 1 device, and 24 GB was given; "
+    match += "what would fit: 4-bit weights .*, or 9 devices, or a smaller model"
+    with pytest.raises(SpectuneError, match=match):
+        spectune.plan("llama-3-70b", ["svf"], memory="24GB", **QUICK)
+
+
+@pytest.mark.parametrize(("text", "counts"), [("4", [4]), ("1,8", [1, 8]), ("1-3", [1, 2, 3])])
+def test_devices(text, counts):
+    assert parse_devices(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-3", "1-99999"])
+def test_malformed_devices(text):
+    with pytest.raises(SpectuneError, match="devices: "):
+        parse_devices(text)
+
+
+def test_measured_rates_are_kept_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTUNE_HOME", str(tmp_path))
+    monkeypatch.setattr("spectune.reports.machine._rates", lambda: {"fp32": 3e9})
+    machine = this_machine()
+    assert (machine.measured, machine.fp32, machine.threads) == (True, 3e9, torch.get_num_threads())
+    machine.times["full None 9 9"] = 0.5
+    keep(machine)
+    monkeypatch.setattr("spectune.reports.machine._rates", lambda: pytest.fail("measured again"))
+    assert this_machine() == machine
+    (tmp_path / "machine.json").write_text("{")
+    monkeypatch.setattr("spectune.reports.machine._rates", dict)
+    assert this_machine().times == {}
+
+
+def test_a_start_takes_longer_with_a_decomposition_and_in_proportion():
+    machine = Machine(measured=True)
+    cheap, dear = (machine.setup(spectune.methods.parse(m), 24, 16, 10) for m in ("lora:rank=2", "svf"))
+    assert 0 < cheap < dear
+    assert {key.split()[0] for key in machine.times} == {"one_sided", "basis"}
+    stored = Machine()
+    assert stored.setup(spectune.SVF(), 4096, 4096, 2) == pytest.approx(2 * stored.setup(spectune.SVF(), 4096, 4096, 1))

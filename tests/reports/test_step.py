@@ -1,0 +1,120 @@
+"""A step that is counted on the meta device does what the real one does."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import spectune
+import tiny
+from spectune.layers.adapted import adapted_layers
+from spectune.methods import parse
+from spectune.reports.machine import Machine
+from spectune.reports.step import Batch, _pass, loss_of, make_inputs, measure
+from spectune.targets import resolve
+
+METHODS = ["lora:rank=2", "svf", "svft:pattern=banded,width=2", "svft:pattern=top_k,width=2", "pissa:rank=4"]
+METHODS += ["lora_xs:rank=4", "dora:rank=2", "dora:inner=svf", "adalora:rank=2", "vera:rank=8"]
+BATCH = Batch(2, 8)
+
+
+def llama(layers=2):
+    return tiny.llama(num_hidden_layers=layers, attn_implementation="sdpa")
+
+
+def cost(model, methods, batch=BATCH, dtype=torch.float32):
+    return measure(model, methods, batch, dtype, Machine())
+
+
+def methods_of(model, text):
+    return resolve(model, parse(text))
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_flops_are_those_of_a_real_step(text):
+    real = spectune.adapt(llama(), text).train()
+    with FlopCounterMode(display=False) as counter:
+        loss_of(real, make_inputs(real, BATCH)).backward()
+    meta = llama().to("meta")
+    assert cost(meta, methods_of(meta, text)).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("text", ["floor", "full", *METHODS])
+def test_what_is_held_is_at_least_what_autograd_saves(text):
+    """On real tensors: every storage that backward will read, but parameters and bases."""
+    real = llama()
+    if text == "floor":
+        real.requires_grad_(False)
+        real.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_())
+    elif text != "full":
+        spectune.adapt(real, text)
+    own = {t.untyped_storage().data_ptr() for t in [*real.parameters(), *real.buffers()]}
+    saved, kept = {}, []
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(real.train(), make_inputs(real, BATCH))
+    least = sum(size for pointer, size in saved.items() if pointer not in own)
+    meta = llama().to("meta")
+    found = cost(meta, text if text in ("floor", "full") else methods_of(meta, text)).activations
+    assert least <= found <= 2 * least
+
+
+@pytest.mark.parametrize("text", ["floor", "full", "lora:rank=2", "svf", "dora:rank=2"])
+def test_two_short_models_tell_of_a_deep_one(text):
+    model = llama(7).to("meta")
+    chosen = text if text in ("floor", "full") else methods_of(model, text)
+    short, whole = cost(model, chosen), _pass(model, chosen, BATCH, torch.float32, Machine())
+    assert short.flops == pytest.approx(whole.flops)
+    assert short.activations == pytest.approx(whole.activations, rel=0.02)
+    assert short.seconds == pytest.approx(whole.seconds, rel=0.02)
+
+
+def test_blocks_that_differ_are_all_passed():
+    model = llama(7).to("meta")
+    mixed = resolve(model, parse("lora:rank=2"), overrides={"layers.5.mlp.up_proj": "lora:rank=9"})
+    assert cost(model, mixed).flops == _pass(model, mixed, BATCH, torch.float32, Machine()).flops
+
+
+def test_cost_is_affine_in_the_rows():
+    model = llama().to("meta")
+    one, two, five = (cost(model, methods_of(model, "lora:rank=2"), Batch(n, 8)) for n in (1, 2, 5))
+    assert one.extended(two, 4).activations == pytest.approx(five.activations, rel=0.02)
+    assert one.extended(two, 4).flops == pytest.approx(five.flops)
+
+
+def test_half_precision_holds_less_and_frozen_bases_follow_it():
+    model = llama().to("meta")
+    chosen = methods_of(model, "svf")
+    assert cost(model, chosen, dtype=torch.bfloat16).activations < cost(model, chosen).activations
+
+
+def test_the_model_comes_back_as_it_was():
+    model = llama().to("meta")
+    before = {n: (p.dtype, p.shape, p.requires_grad) for n, p in model.named_parameters()}
+    cost(model, methods_of(model, "dora:rank=2"), dtype=torch.bfloat16)
+    gc.collect()
+    assert {n: (p.dtype, p.shape, p.requires_grad) for n, p in model.named_parameters()} == before
+    assert not adapted_layers(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_logits_where_the_loss_is_hold_less():
+    model = llama().to("meta")
+    chosen = methods_of(model, "lora:rank=2")
+    assert cost(model, chosen, Batch(2, 8, 0.25)).activations < cost(model, chosen).activations
+
+
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in ("clip", "mixtral")])
+def test_every_architecture_is_passed(architecture):
+    model = tiny.ARCHITECTURES[architecture]().to("meta")
+    adapted = cost(model, methods_of(model, "lora:rank=2"))
+    floor = cost(model, "floor")
+    assert adapted.flops > floor.flops > 0
+    assert adapted.activations > floor.activations > 0
