@@ -20,7 +20,9 @@ BATCH = Batch(2, 8)
 
 
 def llama(layers=2):
-    return tiny.llama(num_hidden_layers=layers, attn_implementation="sdpa")
+    model = tiny.llama(num_hidden_layers=layers)
+    model.set_attn_implementation("sdpa")
+    return model
 
 
 def cost(model, methods, batch=BATCH, dtype=torch.float32):

@@ -47,7 +47,7 @@ class Machine:
     overhead: float = 4e-6
     threads: int = 2
     measured: bool = False
-    times: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict, repr=False)
 
     def seconds(self, flops: float, moved: float, dtype: torch.dtype, smallest: int = 1 << 30) -> float:
         """Return the time of one operation: the longer of arithmetic and traffic, and its overhead.
@@ -136,7 +136,7 @@ def _key() -> str:
     return f"{platform.node()} {platform.machine()} {torch.__version__} {torch.get_num_threads()}"
 
 
-def _rates() -> dict[str, float]:
+def _rates() -> dict[str, Any]:
     x, W, A = torch.randn(512, 768), torch.randn(2048, 768), torch.randn(16, 768)
     xb, Wb = x.bfloat16(), W.bfloat16()
     a = torch.ones(1 << 23)
@@ -159,13 +159,14 @@ def _rates() -> dict[str, float]:
 
 
 def _best(run: Callable[[], Any], times: int = 5) -> float:
+    """Return the least seconds of a run, by the processor's time, which other processes do not lengthen."""
     run()
     taken = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        taken.append(time.process_time() - start)
+    return max(min(taken) / torch.get_num_threads(), 1e-9)
 
 
 def stand_in(out: int, into: int) -> Tensor:
@@ -196,8 +197,8 @@ def _time_basis(method: Method, out: int, into: int) -> tuple[float, float]:
         request = Request(request.kind, min(request.rank, out, into))
     empty = empty_decomposition(request, out, into)
     decomposition = None if empty is None else type(empty)(*(torch.rand(t.shape) for t in empty))
-    start = time.perf_counter()
+    start = time.process_time()
     method.basis(weight, decomposition)
-    first = time.perf_counter() - start
+    first = (time.process_time() - start) / torch.get_num_threads()
     each = _best(lambda: method.basis(weight, decomposition), 2)
     return each, max(0.0, first - each)

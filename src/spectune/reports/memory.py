@@ -104,11 +104,13 @@ class Parts:
         """Return what each device holds; FSDP2 shards all but activations and what is gathered to be used."""
         used = self.weights.working + (self.weights.block if devices > 1 else 0)
         weights = self.weights.total / devices + used
-        shared = [x / devices for x in (self.bases, self.trained, self.optimizer, self.gradients)]
+        bases, trained, optimizer, gradients = (
+            round(x / devices) for x in (self.bases, self.trained, self.optimizer, self.gradients)
+        )
         activations = None if self.activations is None else self.activations[0] + (rows - 1) * self.activations[1]
-        total = weights + sum(shared[:3]) + max(activations or 0, shared[3])
         held = None if activations is None else round(activations)
-        return Memory(round(weights), *map(round, shared), held, round(total))
+        total = round(weights) + bases + trained + optimizer + max(held or 0, gradients)
+        return Memory(round(weights), bases, trained, optimizer, gradients, held, total)
 
     def largest_batch(self, devices: int, memory: int) -> int | None:
         """Return the rows that fit each device's memory; None where activations are not known."""

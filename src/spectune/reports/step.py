@@ -19,13 +19,13 @@ from spectune.errors import SpectuneError
 from spectune.install import frozen_basis
 from spectune.layers.adapted import adapted_layers, effective_weight
 from spectune.methods import Method
-from spectune.methods._budget import tell_total_steps
 from spectune.model import adapt, detach
 from spectune.reports.machine import Machine
 from spectune.spectral import SVD, OneSided, Request
 
 ATTENTION = "spectune_plan"
-_FEW, _MORE = 2, 3  # blocks of the two short models that the whole one is extrapolated from
+_ADAM = 14  # elementwise operations of AdamW on a tensor, each on three tensors of its size
+_SCORES = 8  # the same of AdaLoRA's
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def measure(
 ) -> Cost:
     """Return what a training step costs, from one pass of a model on the meta device.
 
-    Of a model whose blocks are alike, two short versions are passed and the whole one is extrapolated.
+    Of a model whose blocks are alike, two short versions are passed and the whole one is extrapolated.  AdamW is
+    counted by its operations.
 
     Args:
         model: on the meta device; it comes back as it was.
@@ -84,18 +85,19 @@ def measure(
     Raises:
         SpectuneError: the model's code needs numbers and cannot run without them.
     """
-    stack = _stack(model, methods)
-    if stack is None:
+    found = _stack(model, methods)
+    if found is None:
         return _pass(model, methods, batch, dtype, machine)
+    stack, few = found
     blocks = list(stack)
     costs = []
-    for count in (_FEW, _MORE):
+    for count in (few, few + 1):
         _keep(stack, blocks[:count])
         try:
             costs.append(_pass(model, methods, batch, dtype, machine))
         finally:
             _keep(stack, blocks)
-    return costs[0].extended(costs[1], (len(blocks) - _FEW) / (_MORE - _FEW))
+    return costs[0].extended(costs[1], len(blocks) - few)
 
 
 def _keep(stack: nn.ModuleList, blocks: list[nn.Module]) -> None:
@@ -103,8 +105,8 @@ def _keep(stack: nn.ModuleList, blocks: list[nn.Module]) -> None:
     stack._modules.update({str(i): block for i, block in enumerate(blocks)})
 
 
-def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> nn.ModuleList | None:
-    """Return the longest list of blocks, where they are alike (the first may differ) and more than are passed."""
+def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> tuple[nn.ModuleList, int] | None:
+    """Return the longest list of blocks where they are alike, and how many to begin with: two if the first differs."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     if not outer:
@@ -117,8 +119,9 @@ def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> nn.ModuleLi
         mine = [(n.removeprefix(prefix), m) for n, m in chosen.items() if n.startswith(prefix)]
         return (*mine, *((n, p.shape) for n, p in stack[i].named_parameters()))
 
-    alike = len(stack) > _MORE and len({described(i) for i in range(1, len(stack))}) == 1
-    return stack if alike else None
+    if len(stack) < 4 or len({described(i) for i in range(1, len(stack))}) > 1:
+        return None
+    return stack, 1 if described(0) == described(1) else 2
 
 
 def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine) -> Cost:
@@ -158,7 +161,6 @@ def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
         frozen = method.basis(weight, empty_decomposition(method.request(), *weight.shape))
         if frozen:
             layer.bases[method.basis_key] = frozen_basis(layer, method, frozen)
-    tell_total_steps(model, 1000)
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -179,7 +181,7 @@ def empty_decomposition(request: Request | None, out: int, into: int) -> SVD | O
 
 
 def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
-    """Pass a batch forward and backward, and step AdamW."""
+    """Pass a batch forward and backward, and add what AdamW's step takes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     inputs = make_inputs(model, batch, "meta")
     ledger = Ledger(machine)
@@ -187,15 +189,12 @@ def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
     try:
         with ledger:
             loss_of(model, inputs).backward()
-        activations = ledger.peak
-        if trained:
-            optimizer = torch.optim.AdamW(trained, foreach=False)
-            with ledger:
-                optimizer.step()
     finally:
         for hook in hooks:
             hook.remove()
-    return Cost(ledger.seconds, ledger.flops, activations)
+    scored = any("sensitivity" in name for name, _ in model.named_buffers())
+    seconds = sum(machine.seconds(0, 3 * p.numel() * p.element_size(), p.dtype) for p in trained)
+    return Cost(ledger.seconds + (_ADAM + _SCORES * scored) * seconds, ledger.flops, ledger.peak)
 
 
 def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
@@ -209,6 +208,8 @@ def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]
     inputs: dict[str, Any] = {"input_ids": tokens}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
+    if device == "meta" and config._attn_implementation == "eager":  # or its masks look at values of positions
+        inputs["attention_mask"] = tokens
     if batch.supervised < 1 and "logits_to_keep" in type(model).forward.__code__.co_varnames:
         inputs["logits_to_keep"] = torch.arange(max(1, round(batch.supervised * batch.length)), device=device)
     return inputs
