@@ -25,10 +25,11 @@ def on_meta(architecture):
 @pytest.mark.parametrize("method", METHODS)
 def test_files_have_the_predicted_sizes(architecture, method, tmp_path):
     model = tiny.ARCHITECTURES[architecture]()
-    spectune.adapt(model, method)
+    exclude = ["classifier"] if architecture == "deberta" else ()  # of three rows
+    spectune.adapt(model, method, exclude=exclude)
     spectune.extract(model).save(tmp_path)
     meta = on_meta(architecture)
-    chosen = resolve(meta, spectune.methods.parse(method))
+    chosen = resolve(meta, spectune.methods.parse(method), exclude=exclude)
     expected = tuple((tmp_path / name).stat().st_size for name in (WEIGHTS, CONFIG))
     assert adapter_sizes(meta, chosen) == expected
 

@@ -93,7 +93,8 @@ def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
     columns += ["batch"] * (memory is not None) + ["budget"] * ("budget" in found["rows"][0])
     table = Table(box=None, pad_edge=False, title=f"{found['model']}: {found['parameters']:,} parameters")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("method", "budget") else "right", overflow="fold")
+        words = column in ("method", "budget")
+        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=column != "budget")
     for row in found["rows"]:
         at = row["precisions"]
         totals = [size(at[p]["memory"][count]["total"]) if at[p] else "-" for p, count, _ in held]

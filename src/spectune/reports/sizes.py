@@ -48,8 +48,7 @@ def bases_bytes(model: Any, methods: Mapping[str, Method], dtype: torch.dtype) -
             key = (method, weight.shape)
             if key not in each:
                 each[key] = 0
-                empty = empty_decomposition(method.request(), *weight.shape)
-                twice = [frozen_basis(layer, method, method.basis(weight, empty)).tensors() for _ in range(2)]
+                twice = [_frozen(layer, method) for _ in range(2)]
                 for tensor, again in zip(twice[0].values(), twice[1].values(), strict=True):
                     size = tensor.numel() * tensor.element_size()
                     if tensor is again:
@@ -61,6 +60,12 @@ def bases_bytes(model: Any, methods: Mapping[str, Method], dtype: torch.dtype) -
     finally:
         model.to(torch.float32)
     return total
+
+
+def _frozen(layer: Any, method: Method) -> dict[str, Tensor]:
+    weight = effective_weight(layer)
+    decomposition = empty_decomposition(method.request(), *weight.shape)
+    return frozen_basis(layer, method, method.basis(weight, decomposition)).tensors()
 
 
 def adapter_sizes(model: Any, methods: Mapping[str, Method], base: str | None = None) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -127,14 +128,16 @@ def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> tuple[nn.Mo
 def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine) -> Cost:
     before = next(model.parameters()).dtype
     model.to(dtype).train()
-    embedding, hook = model.get_input_embeddings(), None
+    hooks = []
     try:
         if not isinstance(methods, str):
             _adapt(model, methods)
         else:
             model.requires_grad_(methods == "full")
         if methods == "floor":
-            hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+            hooks = [
+                e.register_forward_hook(lambda module, inputs, out: out.requires_grad_()) for e in _inputs_of(model)
+            ]
         with _attention(model):
             return _step(model, batch, machine)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -143,12 +146,20 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpectuneError(f"{type(model).__name__} cannot run without weights: {first}") from error
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
         if adapted_layers(model):
             detach(model)
         model.to(before).requires_grad_(True)
         model.zero_grad()
+
+
+def _inputs_of(model: Any) -> list[nn.Module]:
+    """Return the input embedding, and what shares its weight: the stacks of an encoder-decoder have one each."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return [embedding]
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is embedding.weight]
 
 
 def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
@@ -208,9 +219,10 @@ def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]
     inputs: dict[str, Any] = {"input_ids": tokens}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
-    if device == "meta" and config._attn_implementation == "eager":  # or its masks look at values of positions
+    decodes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    if decodes and device == "meta" and config._attn_implementation == "eager":  # or its mask asks for positions
         inputs["attention_mask"] = tokens
-    if batch.supervised < 1 and "logits_to_keep" in type(model).forward.__code__.co_varnames:
+    if decodes and batch.supervised < 1:
         inputs["logits_to_keep"] = torch.arange(max(1, round(batch.supervised * batch.length)), device=device)
     return inputs
 
