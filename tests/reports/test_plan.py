@@ -43,7 +43,7 @@ def test_targets_and_overrides_are_those_of_adapt(folder):
 
 
 def test_every_method_is_there_by_default_with_its_defaults(folder, monkeypatch):
-    monkeypatch.setattr("spectune.reports.rows.measure", lambda *_: Cost(1.0, 1.0, 1.0))
+    monkeypatch.setattr("spectune.reports.rows.measure", lambda *_: Cost(1.0, 1.0, 1.0, 1.0))
     found = spectune.plan("minilm-l6", **QUICK)
     assert [row["method"] for row in found.rows] == [m if m == "full" else to_text(parse(m)) for m in default_methods()]
     assert {row["method"] for row in found.rows} >= {"full", "dora:inner=pissa", *METHODS}

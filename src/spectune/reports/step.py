@@ -52,11 +52,13 @@ class Cost:
         seconds: forward, backward and the optimizer's step.
         flops: of its matrix products.
         activations: bytes held at most at once, without parameters, bases and gradients.
+        saved: bytes held for the backward pass when it begins.
     """
 
     seconds: float
     flops: float
     activations: float
+    saved: float
 
     def extended(self, more: Cost, times: float) -> Cost:
         """Return self + times * (more - self)."""
@@ -91,14 +93,21 @@ def measure(
         return _pass(model, methods, batch, dtype, machine)
     stack, few = found
     blocks = list(stack)
-    costs = []
-    for count in (few, few + 1):
+
+    def passed(count: int) -> Cost:
         _keep(stack, blocks[:count])
         try:
-            costs.append(_pass(model, methods, batch, dtype, machine))
+            return _pass(model, methods, batch, dtype, machine)
         finally:
             _keep(stack, blocks)
-    return costs[0].extended(costs[1], len(blocks) - few)
+
+    while True:
+        first, second = passed(few), passed(few + 1)
+        grown, saved = second.activations - first.activations, second.saved - first.saved
+        # a short model may hold most elsewhere than a deep one, which does where the backward pass begins
+        if abs(grown - saved) <= 0.02 * saved or few + 1 == len(blocks):
+            return first.extended(second, len(blocks) - few)
+        few = min(3 * few, len(blocks) - 1)
 
 
 def _keep(stack: nn.ModuleList, blocks: list[nn.Module]) -> None:
@@ -155,11 +164,11 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
 
 
 def _inputs_of(model: Any) -> list[nn.Module]:
-    """Return the input embedding, and what shares its weight: the stacks of an encoder-decoder have one each."""
+    """Return the input embedding, and those of the same tokens: the stacks of an encoder-decoder have one each."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         return [embedding]
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is embedding.weight]
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == embedding.num_embeddings]
 
 
 def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
@@ -199,13 +208,15 @@ def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.forget(p.grad)) for p in trained]
     try:
         with ledger:
-            loss_of(model, inputs).backward()
+            loss = loss_of(model, inputs)
+            saved = ledger.held
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
     scored = any("sensitivity" in name for name, _ in model.named_buffers())
     seconds = sum(machine.seconds(0, 3 * p.numel() * p.element_size(), p.dtype) for p in trained)
-    return Cost(ledger.seconds + (_ADAM + _SCORES * scored) * seconds, ledger.flops, ledger.peak)
+    return Cost(ledger.seconds + (_ADAM + _SCORES * scored) * seconds, ledger.flops, ledger.peak, saved)
 
 
 def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
@@ -240,18 +251,23 @@ def loss_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _attention(model: Any) -> Iterator[None]:
-    """Give a model on the meta device the attention that it would have with weights: torch's fused one."""
+    """Give a model on the meta device the attention that it would have with weights; it does not look for padding."""
     from transformers import AttentionInterface
 
-    if model.config._attn_implementation != "sdpa":
-        yield
-        return
-    AttentionInterface.register(ATTENTION, _fused)
-    model.set_attn_implementation(ATTENTION)
+    fused, looks = model.config._attn_implementation == "sdpa", "warn_if_padding_and_no_attention_mask"
+    looking = [m for m in model.modules() if hasattr(type(m), looks)]
+    for module in looking:
+        module.__dict__[looks] = lambda *_: None
+    if fused:
+        AttentionInterface.register(ATTENTION, _fused)
+        model.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        for module in looking:
+            del module.__dict__[looks]
+        if fused:
+            model.set_attn_implementation("sdpa")
 
 
 def _fused(
