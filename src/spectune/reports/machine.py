@@ -18,7 +18,7 @@ from spectune.home import cache_dir
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 
-STAND_IN = 1 << 18  # entries of the largest weight that is decomposed to see how long it takes
+STAND_IN = 1 << 20  # entries of the largest weight that is decomposed to see how long it takes
 _PER_LAYER = 8e-4  # seconds to change a layer's class and register its tensors
 _DRAWN = 1.5e8  # random numbers a second
 # seconds for 10^9 of out * in * min(out, in) on one core of the machine of the committed benchmarks
@@ -150,17 +150,16 @@ def _rates() -> dict[str, Any]:
 
     large, small = 2 * 512 * 768 * 2048, 2 * 512 * 768 * 16
     return {
-        "fp32": large / _best(lambda: x @ W.mT),
-        "bf16": large / _best(lambda: xb @ Wb.mT),
-        "thin": small / _best(lambda: x @ A.mT),
-        "bandwidth": 12 * len(a) / _best(lambda: a + a),
-        "overhead": _best(many) / 150,
+        "fp32": large / _best(lambda: x @ W.mT, 6),
+        "bf16": large / _best(lambda: xb @ Wb.mT, 6),
+        "thin": small / _best(lambda: x @ A.mT, 6),
+        "bandwidth": 12 * len(a) / _best(lambda: a + a, 6),
+        "overhead": _best(many, 6) / 150,
     }
 
 
-def _best(run: Callable[[], Any], times: int = 5) -> float:
+def _best(run: Callable[[], Any], times: int = 2) -> float:
     """Return the least seconds of a run, by the processor's time, which other processes do not lengthen."""
-    run()
     taken = []
     for _ in range(times):
         start = time.process_time()
@@ -183,7 +182,7 @@ def _time_decomposition(kind: Any, rank: int | None, out: int, into: int) -> flo
     weight, threads = stand_in(out, into), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return _best(lambda: decompose_many({"": weight}, Request(kind, rank), cache=False), 2)
+        return _best(lambda: decompose_many({"": weight}, Request(kind, rank), cache=False))
     finally:
         torch.set_num_threads(threads)
 
@@ -200,5 +199,5 @@ def _time_basis(method: Method, out: int, into: int) -> tuple[float, float]:
     start = time.process_time()
     method.basis(weight, decomposition)
     first = (time.process_time() - start) / torch.get_num_threads()
-    each = _best(lambda: method.basis(weight, decomposition), 2)
+    each = _best(lambda: method.basis(weight, decomposition))
     return each, max(0.0, first - each)

@@ -105,7 +105,7 @@ def measure(
         first, second = passed(few), passed(few + 1)
         grown, saved = second.activations - first.activations, second.saved - first.saved
         # a short model may hold most elsewhere than a deep one, which does where the backward pass begins
-        if abs(grown - saved) <= 0.02 * saved or few + 1 == len(blocks):
+        if abs(grown - saved) <= 0.02 * saved or few + 1 >= len(blocks):
             return first.extended(second, len(blocks) - few)
         few = min(3 * few, len(blocks) - 1)
 
