@@ -177,7 +177,7 @@ class Adapted(nn.Module):
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
             and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
+            and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         )
 
     def _sum(self, updates: Sequence[tuple[Update, float | Share]], x: Tensor, plain: Tensor) -> Tensor:
