@@ -38,13 +38,13 @@ def resolve(
         head = _output_embedding(model)
         chosen = [name for name in linears if model.get_submodule(name) is not head]
     else:
-        chosen = _matching(targets, linears, "targets")
-    dropped = set(_matching(exclude, linears, "exclude")) if exclude else set()
+        chosen = matching(targets, linears, "targets")
+    dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
     methods: dict[str, Method | None] = {name: method for name in chosen if name not in dropped}
     by_precedence: list[dict[str, Method | None]] = [{}, {}, {}]
     for pattern, override in (overrides or {}).items():
         replacement = None if override is None else parse(override)
-        for name in _matching((pattern,), linears, "overrides", regex=True):
+        for name in matching((pattern,), linears, "overrides", regex=True):
             level = 2 if name == pattern else 0 if name.endswith(f".{pattern}") else 1
             by_precedence[level].setdefault(name, replacement)
     for level in by_precedence:
@@ -55,7 +55,18 @@ def resolve(
     return final
 
 
-def _matching(patterns: Targets, names: list[str], what: str, *, regex: bool = False) -> list[str]:
+def matching(patterns: Targets, names: list[str], what: str, *, regex: bool = False) -> list[str]:
+    """Return the names of linear layers that patterns match, in the patterns' order.
+
+    Args:
+        patterns: whole names or suffixes at a dot; a regex of the whole name where it is one string.
+        names: to choose from.
+        what: the setting's name, for messages.
+        regex: patterns in a list may be regexes too.
+
+    Raises:
+        SpectuneError: a pattern that matches none; the nearest names are listed.
+    """
     one = isinstance(patterns, str)
     found: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

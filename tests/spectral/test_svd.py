@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spectra import LARGE, ORDINARY, orthonormal, weight_like, with_spectrum
 
 from spectune.errors import SpectuneError
-from spectune.spectral import certificate, one_sided, svd
+from spectune.spectral import certificate, one_sided, singular_values, svd
 
 
 def reference(W):
@@ -251,3 +251,18 @@ def test_equal_singular_values_span_their_space():
     W = (torch.eye(300, dtype=torch.float64) + 4 * V @ V.mT).float()
     found = svd(W, 6, "top").Vh.double()
     torch.testing.assert_close(found.mT @ found, V @ V.mT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_values_alone_are_those_of_the_full_decomposition(case):
+    W = ORDINARY[case]()
+    S, exact = singular_values(W), torch.linalg.svdvals(W.double())
+    assert S.dtype == torch.float64
+    assert (S - exact).abs().max() <= 3e-8 * exact[0]  # the root of what the Gram matrix rounds to
+
+
+def test_values_of_a_16_bit_weight_that_a_function_reads():
+    W = ORDINARY["wide"]().bfloat16()
+    assert torch.equal(singular_values(lambda: W), singular_values(W.float()))
+    with pytest.raises(SpectuneError, match="not finite"):
+        singular_values(torch.full((2, 2), torch.nan))

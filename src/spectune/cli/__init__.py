@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectune.cli import cache as cache_
-from spectune.cli import chat, compose, demo, export, generate, import_, methods, plan, train
+from spectune.cli import chat, compose, demo, export, generate, import_, methods, plan, spectrum, train
 from spectune.cli.shared import say_error
 from spectune.errors import SpectuneError
 
@@ -28,6 +28,7 @@ app.command("compose")(compose.compose)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("plan")(plan.plan)
+app.command("spectrum")(spectrum.spectrum)
 app.add_typer(cache_.app, name="cache")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from spectune.spectral import cache
 from spectune.spectral._certificate import Certificate, certificate
 from spectune.spectral._many import decompose_many
-from spectune.spectral._stream import Streamed, stream
-from spectune.spectral._svd import one_sided, svd
+from spectune.spectral._stream import Streamed, shards, stream
+from spectune.spectral._svd import one_sided, singular_values, svd
 from spectune.spectral._types import SVD, OneSided, Request
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "certificate",
     "decompose_many",
     "one_sided",
+    "shards",
+    "singular_values",
     "stream",
     "svd",
 ]

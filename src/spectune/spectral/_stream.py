@@ -56,7 +56,7 @@ def stream(
         SpectuneError: no such checkpoint, a damaged file, or a selected tensor that cannot be decomposed, named.
     """
     request = Request("full") if request is None else request
-    for path in _shards(Path(checkpoint)):
+    for path in shards(Path(checkpoint)):
         try:
             with safe_open(path, "pt") as file:
                 for name in sorted(file.keys()):
@@ -81,7 +81,12 @@ def _floating(dtype: str) -> bool:
     return dtype in ("F64", "F32", "F16", "BF16")
 
 
-def _shards(checkpoint: Path) -> list[Path]:
+def shards(checkpoint: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint: a file, its .index.json, or a folder that holds one.
+
+    Raises:
+        SpectuneError: no such checkpoint, or an index that is none.
+    """
     if checkpoint.is_dir():
         index = checkpoint / "model.safetensors.index.json"
         single = checkpoint / "model.safetensors"
@@ -89,7 +94,7 @@ def _shards(checkpoint: Path) -> list[Path]:
         files = files or sorted(checkpoint.glob("*.safetensors.index.json")) or sorted(checkpoint.glob("*.safetensors"))
         if not files:
             raise SpectuneError(f"{checkpoint} holds no safetensors checkpoint; give a folder, file or index that does")
-        return [shard for file in files for shard in _shards(file)]
+        return [shard for file in files for shard in shards(file)]
     if not checkpoint.is_file():
         raise SpectuneError(f"there is no checkpoint {checkpoint}")
     if checkpoint.name.endswith(".index.json"):

@@ -1,0 +1,118 @@
+"""spectune spectrum"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spectune.cli.shared import JSON, print_json
+
+
+def spectrum(
+    model: str = typer.Argument(help="Embedded name, local folder, hub id, or a .safetensors or .gguf file."),
+    out: Path = typer.Option(Path("runs/spectrum"), help="Folder for the report; a stopped run goes on from it."),
+    range_: tuple[float, float] = typer.Option(
+        (0.1, 1.1), "--range", metavar="LOW HIGH", help="The share of singular values within this is counted."
+    ),
+    targets: list[str] = typer.Option(
+        ["all-linear"], help="Name suffixes, or a regex; every matrix but embeddings and the output head by default."
+    ),
+    exclude: list[str] = typer.Option([], help="Name suffixes, or a regex, of what to leave out."),
+    compare: str | None = typer.Option(None, metavar="MODEL", help="Another model, to be shown beside it."),
+    adapter: str | None = typer.Option(
+        None, "--adapter", "-a", metavar="FOLDER", help="An adapter on this model: what did it do to the spectrum?"
+    ),
+    top: int = typer.Option(10, min=1, help="With an adapter: leading vectors in which new directions are looked for."),
+    epsilon: float = typer.Option(0.5, help="With an adapter: a direction is new below this |cosine| with all of W's."),
+    ranks: tuple[int, int] = typer.Option((4, 64), metavar="LOW HIGH", help="Least and greatest rank to recommend."),
+    method: str = typer.Option("lora", help="The method that the ranks are for."),
+    bin_: bool = typer.Option(False, "--bin", help="Read a pickled checkpoint, as weights only."),
+    device: str = typer.Option("cpu", help="Where to compute: cpu, cuda, ..."),
+    json: bool = JSON,
+) -> None:
+    """Measure the singular values of a checkpoint, one matrix at a time: is there a big and a small group?"""
+    from spectune.reports.spectrum_run import report
+
+    bar = _Bar()
+    try:
+        document = report(
+            model,
+            out,
+            targets=_one_or_more(targets),
+            exclude=_one_or_more(exclude),
+            low=range_[0],
+            high=range_[1],
+            ranks=ranks,
+            method=method,
+            compare=compare,
+            adapter=adapter,
+            top=top,
+            epsilon=epsilon,
+            allow_bin=bin_,
+            device=device,
+            progress=bar,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+    finally:
+        bar.stop()
+    if json:
+        print_json(document)
+        return
+    _show(document)
+
+
+def _one_or_more(patterns: list[str]) -> str | list[str]:
+    return patterns[0] if len(patterns) == 1 else patterns
+
+
+def _show(document: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("kind", "matrices", "in range", "0.5%", "median", "99.5%", "effective rank", "outliers", "rank")
+    for kind in document["kinds"]:
+        q, outliers = kind["quantiles"], kind["outliers"]
+        cells = (f"{kind['matrices']}", f"{kind['share']:.1%}", f"{q[0]:.3g}", f"{q[2]:.3g}", f"{q[4]:.3g}")
+        ranks = "-".join(map(str, dict.fromkeys(kind["ranks"])))
+        table.add_row(
+            kind["kind"],
+            *cells,
+            f"{kind['effective_rank']:.0f}",
+            "" if outliers is None else f"{outliers:.0f}",
+            ranks,
+        )
+    console.print(table)
+    for sentence in document["answer"]:
+        console.print(sentence, highlight=False, markup=False)
+    if document["skipped"]:
+        name, why = next(iter(document["skipped"].items()))
+        count = len(document["skipped"])
+        console.print(f"{count} not measured, the first {name}: {why}", style="yellow", highlight=False, markup=False)
+    console.print(f"saved {document['files']['page']}", highlight=False, markup=False, soft_wrap=True)
+
+
+class _Bar:
+    """A progress bar on stderr for each checkpoint in turn."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[at]}"))
+        self._progress = Progress(*columns, *times, console=Console(file=sys.stderr))
+
+    def __call__(self, what: str) -> Any:
+        self._progress.start()
+        task = self._progress.add_task(Path(what).name, total=None, at="")
+
+        def update(done: float, total: float, at: str) -> None:
+            self._progress.update(task, completed=done, total=total, at=at)
+
+        return update
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()

@@ -1,0 +1,145 @@
+"""Go through a checkpoint, one matrix at a time, and keep what was found at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.files import CONFIG, WEIGHTS
+from spectune.errors import SpectuneError, nearest
+from spectune.reports.checkpoint import Checkpoint, Matrix
+from spectune.reports.ledger import Ledger, packed, unpacked
+from spectune.reports.movement import as_entry, movement
+from spectune.spectral import singular_values
+
+FORMAT = 1
+Progress = Callable[[float, float, str], None]
+_UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, NotImplementedError)
+
+
+def collect(
+    checkpoint: Checkpoint, folder: Path, *, device: str = "cpu", progress: Progress | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the singular values of a checkpoint's matrices by name, and why there are none of the others.
+
+    Each matrix's go to a line of `values-<fingerprint>.jsonl` as soon as they are there; a run that finds the file
+    goes on from it.  Memory holds one matrix and twice the square of its smaller side in float64.
+
+    Args:
+        checkpoint: what to measure.
+        folder: for the file.
+        device: where to compute.
+        progress: called with work done, work in all and the name of the next matrix.
+
+    Raises:
+        SpectuneError: none of them can be measured.
+    """
+    header = {"format": FORMAT, "fingerprint": checkpoint.fingerprint}
+    ledger = Ledger(folder / f"values-{checkpoint.fingerprint[:12]}.jsonl", header)
+    problems: dict[str, str] = {}
+    for matrix in _remaining(checkpoint.matrices, ledger, progress):
+        try:
+            S = singular_values(lambda m=matrix: m.read().to(device))
+            ledger.add(matrix.name, {"shape": matrix.shape, "values": packed(S.cpu().numpy())})
+        except _UNREADABLE as error:
+            problems[matrix.name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    known = [matrix for matrix in checkpoint.matrices if matrix.name in ledger.done]
+    if not known:
+        name, reason = next(iter(problems.items()))
+        raise SpectuneError(f"no matrix of {checkpoint.model!r} can be measured; {name}: {reason}")
+    return {matrix.name: unpacked(ledger.done[matrix.name]["values"]) for matrix in known}, problems
+
+
+def collect_movement(
+    checkpoint: Checkpoint,
+    adapter_folder: Path,
+    folder: Path,
+    *,
+    top: int = 10,
+    epsilon: float = 0.5,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return what an adapter did to each matrix that it is on, by the matrix's name; resumable as `collect`.
+
+    Args:
+        checkpoint: the adapter's base.
+        adapter_folder: the adapter, in spectune's or PEFT's format.
+        folder: for the file of results.
+        top: see `movement`.
+        epsilon: see `movement`.
+        device: where to compute.
+        progress: as in `collect`.
+
+    Raises:
+        SpectuneError: the adapter is of another base, or its layers are not among the matrices.
+    """
+    adapter = Adapter.load(adapter_folder)
+    pairs = match_layers(adapter, checkpoint)
+    files = b"".join((adapter_folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    print_ = hashlib.sha256(files).hexdigest()
+    header = {
+        "format": FORMAT,
+        "fingerprint": checkpoint.fingerprint,
+        "adapter": print_,
+        "top": top,
+        "epsilon": epsilon,
+    }
+    ledger = Ledger(folder / f"moved-{checkpoint.fingerprint[:6]}-{print_[:6]}.jsonl", header)
+    matrices = [matrix for matrix in checkpoint.matrices if matrix.name in pairs]
+    for matrix in _remaining(matrices, ledger, progress):
+        name = pairs[matrix.name]
+        try:
+            W = matrix.read()
+        except _UNREADABLE:
+            continue  # `collect` says so
+        one = Adapter({name: replace(adapter.layers[name], weight=W)}, adapter.base_model)
+        one.check_base({name: W})
+        moved = movement(W.to(device), one.delta(name).to(device), top, epsilon)
+        ledger.add(matrix.name, {**as_entry(moved), "after": packed(moved.after)})
+    return {matrix.name: ledger.done[matrix.name] for matrix in matrices if matrix.name in ledger.done}
+
+
+def match_layers(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return for each matrix that the adapter is on the adapter's name of its layer.
+
+    Names are equal, or one ends with the other: a checkpoint of a bare model lacks the prefix of a whole one.
+
+    Raises:
+        SpectuneError: a layer of the adapter that is not among the checkpoint's matrices.
+    """
+    modules = {matrix.place.module: matrix.name for matrix in checkpoint.matrices if not matrix.place.stacked}
+    pairs = {}
+    for name in adapter.layers:
+        found = [m for m in modules if m == name] or [
+            m for m in modules if m.endswith("." + name) or name.endswith("." + m)
+        ]
+        if len(found) != 1:
+            raise SpectuneError(
+                f"the adapter's layer {name!r} is not among the measured matrices of {checkpoint.model!r}"
+                f"{nearest(name, modules)}; is this its base, in safetensors, with all its --targets?"
+            )
+        pairs[modules[found[0]]] = name
+    return pairs
+
+
+def _remaining(matrices: list[Matrix], ledger: Ledger, progress: Progress | None) -> Iterator[Matrix]:
+    """Yield the matrices that have no result yet, telling the progress."""
+    total = sum(matrix.work for matrix in matrices)
+    done = sum(matrix.work for matrix in matrices if matrix.name in ledger.done)
+    for matrix in matrices:
+        if matrix.name in ledger.done:
+            continue
+        if progress is not None:
+            progress(done, total, matrix.name)
+        yield matrix
+        done += matrix.work
+    if progress is not None:
+        progress(total, total, "")

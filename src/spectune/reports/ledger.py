@@ -1,0 +1,66 @@
+"""Results of a long run, one line of JSON each, that outlive its end."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Ledger:
+    """A file of JSON lines: a header that says what the results are of, and a line for each result.
+
+    A file under another header is begun anew, and a last line that a kill cut short is dropped.
+
+    Args:
+        path: the file, made with its folder if need be.
+        header: what all results depend on.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = {}
+        head = json.dumps(header, sort_keys=True).encode() + b"\n"
+        data = path.read_bytes() if path.is_file() else b""
+        sound = len(head) if data.startswith(head) else 0
+        if sound:
+            for line in data[sound:].splitlines(keepends=True):
+                entry = _entry(line)
+                if entry is None:
+                    break
+                self.done[entry["name"]] = entry
+                sound += len(line)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(head)
+        if sound and sound < len(data):
+            with path.open("r+b") as file:
+                file.truncate(sound)
+
+    def add(self, name: str, entry: dict[str, Any]) -> None:
+        """Write one result."""
+        entry = {"name": name, **entry}
+        with self.path.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+        self.done[name] = entry
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if line.endswith(b"\n") and isinstance(entry, dict) and "name" in entry else None
+
+
+def packed(values: np.ndarray) -> str:
+    """Return numbers as base64 of little-endian float32."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    """Return what `packed` was given, in float64."""
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)

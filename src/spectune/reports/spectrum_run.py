@@ -1,0 +1,155 @@
+"""From a checkpoint to its report: measure, describe, write."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spectune.adapters.files import write_atomically
+from spectune.errors import SpectuneError
+from spectune.reports.checkpoint import open_checkpoint
+from spectune.reports.collect import Progress, collect, collect_movement
+from spectune.reports.names import override_names
+from spectune.reports.spectrum_report import Spectra, compared, describe, moved
+
+Targets = str | list[str]
+
+
+def report(
+    model: str,
+    out: str | Path,
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    low: float = 0.1,
+    high: float = 1.1,
+    ranks: tuple[int, int] = (4, 64),
+    method: str = "lora",
+    compare: str | None = None,
+    adapter: str | Path | None = None,
+    top: int = 10,
+    epsilon: float = 0.5,
+    allow_bin: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str], Progress] | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint's singular values and write spectrum.html, .png, .json and overrides.yaml.
+
+    Args:
+        model: embedded name, folder, hub id or file.
+        out: folder for the report, and for what a run that is stopped goes on from.
+        targets: which matrices; "all-linear" is all but embeddings and the output head.
+        exclude: suffixes or a regex of what to leave out.
+        low: lower end of the range whose share is counted.
+        high: upper end.
+        ranks: the least and the greatest rank to recommend.
+        method: that the ranks are for.
+        compare: another model, to be shown beside it.
+        adapter: folder of an adapter on this model, whose effect on the spectrum is to be shown.
+        top: leading singular vectors in which new directions are looked for.
+        epsilon: |cosine| below which a direction is new.
+        allow_bin: read pickled .bin files, as weights only.
+        device: where to compute.
+        progress: given what is being done, returns what is called as it goes on.
+
+    Returns:
+        The document that is in spectrum.json.
+
+    Raises:
+        SpectuneError: an argument that does not fit, no such checkpoint, or nothing in it to measure.
+    """
+    _check(low, high, ranks, method, top, epsilon)
+    out = Path(out)
+    spectra = _measure(model, out, targets, exclude, allow_bin, device, progress)
+    options: dict[str, Any] = {"low": low, "high": high, "ranks": ranks}
+    document = describe(spectra, **options)
+    other = None
+    if compare is not None:
+        theirs = _measure(compare, out, targets, exclude, allow_bin, device, progress)
+        document["compare"] = compared(document, spectra, theirs, **options)
+        other = (document["compare"], theirs.values)
+    if adapter is not None:
+        tell = progress("adapter") if progress else None
+        where = Path(adapter)
+        found = collect_movement(spectra.checkpoint, where, out, top=top, epsilon=epsilon, device=device, progress=tell)
+        document["adapter"] = moved(spectra, found, folder=str(adapter), top=top, epsilon=epsilon)
+    _write(document, spectra, other, out, method)
+    return document
+
+
+def _check(low: float, high: float, ranks: tuple[int, int], method: str, top: int, epsilon: float) -> None:
+    if not 0 < low < high < float("inf"):
+        raise SpectuneError(f"the range must be two numbers, 0 < low < high, not {low:g} and {high:g}")
+    if not 1 <= ranks[0] <= ranks[1]:
+        raise SpectuneError(f"the ranks must be 1 <= least <= greatest, not {ranks[0]} and {ranks[1]}")
+    if top < 1 or not 0 < epsilon <= 1:
+        raise SpectuneError(f"top must be at least 1 and epsilon in (0, 1], not {top} and {epsilon:g}")
+    _with_rank(method, ranks[0])
+
+
+def _with_rank(method: str, rank: int) -> str:
+    """Return a method's text with this rank.
+
+    Raises:
+        SpectuneError: no such method, or one without a rank.
+    """
+    from spectune.methods import parse, to_text
+
+    text = f"{method}{',' if ':' in method else ':'}rank={rank}"
+    return to_text(parse(text))
+
+
+def _measure(
+    model: str,
+    out: Path,
+    targets: Targets,
+    exclude: Targets,
+    allow_bin: bool,
+    device: str,
+    progress: Callable[[str], Progress] | None,
+) -> Spectra:
+    checkpoint = open_checkpoint(model, targets, exclude, allow_bin=allow_bin)
+    values, problems = collect(checkpoint, out, device=device, progress=progress(model) if progress else None)
+    return Spectra(checkpoint, values, problems)
+
+
+def _write(document: dict[str, Any], spectra: Spectra, other: Any, out: Path, method: str) -> None:
+    from spectune.reports.spectrum_figures import write_png
+    from spectune.reports.spectrum_page import spectrum_page
+
+    advice, files = document["recommendation"], {}
+    if advice["ranks"] and document["format"] != "gguf":  # whose names are not those of the model's layers
+        files["overrides"] = out / "overrides.yaml"
+        advice["command"] = f"spectune train {shlex.quote(str(files['overrides']))} data=DATA output=FOLDER"
+        text = overrides_yaml(document["model"], advice, method)
+        write_atomically(files["overrides"], lambda to: to.write_text(text, encoding="utf-8"))
+    files |= {"page": out / "spectrum.html", "picture": out / "spectrum.png", "json": out / "spectrum.json"}
+    document["files"] = {name: str(path) for name, path in files.items()}
+    write_png(document, spectra.values, files["picture"], other)
+    html = spectrum_page(document, spectra.values, other)
+    write_atomically(files["page"], lambda to: to.write_text(html, encoding="utf-8"))
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    write_atomically(files["json"], lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def overrides_yaml(model: str, advice: Mapping[str, Any], method: str) -> str:
+    """Return a file for `spectune train` that gives each layer its recommended rank.
+
+    Args:
+        model: what to train.
+        advice: the document's "recommendation".
+        method: the method, without its rank.
+    """
+    patterns = override_names(list(advice["ranks"]))
+    settings = {
+        "model": model,
+        "method": _with_rank(method, max(1, round(advice["uniform_rank"]))),
+        "overrides": {patterns[module]: _with_rank(method, rank) for module, rank in advice["ranks"].items()},
+    }
+    head = f"# {advice['command']}\n# The rank of a layer is {advice['rule']}.\n"
+    return head + yaml.safe_dump(settings, sort_keys=False, width=200)
