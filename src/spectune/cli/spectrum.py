@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,7 +31,8 @@ def spectrum(
     ),
     top: int = typer.Option(10, min=1, help="With an adapter: leading vectors in which new directions are looked for."),
     epsilon: float = typer.Option(0.5, help="With an adapter: a direction is new below this |cosine| with all of W's."),
-    ranks: tuple[int, int] = typer.Option((4, 64), metavar="LOW HIGH", help="Least and greatest rank to recommend."),
+    rank: int = typer.Option(16, min=1, help="Mean of the ranks to recommend."),
+    ranks: tuple[int, int] = typer.Option((4, 64), metavar="LOW HIGH", help="The least and the greatest of them."),
     method: str = typer.Option("lora", help="The method that the ranks are for."),
     bin_: bool = typer.Option(False, "--bin", help="Read a pickled checkpoint, as weights only."),
     device: str = typer.Option("cpu", help="Where to compute: cpu, cuda, ..."),
@@ -48,6 +50,7 @@ def spectrum(
             exclude=_one_or_more(exclude),
             low=range_[0],
             high=range_[1],
+            rank=rank,
             ranks=ranks,
             method=method,
             compare=compare,
@@ -74,7 +77,10 @@ def _one_or_more(patterns: list[str]) -> str | list[str]:
 
 def _show(document: dict[str, Any]) -> None:
     console = Console()
-    table = Table("kind", "matrices", "in range", "0.5%", "median", "99.5%", "effective rank", "outliers", "rank")
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("kind", no_wrap=True, min_width=max(len(kind["kind"]) for kind in document["kinds"]))
+    for heading in ("count", "in range", "0.5%", "median", "99.5%", "eff. rank", "outliers", "rank"):
+        table.add_column(heading, justify="right")
     for kind in document["kinds"]:
         q, outliers = kind["quantiles"], kind["outliers"]
         cells = (f"{kind['matrices']}", f"{kind['share']:.1%}", f"{q[0]:.3g}", f"{q[2]:.3g}", f"{q[4]:.3g}")

@@ -11,6 +11,7 @@ import numpy as np
 _POINTS = 4096  # of the quadrature; its error is below 1e-6
 _TRACY_WIDOM_99 = 2.0234  # 99% quantile of the Tracy-Widom law of real matrices
 _ROUNDS = 20
+_ZERO = 1e-6  # of the largest
 _FEWEST = 8  # singular values that a bulk is fitted to
 
 
@@ -22,7 +23,7 @@ class Bulk(NamedTuple):
         edge: where the bulk ends, sigma (sqrt(out) + sqrt(in)).
         outliers: singular values above the edge by more than noise reaches in one matrix of a hundred.
         distance: the largest difference between the bulk's distribution function and that of the values that are no
-            outliers (Kolmogorov-Smirnov): below 0.02 for noise of a few hundred values.
+            outliers (Kolmogorov-Smirnov): below 0.025 for noise of a few hundred values.
     """
 
     sigma: float
@@ -36,32 +37,36 @@ def fit_bulk(S: np.ndarray, shape: tuple[int, int]) -> Bulk | None:
 
     Entries of variance sigma^2 have squared singular values, divided by max(out, in), of density
     sqrt((b - x)(x - a)) / (2 pi g sigma^2 x) between a, b = sigma^2 (1 -+ sqrt(g))^2, g = min(out, in) / max(out, in).
-    The median hardly feels what is above the bulk; what is, is left out and the rest fitted again until nothing
-    changes.
+    The median hardly feels what is above the bulk; what is, is left out, and the rest fitted again as noise that has
+    lost as many rows and columns, until nothing changes.
 
     Args:
         S: singular values, descending.
         shape: (out, in).
 
     Returns:
-        The bulk, or None where there are fewer than 8 values, or more than half of them are zero.
+        The bulk, or None where there are fewer than 8 values, or half of what is no outlier is zero.
 
     References:
         Marchenko and Pastur (1967); Johnstone (2001) for the fluctuation of the edge; Gavish and Donoho,
         arXiv 1305.5870, for the median.
     """
     long, k = max(shape), len(S)
-    if k < _FEWEST or not np.median(S) > 1e-6 * S[0]:
+    if k < _FEWEST:
         return None
-    x, F = _distribution(k / long)
-    outliers = 0
+    outliers, sigma = 0, 0.0
     for _ in range(_ROUNDS):
-        sigma = float(np.median(S[outliers:]) / (math.sqrt(long) * np.interp(0.5, F, x)))
+        scale, x, F = _law(long - outliers, k - outliers)
+        median = float(np.median(S[outliers:]))
+        if not median > _ZERO * S[0]:
+            return None
+        sigma = median / (scale * float(np.interp(0.5, F, x)))
         found = int((sigma * _reach(long, k) < S).sum())
         if found == outliers or k - found < _FEWEST:
             break
         outliers = found
-    rest = S[outliers:][::-1] / (sigma * math.sqrt(long))
+    scale, x, F = _law(long - outliers, k - outliers)
+    rest = S[outliers:][::-1] / (sigma * scale)
     expected = np.interp(rest, x, F)
     steps = np.arange(len(rest) + 1) / len(rest)
     distance = float(np.maximum(expected - steps[:-1], steps[1:] - expected).max())
@@ -76,13 +81,14 @@ def _reach(long: int, short: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def _distribution(ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return points s / (sigma sqrt(max(out, in))) from the lower to the upper edge, and the distribution function.
+def _law(long: int, short: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """Return sqrt(long), points s / (sigma sqrt(long)) from edge to edge, and the distribution function there.
 
     With x = 1 + g + 2 sqrt(g) cos(t) for the squares, the density is smooth in t.
     """
+    ratio = short / long
     t = np.pi * (1 - (np.arange(_POINTS) + 0.5) / _POINTS)
     squares = 1 + ratio + 2 * math.sqrt(ratio) * np.cos(t)
     density = 4 * ratio * np.sin(t) ** 2 / (2 * np.pi * ratio * np.maximum(squares, 1e-300))
     F = np.cumsum(density) * np.pi / _POINTS
-    return np.sqrt(squares), (F - density * np.pi / _POINTS / 2) / F[-1]
+    return math.sqrt(long), np.sqrt(squares), (F - density * np.pi / _POINTS / 2) / F[-1]

@@ -85,7 +85,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    model: str, targets: str | list[str] = "all-linear", exclude: str | list[str] = (), *, allow_bin: bool = False
+    model: str, targets: str | list[str] = "all-linear", exclude: str | list[str] = "", *, allow_bin: bool = False
 ) -> Checkpoint:
     """Find the matrices of a checkpoint, reading its headers only.
 

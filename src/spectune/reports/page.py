@@ -139,7 +139,7 @@ h2{font-size:1.2rem;margin:2.6rem 0 .6rem;padding-top:.8rem;border-top:1px solid
 p{max-width:46rem;margin:.6rem 0}
 .lead p:first-child{font-size:1.15rem}
 button{font:inherit;color:inherit;background:var(--tint);border:1px solid var(--line);border-radius:6px;
-padding:.15rem .7rem;cursor:pointer}
+padding:.15rem .7rem;cursor:pointer;white-space:nowrap}
 :focus-visible{outline:2px solid var(--mark);outline-offset:2px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1.2rem 0}
 .tiles div{background:var(--tint);border-radius:8px;padding:.6rem .8rem;display:flex;flex-direction:column-reverse;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,10 +119,18 @@ def curve(S: np.ndarray, points: int = 96) -> tuple[list[int], list[float]]:
     return ranks.tolist(), S[ranks - 1].tolist()
 
 
-def recommended_rank(measures: Measures, shape: tuple[int, int], low: int = 4, high: int = 64) -> int:
-    """Return the number of outliers above the bulk, at least `low` and at most `high` and a quarter of min(out, in).
+def recommended_ranks(
+    measured: Sequence[Measures], shapes: Sequence[tuple[int, int]], mean: int = 16, low: int = 4, high: int = 64
+) -> list[int]:
+    """Return a rank for each matrix, in proportion to the values above its bulk.
 
-    Where there is no bulk, the rank that holds 90% of the energy is taken instead.
+    The factor is such that a LoRA has as many parameters as one of rank `mean` everywhere; then each rank is clipped to
+    low..high and to half of min(out, in).  Where there is no bulk, the rank that holds 90% of the energy stands for the
+    outliers.
     """
-    wanted = measures.rank_90 if measures.outliers is None else measures.outliers
-    return max(1, min(max(low, wanted), high, max(1, min(shape) // 4)))
+    wanted = [m.rank_90 if m.outliers is None else m.outliers for m in measured]
+    sizes = [sum(shape) for shape in shapes]
+    parameters = sum(w * size for w, size in zip(wanted, sizes, strict=True))
+    factor = mean * sum(sizes) / parameters if parameters else 0.0
+    most = [max(1, min(high, min(shape) // 2)) for shape in shapes]
+    return [min(max(low, round(factor * w)), limit) for w, limit in zip(wanted, most, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from spectune.reports.spectrum import curve
 
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#2d7fd3", "#7f68d6", "#c9569b", "#e2733b"])  # on white and black
 BAND, FIRST, SECOND = "#2f9e6e", "#2d7fd3", "#e2733b"
-_SHARED = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5, "axes.titlesize": 10}
-_FOR_SVG = {
+_SHARED: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5, "axes.titlesize": 10}
+_FOR_SVG: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",
     "svg.hashsalt": "spectune",
@@ -48,21 +49,34 @@ def as_png(draw: Callable[[Figure], None], size: tuple[float, float], path: Path
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw_spectra(axes: Axes, rows: Sequence[Row], values: Mapping[str, np.ndarray], low: float, high: float) -> None:
+def draw_spectra(
+    axes: Axes,
+    rows: Sequence[Row],
+    values: Mapping[str, np.ndarray],
+    band: Sequence[float],
+    limits: tuple[float, float],
+) -> None:
     """Draw singular values against their rank, a line a layer, a dot where each leaves the bulk."""
     layers = [row["layer"] or 0 for row in rows]
     norm = Normalize(min(layers), max(max(layers), min(layers) + 1))
-    axes.axhspan(low, high, color=BAND, alpha=0.16, lw=0)
+    axes.axhspan(*band, color=BAND, alpha=0.16, lw=0)
     for row in rows[:: max(1, len(rows) // 128)]:
         color = DEPTH(norm(row["layer"] or 0))
         ranks, S = curve(values[row["name"]])
         axes.plot(ranks, np.maximum(S, 1e-6), color=color, lw=0.9, alpha=0.85)
         if row["outliers"]:
             axes.plot(row["outliers"], values[row["name"]][row["outliers"] - 1], "o", color=color, ms=2.6, mew=0)
-    axes.set(xscale="log", yscale="log", title=f"{rows[0]['kind']}  {rows[0]['shape'][0]} x {rows[0]['shape'][1]}")
-    _plain_logs(axes, "xy")
-    axes.set_ylim(bottom=max(1e-4, axes.get_ylim()[0]))
+    title = f"{rows[0]['kind']}  {rows[0]['shape'][0]} x {rows[0]['shape'][1]}"
+    axes.set(xscale="log", yscale="log", ylim=limits, title=title)
+    _plain_logs(axes)
     _grid(axes)
+
+
+def common_limits(document: Row, held: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, float]:
+    """Return the least and the greatest value to draw: the range, and all but the smallest thousandth of the values."""
+    pooled = np.concatenate([values for one in held for values in one.values()])
+    low, high = document["range"]
+    return max(1e-8, min(low, float(np.quantile(pooled, 0.001)))) / 1.2, max(high, float(pooled.max())) * 1.2
 
 
 def draw_distribution(
@@ -73,13 +87,13 @@ def draw_distribution(
     kinds = document["kinds"]
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.1, 0.25 + 0.17 * len(kinds)])
     sides = [(document, values, FIRST)] + ([(*other, SECOND)] if other else [])
-    positive = [np.concatenate(list(held.values())) for _, held, _ in sides]
-    positive = [np.log10(np.maximum(v, 1e-5)) for v in positive]
-    edges = np.linspace(min(v.min() for v in positive), max(v.max() for v in positive), 90)
-    for (about, _, color), logs in zip(sides, positive, strict=True):
+    limits = common_limits(document, [held for _, held, _ in sides])
+    edges = np.linspace(math.log10(limits[0]), math.log10(limits[1]), 90)
+    for about, held, color in sides:
+        logs = np.log10(np.clip(np.concatenate(list(held.values())), *limits))
         weights = np.full(len(logs), 100 / len(logs))
         style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.75} if about is document else {"histtype": "step"}
-        above.hist(logs, edges, weights=weights, color=color, label=about["model"], lw=1.6, **style)
+        above.hist(logs, edges, weights=weights, color=color, label=about["label"], lw=1.6, **style)
     share = document["summary"]["share"]
     for axes in (above, below):
         axes.axvspan(np.log10(low), np.log10(high), color=BAND, alpha=0.16, lw=0)
@@ -91,7 +105,7 @@ def draw_distribution(
         at = {kind["kind"]: kind["quantiles"] for kind in about["kinds"]}
         for i, kind in enumerate(kinds):
             if kind["kind"] in at:
-                q = np.log10(np.maximum(at[kind["kind"]], 1e-5))
+                q = np.log10(np.clip(at[kind["kind"]], *limits))
                 below.plot([q[0], q[4]], [i - offset] * 2, color=color, lw=1.4)
                 below.plot([q[1], q[3]], [i - offset] * 2, color=color, lw=5, solid_capstyle="butt")
                 below.plot(q[2], i - offset, "|", color=mpl.rcParams["text.color"], ms=9)
@@ -113,11 +127,11 @@ def draw_map(
 ) -> None:
     """Draw a figure of each matrix as colour, kinds against layers; experts by their mean."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    layers = sorted({row["layer"] or 0 for row in rows})
+    layers = sorted({row["layer"] for row in rows}, key=_last_if_none)
     cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
         if (value := key(row)) is not None:
-            cells.setdefault((kinds.index(row["kind"]), layers.index(row["layer"] or 0)), []).append(value)
+            cells.setdefault((kinds.index(row["kind"]), layers.index(row["layer"])), []).append(value)
     grid = np.full((len(kinds), len(layers)), np.nan)
     for cell, found in cells.items():
         grid[cell] = np.mean(found)
@@ -125,11 +139,15 @@ def draw_map(
     shown = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=bounds[0], vmax=bounds[1], interpolation="nearest")
     axes.set_yticks(range(len(kinds)), kinds)
     step = max(1, len(layers) // 8)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xticks(range(0, len(layers), step), ["-" if layer is None else str(layer) for layer in layers[::step]])
     axes.set(xlabel="layer", title=title)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(shown, ax=axes, format=FuncFormatter(lambda v, _: format(v, form)), pad=0.02)
     bar.outline.set_visible(False)
+
+
+def _last_if_none(layer: int | None) -> float:
+    return math.inf if layer is None else layer
 
 
 def draw_shift(figure: Any, rows: Sequence[Row]) -> None:
@@ -164,15 +182,16 @@ def write_png(document: Row, values: Mapping[str, np.ndarray], path: Path, other
     groups = by_kind(document)
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
-    low, high = document["range"]
+    limits = common_limits(document, [values])
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subfigures(2, 1, height_ratios=[3.4 + 0.1 * len(groups), 2.6 * lines])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[3.4 + 0.1 * len(groups), 2.6 * lines])
+        upper, lower = parts
         draw_distribution(upper, document, values, other)
         lower.supxlabel("rank")
-        grid = lower.subplots(lines, columns, squeeze=False, sharey=True)
+        grid: Any = lower.subplots(lines, columns, squeeze=False, sharey=True)
         for axes, rows in zip(grid.flat, groups, strict=False):
-            draw_spectra(axes, rows, values, low, high)
+            draw_spectra(axes, rows, values, document["range"], limits)
         for axes in grid.flat[len(groups) :]:
             axes.set_axis_off()
         layers = [row["layer"] or 0 for row in document["matrices"]]
@@ -182,8 +201,8 @@ def write_png(document: Row, values: Mapping[str, np.ndarray], path: Path, other
     as_png(draw, (11, 3.4 + 0.1 * len(groups) + 2.6 * lines), path)
 
 
-def _plain_logs(axes: Axes, which: str) -> None:
-    for axis in (axes.xaxis if w == "x" else axes.yaxis for w in which):
+def _plain_logs(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
 

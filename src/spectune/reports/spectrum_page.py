@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,6 +14,7 @@ from spectune.reports.page import Column
 from spectune.reports.spectrum_figures import (
     as_svg,
     by_kind,
+    common_limits,
     draw_distribution,
     draw_map,
     draw_shift,
@@ -57,7 +58,7 @@ def spectrum_page(document: Row, values: Mapping[str, np.ndarray], other: Any = 
         ("Spectra, kind by kind", _spectra(document, values)),
         ("Layer by layer", _maps(document)),
         ("By kind", _kinds(document["kinds"])),
-        *([("Beside " + document["compare"]["model"], _compare(document))] if "compare" in document else []),
+        *([("Beside " + document["compare"]["label"], _compare(document))] if "compare" in document else []),
         *([("What the adapter moved", _adapter(document["adapter"]))] if "adapter" in document else []),
         ("A rank for each layer", _ranks(document)),
         ("Every matrix", _matrices(document["matrices"])),
@@ -68,7 +69,7 @@ def spectrum_page(document: Row, values: Mapping[str, np.ndarray], other: Any = 
     lead = page.paragraphs([first]) + _tiles(document) + page.paragraphs(rest)
     if document["skipped"]:
         lead += page.paragraphs([f"{len(document['skipped'])} tensors could not be measured; they are named below."])
-    return page.page(f"Singular values of {document['model']}", lead, sections)
+    return page.page(f"Singular values of {document['label']}", lead, sections)
 
 
 def _tiles(document: Row) -> str:
@@ -93,12 +94,13 @@ def _distribution(document: Row, values: Mapping[str, np.ndarray], other: Any) -
 
 def _spectra(document: Row, values: Mapping[str, np.ndarray]) -> str:
     low, high = document["range"]
+    limits = common_limits(document, [values])
     pictures = []
     for i, rows in enumerate(by_kind(document)):
 
         def draw(figure: Any, rows: Sequence[Row] = rows) -> None:
             axes = figure.subplots()
-            draw_spectra(axes, rows, values, low, high)
+            draw_spectra(axes, rows, values, document["range"], limits)
             axes.set(xlabel="rank")
 
         alt = f"Singular values of {len(rows)} {rows[0]['kind']} matrices against their rank"
@@ -113,7 +115,7 @@ def _spectra(document: Row, values: Mapping[str, np.ndarray]) -> str:
 def _maps(document: Row) -> str:
     rows = document["matrices"]
     maps = (
-        ("m0", lambda r: r["share"], "share of values in range", ".0%", (0, 1)),
+        ("m0", lambda r: r["share"], "share of values in range", ".0%", (0, None)),
         ("m1", lambda r: r["effective_rank"] / r["count"], "effective rank / full rank", ".2f", (None, 1)),
         ("m2", _outlier_share, "share of outliers", ".0%", (0, None)),
         ("m3", lambda r: np.log10(max(r["largest"], 1e-6)), "log10 of the largest value", ".1f", (None, None)),
@@ -127,7 +129,7 @@ def _outlier_share(row: Row) -> float | None:
 
 def _map(rows: Sequence[Row], prefix: str, key: Any, title: str, form: str, bounds: Any) -> tuple[str, str, str]:
     height = 1.3 + 0.24 * len({row["kind"] for row in rows})
-    svg = as_svg(lambda figure: draw_map(figure, rows, key, title, form, bounds), (4.4, height), prefix)
+    svg = as_svg(lambda figure: draw_map(figure, rows, key, title, form, bounds), (3.9, height), prefix)
     return svg, f"Heat map by layer and kind: {title}; the tables hold the numbers", ""
 
 
@@ -225,10 +227,10 @@ def _adapter(adapter: Row) -> str:
     pictures = [
         _map(rows, "a0", lambda r: 100 * r["relative_norm"], "size of the update, % of ||W||", ".2g", (0, None)),
         _map(rows, "a1", lambda r: r["intruders"], "intruder dimensions", ".0f", (0, max(1, adapter["top"]))),
-        _map(rows, "a2", lambda r: r["top_overlap"], "overlap with the top", ".2f", (0, None)),
-        _map(rows, "a3", lambda r: r["bottom_overlap"], "overlap with the bottom", ".2f", (0, None)),
+        _map(rows, "a2", _over_chance("top"), "overlap with the top / chance", ".1f", (0, None)),
+        _map(rows, "a3", _over_chance("bottom"), "overlap with the bottom / chance", ".1f", (0, None)),
     ]
-    shift = as_svg(lambda figure: draw_shift(figure, rows), (4.4, 3), "a4")
+    shift = as_svg(lambda figure: draw_shift(figure, rows), (3.9, 2.7), "a4")
     pictures.append((shift, "Change of singular values by their place in the spectrum, a line a kind", ""))
     columns = [
         Column("kind"),
@@ -246,6 +248,10 @@ def _adapter(adapter: Row) -> str:
     lines = [[*(row[key] for key in keys), row["shift"][0], row["shift"][-1]] for row in rows]
     table = page.table("Press a heading to sort", columns, lines)
     return page.paragraphs(text) + page.figures(pictures) + page.details(f"Show the {len(rows)} rows", table)
+
+
+def _over_chance(end: str) -> Callable[[Row], float | None]:
+    return lambda row: row[f"{end}_overlap"] / row["chance"] if row["chance"] else None
 
 
 def _ranks(document: Row) -> str:
@@ -277,7 +283,7 @@ def _how(document: Row) -> str:
             "from weights raised to float32; embeddings and the output head are left out unless they are named.",
             "The bulk is a Marchenko-Pastur law fitted by its median, without what is above it; an outlier is above "
             "its edge by more than the largest value of one noise matrix in a hundred (Tracy-Widom). The bulk distance "
-            "says how far what is left is from it: pure noise is below 0.02, and from 0.05 the edge is a convention.",
+            "says how far what is left is from it: pure noise is below 0.025, and from 0.05 the edge is a convention.",
             "A gap is the largest ratio of neighbours in the upper half of a spectrum. Two groups would show as a "
             "large one after more than one value.",
             f"Format {document['format']}, fingerprint {document['fingerprint'][:16]}. Every value is in "

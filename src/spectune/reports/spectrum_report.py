@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spectune.reports.checkpoint import Checkpoint, Matrix
-from spectune.reports.spectrum import Measures, measure, recommended_rank
+from spectune.reports.spectrum import Measures, measure, recommended_ranks
 
-NOISE = 0.02  # a bulk's distance up to which it is called noise
+NOISE = 0.025  # a bulk's distance up to which it is called noise
 GAP = 2.0  # a ratio of neighbours from which a "big" group is said to stand apart from a "small" one
 RULE = (
-    "the number of singular values above the Marchenko-Pastur bulk, at least {low} and at most {high} and a quarter of "
-    "min(out, in); the rank that holds 90% of the energy where there is no bulk"
+    "in proportion to the number of singular values above the Marchenko-Pastur bulk (or, without a bulk, that hold 90% "
+    "of the energy), {mean} on average, at least {low} and at most {high}"
 )
 
 
@@ -39,27 +40,32 @@ class Spectra(NamedTuple):
         return sorted(known, key=lambda m: (kinds.index(m.place.kind), m.place.layer or 0, m.place.expert or 0))
 
 
-def describe(spectra: Spectra, low: float = 0.1, high: float = 1.1, ranks: tuple[int, int] = (4, 64)) -> dict[str, Any]:
+def describe(
+    spectra: Spectra, low: float = 0.1, high: float = 1.1, rank: int = 16, ranks: tuple[int, int] = (4, 64)
+) -> dict[str, Any]:
     """Return the document, ready for JSON.
 
     Args:
         spectra: what was measured.
         low: lower end of the range whose share is counted.
         high: upper end.
-        ranks: the least and the greatest rank to recommend.
+        rank: the mean of the ranks to recommend.
+        ranks: the least and the greatest of them.
     """
     rows = []
-    for matrix in spectra.measured():
-        found = measure(spectra.values[matrix.name], matrix.shape, low, high)
+    matrices = spectra.measured()
+    found = [measure(spectra.values[matrix.name], matrix.shape, low, high) for matrix in matrices]
+    advised = recommended_ranks(found, [matrix.shape for matrix in matrices], rank, *ranks)
+    for matrix, measures, own_rank in zip(matrices, found, advised, strict=True):
         place = {key: value for key, value in matrix.place._asdict().items() if key != "stacked"}
-        rank = recommended_rank(found, matrix.shape, *ranks)
         rows.append(
-            {"name": matrix.name, **place, "shape": list(matrix.shape), "dtype": matrix.dtype, **found._asdict()}
-            | {"recommended_rank": rank}
+            {"name": matrix.name, **place, "shape": list(matrix.shape), "dtype": matrix.dtype, **measures._asdict()}
+            | {"recommended_rank": own_rank}
         )
     checkpoint = spectra.checkpoint
     document = {
         "model": checkpoint.model,
+        "label": Path(checkpoint.model).name if Path(checkpoint.model).exists() else checkpoint.model,
         "format": checkpoint.format,
         "fingerprint": checkpoint.fingerprint,
         "range": [low, high],
@@ -67,7 +73,7 @@ def describe(spectra: Spectra, low: float = 0.1, high: float = 1.1, ranks: tuple
         "kinds": _kinds(rows, spectra.values),
         "matrices": rows,
         "skipped": {**checkpoint.skipped, **spectra.problems},
-        "recommendation": _recommendation(spectra, rows, ranks),
+        "recommendation": _recommendation(spectra, rows, RULE.format(mean=rank, low=ranks[0], high=ranks[1])),
     }
     document["answer"] = _answer(document)
     return document
@@ -140,13 +146,13 @@ def _median(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _recommendation(spectra: Spectra, rows: Sequence[dict[str, Any]], ranks: tuple[int, int]) -> dict[str, Any]:
+def _recommendation(spectra: Spectra, rows: Sequence[dict[str, Any]], rule: str) -> dict[str, Any]:
     layers = {m.name: m.shape for m in spectra.measured() if not m.place.stacked}
     chosen = {row["module"]: row["recommended_rank"] for row in rows if row["name"] in layers}
     parameters = sum(row["recommended_rank"] * sum(row["shape"]) for row in rows if row["name"] in layers)
     one = sum(sum(shape) for shape in layers.values())
     return {
-        "rule": RULE.format(low=ranks[0], high=ranks[1]),
+        "rule": rule,
         "ranks": chosen,
         "lora_parameters": parameters,
         "uniform_rank": parameters / one if one else None,
@@ -159,7 +165,7 @@ def _answer(document: Mapping[str, Any]) -> list[str]:
     there = " In Gemma-2 9B it was 99%, says the article that asked." if (low, high) == (0.1, 1.1) else ""
     window, (bottom, top) = s["best_window"], s["middle_99"]
     sentences = [
-        f"{s['share']:.1%} of the {s['values']:,} singular values of {document['model']} lie between {low:g} and "
+        f"{s['share']:.1%} of the {s['values']:,} singular values of {document['label']} lie between {low:g} and "
         f"{high:g}; {s['below']:.1%} are smaller and {s['above']:.1%} larger.{there}",
         f"The middle 99% span {bottom:.3g} to {top:.3g}, a factor of {top / bottom:,.0f}. "
         f"Wherever a range as wide in proportion is put (a factor of {high / low:.3g}), it holds at most "
@@ -172,7 +178,8 @@ def _answer(document: Mapping[str, Any]) -> list[str]:
     apart = (
         f"No matrix of {count} has" if not gaps else f"{gaps} of {count} matrices have"
     ) + f" two neighbours in the upper half of the spectrum that differ by a factor of {GAP:g}"
-    where = f" ({first} of them only between the first value and the second)" if first else ""
+    which = "always" if groups == 0 else f"{first} of them only"
+    where = f" ({which} between the first value and the second)" if first else ""
     verdict = (
         "so there is no big and small group here: any split cuts through a continuum."
         if groups == 0
@@ -223,7 +230,7 @@ def compared(document: Mapping[str, Any], spectra: Spectra, other: Spectra, **op
                 "effective_rank": [row["effective_rank"], match["effective_rank"]],
             }
         )
-    return {**{key: theirs[key] for key in ("model", "summary", "kinds", "answer", "skipped")}, "pairs": pairs}
+    return {**{key: theirs[key] for key in ("model", "label", "summary", "kinds", "answer", "skipped")}, "pairs": pairs}
 
 
 def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any) -> dict[str, Any]:

@@ -25,9 +25,10 @@ def report(
     out: str | Path,
     *,
     targets: Targets = "all-linear",
-    exclude: Targets = (),
+    exclude: Targets = "",
     low: float = 0.1,
     high: float = 1.1,
+    rank: int = 16,
     ranks: tuple[int, int] = (4, 64),
     method: str = "lora",
     compare: str | None = None,
@@ -47,7 +48,8 @@ def report(
         exclude: suffixes or a regex of what to leave out.
         low: lower end of the range whose share is counted.
         high: upper end.
-        ranks: the least and the greatest rank to recommend.
+        rank: the mean of the ranks to recommend.
+        ranks: the least and the greatest of them.
         method: that the ranks are for.
         compare: another model, to be shown beside it.
         adapter: folder of an adapter on this model, whose effect on the spectrum is to be shown.
@@ -63,10 +65,10 @@ def report(
     Raises:
         SpectuneError: an argument that does not fit, no such checkpoint, or nothing in it to measure.
     """
-    _check(low, high, ranks, method, top, epsilon)
+    _check(low, high, rank, ranks, method, top, epsilon)
     out = Path(out)
     spectra = _measure(model, out, targets, exclude, allow_bin, device, progress)
-    options: dict[str, Any] = {"low": low, "high": high, "ranks": ranks}
+    options: dict[str, Any] = {"low": low, "high": high, "rank": rank, "ranks": ranks}
     document = describe(spectra, **options)
     other = None
     if compare is not None:
@@ -82,11 +84,11 @@ def report(
     return document
 
 
-def _check(low: float, high: float, ranks: tuple[int, int], method: str, top: int, epsilon: float) -> None:
+def _check(low: float, high: float, rank: int, ranks: tuple[int, int], method: str, top: int, epsilon: float) -> None:
     if not 0 < low < high < float("inf"):
         raise SpectuneError(f"the range must be two numbers, 0 < low < high, not {low:g} and {high:g}")
-    if not 1 <= ranks[0] <= ranks[1]:
-        raise SpectuneError(f"the ranks must be 1 <= least <= greatest, not {ranks[0]} and {ranks[1]}")
+    if not 1 <= ranks[0] <= rank <= ranks[1]:
+        raise SpectuneError(f"the ranks must be 1 <= least <= mean <= greatest, not {ranks[0]}, {rank} and {ranks[1]}")
     if top < 1 or not 0 < epsilon <= 1:
         raise SpectuneError(f"top must be at least 1 and epsilon in (0, 1], not {top} and {epsilon:g}")
     _with_rank(method, ranks[0])

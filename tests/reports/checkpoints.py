@@ -1,0 +1,56 @@
+"""Checkpoints on disk, made to measure."""
+
+import json
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+
+def matrix(out, into, seed=0):
+    return torch.randn(out, into, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(layers=2):
+    held = {"model.embed_tokens.weight": matrix(40, 16, 9), "model.norm.weight": torch.ones(16)}
+    for i in range(layers):
+        held[f"model.layers.{i}.self_attn.q_proj.weight"] = matrix(16, 16, 3 * i)
+        held[f"model.layers.{i}.mlp.up_proj.weight"] = matrix(24, 16, 3 * i + 1).bfloat16()
+        held[f"model.layers.{i}.mlp.down_proj.weight"] = matrix(16, 24, 3 * i + 2).half()
+        held[f"model.layers.{i}.self_attn.q_proj.bias"] = torch.ones(16)
+    return held
+
+
+def saved(folder, held, **config):
+    folder.mkdir(exist_ok=True)
+    save_file(held, folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sharded(folder, held):
+    """Write a file a tensor, and their index."""
+    folder.mkdir(exist_ok=True)
+    files = {name: f"model-{i:05}.safetensors" for i, name in enumerate(sorted(held))}
+    for name, file in files.items():
+        save_file({name: held[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder, files
+
+
+def gguf(path, held):
+    """Write matrices as Q8_0, F16 and F32 in turn."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(path, "llama")
+    kinds = [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16, GGMLQuantizationType.F32]
+    for i, (name, tensor) in enumerate(held.items()):
+        kind = kinds[i % 3]
+        writer.add_tensor(name, quantize(np.asarray(tensor, np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
