@@ -53,7 +53,7 @@ def fails(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "methods", "train", "generate", "chat", "compose", "export", "import", "cache"]
+    "command", ["", "demo", "methods", "train", "generate", "chat", "compose", "export", "import", "spectrum", "cache"]
 )
 def test_every_command_has_help(command):
     assert "Usage" in run(*filter(None, [command]), "--help").output

@@ -1,4 +1,4 @@
-"""The Marchenko-Pastur bulk: its law by quadrature of its density, and what comes back from matrices made to measure."""
+"""The Marchenko-Pastur bulk: its law by quadrature of its density, and what matrices made to measure give."""
 
 import numpy as np
 import pytest

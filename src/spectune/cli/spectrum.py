@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spectune.cli.shared import JSON, print_json
+from spectune.cli.shared import JSON, print_json, say_error
 
 
 def spectrum(
@@ -62,7 +62,8 @@ def spectrum(
             progress=bar,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+        say_error("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
     finally:
         bar.stop()
     if json:

@@ -124,7 +124,7 @@ def _cell(column: Column, value: Any, first: bool) -> str:
 
 
 _STYLE = """
-:root{--paper:#fff;--ink:#1b1f24;--soft:#515a64;--line:#d5dae0;--tint:#f3f5f8;--mark:#0b5cad}
+:root{--paper:#ffffff;--ink:#1b1f24;--soft:#515a64;--line:#d5dae0;--tint:#f3f5f8;--mark:#0b5cad}
 @media (prefers-color-scheme:dark){:root:not([data-theme=light]){--paper:#14171b;--ink:#e6e9ed;--soft:#a8b1bb;
 --line:#333a42;--tint:#1d2227;--mark:#7fb8f5;color-scheme:dark}}
 :root[data-theme=dark]{--paper:#14171b;--ink:#e6e9ed;--soft:#a8b1bb;--line:#333a42;--tint:#1d2227;--mark:#7fb8f5;

@@ -68,7 +68,13 @@ def spectrum_page(document: Row, values: Mapping[str, np.ndarray], other: Any = 
     first, *rest = document["answer"]
     lead = page.paragraphs([first]) + _tiles(document) + page.paragraphs(rest)
     if document["skipped"]:
-        lead += page.paragraphs([f"{len(document['skipped'])} tensors could not be measured; they are named below."])
+        count = len(document["skipped"])
+        some = (
+            "1 tensor could not be measured; it is"
+            if count == 1
+            else f"{count} tensors could not be measured; they are"
+        )
+        lead += page.paragraphs([f"{some} named below."])
     return page.page(f"Singular values of {document['label']}", lead, sections)
 
 

@@ -1,0 +1,69 @@
+"""The command as a user types it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from spectune.cli import app, main
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_file({f"layers.{i}.up.weight": torch.randn(30, 20) for i in range(3)}, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def test_json_is_one_document_on_stdout(model, tmp_path):
+    arguments = ["spectrum", model, "--out", str(tmp_path / "out"), "--json", "--range", "1", "9", "--exclude", "0.up"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["range"] == [1, 9]
+    assert [row["layer"] for row in document["matrices"]] == [1, 2]
+    assert "100%" in result.stderr
+
+
+def test_the_answer_is_shown(model, tmp_path):
+    result = runner.invoke(app, ["spectrum", model, "--out", str(tmp_path / "out"), "--targets", "up"])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "of the 60 singular values of model.safetensors lie between 0.1 and 1.1" in words
+    assert f"saved {tmp_path / 'out' / 'spectrum.html'}" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--targets", "upp"], "'upp' matches no linear layer; did you mean 'up'"),
+        (["--range", "2", "1"], "0 < low < high"),
+        (["--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, tmp_path, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["spectune", "spectrum", model, "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert says in " ".join(said.err.split())
+    assert "Traceback" not in said.err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, model, tmp_path):
+    from spectune.reports import collect
+
+    def interrupted(W):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "singular_values", interrupted)
+    monkeypatch.setattr(sys, "argv", ["spectune", "spectrum", model, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "the same command goes on" in " ".join(capsys.readouterr().err.split())
