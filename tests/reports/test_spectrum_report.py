@@ -9,6 +9,7 @@ from checkpoints import gguf, matrix, saved, tensors
 from test_page import check_page
 
 import spectune
+import tiny
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.reports.checkpoint import open_checkpoint
@@ -213,3 +214,24 @@ def test_degenerate_matrices_have_a_report(tmp_path):
 def test_wrong_arguments(base, tmp_path, options, message):
     with pytest.raises(SpectuneError, match=message):
         report(base, tmp_path, **options)
+
+
+def test_without_a_layer_of_the_model_there_is_no_file(tmp_path):
+    tiny.vit().save_pretrained(tmp_path / "model")  # transformers calls its layers other than it stores them
+    (tmp_path / "overrides.yaml").write_text("of an earlier run")
+    document = report(str(tmp_path / "model"), tmp_path)
+    assert document["recommendation"]["without_override"] == len(document["recommendation"]["ranks"]) == 13
+    assert not (tmp_path / "overrides.yaml").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+def test_only_layers_that_the_model_has_are_overridden(architecture, tmp_path):
+    model = tiny.ARCHITECTURES[architecture]()
+    model.save_pretrained(tmp_path / "model")
+    document = report(str(tmp_path / "model"), tmp_path)
+    config = load_config(tmp_path / "overrides.yaml", ["data=x.jsonl", "output=y"])
+    methods = resolve(model, config.parsed_method(), overrides=config.overrides)  # none that matches nothing
+    assert len(config.overrides) == len(methods) == 8  # not the experts and routers, which are fused
+    lost = document["recommendation"]["without_override"]
+    assert lost == len(document["recommendation"]["ranks"]) - 8
+    assert ("not layers under that name" in (tmp_path / "spectrum.html").read_text()) == (lost > 0)

@@ -71,6 +71,7 @@ class Checkpoint(NamedTuple):
 
     Args:
         model: as the user named it.
+        folder: where its config is, if it has one.
         format: "safetensors", "gguf" or "bin".
         fingerprint: of its files' names, sizes and times.
         matrices: those chosen, in the files' order.
@@ -78,6 +79,7 @@ class Checkpoint(NamedTuple):
     """
 
     model: str
+    folder: Path
     format: str
     fingerprint: str
     matrices: list[Matrix]
@@ -111,19 +113,21 @@ def open_checkpoint(
             skipped |= dict.fromkeys(_names_in_index(file) or [file.name], reason)
     if not stored:
         raise SpectuneError(f"nothing in {path} can be read: {next(iter(skipped.values()), 'it is empty')}")
-    matrices, problems = _choose(stored, targets, exclude, _conv1d(path))
-    return Checkpoint(model, format, _fingerprint(files), matrices, skipped | problems)
+    folder = path if path.is_dir() else path.parent
+    matrices, problems = _choose(stored, targets, exclude, _conv1d(folder))
+    return Checkpoint(model, folder, format, _fingerprint(files), matrices, skipped | problems)
 
 
 def _choose(
     stored: list[Stored], targets: str | list[str], exclude: str | list[str], conv1d: bool
 ) -> tuple[list[Matrix], dict[str, str]]:
-    by_module: dict[str, list[Stored]] = {}
-    for tensor in stored:
-        last = tensor.name.rpartition(".")[2]
-        if len(tensor.shape) > 1 and 0 not in tensor.shape and not last.endswith("bias"):
-            by_module.setdefault(_module(tensor.name), []).append(tensor)
-    names = list(by_module)
+    by_layer = {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in stored
+        if len(tensor.shape) > 1 and 0 not in tensor.shape and not tensor.name.endswith("bias")
+    }
+    packed = {_owner(tensor.name) for tensor in by_layer.values() if not tensor.floating}
+    names = list(by_layer)
     if targets == "all-linear":
         chosen = [name for name in names if not is_embedding(name)]
     else:
@@ -132,17 +136,18 @@ def _choose(
     chosen = [name for name in chosen if name not in dropped]
     where = places(chosen)
     matrices, problems = [], {}
-    for module in chosen:
-        packed = [t for t in by_module[module] if not t.floating]
-        for tensor in by_module[module]:
-            if packed:  # whatever lies beside a packed weight is its scales
-                problems |= {t.name: f"stored as {t.dtype}, packed or quantized: dequantize it first" for t in packed}
-            elif len(tensor.shape) == 2:
-                matrices.append(_matrix(tensor, where[module], conv1d))
-            elif len(tensor.shape) == 3 and re.search(r"expert|_exps", tensor.name):
-                matrices += [_expert(tensor, where[module], i) for i in range(tensor.shape[0])]
-            else:
-                problems[tensor.name] = f"has {len(tensor.shape)} dimensions and is no stack of experts"
+    for layer in chosen:
+        tensor = by_layer[layer]
+        if not tensor.floating:
+            problems[tensor.name] = f"stored as {tensor.dtype}, packed or quantized: dequantize it first"
+        elif _owner(tensor.name) in packed:
+            continue  # what lies beside a packed weight is its scales
+        elif len(tensor.shape) == 2:
+            matrices.append(_matrix(tensor, where[layer], conv1d))
+        elif len(tensor.shape) == 3 and re.search(r"expert|_exps", tensor.name):
+            matrices += [_expert(tensor, where[layer], i) for i in range(tensor.shape[0])]
+        elif tensor.name.endswith(".weight"):
+            problems[tensor.name] = f"has {len(tensor.shape)} dimensions and is no stack of experts"
     if not matrices:
         why = next((f"{name}: {reason}" for name, reason in problems.items()), "it has no matrices")
         raise SpectuneError(f"nothing is left to measure ({why}); name what to measure with --targets")
@@ -151,6 +156,7 @@ def _choose(
 
 def _matrix(tensor: Stored, place: Place, conv1d: bool) -> Matrix:
     rows, columns = tensor.shape
+    place = place._replace(stacked=not tensor.name.endswith(".weight"))
     if conv1d and place.module.rpartition(".")[2] in _CONV1D_LAYERS:
         return Matrix(tensor.name, (columns, rows), tensor.dtype, place, lambda: tensor.read(None).mT)
     return Matrix(tensor.name, (rows, columns), tensor.dtype, place, partial(tensor.read, None))
@@ -162,10 +168,8 @@ def _expert(tensor: Stored, place: Place, index: int) -> Matrix:
     return Matrix(f"{tensor.name}[{index}]", (rows, columns), tensor.dtype, place, partial(tensor.read, index))
 
 
-def _module(name: str) -> str:
-    """Return the layer that a tensor belongs to: its name up to the last dot, or all of it for a stack of experts."""
-    head, dot, _ = name.rpartition(".")
-    return name if not dot or re.search(r"experts$", head) else head
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 # -- formats
@@ -253,8 +257,8 @@ def _bin(file: Path) -> Iterator[Stored]:
             yield Stored(name, tuple(tensor.shape), dtype, dtype in _FLOATING, partial(read, tensor.detach()))
 
 
-def _conv1d(path: Path) -> bool:
-    config = (path if path.is_dir() else path.parent) / "config.json"
+def _conv1d(folder: Path) -> bool:
+    config = folder / "config.json"
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") in _CONV1D
     except (OSError, ValueError, AttributeError):

@@ -15,7 +15,7 @@ class Place(NamedTuple):
         layer: index of its block; None outside the blocks.
         kind: what it is in its block ("q_proj"), the shortest name that no other kind has.
         expert: its index among the experts, None where there are none.
-        stacked: it is one of a tensor of several matrices, and not a layer by itself.
+        stacked: it is part of a tensor of several, or not a layer's weight: no adapter goes to it by itself.
     """
 
     module: str

@@ -90,15 +90,18 @@ def draw_distribution(
     limits = common_limits(document, [held for _, held, _ in sides])
     edges = np.linspace(math.log10(limits[0]), math.log10(limits[1]), 90)
     for about, held, color in sides:
-        logs = np.log10(np.clip(np.concatenate(list(held.values())), *limits))
-        weights = np.full(len(logs), 100 / len(logs))
+        pooled = np.concatenate(list(held.values()))
+        logs = np.log10(pooled[pooled >= limits[0]])
+        weights = np.full(len(logs), 100 / len(pooled))
         style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.75} if about is document else {"histtype": "step"}
         above.hist(logs, edges, weights=weights, color=color, label=about["label"], lw=1.6, **style)
     share = document["summary"]["share"]
     for axes in (above, below):
         axes.axvspan(np.log10(low), np.log10(high), color=BAND, alpha=0.16, lw=0)
         _grid(axes)
-    above.set(ylabel="% of values", title=f"{share:.1%} of all singular values within {low:g} to {high:g} (shaded)")
+    above.set(
+        ylabel="% of values", title=f"{document['label']}: {share:.1%} of the singular values in {low:g} to {high:g}"
+    )
     if other:
         above.legend(frameon=False, fontsize=8)
     for (about, _, color), offset in zip(sides, ((0.0,), (0.16, -0.16))[len(sides) - 1], strict=True):

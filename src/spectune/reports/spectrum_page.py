@@ -273,6 +273,9 @@ def _ranks(document: Row) -> str:
         f"as one rank of {advice['uniform_rank']:.1f} everywhere: compare with that. A spectrum says what the "
         "pretrained weights hold, not what a task needs."
     )
+    lost = advice["without_override"]
+    if lost:
+        text += f" {lost} of them are not layers under that name in the model that transformers makes: no override."
     html = page.paragraphs([text]) + page.table("Recommended ranks", columns, rows)
     command = advice.get("command")
     return html + (f"<pre>{escape(command)}</pre>" if command else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from spectune.adapters.files import write_atomically
+from spectune.bases import auto_class, quiet
 from spectune.errors import SpectuneError
 from spectune.reports.checkpoint import open_checkpoint
 from spectune.reports.collect import Progress, collect, collect_movement
@@ -125,10 +127,13 @@ def _write(document: dict[str, Any], spectra: Spectra, other: Any, out: Path, me
     from spectune.reports.spectrum_page import spectrum_page
 
     advice, files = document["recommendation"], {}
-    if advice["ranks"] and document["format"] != "gguf":  # whose names are not those of the model's layers
+    patterns = _patterns(spectra, list(advice["ranks"]))
+    advice["without_override"] = len(advice["ranks"]) - len(patterns)
+    (out / "overrides.yaml").unlink(missing_ok=True)
+    if patterns:
         files["overrides"] = out / "overrides.yaml"
         advice["command"] = f"spectune train {shlex.quote(str(files['overrides']))} data=DATA output=FOLDER"
-        text = overrides_yaml(document["model"], advice, method)
+        text = overrides_yaml(document["model"], advice, patterns, method)
         write_atomically(files["overrides"], lambda to: to.write_text(text, encoding="utf-8"))
     files |= {"page": out / "spectrum.html", "picture": out / "spectrum.png", "json": out / "spectrum.json"}
     document["files"] = {name: str(path) for name, path in files.items()}
@@ -139,19 +144,52 @@ def _write(document: dict[str, Any], spectra: Spectra, other: Any, out: Path, me
     write_atomically(files["json"], lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def overrides_yaml(model: str, advice: Mapping[str, Any], method: str) -> str:
+def _patterns(spectra: Spectra, modules: list[str]) -> dict[str, str]:
+    """Return the pattern of each layer that the model has, as far as that is known, under the checkpoint's name.
+
+    transformers gives some layers other names than their checkpoint, and fuses some.
+    """
+    if spectra.checkpoint.format == "gguf":  # whose names are its own
+        return {}
+    patterns, layers = override_names(modules), _layers(spectra.checkpoint.folder)
+    if layers is None:
+        return patterns
+    ends = Counter(".".join(parts[i:]) for name in layers for parts in [name.split(".")] for i in range(len(parts)))
+    return {module: pattern for module, pattern in patterns.items() if ends[pattern] == 1}
+
+
+def _layers(folder: Path) -> list[str] | None:
+    """Return the linear layers of the model that transformers makes of a folder's config, None where it makes none."""
+    if not (folder / "config.json").is_file():
+        return None
+    import torch
+    import transformers
+
+    from spectune.methods import parse
+    from spectune.targets import resolve
+
+    try:
+        with torch.device("meta"), quiet():
+            config = transformers.AutoConfig.from_pretrained(folder)
+            return list(resolve(auto_class(config).from_config(config), parse("lora:rank=1")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError):
+        return None
+
+
+def overrides_yaml(model: str, advice: Mapping[str, Any], patterns: Mapping[str, str], method: str) -> str:
     """Return a file for `spectune train` that gives each layer its recommended rank.
 
     Args:
         model: what to train.
         advice: the document's "recommendation".
+        patterns: by which `overrides` finds each layer.
         method: the method, without its rank.
     """
-    patterns = override_names(list(advice["ranks"]))
+    ranks = advice["ranks"]
     settings = {
         "model": model,
         "method": _with_rank(method, max(1, round(advice["uniform_rank"]))),
-        "overrides": {patterns[module]: _with_rank(method, rank) for module, rank in advice["ranks"].items()},
+        "overrides": {pattern: _with_rank(method, ranks[module]) for module, pattern in patterns.items()},
     }
     head = f"# {advice['command']}\n# The rank of a layer is {advice['rule']}.\n"
     return head + yaml.safe_dump(settings, sort_keys=False, width=200)
