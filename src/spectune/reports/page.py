@@ -160,7 +160,8 @@ thead th{background:var(--tint);padding:.1rem .2rem}
 thead button{background:none;border:0;font-weight:600;padding:.3rem .4rem}
 thead th[aria-sort=ascending] button::after{content:" \\2191"}
 thead th[aria-sort=descending] button::after{content:" \\2193"}
-tbody tr:hover{background:var(--tint)}
+tbody th{position:sticky;left:0;background:var(--paper)}
+tbody tr:hover,tbody tr:hover th{background:var(--tint)}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--mark)}
 code,pre{font:.88rem/1.5 ui-monospace,monospace;background:var(--tint);border-radius:4px;padding:.1rem .3rem}
