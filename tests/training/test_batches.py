@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from spectune.training.batches import IGNORE, Packer
-from spectune.training.data import encode
+from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 
 RECORDS = [
@@ -17,7 +17,6 @@ RECORDS = [
 
 def losses(model, batch):
     labels = batch.pop("labels")
-    batch.pop("shift_labels")
     logits = model(**batch, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
 
@@ -28,7 +27,7 @@ def test_the_loss_of_a_packed_batch_equals_that_of_each_alone_and_of_the_padded_
     packer = Packer(model, 0)
     packed = losses(model, packer(examples))
     alone = torch.cat([losses(model, packer([example])) for example in examples])
-    padded = losses(model, packer._padded(examples) | {"shift_labels": None})
+    padded = losses(model, packer._padded(examples))
     assert len(packed) == sum(sum(e.supervised[1:]) for e in examples)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed, padded[padded != 0], atol=1e-5, rtol=1e-5)

@@ -5,9 +5,12 @@ import json
 import pytest
 
 from spectune.errors import SpectuneError
-from spectune.training.data import encode, encode_one, read_jsonl, split
+from spectune.training.config import TrainConfig
+from spectune.training.data import encode_one, read_jsonl, split
+from spectune.training.tasks.sft import Sft, encode
 from training.folder import make_tokenizer
 
+SFT = Sft(TrainConfig(model="m", data="d", output="o"))
 CHAT = {
     "messages": [
         {"role": "user", "content": "say hello"},
@@ -91,14 +94,14 @@ def test_a_template_that_rewrites_earlier_turns():
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
     with pytest.raises(SpectuneError, match=message):
-        read_jsonl(write(tmp_path, {"text": "one"}, line))
+        read_jsonl(write(tmp_path, {"text": "one"}, line), SFT)
 
 
 def test_an_empty_file_and_a_missing_one(tmp_path):
     with pytest.raises(SpectuneError, match="holds no examples"):
-        read_jsonl(write(tmp_path, "", ""))
+        read_jsonl(write(tmp_path, "", ""), SFT)
     with pytest.raises(SpectuneError, match="cannot read"):
-        read_jsonl(tmp_path / "none.jsonl")
+        read_jsonl(tmp_path / "none.jsonl", SFT)
 
 
 def test_split_is_disjoint_complete_and_seeded():

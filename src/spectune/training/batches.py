@@ -38,11 +38,7 @@ class Packer:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the model's inputs, with `labels` shifted to the positions that predict them."""
         short = sum(len(e.tokens) for e in examples) <= PACKED_LIMIT
-        batch = self._packed(examples) if self._packs and short else self._padded(examples)
-        return {
-            **batch,
-            "shift_labels": batch["labels"],
-        }  # the name under which transformers counts shifted labels
+        return self._packed(examples) if self._packs and short else self._padded(examples)
 
     def _packed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         tokens, positions, keep, labels = [], [], [], []

@@ -20,10 +20,13 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
-    data: str = Field(
-        description="JSONL, CSV or Parquet file, or data set id, with messages, prompt/completion or text"
-    )
+    data: str = Field(description="JSONL, CSV or Parquet file, or data set id, with what the task takes")
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
+    task: Literal["sft", "classify", "dpo", "reinforce"] = Field(
+        "sft",
+        description="sft: messages, prompt and completion, or text; classify: text and label; dpo: prompt, chosen and "
+        "rejected; reinforce: prompts and a reward",
+    )
     method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
     targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")

@@ -9,13 +9,14 @@ from typing import Any
 from spectune.adapters.files import write_atomically
 
 
-def plot_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def plot_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str, unit: str = "token") -> None:
     """Draw training and held-out loss of logged lines as a PNG.
 
     Args:
         history: lines with `step` and `loss` or `eval_loss`.
         path: the picture.
         title: above it.
+        unit: what the loss is a mean over.
     """
     from matplotlib.figure import Figure
 
@@ -26,7 +27,7 @@ def plot_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss a token")
+    axes.set_ylabel(f"loss a {unit}")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()

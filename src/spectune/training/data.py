@@ -1,4 +1,4 @@
-"""Examples: read from JSONL, split, and tokenized with the loss on completions only."""
+"""Records: read from files and data sets, split, and tokenized with the loss on completions only."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.errors import SpectuneError
 
+if TYPE_CHECKING:
+    from spectune.training.tasks.base import Task
+
 Record = Mapping[str, Any]
-_FORMS = "'messages', 'prompt' and 'completion', or 'text'"
 
 
 class Example(NamedTuple):
@@ -42,8 +44,12 @@ class Encoded:
     dropped: int
 
 
-def read(source: str | Path) -> list[Record]:
+def read(source: str | Path, task: Task) -> list[Record]:
     """Read the records of a JSONL, CSV or Parquet file, or of the "train" split of a data set by its id.
+
+    Args:
+        source: the file or the id.
+        task: which says what each record must look like.
 
     Raises:
         SpectuneError: what cannot be read, or a record of another form, with its number.
@@ -51,7 +57,7 @@ def read(source: str | Path) -> list[Record]:
     kinds = {".csv": "csv", ".parquet": "parquet"}
     suffix = Path(source).suffix
     if suffix not in kinds and (Path(source).exists() or suffix in (".jsonl", ".json")):
-        return read_jsonl(source)
+        return read_jsonl(source, task)
     import datasets
 
     if suffix in kinds and not Path(source).is_file():
@@ -65,15 +71,15 @@ def read(source: str | Path) -> list[Record]:
         raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
     records: list[Record] = list(table)  # type: ignore[arg-type]
     for number, record in enumerate(records, start=1):
-        problem = _problem(record)
+        problem = _problem(record, task)
         if problem is not None:
             raise SpectuneError(f"{source}, row {number}: {problem}")
     if not records:
-        raise SpectuneError(f"{source} holds no examples; each row needs {_FORMS}")
+        raise SpectuneError(f"{source} holds no examples; each row needs {task.forms}")
     return records
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
+def read_jsonl(path: str | Path, task: Task) -> list[Record]:
     """Read the records of a JSONL file and check the form of each.
 
     Raises:
@@ -91,35 +97,21 @@ def read_jsonl(path: str | Path) -> list[Record]:
             record = json.loads(line.decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
-        problem = _problem(record)
+        problem = _problem(record, task)
         if problem is not None:
             raise SpectuneError(f"{path}, line {number}: {problem}")
         records.append(record)
     if not records:
-        raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {_FORMS}")
+        raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {task.forms}")
     return records
 
 
-def _problem(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return f"not a JSON object with {_FORMS}"
-    if "messages" in record:
-        return _message_problem(record["messages"])
-    if "prompt" in record and "completion" in record:
-        both = (record["prompt"], record["completion"])
-        if all(isinstance(part, str) for part in both):
-            return None
-        return (
-            _message_problem([*both[0], *both[1]])
-            if all(isinstance(p, list) for p in both)
-            else ("prompt and completion must both be text, or both be lists of messages")
-        )
-    if "text" in record:
-        return None if isinstance(record["text"], str) else "text must be a string"
-    return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {_FORMS}"
+def _problem(record: Any, task: Task) -> str | None:
+    return task.problem(record) if isinstance(record, dict) else f"not a JSON object with {task.forms}"
 
 
-def _message_problem(messages: Any) -> str | None:
+def message_problem(messages: Any) -> str | None:
+    """Return what is wrong with a conversation to learn from, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of objects with role and content"
     for message in messages:
@@ -144,37 +136,6 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
-
-
-def encode(records: Sequence[Record], tokenizer: Any, max_length: int, completion_only: bool = True) -> Encoded:
-    """Tokenize records; the loss is on assistant turns, completions, or all of a text.
-
-    Args:
-        records: as `read_jsonl` returns them.
-        tokenizer: with a chat template, where there are messages.
-        max_length: tokens kept of each example.
-        completion_only: False puts the loss on every token.
-
-    Raises:
-        SpectuneError: messages without a chat template, or nothing left to learn from.
-    """
-    examples, cut, dropped = [], 0, 0
-    for record in records:
-        example = encode_one(record, tokenizer)
-        if not completion_only:
-            example = Example(example.tokens, [True] * len(example.tokens))
-        if len(example.tokens) > max_length:
-            cut += 1
-            example = Example(example.tokens[:max_length], example.supervised[:max_length])
-        if any(example.supervised[1:]):
-            examples.append(example)
-        else:
-            dropped += 1
-    if not examples:
-        raise SpectuneError(
-            f"no example has a token to learn from within max_length={max_length}; raise it, or check the data"
-        )
-    return Encoded(examples, cut, dropped)
 
 
 def encode_one(record: Record, tokenizer: Any) -> Example:

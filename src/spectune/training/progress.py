@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 
 from spectune.training.trainer import AdapterTrainer
 
+_PACE = ("_runtime", "_per_second", "_time")
+
 
 class Interrupted(KeyboardInterrupt):
     """A run was interrupted and saved; the message says how to go on."""
@@ -89,8 +91,7 @@ class RunLog(TrainerCallback):
             self._progress.update(self._task, completed=state.global_step, speed=f"{self.tokens_per_second():.0f}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        keys = ("loss", "eval_loss", "learning_rate", "grad_norm")
-        line = {"step": state.global_step, **{k: float(logs[k]) for k in keys if k in logs}}
+        line = {"step": state.global_step, **{k: float(v) for k, v in (logs or {}).items() if is_measure(k)}}
         if len(line) == 1:
             return
         if self._progress is not None:
@@ -115,3 +116,8 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+
+
+def is_measure(key: str) -> bool:
+    """Whether a logged value is of the model, not of the run's pace or length."""
+    return key not in ("epoch", "total_flos") and not key.startswith("train_") and not key.endswith(_PACE)

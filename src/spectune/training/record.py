@@ -18,13 +18,13 @@ from spectune.training.config import TrainConfig
 from spectune.training.data import Record
 
 # a resumed run would not be the same run with another of these
-_MEANING = ("model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
+_MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
 _MEANING += ("batch_size", "accumulate", "max_length", "completion_only", "seed", "dtype")
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 
 
-def write_run(config: TrainConfig, output: Path, records: Sequence[Record]) -> None:
-    """Write config.yaml, run.json and README.md, a model card with the usual metadata."""
+def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more: Mapping[str, str]) -> None:
+    """Write config.yaml, run.json, README.md, a model card with the usual metadata, and a task's files."""
     output.mkdir(parents=True, exist_ok=True)
     packages = ("spectune", "torch", "transformers", "safetensors")
     run = {
@@ -41,6 +41,7 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record]) -> N
         "config.yaml": yaml.safe_dump(config.model_dump(), sort_keys=False),
         "run.json": json.dumps(run, indent=2) + "\n",
         "README.md": card,
+        **more,
     }
     for name, text in files.items():
         write_atomically(output / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))

@@ -14,15 +14,14 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.files import CONFIG
-from spectune.bases import default_device, load_base
 from spectune.errors import SpectuneError
 from spectune.model import adapt, extract
-from spectune.training.batches import Packer
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
-from spectune.training.data import Encoded, Record, encode, read, split
-from spectune.training.progress import Interrupted, RunLog
+from spectune.training.data import Encoded, Record, read, split
+from spectune.training.progress import Interrupted, RunLog, is_measure
 from spectune.training.record import changed, read_run, write_run
+from spectune.training.tasks import make_task
 from spectune.training.trainer import AdapterTrainer
 
 
@@ -32,7 +31,7 @@ class Result:
 
     Args:
         adapter: the trained adapter.
-        loss_before, loss_after: mean held-out loss a token, where something was held out.
+        before, after: the task's measures of what was held out ("loss" and others); empty where nothing was.
         steps: optimizer steps.
         seconds: of training alone.
         tokens_per_second: of training alone.
@@ -41,13 +40,23 @@ class Result:
     """
 
     adapter: Adapter
-    loss_before: float | None
-    loss_after: float | None
+    before: dict[str, float]
+    after: dict[str, float]
     steps: int
     seconds: float
     tokens_per_second: float
     setup_seconds: float
     history: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def loss_before(self) -> float | None:
+        """Mean held-out loss before training, where something was held out."""
+        return self.before.get("loss")
+
+    @property
+    def loss_after(self) -> float | None:
+        """Mean held-out loss after training, where something was held out."""
+        return self.after.get("loss")
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Result:
@@ -59,17 +68,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     if (output / CONFIG).exists() and not (config.resume or config.overwrite):
         raise SpectuneError(f"{output} holds an adapter already: give another output, overwrite=true or resume=true")
-    records = read(config.data)
+    task = make_task(config)
+    records = read(config.data, task)
     if config.eval_data is not None:
-        held = read(config.eval_data)
+        held = read(config.eval_data, task)
     else:
         records, held = split(records, config.held_out, config.seed)
-    model, tokenizer = load_base(
-        config.model,
-        config.dtype,
-        device=config.device or default_device(),
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = task.load(records, held)
     return train_model(config, model, tokenizer, records, held, console)
 
 
@@ -92,27 +97,28 @@ def train_model(
     if checkpoint is not None:
         _report_changes(config, output, console)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-    learned = encode(records, tokenizer, limit, config.completion_only)
-    evaluated = encode(held, tokenizer, limit, config.completion_only) if held else None
+    task = make_task(config)
+    learned = task.encode(records, model, tokenizer, limit)
+    evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
     set_seed(config.seed)
     start = time.perf_counter()
     _adapt(config, model)
     setup = time.perf_counter() - start
-    write_run(config, output, [*records, *held])
+    write_run(config, output, [*records, *held], task.files(model))
     log = RunLog(output, console, keep=config.resume)
-    trainer = AdapterTrainer(
+    trainer = task.trainer(
         model=model,
-        args=_arguments(config, model.device, evaluated is not None),
-        train_dataset=learned.examples,  # type: ignore[arg-type]
-        eval_dataset=evaluated.examples if evaluated else None,  # type: ignore[arg-type]
-        data_collator=Packer(model, tokenizer.pad_token_id or 0),
+        args=_arguments(config, model.device, evaluated is not None, task.best_metric),
+        train_dataset=learned.examples,
+        eval_dataset=evaluated.examples if evaluated else None,
+        data_collator=task.collator(model, tokenizer),
         callbacks=[log, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
         group_lr=config.group_lr,
     )
     trainer.remove_callback(PrinterCallback)
     log.watch(trainer)
-    before = trainer.evaluate()["eval_loss"] if evaluated else None
+    before = _evaluate(trainer) if evaluated else {}
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -124,11 +130,11 @@ def train_model(
         )
     seconds = time.perf_counter() - start
     speed = trainer.tokens / seconds
-    after = trainer.evaluate()["eval_loss"] if evaluated else None
+    after = _evaluate(trainer) if evaluated else {}
     model.eval()
     adapter = extract(model)
     adapter.save(output)
-    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}")
+    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}", task.unit)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
 
 
@@ -140,7 +146,12 @@ def _adapt(config: TrainConfig, model: Any) -> None:
     model.train()
 
 
-def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> TrainingArguments:
+def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
+    found = trainer.evaluate()
+    return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
+
+
+def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, best: str) -> TrainingArguments:
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
     return TrainingArguments(
         output_dir=config.output,
@@ -159,8 +170,7 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool) -> Tr
         save_steps=config.save_steps,
         save_total_limit=2,
         load_best_model_at_end=config.best or config.patience is not None,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=best,  # the greater the better, unless it ends in "loss"
         logging_steps=config.log_steps,
         seed=config.seed,
         report_to=config.report_to or "none",

@@ -1,0 +1,79 @@
+"""What a task is: the records it takes, the model, its examples, its loss and its measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from spectune.bases import default_device, load_base
+from spectune.training.config import TrainConfig
+from spectune.training.data import Encoded, Record
+
+if TYPE_CHECKING:
+    from spectune.training.trainer import AdapterTrainer
+
+
+class Task:
+    """One task of one run.
+
+    A run reads and checks records (`forms`, `problem`), loads the model (`load`), makes examples (`encode`) and batches
+    (`collator`), and trains on the sum of losses over the items of each optimizer step, divided by their number
+    (`sums`).  An evaluation adds the sums of all batches up and reports `metrics` of them.
+
+    Args:
+        config: of the run.
+    """
+
+    forms: ClassVar[str]  # the keys of a record, for messages
+    unit: ClassVar[str]  # what the loss is a mean over
+    best_metric: ClassVar[str] = "eval_loss"  # by which checkpoints compare; the smaller the better if it ends in loss
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with the form of a record, or None."""
+        raise NotImplementedError
+
+    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+        """Return the model, without adapter, and the tokenizer.
+
+        Args:
+            records: to train on.
+            held: to evaluate on.
+        """
+        config = self.config
+        device = config.device or default_device()
+        return load_base(config.model, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+
+    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+        """Return the examples of records, none longer than `limit` tokens.
+
+        Raises:
+            SpectuneError: nothing is left to learn from.
+        """
+        raise NotImplementedError
+
+    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        """Return what makes a batch of examples; entries of its "labels" other than -100 are the items of the loss."""
+        raise NotImplementedError
+
+    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
+        raise NotImplementedError
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the measures of an evaluation, given sums over all its batches."""
+        return {"loss": float(sums["loss"] / sums["items"])}
+
+    def trainer(self, **kwargs: Any) -> AdapterTrainer:
+        """Return the trainer."""
+        from spectune.training.trainer import AdapterTrainer
+
+        return AdapterTrainer(task=self, **kwargs)
+
+    def files(self, model: Any) -> dict[str, str]:
+        """Return texts that the run folder holds for this task, by file name."""
+        return {}

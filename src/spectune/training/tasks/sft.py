@@ -1,0 +1,80 @@
+"""Supervised fine-tuning: the next token of completions, assistant turns or whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.training.batches import IGNORE, Packer
+from spectune.training.data import Encoded, Example, Record, encode_one, message_problem
+from spectune.training.tasks.base import Task
+
+
+class Sft(Task):
+    """Mean cross-entropy over supervised tokens."""
+
+    forms = "'messages', 'prompt' and 'completion', or 'text'"
+    unit = "token"
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        if "messages" in record:
+            return message_problem(record["messages"])
+        if "prompt" in record and "completion" in record:
+            both = (record["prompt"], record["completion"])
+            if all(isinstance(part, str) for part in both):
+                return None
+            return (
+                message_problem([*both[0], *both[1]])
+                if all(isinstance(p, list) for p in both)
+                else ("prompt and completion must both be text, or both be lists of messages")
+            )
+        if "text" in record:
+            return None if isinstance(record["text"], str) else "text must be a string"
+        return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+
+    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+        return encode(records, tokenizer, limit, self.config.completion_only)
+
+    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        return Packer(model, tokenizer.pad_token_id or 0)
+
+    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        return {"loss": loss, "items": (labels != IGNORE).sum()}
+
+
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int, completion_only: bool = True) -> Encoded:
+    """Tokenize records; the loss is on assistant turns, completions, or all of a text.
+
+    Args:
+        records: in one of the forms of `Sft`.
+        tokenizer: with a chat template, where there are messages.
+        max_length: tokens kept of each example.
+        completion_only: False puts the loss on every token.
+
+    Raises:
+        SpectuneError: messages without a chat template, or nothing left to learn from.
+    """
+    examples, cut, dropped = [], 0, 0
+    for record in records:
+        example = encode_one(record, tokenizer)
+        if not completion_only:
+            example = Example(example.tokens, [True] * len(example.tokens))
+        if len(example.tokens) > max_length:
+            cut += 1
+            example = Example(example.tokens[:max_length], example.supervised[:max_length])
+        if any(example.supervised[1:]):
+            examples.append(example)
+        else:
+            dropped += 1
+    if not examples:
+        raise SpectuneError(
+            f"no example has a token to learn from within max_length={max_length}; raise it, or check the data"
+        )
+    return Encoded(examples, cut, dropped)
