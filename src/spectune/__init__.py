@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectune.methods import Method
     from spectune.methods.adalora import AdaLoRA
     from spectune.methods.dora import DoRA
+    from spectune.methods.head import Head
     from spectune.methods.lora import LoRA
     from spectune.methods.lora_xs import LoRAXS
     from spectune.methods.milora import MiLoRA
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapters.adapter",
+    "Head": "methods.head",
     "Method": "methods",
     "SpectuneError": "errors",
     "load_base": "bases",
@@ -50,6 +52,7 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "DoRA",
+    "Head",
     "LoRA",
     "LoRAXS",
     "Method",

@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from spectune.classifiers import load_classifier
 from spectune.errors import SpectuneError, nearest
 from spectune.home import cache_dir
 
@@ -121,6 +123,7 @@ def load_base(
     dtype: str | torch.dtype | None = None,
     *,
     device: str | torch.device | None = None,
+    labels: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
@@ -130,12 +133,14 @@ def load_base(
         name: "smollm2-135m" or "minilm-l6" (embedded), a local folder, or a hub id.
         dtype: "fp32", "bf16", "fp16", or None for bf16 where it is fast and fp32 elsewhere.
         device: where to; None keeps it on the CPU.
+        labels: load it as a classifier of texts into these; a head that the checkpoint lacks is zero, and `adapt`
+            trains it in full.
         trust_remote_code: run code that comes with the checkpoint.
         kwargs: for `from_pretrained`.
 
     Returns:
-        The model (a causal language model where the checkpoint is one, an encoder-decoder or encoder otherwise), in
-        evaluation mode, and the tokenizer.
+        The model (a causal language model where the checkpoint is one, an encoder-decoder or encoder otherwise; or a
+        classifier), in evaluation mode, and the tokenizer.
 
     Raises:
         SpectuneError: an unknown name, or a folder that holds no model.
@@ -148,8 +153,11 @@ def load_base(
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            kind = auto_class(config)
-            model = kind.from_pretrained(path, dtype=wanted, trust_remote_code=trust_remote_code, **kwargs)
+            options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **kwargs}
+            if labels is not None:
+                model = load_classifier(path, config, tokenizer, labels, options)
+            else:
+                model = auto_class(config).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}") from error

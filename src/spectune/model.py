@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -183,7 +184,11 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
             terms.append(Term(update.method, trained, update.weight, frozen or None))
         weight = effective_weight(layer).detach()
         layers[layer_name] = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
-    return Adapter(layers, getattr(getattr(model, "config", None), "_name_or_path", None) or None)
+    config: Any = getattr(model, "config", None)
+    brings_head = any(t.method.replaces for layer in layers.values() for t in layer.terms)
+    names = getattr(config, "id2label", None) if brings_head else None
+    labels = [str(names[i]) for i in sorted(names)] if names else None
+    return Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
 
 
 def detach(model: M, name: str | None = None) -> M:
@@ -225,15 +230,17 @@ def merge(model: M) -> M:
     for name, layer in adapted_layers(model).items():
         active = [(n, w) for n in layer.adapters if (w := layer.selection.mixture.get(n))]
         if active:
-            merged[name] = _merged_weight(name, layer, active)
+            merged[name] = _merged_weight(name, layer, active), _merged_bias(layer, active)
     detach(model)
     tied = _tied(model)
-    for name, weight in merged.items():
+    for name, (weight, bias) in merged.items():
         layer = model.get_submodule(name)
         old: Any = layer.weight
         if id(old) in tied and hasattr(model, "config"):
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
     return model
 
 
@@ -257,6 +264,18 @@ def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, 
             total = total + factor * update.weight * update.method.delta(tensors, weight.to(master))
     total = total.to(weight.dtype)
     return total.T.contiguous() if is_conv1d(layer) else total
+
+
+def _merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor | None:
+    """Return the layer's new bias, or None where no update has one."""
+    own, total = layer.bias, None
+    for name, factor in active:
+        for update in _updates(layer, name):
+            bias = update.method.bias_of(update.trained())
+            if bias is not None:
+                start = torch.zeros_like(bias) if own is None else own.detach().to(bias.dtype)
+                total = (start if total is None else total) + factor * update.weight * (bias.detach() - start)
+    return total if total is None else total.to(layer.weight.dtype)
 
 
 def _train_only(model: nn.Module, name: str | None) -> None:

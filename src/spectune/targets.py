@@ -11,9 +11,11 @@ import torch.nn as nn
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import is_linear
 from spectune.methods import Method, parse
+from spectune.methods.head import Head
 
 Targets = str | Iterable[str]
 ALL_LINEAR = "all-linear"
+FRESH = "spectune_fresh"  # an attribute of a layer that the checkpoint did not have
 
 
 def resolve(
@@ -27,6 +29,7 @@ def resolve(
 
     A pattern is the whole name, a suffix of it at a dot, or (one string) a regex that matches the whole name.  An
     override by whole name goes before one by regex, and that before one by suffix; `exclude` goes before them all.
+    The new head of `load_base(..., labels=...)` is always a `Head`.
 
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
@@ -41,6 +44,10 @@ def resolve(
         chosen = matching(targets, linears, "targets")
     dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
     methods: dict[str, Method | None] = {name: method for name in chosen if name not in dropped}
+    # learned in full, whatever the targets: the base has nothing there to adapt
+    fresh = {name for name in linears if getattr(model.get_submodule(name), FRESH, False)}
+    methods |= {name: Head(bias=model.get_submodule(name).bias is not None) for name in fresh}
+    dropped -= fresh
     by_precedence: list[dict[str, Method | None]] = [{}, {}, {}]
     for pattern, override in (overrides or {}).items():
         replacement = None if override is None else parse(override)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from os import PathLike
@@ -29,14 +29,22 @@ class Adapter:
     Args:
         layers: module name -> update.
         base_model: id or folder of the model that it belongs to.
+        labels: what a classifier's logits stand for, in their order, where the adapter brings a classifier's head.
         error: relative Frobenius error ||dW - exact dW|| / ||exact dW|| over all layers, where it came from a
             truncation.
     """
 
-    def __init__(self, layers: Mapping[str, LayerUpdate], base_model: str | None = None, error: float = 0.0) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LayerUpdate],
+        base_model: str | None = None,
+        error: float = 0.0,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         self.layers = dict(layers)
         self.base_model = base_model
         self.error = error
+        self.labels = None if labels is None else tuple(labels)
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(t.method.name for layer in self.layers.values() for t in layer.terms)
@@ -110,7 +118,10 @@ class Adapter:
 
     def self_contained(self, module_name: str) -> bool:
         """Whether dW of one layer can be had without the base's weight."""
-        return all(term.method.additive and not term.lacks_basis for term in self.layer(module_name).terms)
+        return all(
+            (term.method.additive or term.method.replaces) and not term.lacks_basis
+            for term in self.layer(module_name).terms
+        )
 
     def base_sketch(self, module_name: str) -> Tensor | None:
         """Return the sketch of one layer's W where the update depends on W, else None."""
@@ -155,7 +166,7 @@ class Adapter:
             name: replace(layer, terms=tuple(term.scaled(float(factor)) for term in layer.terms))
             for name, layer in self.layers.items()
         }
-        return Adapter(layers, self.base_model, self.error)
+        return Adapter(layers, self.base_model, self.error, self.labels)
 
     __rmul__ = __mul__
 
@@ -171,11 +182,17 @@ class Adapter:
     def __add__(self, other: Adapter) -> Adapter:
         if not isinstance(other, Adapter):
             return NotImplemented
+        if self.labels and other.labels and self.labels != other.labels:
+            raise SpectuneError(
+                f"adapters whose heads have different labels cannot be added: {', '.join(self.labels)}; "
+                f"and {', '.join(other.labels)}"
+            )
         layers = dict(self.layers)
         for name, theirs in other.layers.items():
             ours = layers.get(name)
             layers[name] = theirs if ours is None else add_layers(name, ours, theirs)
-        return Adapter(layers, self.base_model or other.base_model, max(self.error, other.error))
+        base, error = self.base_model or other.base_model, max(self.error, other.error)
+        return Adapter(layers, base, error, self.labels or other.labels)
 
     # -- other forms of the same update
 

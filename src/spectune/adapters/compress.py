@@ -38,8 +38,11 @@ def to_lora(adapter: Adapter, rank: int | None) -> Adapter:
     if rank is not None:
         return compress(adapter, rank)
     adapter.complete()
-    exact = {name: _stacked(layer) or _as_product(adapter.delta(name)) for name, layer in adapter.layers.items()}
-    return Adapter({name: _lora_layer(adapter.layers[name], f) for name, f in exact.items()}, adapter.base_model)
+    heads = _heads(adapter)
+    updates = {name: layer for name, layer in adapter.layers.items() if name not in heads}
+    exact = {name: _stacked(layer) or _as_product(adapter.delta(name)) for name, layer in updates.items()}
+    layers = {name: _lora_layer(adapter.layers[name], f) for name, f in exact.items()}
+    return Adapter({**layers, **heads}, adapter.base_model, labels=adapter.labels)
 
 
 def compress(adapter: Adapter, rank: int) -> Adapter:
@@ -49,7 +52,9 @@ def compress(adapter: Adapter, rank: int) -> Adapter:
     adapter.complete()
     parts: dict[str, _Part] = {}
     by_width: defaultdict[int, dict[str, _Product]] = defaultdict(dict)
-    for name, layer in adapter.layers.items():
+    heads = _heads(adapter)
+    updates = {name: layer for name, layer in adapter.layers.items() if name not in heads}
+    for name, layer in updates.items():
         stacked = _stacked(layer)
         if stacked is None:
             parts[name] = _truncate_dense(adapter.delta(name), rank)
@@ -58,8 +63,31 @@ def compress(adapter: Adapter, rank: int) -> Adapter:
     for products in by_width.values():
         parts |= zip(products, _truncate(list(products.values()), rank), strict=True)
     total, lost = sum(p.total for p in parts.values()), sum(p.lost for p in parts.values())
-    layers = {name: _lora_layer(layer, parts[name].product) for name, layer in adapter.layers.items()}
-    return Adapter(layers, adapter.base_model, error=(lost / total) ** 0.5 if total > 0 else 0.0)
+    layers = {name: _lora_layer(layer, parts[name].product) for name, layer in updates.items()}
+    error = (lost / total) ** 0.5 if total > 0 else 0.0
+    return Adapter({**layers, **heads}, adapter.base_model, error, adapter.labels)
+
+
+def _heads(adapter: Adapter) -> dict[str, LayerUpdate]:
+    """Return the layers that are whole heads, which no low rank is asked of, each as one term.
+
+    Raises:
+        SpectuneError: a sum of heads that is no head, because the weights do not sum to one.
+    """
+    heads = {}
+    for name, layer in adapter.layers.items():
+        whole = [term for term in layer.terms if term.method.replaces]
+        if not whole:
+            continue
+        total = sum(term.weight for term in whole)
+        if len(whole) < len(layer.terms) or len({t.method for t in whole}) > 1 or abs(total - 1) > 1e-6:
+            raise SpectuneError(
+                f"the heads on {name!r} have weights that sum to {total:g}, so that part of the base's own layer "
+                "remains and no one head is their sum; give weights that sum to 1"
+            )
+        trained = {key: torch.stack([t.weight * t.trained[key] for t in whole]).sum(0) for key in whole[0].trained}
+        heads[name] = replace(layer, terms=(Term(whole[0].method, trained),))
+    return heads
 
 
 def _truncate(products: list[_Product], rank: int) -> list[_Part]:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LABELS = "labels"  # in the metadata of the weights, where PEFT's format has no place for them
 _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers")
@@ -133,6 +134,21 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def read_labels(path: Path) -> list[str] | None:
+    """Return the labels of a classifier's head that are stored with an adapter's weights, if any."""
+    with safe_open(path / WEIGHTS, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(_LABELS)
+    if text is None:
+        return None
+    try:
+        labels = json.loads(text)
+    except ValueError:
+        labels = None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise SpectuneError(f"{path / WEIGHTS} has labels that are not understood: {text!r:.60}")
+    return labels
+
+
 def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
     """Write to a temporary name beside the target, flush it to disk, and rename it."""
     temporaries: list[Path] = []
@@ -143,7 +159,9 @@ def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
         _remove(temporaries)
 
 
-def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write_folder(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], labels: Sequence[str] | None = None
+) -> Path:
     """Write the two files, both or none; the weights name their config's digest, so that a torn pair is found out.
 
     Both are written in full under temporary names before the first is renamed, and the old weights are put back should
@@ -151,6 +169,8 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = _metadata(_digest(tensors), _config_digest(config))
+    if labels is not None:
+        metadata[_LABELS] = json.dumps(labels)
     text = _text(config)
     path.mkdir(parents=True, exist_ok=True)
     temporaries: list[Path] = []

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, Entry, read_config, read_tensors, write_folder
+from spectune.adapters.files import CONFIG, WEIGHTS, Entry, read_config, read_labels, read_tensors, write_folder
 from spectune.adapters.terms import LayerUpdate, Term
 from spectune.errors import SpectuneError
 from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
+from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 
 _PREFIX = "base_model.model."
@@ -31,9 +32,9 @@ _TENSORS = {
     "ranknum": "ranknum",
     "base_layer.weight": "base",  # PEFT adds the weight of an adapted output embedding
 }
+_WHOLE = {"H": "weight", "h": "bias"}  # of a head
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract from W
 _NOT_HELD = (  # settings under which the layer's answer is no longer W x + s B A x
-    "modules_to_save",
     "lora_bias",
     "trainable_token_indices",
     "target_parameters",
@@ -51,8 +52,9 @@ _NOT_HELD = (  # settings under which the layer's answer is no longer W x + s B 
 def is_peft(adapter: Adapter) -> bool:
     """Whether PEFT's LoRA format holds the adapter as it is."""
     terms = [term for layer in adapter.layers.values() for term in layer.terms]
-    alone = all(len(layer.terms) == 1 for layer in adapter.layers.values())
-    if not terms or not alone or not all(term.weight == 1.0 and _is_lora(term.method) for term in terms):
+    alone = len(terms) == len(adapter.layers) and all(term.weight == 1.0 for term in terms)
+    terms = [term for term in terms if not term.method.replaces]
+    if not terms or not alone or not all(_is_lora(term.method) for term in terms):
         return False
     return len({(isinstance(t.method, DoRA), _lora(t.method).rslora, _lora(t.method).dropout) for t in terms}) == 1
 
@@ -67,7 +69,7 @@ def _lora(method: Any) -> LoRA:
 
 def save_peft(adapter: Adapter, path: Path) -> Path:
     """Write an adapter for which `is_peft` holds, key for key as PEFT writes it."""
-    return write_folder(path, *peft_contents(adapter))
+    return write_folder(path, *peft_contents(adapter), adapter.labels)
 
 
 def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,8 +77,13 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    heads = []
     for name, layer in adapter.layers.items():
         (term,) = layer.terms
+        if term.method.replaces:
+            heads.append(name)
+            tensors |= {f"{_PREFIX}{name}.{_WHOLE[key]}": value for key, value in term.trained.items()}
+            continue
         lora = _lora(term.method)
         ranks[name], alphas[name] = lora.rank, lora.alpha
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = term.trained["A"]
@@ -84,7 +91,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if "magnitude" in term.trained:
             tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = term.trained["magnitude"]
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    method = next(iter(adapter.layers.values())).terms[0].method
+    method = adapter.layers[next(iter(ranks))].terms[0].method
     config = {
         "alpha_pattern": {_whole(n): a for n, a in alphas.items() if a != alpha},
         "auto_mapping": None,
@@ -95,13 +102,13 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": _lora(method).dropout,
-        "modules_to_save": None,
+        "modules_to_save": heads or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_whole(n): r for n, r in ranks.items() if r != rank},
         "revision": None,
-        "target_modules": _targets(list(adapter.layers)),
-        "task_type": None,
+        "target_modules": _targets(list(ranks)),
+        "task_type": "SEQ_CLS" if adapter.labels else None,
         "use_dora": isinstance(method, DoRA),
         "use_rslora": _lora(method).rslora,
     }
@@ -139,20 +146,27 @@ def load_peft(path: Path) -> Adapter:
             raise SpectuneError(f"{path} was saved by PEFT with {key}={config[key]!r:.60}, which no adapter here holds")
     base = entry.take("base_model_name_or_path", str, type(None))
     grouped: dict[str, dict[str, Tensor]] = {}
+    whole = config.get("modules_to_save") or []
     for key, tensor in read_tensors(path, config).items():
-        name, part = _split(key, path)
+        name, part = _split(key, path, whole)
         grouped.setdefault(name, {})[part] = tensor
     read = _adalora if kind == "ADALORA" else _plain
-    terms = {name: read(name, parts, entry, path) for name, parts in grouped.items()}
+    terms = {
+        name: _head(name, parts, path) if parts.keys() & _WHOLE.keys() else read(name, parts, entry, path)
+        for name, parts in grouped.items()
+    }
     conv1d = entry.take("fan_in_fan_out", bool, default=False)
     layers = {n: _layer(term, grouped[n], conv1d) for n, term in terms.items() if term is not None}
     if not layers:
         raise SpectuneError(f"{path / WEIGHTS} has no update")
-    return Adapter(layers, base)
+    return Adapter(layers, base, labels=read_labels(path))
 
 
-def _split(key: str, path: Path) -> tuple[str, str]:
+def _split(key: str, path: Path, whole: Any) -> tuple[str, str]:
     bare = key.removeprefix(_PREFIX)
+    owner, _, kind = bare.rpartition(".")
+    if kind in _WHOLE.values() and any(f".{module}." in f".{bare}" for module in whole):
+        return owner, "H" if kind == "weight" else "h"
     for suffix, part in _TENSORS.items():
         if bare.endswith(f".{suffix}"):
             return bare.removesuffix(f".{suffix}"), part
@@ -160,10 +174,22 @@ def _split(key: str, path: Path) -> tuple[str, str]:
 
 
 def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool) -> LayerUpdate:
+    if term.method.replaces:
+        return LayerUpdate(tuple(term.trained["H"].shape), (term,))  # type: ignore[arg-type]
     shape = (term.trained["B"].shape[0], term.trained["A"].shape[1])
     weight = parts.get("base")
     sketch = None if weight is None else fingerprint.sketch_weight(weight)
     return LayerUpdate(shape, (term,), conv1d, base_sketch=sketch)
+
+
+def _head(name: str, parts: dict[str, Tensor], path: Path) -> Term:
+    """Return the term of one of PEFT's `modules_to_save`."""
+    weight, bias = parts.get("H"), parts.get("h")
+    if weight is None or weight.dim() != 2 or (bias is not None and tuple(bias.shape) != (len(weight),)):
+        raise SpectuneError(
+            f"{path / WEIGHTS} has {name!r} whole, which is not linear; adapters here hold whole linear layers only"
+        )
+    return Term(Head(bias=bias is not None), {key: tensor.float() for key, tensor in parts.items()})
 
 
 def _factors(name: str, parts: dict[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, Entry, read_config, read_tensors, write_folder
+from spectune.adapters.files import CONFIG, WEIGHTS, Entry, read_config, read_labels, read_tensors, write_folder
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
@@ -22,7 +22,7 @@ _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "
 
 def save(adapter: Adapter, path: Path, *, embed: bool = False) -> Path:
     """Write an adapter's folder; LoRA and DoRA around LoRA in PEFT's format, all else in spectune's."""
-    return write_folder(path, *contents(adapter, embed=embed))
+    return write_folder(path, *contents(adapter, embed=embed), adapter.labels)
 
 
 def contents(adapter: Adapter, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,7 +91,7 @@ def load(path: Path) -> Adapter:
     layers = {name: _layer(name, layer, tensors, path / WEIGHTS) for name, layer in described.items()}
     if tensors:
         raise SpectuneError(f"{path / WEIGHTS} has a tensor that its config does not speak of: {min(tensors)!r}")
-    return Adapter(layers, base, error)
+    return Adapter(layers, base, error, read_labels(path))
 
 
 def _method(fields: Any, path: Path) -> Method:

@@ -125,7 +125,7 @@ class LayerUpdate:
 
 def needs_basis(method: Method) -> bool:
     """Whether a method has frozen tensors besides W."""
-    return method.request() is not None or not method.additive or type(method).basis is not Method.basis
+    return method.request() is not None or type(method).basis is not Method.basis
 
 
 def lora_term(left: Tensor, right: Tensor) -> Term:

@@ -34,6 +34,7 @@ class Method(abc.ABC):
     basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
+    replaces: ClassVar[bool] = False  # W' does not depend on W
 
     # -- what a method declares
 
@@ -88,6 +89,10 @@ class Method(abc.ABC):
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         """Return W' - W (out x in), dense."""
         return self.factors(t).dense()
+
+    def bias_of(self, t: Tensors) -> Tensor | None:
+        """Return b', the layer's bias under the update, where it is another than the layer's own."""
+        return None
 
     def projections(self, t: Tensors) -> tuple[Tensor, Tensor] | None:
         """Return g and h with W R^T = L diag(g) and R R^T = diag(h), where the basis makes it so."""

@@ -5,20 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
 
 from spectune.errors import SpectuneError, nearest
 from spectune.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
+_UNLISTED: dict[str, type[Method]] = {}  # of single layers, not to be chosen for a whole model
 T = TypeVar("T", bound=type[Method])
 
 
-def register(cls: T) -> T:
-    """Make a method known by its name to `adapt`, the command line and adapter files."""
-    METHODS[cls.name] = cls
-    return cls
+@overload
+def register(cls: T) -> T: ...
+@overload
+def register(*, listed: bool) -> Callable[[T], T]: ...
+def register(cls: T | None = None, *, listed: bool = True) -> T | Callable[[T], T]:
+    """Make a method known by its name to `adapt`, the command line and adapter files; listed, to `spectune methods`."""
+
+    def known(cls: T) -> T:
+        (METHODS if listed else _UNLISTED)[cls.name] = cls
+        return cls
+
+    return known if cls is None else known(cls)
 
 
 def load_all() -> None:
@@ -34,7 +43,7 @@ def find(name: str) -> type[Method]:
     Raises:
         SpectuneError: there is none.
     """
-    plain = {key.replace("_", ""): cls for key, cls in METHODS.items()}
+    plain = {key.replace("_", ""): cls for key, cls in {**METHODS, **_UNLISTED}.items()}
     cls = plain.get(name.lower().replace("_", "").replace("-", ""))
     if cls is None:
         raise SpectuneError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")

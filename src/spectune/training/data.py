@@ -34,12 +34,12 @@ class Encoded:
     """The examples of a data set, and what became of the others.
 
     Args:
-        examples: those that are trained on.
+        examples: those that are trained on, as the task has them.
         cut: how many were longer than the limit and were cut off.
         dropped: how many had no supervised token (left).
     """
 
-    examples: list[Example]
+    examples: list[Any]
     cut: int
     dropped: int
 

@@ -21,7 +21,7 @@ from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record, read, split
 from spectune.training.progress import Interrupted, RunLog, is_measure
 from spectune.training.record import changed, read_run, write_run
-from spectune.training.tasks import make_task
+from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
 
 
@@ -109,7 +109,7 @@ def train_model(
     log = RunLog(output, console, keep=config.resume)
     trainer = task.trainer(
         model=model,
-        args=_arguments(config, model.device, evaluated is not None, task.best_metric),
+        args=_arguments(config, model.device, evaluated is not None, task),
         train_dataset=learned.examples,
         eval_dataset=evaluated.examples if evaluated else None,
         data_collator=task.collator(model, tokenizer),
@@ -151,7 +151,7 @@ def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
 
 
-def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, best: str) -> TrainingArguments:
+def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, task: Task) -> TrainingArguments:
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
     return TrainingArguments(
         output_dir=config.output,
@@ -170,7 +170,7 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, best:
         save_steps=config.save_steps,
         save_total_limit=2,
         load_best_model_at_end=config.best or config.patience is not None,
-        metric_for_best_model=best,  # the greater the better, unless it ends in "loss"
+        metric_for_best_model=task.best_metric,  # the greater the better, unless it ends in "loss"
         logging_steps=config.log_steps,
         seed=config.seed,
         report_to=config.report_to or "none",
@@ -178,6 +178,7 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, best:
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # bases are the same everywhere
         prediction_loss_only=True,
+        train_sampling_strategy="group_by_length" if task.by_length else "random",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
     )

@@ -1,0 +1,112 @@
+"""Classification of texts, or of pairs of texts, by encoders and decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.bases import default_device, load_base
+from spectune.classifiers import context, label_names, pad, tokenize
+from spectune.errors import SpectuneError
+from spectune.methods.head import Head
+from spectune.training.data import Encoded, Record
+from spectune.training.tasks.base import Task
+from spectune.training.trainer import AdapterTrainer
+
+
+class Classify(Task):
+    """Mean cross-entropy over texts; accuracy, and the mean over classes of F1.
+
+    Batches are of texts of about one length: padding is what bidirectional attention would otherwise spend its time on.
+    """
+
+    forms = "'text' and 'label', and 'text_pair' where there are two texts"
+    unit = "text"
+    by_length = True
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        if "text" not in record or "label" not in record:
+            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+        for key in ("text", "text_pair"):
+            if key in record and not isinstance(record[key], str):
+                return f"{key} must be a string"
+        label = record["label"]
+        named = isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
+        return None if named and label != "" else f"label must be a name or a whole number, not {label!r}"
+
+    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+        config = self.config
+        labels = _labels(records)
+        if len(labels) < 2:
+            raise SpectuneError(f"the training data has one label only, {labels[0]!r}; there is nothing to tell apart")
+        _check_labels(held, labels)
+        device = config.device or default_device()
+        trust = config.trust_remote_code
+        return load_base(config.model, config.dtype, device=device, labels=labels, trust_remote_code=trust)
+
+    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+        names = label_names(model)
+        _check_labels(records, names)
+        limit = context(model, tokenizer, limit)
+        examples, cut = [], 0
+        for record in records:
+            tokens, was_cut = tokenize(tokenizer, record["text"], record.get("text_pair"), limit)
+            cut += was_cut
+            if tokens["input_ids"]:
+                examples.append({**tokens, "labels": names.index(_name(record["label"]))})
+        if not examples:
+            raise SpectuneError("every text is empty; check the data")
+        return Encoded(examples, cut, len(records) - len(examples))
+
+    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
+            rows = [{k: v for k, v in example.items() if k != "labels"} for example in examples]
+            return {**pad(tokenizer, rows), "labels": torch.tensor([example["labels"] for example in examples])}
+
+        return collate
+
+    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float()
+        classes = logits.shape[-1]
+        pairs = labels * classes + logits.argmax(-1)
+        confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": loss, "items": labels.new_tensor(len(labels)), "confusion": confusion}
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        confusion = sums["confusion"].double()
+        right = confusion.diagonal()
+        there = confusion.sum(0) + confusion.sum(1)
+        f1 = (2 * right / there)[there > 0]  # 2 TP / (2 TP + FP + FN), of the classes that occur
+        measures = {"accuracy": float(right.sum() / confusion.sum()), "macro_f1": float(f1.mean())}
+        return {**super().metrics(sums), **measures}
+
+    def trainer(self, **kwargs: Any) -> AdapterTrainer:
+        trained = {n.rpartition(".")[2] for n, p in kwargs["model"].named_parameters() if p.requires_grad}
+        of_head = dict.fromkeys(trained & {"H", "h"}, Head.learning_rate)
+        return super().trainer(**{**kwargs, "group_lr": {**of_head, **(kwargs.get("group_lr") or {})}})
+
+
+def _name(label: Any) -> str:
+    return str(int(label)) if isinstance(label, float) else str(label)
+
+
+def _labels(records: Sequence[Record]) -> list[str]:
+    """Return the label names, numbers by size and others by the alphabet."""
+    names = {_name(record["label"]) for record in records}
+    numbers = all(name.removeprefix("-").isdigit() for name in names)
+    return sorted(names, key=int if numbers else None)  # type: ignore[arg-type]
+
+
+def _check_labels(records: Sequence[Record], known: Sequence[str]) -> None:
+    strange = sorted({_name(record["label"]) for record in records} - set(known))
+    if strange:
+        raise SpectuneError(
+            f"the evaluation data has labels that the training data has not: {', '.join(strange)} (training: "
+            f"{', '.join(known)}); name them alike, or give more data"
+        )
