@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spectune import spectral
     from spectune.adapters.adapter import Adapter
     from spectune.bases import load_base
+    from spectune.classifiers import classify
     from spectune.errors import SpectuneError
     from spectune.methods import Method
     from spectune.methods.adalora import AdaLoRA
@@ -28,8 +29,20 @@ if TYPE_CHECKING:
     from spectune.methods.pissa import PiSSA
     from spectune.methods.svf import SVF
     from spectune.methods.svft import SVFT
-    from spectune.model import activate, adapt, adapter_names, attach, detach, extract, merge, route
+    from spectune.model import (
+        Reference,
+        activate,
+        adapt,
+        adapter_names,
+        attach,
+        base_alone,
+        detach,
+        extract,
+        merge,
+        route,
+    )
     from spectune.reports.plan import plan
+    from spectune.training.checkpoints import trainer_for
 
 __version__ = "0.1.0"
 
@@ -37,11 +50,25 @@ _HOMES = {
     "Adapter": "adapters.adapter",
     "Head": "methods.head",
     "Method": "methods",
+    "Reference": "model",
     "SpectuneError": "errors",
+    "classify": "classifiers",
     "load_base": "bases",
     "plan": "reports.plan",
+    "trainer_for": "training.checkpoints",
     **dict.fromkeys(
-        ("activate", "adapt", "adapter_names", "attach", "detach", "extract", "merge", "route"),
+        (
+            "Reference",
+            "activate",
+            "adapt",
+            "adapter_names",
+            "attach",
+            "base_alone",
+            "detach",
+            "extract",
+            "merge",
+            "route",
+        ),
         "model",
     ),
 }
@@ -58,11 +85,14 @@ __all__ = [
     "Method",
     "MiLoRA",
     "PiSSA",
+    "Reference",
     "SpectuneError",
     "activate",
     "adapt",
     "adapter_names",
     "attach",
+    "base_alone",
+    "classify",
     "detach",
     "extract",
     "load_base",
@@ -70,6 +100,7 @@ __all__ = [
     "plan",
     "route",
     "spectral",
+    "trainer_for",
 ]
 
 

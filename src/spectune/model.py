@@ -117,6 +117,50 @@ def activate(model: M, choice: Choice) -> M:
 
 
 @contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Within the context the base alone answers, in evaluation mode; afterwards what answered before does."""
+    shared = selections(model)
+    before = [(selection, selection.mixture, selection.rows) for selection in shared]
+    training = [module for module in model.modules() if module.training]
+    for selection in shared:
+        selection.mixture, selection.rows = {}, None
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for selection, mixture, rows in before:
+            selection.mixture, selection.rows = mixture, rows
+        for module in training:
+            module.training = True
+
+
+class Reference(nn.Module):
+    """A model without its adapters, to compare it with; the two share every weight, so that it takes no memory.
+
+    Has no parameters of its own, and answers to what the model does, so that it serves as the `ref_model` of TRL's
+    DPOTrainer.
+
+    Args:
+        model: the model with adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model  # not a submodule: modes, devices and checkpoints are the model's business
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with base_alone(self.__dict__["model"]):
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["model"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+
+@contextmanager
 def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     """Within the context, give each row of every batch an adapter, a mixture or none.
 

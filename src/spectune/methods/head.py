@@ -34,7 +34,7 @@ class Head(Method):
     name: ClassVar[str] = "head"
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = "H, trained in full, for a layer that the base has not learned"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     additive: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
 

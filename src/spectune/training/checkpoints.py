@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +14,27 @@ from spectune.errors import SpectuneError
 from spectune.model import extract
 
 STATE = "adapter_state.safetensors"
+T = TypeVar("T")
+
+
+def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
+    """Return a trainer's class that saves, resumes from and pushes the adapter alone, and never the base.
+
+    Works for transformers.Trainer and what is built on it, TRL's SFTTrainer, DPOTrainer and GRPOTrainer among them.
+
+    Args:
+        kind: the trainer's class.
+        adapter: the name that the adapter has on the model.
+    """
+    members = {"adapter_name": adapter, "__doc__": kind.__doc__}
+    return type(f"Adapter{kind.__name__}", (AdapterCheckpoints, kind), members)  # type: ignore[return-value]
 
 
 class AdapterCheckpoints:
     """Mixed in before a Trainer: what it saves, resumes from and pushes is the adapter, and never the base.
+
+    A checkpoint holds the adapter as `Adapter.save` writes it, which is what to take from it, and every tensor of it
+    with its schedules as they are in the model, from which a run goes on bit for bit.
 
     Attributes:
         adapter_name: the adapter on the model.
@@ -30,6 +47,7 @@ class AdapterCheckpoints:
     model: Any
     state: Any
     accelerator: Any
+    processing_class: Any
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -37,6 +55,8 @@ class AdapterCheckpoints:
         if folder != Path(self.args.output_dir or "."):
             state = {k: v.contiguous() for k, v in adapter_state(self.model).items()}
             write_atomically(folder / STATE, lambda path: save_file(state, path))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]

@@ -45,6 +45,12 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
     completion_only: bool = Field(True, description="loss on completions and assistant turns only")
+    beta: float = Field(0.1, gt=0, description="dpo: how much of a step away from the base a preference is worth")
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="dpo: of a pair's margin")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, sigmoid: share of pairs that may be swapped")
+    columns: dict[str, str] = Field(
+        {}, description="the data's names for what the task takes: {text: sentence, label: spam}"
+    )
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
     eval_data: str | None = Field(None, description="data for evaluation, instead of held_out")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, nearest
 
 if TYPE_CHECKING:
     from spectune.training.tasks.base import Task
@@ -69,7 +69,11 @@ def read(source: str | Path, task: Task) -> list[Record]:
             table = datasets.load_dataset(str(source), split="train")
     except Exception as error:  # whatever the many readers raise
         raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
-    records: list[Record] = list(table)  # type: ignore[arg-type]
+    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
+    records: list[Record] = [
+        _renamed(row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None}, task)  # type: ignore
+        for row in table
+    ]
     for number, record in enumerate(records, start=1):
         problem = _problem(record, task)
         if problem is not None:
@@ -97,6 +101,7 @@ def read_jsonl(path: str | Path, task: Task) -> list[Record]:
             record = json.loads(line.decode("utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
+        record = _renamed(record, task)
         problem = _problem(record, task)
         if problem is not None:
             raise SpectuneError(f"{path}, line {number}: {problem}")
@@ -104,6 +109,18 @@ def read_jsonl(path: str | Path, task: Task) -> list[Record]:
     if not records:
         raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {task.forms}")
     return records
+
+
+def _renamed(record: Any, task: Task) -> Any:
+    """Return a record with the task's names for the columns that `columns` names."""
+    columns = task.config.columns
+    if not columns or not isinstance(record, dict):
+        return record
+    for theirs in columns.values():
+        if theirs not in record:
+            raise SpectuneError(f"columns: the data has no {theirs!r}{nearest(theirs, record)}")
+    others = {k: v for k, v in record.items() if k not in columns and k not in columns.values()}
+    return {**others, **{ours: record[theirs] for ours, theirs in columns.items()}}
 
 
 def _problem(record: Any, task: Task) -> str | None:
@@ -143,9 +160,9 @@ def encode_one(record: Record, tokenizer: Any) -> Example:
     if "text" in record:
         return _pieces(tokenizer, [(record["text"], True)])
     if "messages" in record:
-        return _conversation(record["messages"], tokenizer)
+        return encode_turns(record["messages"], tokenizer)
     if isinstance(record["prompt"], list):
-        return _conversation([*record["prompt"], *record["completion"]], tokenizer)
+        return encode_turns([*record["prompt"], *record["completion"]], tokenizer)
     return _pieces(tokenizer, [(record["prompt"], False), (record["completion"], True)])
 
 
@@ -166,13 +183,18 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
+def encode_turns(messages: Sequence[Mapping[str, str]], tokenizer: Any, first: int = 0) -> Example:
+    """Tokenize a conversation; the loss is on the assistant's turns from the `first` message on.
+
+    Raises:
+        SpectuneError: no chat template, or one that rewrites earlier turns.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise SpectuneError("the tokenizer has no chat template for 'messages'; use prompt and completion, or text")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if i < first or message["role"] != "assistant":
             continue
         before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)

@@ -20,6 +20,7 @@ from spectune.training.data import Record
 # a resumed run would not be the same run with another of these
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
 _MEANING += ("batch_size", "accumulate", "max_length", "completion_only", "seed", "dtype")
+_MEANING += ("beta", "dpo_loss", "label_smoothing", "columns")
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 
 

@@ -30,6 +30,7 @@ class Task:
     unit: ClassVar[str]  # what the loss is a mean over
     best_metric: ClassVar[str] = "eval_loss"  # by which checkpoints compare; the smaller the better if it ends in loss
 
+    shown: ClassVar[tuple[str, ...]] = ()  # the measures of an evaluation that are shown and drawn beside the loss
     by_length: ClassVar[bool] = False  # batches are of examples of about one length; these are mappings with input_ids
 
     def __init__(self, config: TrainConfig) -> None:

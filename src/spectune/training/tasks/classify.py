@@ -26,6 +26,7 @@ class Classify(Task):
 
     forms = "'text' and 'label', and 'text_pair' where there are two texts"
     unit = "text"
+    shown = ("accuracy",)
     by_length = True
 
     def problem(self, record: Mapping[str, Any]) -> str | None:

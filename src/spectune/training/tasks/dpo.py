@@ -1,0 +1,140 @@
+"""Direct preference optimization (arXiv 2305.18290), against the base with the adapter switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.model import Reference
+from spectune.training.batches import IGNORE, Packer
+from spectune.training.data import Encoded, Example, Record, encode_one, encode_turns, message_problem
+from spectune.training.tasks.base import Task
+
+
+class Pair(NamedTuple):
+    """Two continuations of one prompt; the loss is on the continuations."""
+
+    chosen: Example
+    rejected: Example
+
+
+class Dpo(Task):
+    """Mean over pairs of -log sigmoid(beta h), with h = log p(chosen)/p0(chosen) - log p(rejected)/p0(rejected).
+
+    p0 is the base: the model itself with its adapters switched off, so that no second model is in memory.  TRL's
+    DPOTrainer would load one here, since only for PEFT's models it knows how to switch adapters off, and it pads.
+    Chosen and rejected lie end to end in one row where the model can, with logits at supervised positions only.
+
+    With a share e of `label_smoothing` the loss is -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h); `hinge` is
+    max(0, 1 - beta h) (arXiv 2305.10425), and `ipo` is (h - 1 / (2 beta))^2 with log-ratios a token (arXiv 2310.12036).
+    """
+
+    forms = "'prompt', 'chosen' and 'rejected', all text or all lists of messages (the prompt may be part of both)"
+    unit = "pair"
+    shown = ("reward_accuracy", "reward_margin")
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        keys = [key for key in ("prompt", "chosen", "rejected") if key in record]
+        if not {"chosen", "rejected"} <= set(keys):
+            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+        if all(isinstance(record[key], str) for key in keys):
+            return None
+        if not all(isinstance(record[key], list) for key in keys):
+            return f"{', '.join(keys)} must all be text, or all be lists of messages"
+        for key in ("chosen", "rejected"):
+            problem = message_problem([*record.get("prompt", ()), *record[key]])
+            if problem is not None:
+                return f"{key}: {problem}"
+        return None
+
+    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+        pairs, cut = [], 0
+        for record in records:
+            pair = _pair(record, tokenizer)
+            cut += any(len(example.tokens) > limit for example in pair)
+            pair = Pair(*(Example(e.tokens[:limit], e.supervised[:limit]) for e in pair))
+            if all(any(e.supervised[1:]) for e in pair) and pair.chosen.tokens != pair.rejected.tokens:
+                pairs.append(pair)
+        if not pairs:
+            raise SpectuneError(
+                f"no pair has a chosen and another rejected completion within max_length={limit}; raise it, or check "
+                "the data"
+            )
+        return Encoded(pairs, cut, len(records) - len(pairs))
+
+    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+        packer = Packer(model, tokenizer.pad_token_id or 0)
+
+        def collate(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+            examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+            batch = packer(examples)
+            targets = batch.pop("labels")
+            if len(targets) == len(examples):
+                owners = torch.arange(len(examples))[:, None].expand_as(targets).contiguous()
+            else:
+                lengths = torch.tensor([sum(example.supervised[1:]) for example in examples])
+                owners = torch.arange(len(examples)).repeat_interleave(lengths)[None]
+            return {**batch, "targets": targets, "owners": owners, "labels": torch.zeros(len(pairs), dtype=torch.long)}
+
+        return collate
+
+    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        count = len(inputs.pop("labels"))
+        targets, owners = inputs.pop("targets"), inputs.pop("owners")
+
+        def log_probabilities(by: Any) -> Tensor:
+            logits = by(**inputs, use_cache=False).logits.float().flatten(0, -2)
+            each = -F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+            return each.new_zeros(2 * count).index_add(0, owners.flatten(), each)
+
+        with torch.no_grad():
+            reference = log_probabilities(Reference(getattr(model, "module", model)))
+        ratios = log_probabilities(model) - reference
+        chosen, rejected = ratios.chunk(2)
+        if self.config.dpo_loss == "ipo":
+            lengths = ratios.new_zeros(2 * count).index_add(0, owners.flatten(), (targets != IGNORE).flatten().float())
+            normal = ratios / lengths
+            loss = (normal[:count] - normal[count:] - 1 / (2 * self.config.beta)).square()
+        else:
+            h = self.config.beta * (chosen - rejected)
+            smooth = self.config.label_smoothing
+            loss = -(1 - smooth) * F.logsigmoid(h) - smooth * F.logsigmoid(-h)
+            if self.config.dpo_loss == "hinge":
+                loss = F.relu(1 - h)
+        rewards = self.config.beta * ratios.detach()
+        chosen, rejected = rewards.chunk(2)
+        return {
+            "loss": loss.sum(),
+            "items": targets.new_tensor(count),
+            "reward_accuracy": (chosen > rejected).float().sum(),
+            "reward_margin": (chosen - rejected).sum(),
+            "reward_chosen": chosen.sum(),
+            "reward_rejected": rejected.sum(),
+        }
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {key: float(value / sums["items"]) for key, value in sums.items() if key != "items"}
+
+
+def _pair(record: Record, tokenizer: Any) -> Pair:
+    chosen, rejected = record["chosen"], record["rejected"]
+    prompt = record.get("prompt")
+    if prompt is None:
+        shared = _shared(chosen, rejected)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if isinstance(prompt, str):
+        return Pair(*(encode_one({"prompt": prompt, "completion": text}, tokenizer) for text in (chosen, rejected)))
+    conversations: Any = ([*prompt, *turns] for turns in (chosen, rejected))
+    return Pair(*(encode_turns(turns, tokenizer, len(prompt)) for turns in conversations))
+
+
+def _shared(chosen: Any, rejected: Any) -> int:
+    """Return how many messages, or characters of whole words, two conversations or texts begin with in common."""
+    limit = min(len(chosen), len(rejected)) - 1
+    same = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    return max(0, chosen.rfind(" ", 0, same + 1)) if isinstance(chosen, str) else max(0, same)
