@@ -183,7 +183,7 @@ def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
     """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
     if all(adapter.self_contained(name) for name in adapter.layers):
         return adapter
-    model, _ = load_base(base_name(adapter, given), "fp32")
+    model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels)
     return adapter.bind(model)
 
 

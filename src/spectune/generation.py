@@ -70,6 +70,8 @@ def generate(
     Raises:
         SpectuneError: a prompt longer than the model's context.
     """
+    if not model.can_generate():
+        raise SpectuneError(f"{type(model).__name__} does not generate text; a classifier answers `spectune classify`")
     rows = [prompt_tokens(tokenizer, prompt, raw=raw) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None)
     for row in rows:

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectune.cli import cache as cache_
-from spectune.cli import chat, compose, demo, export, generate, import_, methods, plan, spectrum, train
+from spectune.cli import chat, classify, compose, demo, export, generate, import_, methods, plan, spectrum, train
 from spectune.cli.shared import say_error
 from spectune.errors import SpectuneError
 
@@ -23,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("methods")(methods.methods)
 app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
 app.command("generate")(generate.generate)
+app.command("classify")(classify.classify)
 app.command("chat")(chat.chat)
 app.command("compose")(compose.compose)
 app.command("export")(export.export)

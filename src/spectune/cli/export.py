@@ -37,7 +37,8 @@ def export(
 
     loaded = Adapter.load(adapter)
     if format is Format.merged:
-        model, tokenizer = load_base(base_name(loaded, base), dtype, trust_remote_code=trust_remote_code)
+        name, labels = base_name(loaded, base), loaded.labels
+        model, tokenizer = load_base(name, dtype, labels=labels, trust_remote_code=trust_remote_code)
         merge(attach(model, loaded)).save_pretrained(out)
         tokenizer.save_pretrained(out)
         error = 0.0

@@ -67,7 +67,16 @@ def load_with_adapters(
     from spectune.model import activate, attach
 
     loaded = [(Adapter.load(folder), weight, folder) for folder, weight in map(weighted, adapters)]
-    model, tokenizer = load_base(name, dtype, device=device or default_device(), trust_remote_code=trust_remote_code)
+    labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
+    if len(labels) > 1:
+        raise SpectuneError(f"the adapters have different labels: {'; '.join(', '.join(each) for each in labels)}")
+    model, tokenizer = load_base(
+        name,
+        dtype,
+        device=device or default_device(),
+        labels=labels[0] if labels else None,
+        trust_remote_code=trust_remote_code,
+    )
     mixture: dict[str, float] = {}
     for adapter, weight, folder in loaded:
         label = re.sub(r"\W", "_", folder.resolve().name) + ("" if len(loaded) == 1 else f"-{len(mixture)}")

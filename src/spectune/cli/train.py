@@ -37,6 +37,7 @@ def train(
     json: bool = JSON,
 ) -> None:
     config = load_config(*_file_and_pairs(settings or []))
+    from spectune.training.curve import spoken
     from spectune.training.run import train as train_
 
     console = Console(stderr=True)
@@ -49,13 +50,16 @@ def train(
                 "steps": result.steps,
                 "held_out_loss_before": result.loss_before,
                 "held_out_loss_after": result.loss_after,
+                "held_out_before": result.before,
+                "held_out_after": result.after,
                 "tokens_per_second": result.tokens_per_second,
                 "seconds": result.seconds,
             }
         )
         return
-    if result.loss_before is not None and result.loss_after is not None:
-        console.print(f"held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f}", highlight=False)
+    for name in (name for name in result.before if name in result.after):
+        change = f"{result.before[name]:.3f} -> {result.after[name]:.3f}"
+        console.print(f"held-out {spoken(name)} {change}", highlight=False)
     console.print(f"saved {result.adapter!r} in {config.output}", highlight=False)
 
 

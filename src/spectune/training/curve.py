@@ -9,26 +9,38 @@ from typing import Any
 from spectune.adapters.files import write_atomically
 
 
-def plot_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str, unit: str = "token") -> None:
-    """Draw training and held-out loss of logged lines as a PNG.
+def plot_curve(
+    history: Sequence[Mapping[str, Any]], path: Path, title: str, unit: str = "token", shown: Sequence[str] = ()
+) -> None:
+    """Draw training and held-out loss of logged lines as a PNG, and other held-out measures beside them.
 
     Args:
         history: lines with `step` and `loss` or `eval_loss`.
         path: the picture.
         title: above it.
         unit: what the loss is a mean over.
+        shown: measures of evaluations.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(11 if shown else 7, 3.6), dpi=120, layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if shown else 1, squeeze=False)[0]
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
         points = [(line["step"], line[key]) for line in history if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_xlabel("step")
     axes.set_ylabel(f"loss a {unit}")
     axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for name in shown:
+        points = [(line["step"], line[f"eval_{name}"]) for line in history if f"eval_{name}" in line]
+        beside[0].plot(*zip(*points, strict=True) if points else ([], []), "o--", label=f"held out: {spoken(name)}")
+    for each in (axes, *beside):
+        each.set_xlabel("step")
+        each.grid(alpha=0.3)
+        each.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def spoken(measure: str) -> str:
+    """Return the name of a measure as it is said."""
+    return measure.replace("_", " ")

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from spectune.training.curve import spoken
 from spectune.training.trainer import AdapterTrainer
 
 _PACE = ("_runtime", "_per_second", "_time")
@@ -60,6 +61,7 @@ class RunLog(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[measures]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -67,7 +69,7 @@ class RunLog(TrainerCallback):
             console=self._console,
         )
         self._task = self._progress.add_task(
-            "train", total=state.max_steps, completed=state.global_step, loss="-", speed="-"
+            "train", total=state.max_steps, completed=state.global_step, loss="-", measures="", speed="-"
         )
         self._progress.start()
         if threading.current_thread() is threading.main_thread():
@@ -101,6 +103,10 @@ class RunLog(TrainerCallback):
             }
             if "loss" in line:
                 self._progress.update(self._task, loss=f"{line['loss']:.3f}")
+            shown = [name for name in (self._trainer.task.shown if self._trainer else ()) if f"eval_{name}" in line]
+            if shown:
+                measures = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in shown)
+                self._progress.update(self._task, measures=measures)
         self.history.append(line)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

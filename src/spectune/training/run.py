@@ -134,7 +134,7 @@ def train_model(
     model.eval()
     adapter = extract(model)
     adapter.save(output)
-    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}", task.unit)
+    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}", task.unit, task.shown)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
 
 

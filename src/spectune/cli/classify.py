@@ -1,0 +1,36 @@
+"""spectune classify"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, REMOTE_CODE, load_with_adapters, print_json
+from spectune.errors import SpectuneError
+
+
+def classify(
+    model: str = typer.Argument(help="Embedded name (minilm-l6), local folder or hub id."),
+    texts: list[str] = typer.Argument(None, metavar="[TEXT]...", help="Texts; the lines of stdin if none is given."),
+    adapter: list[str] = ADAPTER,
+    pair: list[str] = typer.Option([], help="A second text, for each text one."),
+    batch_size: int = typer.Option(32, min=1, help="Texts in a forward pass."),
+    dtype: str | None = DTYPE,
+    device: str | None = DEVICE,
+    trust_remote_code: bool = REMOTE_CODE,
+    json: bool = JSON,
+) -> None:
+    """Say which label a classifier gives to texts, and how sure it is."""
+    asked = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not asked:
+        raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
+    from spectune.classifiers import classify as classify_
+
+    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+    found = classify_(loaded, tokenizer, asked, pair or None, batch_size=batch_size)
+    if json:
+        print_json([{"text": text, **one._asdict()} for text, one in zip(asked, found, strict=True)])
+        return
+    for text, one in zip(asked, found, strict=True):
+        typer.echo(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{text}")
