@@ -399,7 +399,6 @@ REFUSED = [
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' and without conversion"),
     ({"init_lora_weights": "olora"}, "init_lora_weights='olora' and without conversion"),
     ({"bias": "all"}, "bias='all', which no adapter here holds"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which no adapter here holds"),
     ({"lora_bias": True}, "lora_bias=True"),
     ({"layer_replication": [[0, 2]]}, "layer_replication="),
     ({"target_parameters": ["experts.w"]}, "target_parameters="),

