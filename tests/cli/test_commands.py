@@ -53,7 +53,8 @@ def fails(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "methods", "train", "generate", "chat", "compose", "export", "import", "spectrum", "cache"]
+    "command",
+    "demo methods train generate classify chat compose export import plan spectrum cache".split() + [""],
 )
 def test_every_command_has_help(command):
     assert "Usage" in run(*filter(None, [command]), "--help").output
@@ -161,6 +162,28 @@ def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, adapte
     assert "unknown method 'svv'" in says("demo", "--method", "svv")
     assert "is not an adapter" in says("import", str(tmp_path), str(tmp_path / "out"))
     assert "unknown dtype 'fp31'" in says("generate", model, "say", "--dtype", "fp31")
+
+
+def test_classify_says_labels_and_probabilities(model, monkeypatch, capsys, tmp_path):
+    data, out = tmp_path / "data.jsonl", str(tmp_path / "out")
+    rows = [{"text": f"say {w}", "label": w} for w in ("one", "two") * 8]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = [f"model={model}", f"data={data}", "task=classify", f"output={out}", "epochs=6", "held_out=0.25"]
+    trained = json.loads(run("train", *settings, "method=lora:rank=2", "dtype=fp32", "device=cpu", "--json").stdout)
+    assert trained["held_out_after"]["accuracy"] == 1
+    found = json.loads(run("classify", model, "say one", "say two", "-a", out, "--json").stdout)
+    assert [one["label"] for one in found] == ["one", "two"]
+    assert found[0]["probabilities"].keys() == {"one", "two"}
+    shown = run("classify", model, "-a", out, stdin="say two\n\nsay one\n").stdout
+    assert [line.split("\t")[0] for line in shown.splitlines()] == ["two", "one"]
+    assert "does not generate text" in fails(monkeypatch, capsys, "generate", model, "say", "-a", out)
+    assert "is not a classifier of texts" in fails(monkeypatch, capsys, "classify", model, "say")
+    run("export", out, str(tmp_path / "merged"), "--format", "merged", "--base", model)
+    merged = json.loads(run("classify", str(tmp_path / "merged"), "say one", "--json").stdout)
+    assert merged[0]["label"] == "one"
+    run("compose", str(tmp_path / "sum"), f"{out}:0.5", f"{out}:0.5")
+    both = json.loads(run("classify", model, "say one", "-a", str(tmp_path / "sum"), "--json").stdout)
+    assert both[0]["probabilities"] == pytest.approx(found[0]["probabilities"], abs=1e-4)
 
 
 def test_a_folder_without_a_model_is_told(monkeypatch, capsys, tmp_path):

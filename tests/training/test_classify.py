@@ -60,6 +60,7 @@ def test_it_learns_and_the_saved_adapter_classifies_alike(settings, tmp_path, fo
     assert result.after["macro_f1"] > 0.8
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_accuracy"] == result.after["accuracy"]
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["high", "low"]
     adapter = spectune.Adapter.load(tmp_path / "out")
     assert adapter.labels == ("high", "low")
     model, tokenizer = spectune.load_base(folders[kind], "fp32", labels=adapter.labels)

@@ -36,7 +36,7 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# An adapter for {config.model}\n\n"
         f"Trained with `{config.method}` on {len(records)} examples; the settings are in `config.yaml`.\n\n"
-        f"    spectune chat {config.model} -a {output.name}\n"
+        f"    spectune {'classify' if config.task == 'classify' else 'chat'} {config.model} -a {output.name}\n"
     )
     files = {
         "config.yaml": yaml.safe_dump(config.model_dump(), sort_keys=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,9 @@ class Classify(Task):
         f1 = (2 * right / there)[there > 0]  # 2 TP / (2 TP + FP + FN), of the classes that occur
         measures = {"accuracy": float(right.sum() / confusion.sum()), "macro_f1": float(f1.mean())}
         return {**super().metrics(sums), **measures}
+
+    def files(self, model: Any) -> dict[str, str]:
+        return {"labels.json": json.dumps(label_names(model)) + "\n"}
 
     def trainer(self, **kwargs: Any) -> AdapterTrainer:
         trained = {n.rpartition(".")[2] for n, p in kwargs["model"].named_parameters() if p.requires_grad}
