@@ -29,7 +29,7 @@ from spectune.layers.adapted import (
     is_conv1d,
 )
 from spectune.methods import Method, parse
-from spectune.targets import ALL_LINEAR, Targets, resolve
+from spectune.targets import ALL_LINEAR, FRESH, Targets, resolve
 
 M = TypeVar("M", bound=nn.Module)
 Choice = str | Mapping[str, float] | None
@@ -283,6 +283,7 @@ def merge(model: M) -> M:
         if id(old) in tied and hasattr(model, "config"):
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+        vars(layer).pop(FRESH, None)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
     return model

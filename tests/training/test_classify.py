@@ -166,6 +166,8 @@ def test_a_checkpoint_that_is_a_classifier_keeps_its_head_for_its_labels(tmp_pat
     assert same.config.id2label == {0: "b", 1: "a"}
     assert torch.equal(same.classifier.weight, model.classifier.weight)
     assert not any(isinstance(u.method, Head) for u in _updates(spectune.adapt(same, "svf")))
+    merged = spectune.merge(spectune.adapt(model, "svf"))  # has learned its head
+    assert not any(isinstance(u.method, Head) for u in _updates(spectune.adapt(merged, "svf")))
     for labels in (["a", "c"], ["a", "b", "c"]):
         other, _ = spectune.load_base(tmp_path, "fp32", labels=labels)
         assert other.classifier.weight.shape[0] == len(labels)
@@ -175,6 +177,12 @@ def test_a_checkpoint_that_is_a_classifier_keeps_its_head_for_its_labels(tmp_pat
 
 def _updates(model):
     return [module for module in model.modules() if type(module).__name__ == "Update"]
+
+
+def test_an_encoder_is_no_language_model(settings, tmp_path, folders):
+    data = write(tmp_path / "text.jsonl", [{"text": "say"}] * 8)
+    with pytest.raises(SpectuneError, match=r"task: sft needs a language model, and .* is a BertModel"):
+        run([s for s in settings if not s.startswith("task")], f"model={folders['encoder']}", f"data={data}")
 
 
 def test_a_language_model_is_no_classifier():

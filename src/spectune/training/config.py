@@ -13,6 +13,8 @@ from spectune.errors import SpectuneError, nearest
 if TYPE_CHECKING:
     from spectune.methods import Method
 
+_OF_TASK = {"dpo": ("beta", "dpo_loss", "label_smoothing")}
+
 
 class TrainConfig(BaseModel):
     """Every key of `spectune train`, with its default."""
@@ -79,8 +81,13 @@ class TrainConfig(BaseModel):
         """Raise for keys that do not go together.
 
         Raises:
-            SpectuneError: patience or best without evaluations, or checkpoints at other steps than evaluations.
+            SpectuneError: a key of another task, patience or best without evaluations, or checkpoints at other steps
+                than evaluations.
         """
+        for task, keys in _OF_TASK.items():
+            for key in keys if task != self.task else ():
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise SpectuneError(f"{key} is a key of task: {task}, and this is task: {self.task}")
         wanted = "patience" if self.patience is not None else "best" if self.best else None
         if wanted is None:
             return

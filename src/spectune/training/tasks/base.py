@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from spectune.bases import default_device, load_base
+from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
 from spectune.training.data import Encoded, Record
 
@@ -46,10 +47,20 @@ class Task:
         Args:
             records: to train on.
             held: to evaluate on.
+
+        Raises:
+            SpectuneError: a model that is not of the kind that the task trains.
         """
         config = self.config
         device = config.device or default_device()
-        return load_base(config.model, config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+        trust = config.trust_remote_code
+        model, tokenizer = load_base(config.model, config.dtype, device=device, trust_remote_code=trust)
+        if not model.can_generate():
+            raise SpectuneError(
+                f"task: {config.task} needs a language model, and {config.model} is a {type(model).__name__}; "
+                "task: classify takes encoders too"
+            )
+        return model, tokenizer
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         """Return the examples of records, none longer than `limit` tokens.
