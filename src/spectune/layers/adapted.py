@@ -155,6 +155,8 @@ class Adapted(nn.Module):
     def _alone(self, update: Update, x: Tensor) -> Tensor:
         """Return the answer of one update with weight one."""
         tensors, method, training = self.tensors(update), update.method, update.training
+        if method.replaces:
+            return method.replacement(tensors, x, self.bias)
         if not self._fuses(x) or (training and method.drop):
             plain = super().forward(x)
             return plain + method.respond(tensors, x, self.base(plain), training)
@@ -215,7 +217,7 @@ class Adapted(nn.Module):
                 raise RuntimeError("this update was asked for outside a forward pass")
             return output if self.bias is None else output - self.bias.to(output.dtype)
 
-        return Base(without_bias, lambda R: effective_weight(self) @ R.to(self.weight.dtype).mT)
+        return Base(without_bias, lambda R: effective_weight(self) @ R.to(self.weight.dtype).mT, self.bias)
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""

@@ -17,10 +17,12 @@ class Base(NamedTuple):
     Args:
         output: () -> x W^T, without the bias, for the input at hand.
         project: R (q x in) -> W R^T (out x q).
+        bias: (out), or None.
     """
 
     output: Callable[[], Tensor]
     project: Callable[[Tensor], Tensor]
+    bias: Tensor | None = None
 
 
 class Factors(NamedTuple):

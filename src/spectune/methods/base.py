@@ -74,6 +74,10 @@ class Method(abc.ABC):
         """Return what W + s L C R is multiplied by to give W', (out), or None where they are the same."""
         return None
 
+    def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W'^T + bias for x (..., in), where W' does not depend on W."""
+        raise NotImplementedError
+
     def whole(self, t: Tensors) -> Factors | None:
         """Return the factors of W + s L C R itself, where the basis holds all of W."""
         return None

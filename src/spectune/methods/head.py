@@ -52,17 +52,13 @@ class Head(Method):
     def factors(self, t: Tensors) -> Factors:
         raise TypeError("a head replaces W and is no update of it in factors")
 
-    def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
-        output = base.output()
-        answer = F.linear(x.to(t["H"].dtype), t["H"], t.get("h")).to(output.dtype)
-        kept = base.bias if self.bias else None
-        return answer - output if kept is None else answer - output - kept.to(output.dtype)
+    def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
+        H, h = t["H"], t["h"] if self.bias else bias
+        return F.linear(x.to(H.dtype), H, None if h is None else h.to(H.dtype)).to(x.dtype)
 
-    def answer(self, t: Tensors, x: Tensor, y: Tensor, base: Base, training: bool) -> Tensor:
-        bias = t["h"] if self.bias else base.bias
-        weight = t["H"]
-        bias = None if bias is None else bias.to(weight.dtype)
-        return F.linear(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight, bias).to(y.dtype)
+    def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
+        output = base.output() if base.bias is None else base.output() + base.bias.to(x.dtype)
+        return self.replacement(t, x, base.bias) - output
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         return t["H"] - weight
