@@ -40,12 +40,12 @@ def test_minilm_learns_what_questions_ask_for_and_classifies_from_the_command_li
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows[:700]))
     settings = ["task=classify", "model=minilm-l6", f"data={data}", f"output={tmp_path / 'out'}", "held_out=0.25"]
-    settings += ["method=lora", "lr=3e-3", "batch_size=8", "max_steps=60", "dtype=fp32", "device=cpu", "--json"]
+    settings += ["method=svf", "lr=5e-2", "batch_size=8", "max_steps=60", "dtype=fp32", "device=cpu", "--json"]
     result = CliRunner().invoke(app, ["train", *settings])
     assert result.exit_code == 0, result.output + repr(result.exception)
     after = json.loads(result.stdout)["held_out_after"]
     majority = max(Counter(row["label"] for row in rows).values()) / len(rows)
-    assert after["accuracy"] > majority + 0.15
+    assert after["accuracy"] > majority + 0.2
     asked = ["classify", "minilm-l6", "Where is the Orinoco River ?", "-a", str(tmp_path / "out"), "--json"]
     found = json.loads(CliRunner().invoke(app, asked).stdout)
     assert set(found[0]["probabilities"]) == {row["label"] for row in rows}
