@@ -28,6 +28,7 @@ from spectune.layers.adapted import (
     give_back,
     is_conv1d,
 )
+from spectune.layers.shards import is_part, whole
 from spectune.methods import Method, parse
 from spectune.targets import ALL_LINEAR, FRESH, Targets, resolve
 
@@ -213,6 +214,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 def extract(model: nn.Module, name: str = "default") -> Adapter:
     """Return an adapter that is on a model as an `Adapter` of its own, on the CPU.
 
+    Where FSDP2 has sharded the model every process must call it, and the adapter holds neither W nor a basis.
+
     Raises:
         SpectuneError: no adapter of that name is on the model.
     """
@@ -223,11 +226,12 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
             continue
         terms = []
         for update in _updates(layer, name):
-            trained = {k: v.detach().cpu().float().clone() for k, v in update.trained().items()}
-            frozen = {k: v for k, v in layer.tensors(update).items() if k not in trained}
+            trained = {k: whole(v).cpu().float().clone() for k, v in update.trained().items()}
+            frozen = {k: whole(v) for k, v in layer.tensors(update).items() if k not in trained}
             terms.append(Term(update.method, trained, update.weight, frozen or None))
-        weight = effective_weight(layer).detach()
-        layers[layer_name] = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
+        weight = effective_weight(layer)
+        extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
+        layers[layer_name] = extracted.sealed() if is_part(weight) else extracted
     config: Any = getattr(model, "config", None)
     brings_head = any(t.method.replaces for layer in layers.values() for t in layer.terms)
     names = getattr(config, "id2label", None) if brings_head else None

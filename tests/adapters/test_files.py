@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import spectune
+import tiny
 from spectune import Adapter, SpectuneError
-from spectune.adapters import files
+from spectune.adapters import files, fingerprint
 from spectune.adapters.peft_format import is_peft
 from spectune.methods import parse
 

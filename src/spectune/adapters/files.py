@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,6 +159,36 @@ def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
         _flush(target.parent)
     finally:
         _remove(temporaries)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Flush a folder's files to the disk and give it its name; a folder that has it already goes."""
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+        os.replace(target, old)
+        os.replace(folder, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(folder, target)
+    _flush(target.parent)
+
+
+@contextmanager
+def telling_of_full_disks(what: Path, kept: str) -> Iterator[None]:
+    """Within the context, what cannot be written is told in one sentence.
+
+    Raises:
+        SpectuneError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not from torch.save
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise SpectuneError(f"{what} cannot be written ({reason}); {kept}") from error
 
 
 def write_folder(

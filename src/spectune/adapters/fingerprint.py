@@ -8,8 +8,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectune.errors import SpectuneError
+from spectune.layers.shards import whole
 
 PROBES = 4
 _ROUNDINGS = (torch.bfloat16, torch.float16)
@@ -22,6 +24,9 @@ SAME_WEIGHT = 1e-5  # a weight in one dtype: only the order of summation differs
 BOTH_ROUNDED = 5e-3  # its bf16 beside its fp16 values, which no longer know each other
 SAME_BASIS = 2e-2  # an update over singular vectors of one weight, in 16 bits at worst
 ROUNDED_BASIS = 0.2  # the same where W has fewer bits here than there: 0.5 to 8% is usual, another basis gives 100%
+
+
+_kept = WeakTensorKeyDictionary()  # tensors that own a weight's memory: the state they were in, and the sketch then
 
 
 @lru_cache(maxsize=64)
@@ -54,9 +59,17 @@ def combine(sketches: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
 def sketch_weight(weight: Tensor) -> Tensor:
     """Return the sketches of W (out x in), of W rounded to bf16 and of W rounded to fp16, (3 x PROBES^2).
 
-    A base that is loaded in 16 bits agrees with the rounded sketch of the base in 32, to the last digits.
+    A base that is loaded in 16 bits agrees with the rounded sketch of the base in 32, to the last digits.  It is kept
+    until the parameter that W is, or is a view of, is written to, so that a checkpoint need not make it again.
     """
-    return torch.stack([_sketch(weight, None), *(_sketch(weight, dtype) for dtype in _ROUNDINGS)]).float()
+    owner = weight._base if weight._is_view() and weight._base is not None else weight
+    state = (owner._version, owner.data_ptr(), weight.shape, weight.stride())
+    kept = _kept.get(owner)
+    if kept is None or kept[0] != state:
+        all_of_it = whole(weight)
+        kept = state, torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
+        _kept[owner] = kept
+    return kept[1]
 
 
 def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:

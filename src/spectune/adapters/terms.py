@@ -13,6 +13,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base
+from spectune.layers.shards import whole
 from spectune.methods import Method
 from spectune.methods.lora import LoRA
 
@@ -115,6 +116,16 @@ class LayerUpdate:
         """Return W, which must be at hand, as the update was trained on it."""
         assert self.weight is not None
         return fingerprint.as_trained(self.weight.detach(), self.base_sketch)
+
+    def sealed(self) -> LayerUpdate:
+        """Return the update with its sketches and without W, where every process holds a part of W only."""
+        if not any(needs_basis(term.method) for term in self.terms):
+            return replace(self, weight=None)
+        base, weight = self.base(), self.weight
+        if weight is not None and not all(term.method.additive for term in self.terms):
+            weight = whole(weight)
+        terms = tuple(replace(term, sketch=term.sketched(weight), basis=None) for term in self.terms)
+        return replace(self, terms=terms, weight=None, base_sketch=base)
 
     def base(self) -> Tensor | None:
         """Return the sketch of W, made now where W is at hand, else None."""

@@ -9,7 +9,7 @@ import typer
 
 from spectune.cli import cache as cache_
 from spectune.cli import chat, classify, compose, demo, export, generate, import_, methods, plan, spectrum, train
-from spectune.cli.shared import say_error
+from spectune.cli.shared import let_the_main_process_speak, say_error
 from spectune.errors import SpectuneError
 
 app = typer.Typer(
@@ -56,9 +56,11 @@ def main() -> None:
     try:
         app()
     except SpectuneError as error:
+        let_the_main_process_speak(10)
         say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
+        let_the_main_process_speak(1)
         say_error(str(interrupt) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,12 @@ REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that com
 def say_error(message: str) -> None:
     """Print a message on stderr, plainly."""
     Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+
+
+def let_the_main_process_speak(seconds: float) -> None:
+    """In another process than the main one, wait to be ended by its end; whoever is still there speaks for itself."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(seconds)
 
 
 def _escaped(text: str) -> str:

@@ -37,11 +37,16 @@ def train(
     json: bool = JSON,
 ) -> None:
     config = load_config(*_file_and_pairs(settings or []))
+    from spectune.training import processes
     from spectune.training.curve import spoken
     from spectune.training.run import train as train_
 
     console = Console(stderr=True)
     result = train_(config, console)
+    main = processes.is_main()
+    processes.finish()
+    if not main:
+        return
     if json:
         print_json(
             {

@@ -33,7 +33,14 @@ class Basis(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return dict(self._buffers)  # type: ignore[arg-type]
+        return {**self._buffers, **self._parameters}  # type: ignore[dict-item]
+
+    def as_parameters(self) -> None:
+        """Hold the matrices as frozen parameters, which FSDP2 shards, and not as buffers, which it does not."""
+        for name, tensor in list(self._buffers.items()):
+            if tensor is not None and tensor.dim() > 1 and tensor.is_floating_point():
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
 class Update(nn.Module):
@@ -222,7 +229,7 @@ class Adapted(nn.Module):
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
         basis = self.bases._modules.get(update.basis_key)
-        return update.trained() if basis is None else {**basis._buffers, **update._parameters}  # type: ignore[dict-item]
+        return update.trained() if basis is None else {**basis.tensors(), **update._parameters}  # type: ignore
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from

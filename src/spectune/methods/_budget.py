@@ -16,6 +16,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from spectune.layers.shards import as_part, whole
+
 _FACTORS = ("P", "E", "Q")
 
 
@@ -86,7 +88,7 @@ class BudgetSchedule:
                 sensitivity = getattr(update, f"sensitivity_{name}")
                 uncertainty = getattr(update, f"uncertainty_{name}")
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                now = (_whole(parameter) * _whole(grad)).abs_()
+                now = (whole(parameter) * whole(grad)).abs_()
                 sensitivity.lerp_(now, 1 - settings.beta1)
                 uncertainty.lerp_((now - sensitivity).abs_(), 1 - settings.beta2)
 
@@ -129,7 +131,7 @@ class BudgetSchedule:
             for update, kept in zip(updates, keep, strict=True):
                 update.kept.copy_(kept)
         for update in updates:
-            update.E.mul_(_as_part(update.kept, update.E))
+            update.E.mul_(as_part(update.kept, update.E))
 
 
 def _settings(update: Any) -> Any:
@@ -140,24 +142,10 @@ def _settings(update: Any) -> Any:
 def _add_orthogonality(update: Any, gamma: float) -> None:
     for factor, rows in ((update.P, False), (update.Q, True)) if gamma else ():
         if factor.grad is not None:
-            whole = _whole(factor)
-            gram = whole @ whole.mT if rows else whole.mT @ whole
+            all_of_it = whole(factor)  # factors are thin
+            gram = all_of_it @ all_of_it.mT if rows else all_of_it.mT @ all_of_it
             gram.diagonal().sub_(1)
-            factor.grad.add_(_as_part(gram @ whole if rows else whole @ gram, factor), alpha=4 * gamma)
-
-
-def _whole(tensor: Any) -> Tensor:
-    """Return a tensor that FSDP may have sharded as a whole one; factors are thin."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-
-
-def _as_part(tensor: Tensor, of: Any) -> Tensor:
-    """Return a whole tensor, the same on every rank, sharded as `of` is."""
-    if not hasattr(of, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, of.device_mesh, of.placements, src_data_rank=None)
+            factor.grad.add_(as_part(gram @ all_of_it if rows else all_of_it @ gram, factor), alpha=4 * gamma)
 
 
 def _triplet_scores(update: Any) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 from spectune.training import attention
 from spectune.training.data import Example
 
 IGNORE = -100
+BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
 
 
@@ -70,3 +72,59 @@ class Packer:
             shifted = [t if s else IGNORE for t, s in zip(example.tokens[1:], example.supervised[1:], strict=True)]
             labels[row, : n - 1] = torch.tensor(shifted, dtype=labels.dtype)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class EvenSampler(Sampler[int]):
+    """Follow a sampler, drawing the same in every process, and fill up the last batches with blanks.
+
+    The examples of an optimizer step are then those that one process would take, and none is taken twice.
+
+    Args:
+        sampler: of the data set.
+        multiple: examples in a forward pass of all processes.
+        seed: of the sampler, with the epoch's number added as accelerate does.
+    """
+
+    def __init__(self, sampler: Any, multiple: int, seed: int = 0) -> None:
+        self._sampler, self._multiple, self._seed, self._epoch = sampler, multiple, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of passes over the data so far."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self._sampler) // self._multiple) * self._multiple
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        yield from self._sampler
+        yield from [len(self._sampler)] * (len(self) - len(self._sampler))
+
+
+class WithBlanks(Dataset[Any]):
+    """Examples, and None behind the last."""
+
+    def __init__(self, examples: Any) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._examples[index] if index < len(self._examples) else None
+
+
+class BlankCollator:
+    """Leave blanks out of a batch; a batch of nothing else is made of a stand-in and marked.
+
+    Args:
+        collator: makes a batch of examples.
+        stand_in: any example.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]], stand_in: Any) -> None:
+        self._collator, self._stand_in = collator, stand_in
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        present = [example for example in examples if example is not None]
+        return self._collator(present) if present else {**self._collator([self._stand_in]), BLANK: True}

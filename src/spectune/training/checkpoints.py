@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
-from spectune.adapters.files import write_atomically
+from spectune.adapters.files import publish, telling_of_full_disks
 from spectune.errors import SpectuneError
+from spectune.layers.shards import as_part, is_part, whole
 from spectune.model import extract
+from spectune.training import processes
 
 STATE = "adapter_state.safetensors"
+_OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+_PARTIAL = ".{}.partial"
 T = TypeVar("T")
 
 
@@ -34,7 +45,9 @@ class AdapterCheckpoints:
     """Mixed in before a Trainer: what it saves, resumes from and pushes is the adapter, and never the base.
 
     A checkpoint holds the adapter as `Adapter.save` writes it, which is what to take from it, and every tensor of it
-    with its schedules as they are in the model, from which a run goes on bit for bit.
+    with its schedules as they are in the model, from which a run goes on bit for bit.  It is written in full under
+    another name, flushed to the disk and renamed, by the main process alone, so that whatever ends a run, the folders
+    named checkpoint-N are whole.  The tensors in it are whole too, however the model is sharded.
 
     Attributes:
         adapter_name: the adapter on the model.
@@ -48,25 +61,94 @@ class AdapterCheckpoints:
     state: Any
     accelerator: Any
     processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        extract(self.accelerator.unwrap_model(self.model), self.adapter_name).save(folder)
-        if folder != Path(self.args.output_dir or "."):
-            state = {k: v.contiguous() for k, v in adapter_state(self.model).items()}
-            write_atomically(folder / STATE, lambda path: save_file(state, path))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter to a folder."""
+        adapter = self._extracted()
+        with processes.together():
+            if self.args.should_save:
+                self._write(adapter, Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def kept(self) -> str:
+        """Return what a run that fails now has kept, for its last words."""
+        return f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
+
+    def _write(self, adapter: Any, folder: Path) -> None:
+        adapter.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        self.last_checkpoint = str(Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}")
+    def _extracted(self) -> Any:
+        return extract(self.accelerator.unwrap_model(self.model), self.adapter_name)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint whole or not at all.
+
+        Raises:
+            SpectuneError: the disk is full; the half-written folder is taken away.
+        """
+        output = Path(self.args.output_dir)
+        place = output / f"checkpoint-{self.state.global_step}"
+        partial = output / _PARTIAL.format(place.name)
+        self.store_flos()  # type: ignore[attr-defined]
+        adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
+        optimizer = _optimizer_state(self.optimizer)
+        with processes.together():
+            own_rng = self._rng_files()
+        rngs = processes.gather(own_rng)
+        with processes.together():
+            if self.args.should_save:
+                try:
+                    with telling_of_full_disks(place, f"{self.kept()}; free some space and go on with resume=true"):
+                        shutil.rmtree(partial, ignore_errors=True)
+                        self._write(adapter, partial)
+                        save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial / STATE)
+                        torch.save(optimizer, partial / _OPTIMIZER)
+                        torch.save(self.lr_scheduler.state_dict(), partial / _SCHEDULER)
+                        self._save_scaler(str(partial))  # type: ignore[attr-defined]
+                        for name, content in (item for files in rngs for item in files.items()):
+                            (partial / name).write_bytes(content)
+                        self._save_state(place, partial)
+                        publish(partial, place)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+        self.last_checkpoint = str(place)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))  # type: ignore[attr-defined]
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _rng_files(self) -> dict[str, bytes]:
+        """Return the file in which transformers keeps this process' random states, by its name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)  # type: ignore[attr-defined]
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _save_state(self, place: Path, partial: Path) -> None:
+        best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == place or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:  # type: ignore[attr-defined]
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / _TRAINER))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / STATE)
+        try:
+            state = load_file(Path(resume_from_checkpoint) / STATE)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(resume_from_checkpoint, error) from None
         target = adapter_state(model if model is not None else self.model)
         if state.keys() != target.keys():
             differing = min(state.keys() ^ target.keys())
@@ -76,9 +158,58 @@ class AdapterCheckpoints:
             )
         with torch.no_grad():
             for key, tensor in state.items():
-                target[key].copy_(tensor)
+                target[key].copy_(as_part(tensor, target[key]))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        try:
+            optimizer, schedule = (
+                torch.load(folder / name, map_location="cpu", weights_only=True) for name in (_OPTIMIZER, _SCHEDULER)
+            )
+        except Exception as error:  # whatever a damaged file makes of the reader
+            raise _damaged(checkpoint, error) from None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in optimizer["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                    values[key] = as_part(value, parameters[index])
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(schedule)
+
+
+def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
+    """Return the whole checkpoints of a run folder, the last one last, and say which are not.
+
+    Args:
+        output: the folder.
+        console: where to say so.
+    """
+    found: dict[int, Path] = {}
+    for path in output.glob("*checkpoint-*"):
+        named = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if named and all((path / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER)):
+            found[int(named[1])] = path
+        elif console is not None and (named or re.fullmatch(r"\.checkpoint-\d+\.partial", path.name)):
+            console.print(f"{path.name} was not written to its end and is left out", style="yellow", highlight=False)
+    return [found[step] for step in sorted(found)]
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """Return every tensor of the adapters in a model's state, schedules included, by name."""
     return {key: value for key, value in model.state_dict().items() if ".adapters." in f".{key}"}
+
+
+def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's state with its tensors whole."""
+    state = optimizer.state_dict()
+    found = {
+        index: {key: whole(value) if is_part(value) else value for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": found}
+
+
+def _damaged(checkpoint: str, error: Exception) -> SpectuneError:
+    return SpectuneError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before")

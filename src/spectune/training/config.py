@@ -64,8 +64,9 @@ class TrainConfig(BaseModel):
         None, description="of the base: fp32, bf16, fp16; the faster of the first two if not given"
     )
     device: str | None = Field(None, description="cpu, cuda, mps, ...; the accelerator if there is one")
+    fsdp: bool = Field(False, description="shard the frozen base over the processes that torchrun started (FSDP2)")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    report_to: list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
+    report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
     seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
     resume: bool = Field(False, description="go on from the last checkpoint in output")
     overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
@@ -76,6 +77,11 @@ class TrainConfig(BaseModel):
         from spectune.methods import parse
 
         return parse(self.method)
+
+    def reports(self) -> list[str]:
+        """Return where to report to."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
 
     def check(self) -> None:
         """Raise for keys that do not go together.

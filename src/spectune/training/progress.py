@@ -6,9 +6,12 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,7 +22,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from spectune.adapters.files import telling_of_full_disks, write_atomically
+from spectune.errors import SpectuneError, nearest
+from spectune.training import processes
 from spectune.training.curve import spoken
 from spectune.training.trainer import AdapterTrainer
 
@@ -31,24 +38,29 @@ class Interrupted(KeyboardInterrupt):
 
 
 class RunLog(TrainerCallback):
-    """Show loss, tokens/s and time left, and append each logged step to log.jsonl.
+    """Show loss, tokens/s, memory and time left, and append each logged step to log.jsonl.
+
+    With several processes the main one writes and shows; tokens are those of all, and memory is that of the largest.
 
     Args:
         folder: where log.jsonl goes.
         console: where the bar goes.
-        keep: go on with the log that is there.
+        step: go on with the log that is there, up to this step; None begins anew.
     """
 
-    def __init__(self, folder: Path, console: Console, keep: bool = False) -> None:
+    def __init__(self, folder: Path, console: Console, step: int | None = None) -> None:
         self._path = folder / "log.jsonl"
-        if not keep:
-            self._path.unlink(missing_ok=True)
         self._console = console
         self._trainer: AdapterTrainer | None = None
         self._progress: Progress | None = None
-        self.history: list[dict[str, Any]] = []
+        self.history = _lines(self._path, step) if step is not None else []
+        if processes.is_main():
+            text = "".join(json.dumps(line) + "\n" for line in self.history)
+            write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
         self.interrupted = False
-        self._handler: Any = None
+        self.tokens_per_second = 0.0
+        self._memory = 0
+        self._handlers: dict[int, Any] = {}
 
     def watch(self, trainer: AdapterTrainer) -> None:
         """Take token counts from this trainer."""
@@ -63,65 +75,110 @@ class RunLog(TrainerCallback):
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[measures]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[memory]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
         )
         self._task = self._progress.add_task(
-            "train", total=state.max_steps, completed=state.global_step, loss="-", measures="", speed="-"
+            "train", total=state.max_steps, completed=state.global_step, loss="-", measures="", speed="-", memory=""
         )
         self._progress.start()
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """Let the step end and save; a second Ctrl-C stops at once."""
+        """Let the step end and save; a second signal stops at once."""
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._handler)
+        signal.signal(number, self._handlers.pop(number))
         self._console.print("stopping after this step", style="yellow")
 
-    def tokens_per_second(self) -> float:
-        """Return the mean since training began."""
-        tokens = self._trainer.tokens if self._trainer else 0
-        return tokens / max(1e-9, time.perf_counter() - self._start)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = bool(processes.total(self.interrupted)[0])
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        self._memory = max(self._memory, memory())
         if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step, speed=f"{self.tokens_per_second():.0f}")
+            self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         line = {"step": state.global_step, **{k: float(v) for k, v in (logs or {}).items() if is_measure(k)}}
         if len(line) == 1:
             return
-        if self._progress is not None:
+        if self._progress is not None and self._trainer is not None:
+            seconds = time.perf_counter() - self._start
+            self.tokens_per_second = self._trainer.total_tokens() / max(1e-9, seconds)
+            most = max(processes.gather(max(self._memory, memory())))
             line |= {
-                "tokens_per_second": round(self.tokens_per_second(), 1),
-                "seconds": round(time.perf_counter() - self._start, 3),
+                "tokens_per_second": round(self.tokens_per_second, 1),
+                "seconds": round(seconds, 3),
+                "peak_memory": most,
             }
+            shown = {"speed": f"{self.tokens_per_second:.0f}", "memory": f"{most / 1e9:.1f} GB"}
             if "loss" in line:
-                self._progress.update(self._task, loss=f"{line['loss']:.3f}")
-            shown = [name for name in (self._trainer.task.shown if self._trainer else ()) if f"eval_{name}" in line]
-            if shown:
-                measures = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in shown)
-                self._progress.update(self._task, measures=measures)
+                shown["loss"] = f"{line['loss']:.3f}"
+            measured = [name for name in self._trainer.task.shown if f"eval_{name}" in line]
+            if measured:
+                shown["measures"] = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in measured)
+            self._progress.update(self._task, **shown)
         self.history.append(line)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with processes.together():
+            if processes.is_main():
+                kept = self._trainer.kept() if self._trainer is not None else ""
+                with telling_of_full_disks(self._path, kept), self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Take the bar away, also after an error."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+
+
+def check_reports(names: Sequence[str]) -> None:
+    """Raise unless everything that a run is to report to is known to transformers, and installed.
+
+    Raises:
+        SpectuneError: it is not; the nearest name, or what to install, is named.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise SpectuneError(f"report_to={name} is not known{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError):
+            package = name.replace("_", "-")
+            raise SpectuneError(
+                f"report_to={name} needs a package that is not installed: pip install {package}"
+            ) from None
+
+
+def memory() -> int:
+    """Return the bytes that this process takes: at most so far on a CUDA device, now in main memory without one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def _lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the lines of a log up to a step; one that was cut off ends it."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["step"] <= step:
+            lines.append(line)
+    return lines
 
 
 def is_measure(key: str) -> bool:

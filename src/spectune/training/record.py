@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -14,13 +15,15 @@ import yaml
 
 from spectune.adapters.files import write_atomically
 from spectune.errors import SpectuneError
+from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data import Record
 
 # a resumed run would not be the same run with another of these
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
-_MEANING += ("batch_size", "accumulate", "max_length", "completion_only", "seed", "dtype")
+_MEANING += ("max_length", "completion_only", "seed", "dtype")
 _MEANING += ("beta", "dpo_loss", "label_smoothing", "columns")
+_STEP = ("batch_size", "accumulate", "processes")  # whose product is the examples of a step, and has a meaning
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 
 
@@ -29,6 +32,7 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
     output.mkdir(parents=True, exist_ok=True)
     packages = ("spectune", "torch", "transformers", "safetensors")
     run = {
+        "processes": processes.count(),
         "data": {"examples": len(records), "sha256": _digest(records)},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
@@ -49,22 +53,30 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
 
 
 def read_run(output: Path) -> Mapping[str, Any]:
-    """Return the configuration that a run folder holds.
+    """Return the configuration that a run folder holds, and the number of "processes".
 
     Raises:
         SpectuneError: there is none that can be read.
     """
+    path = output / "config.yaml"
     try:
-        return yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SpectuneError(f"cannot read {output / 'config.yaml'} of the run to resume: {error}") from None
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        path = output / "run.json"
+        return {**config, "processes": json.loads(path.read_text(encoding="utf-8"))["processes"]}
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        raise SpectuneError(f"cannot read {path} of the run to resume: {error}") from None
 
 
 def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Return the keys that changed and make it another run, and the others that changed."""
-    now = config.model_dump()
+    """Return what changed and makes it another run, and what else did."""
+    now = {**config.model_dump(), "processes": processes.count()}
+    examples = [math.prod(int(run.get(key) or 1) for key in _STEP) for run in (before, now)]
+    meaning = _MEANING if examples[0] == examples[1] else (*_MEANING, *_STEP)
     keys = [key for key in now if key not in _INCIDENTAL and before.get(key) != now[key]]
-    return [key for key in keys if key in _MEANING], [key for key in keys if key not in _MEANING]
+    named = {
+        key: f"number of processes ({now[key]}, not {before.get(key)})" if key == "processes" else key for key in keys
+    }
+    return [named[key] for key in keys if key in meaning], [named[key] for key in keys if key not in meaning]
 
 
 def _digest(records: Sequence[Record]) -> str:

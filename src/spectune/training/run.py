@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG
+from spectune.adapters.files import CONFIG, telling_of_full_disks
 from spectune.errors import SpectuneError
 from spectune.model import adapt, extract
+from spectune.spectral import cache
+from spectune.training import processes
+from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record, read, split
-from spectune.training.progress import Interrupted, RunLog, is_measure
+from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.record import changed, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
@@ -65,17 +68,27 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     Raises:
         SpectuneError: bad data, a wrong value, an output folder in use, or a loss that is not finite.
     """
+    processes.start(config.device)
     output = Path(config.output)
-    if (output / CONFIG).exists() and not (config.resume or config.overwrite):
-        raise SpectuneError(f"{output} holds an adapter already: give another output, overwrite=true or resume=true")
     task = make_task(config)
-    records = read(config.data, task)
-    if config.eval_data is not None:
-        held = read(config.eval_data, task)
-    else:
-        records, held = split(records, config.held_out, config.seed)
-    model, tokenizer = task.load(records, held)
+    with processes.together():
+        _check_output(config, output)
+        records = read(config.data, task)
+        if config.eval_data is not None:
+            held = read(config.eval_data, task)
+        else:
+            records, held = split(records, config.held_out, config.seed)
+        model, tokenizer = task.load(records, held)
     return train_model(config, model, tokenizer, records, held, console)
+
+
+def _check_output(config: TrainConfig, output: Path) -> None:
+    if config.resume or config.overwrite:
+        return
+    if (output / CONFIG).exists():
+        raise SpectuneError(f"{output} holds an adapter already: give another output, overwrite=true or resume=true")
+    if checkpoints(output):
+        raise SpectuneError(f"{output} holds an unfinished run: go on with resume=true, or give overwrite=true")
 
 
 def train_model(
@@ -91,25 +104,33 @@ def train_model(
     Raises:
         SpectuneError: as `train`.
     """
-    console = console or Console(stderr=True)
+    processes.start(config.device)
+    console = (console or Console(stderr=True)) if processes.is_main() else Console(quiet=True)
     output = Path(config.output)
-    checkpoint = _checkpoint(output) if config.resume else None
-    if checkpoint is not None:
-        _report_changes(config, output, console)
+    with processes.together():
+        _check_sharding(config)
+        check_reports(config.reports())
+        checkpoint = _checkpoint(output, console) if config.resume else None
+        if checkpoint is not None:
+            _report_changes(config, output, console)
     limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
     task = make_task(config)
     learned = task.encode(records, model, tokenizer, limit)
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
-    set_seed(config.seed)
     start = time.perf_counter()
     _adapt(config, model)
     setup = time.perf_counter() - start
-    write_run(config, output, [*records, *held], task.files(model))
-    log = RunLog(output, console, keep=config.resume)
+    with processes.together(), telling_of_full_disks(output, "free some space and start again"):
+        if processes.is_main():
+            if checkpoint is None:
+                for old in output.glob("*checkpoint-*"):  # of a run that this one replaces
+                    shutil.rmtree(old, ignore_errors=True)
+            write_run(config, output, [*records, *held], task.files(model))
+        log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
         model=model,
-        args=_arguments(config, model.device, evaluated is not None, task),
+        args=_arguments(config, model, evaluated is not None, task),
         train_dataset=learned.examples,
         eval_dataset=evaluated.examples if evaluated else None,
         data_collator=task.collator(model, tokenizer),
@@ -118,10 +139,14 @@ def train_model(
     )
     trainer.remove_callback(PrinterCallback)
     log.watch(trainer)
-    before = _evaluate(trainer) if evaluated else {}
+    before = _before(log) if checkpoint is not None else {}
+    if evaluated and not before:
+        before = _evaluate(trainer)
+    set_seed(config.seed + processes.rank())  # what a process drops is its own affair
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.check_loss()
     finally:
         log.close()
     if log.interrupted:
@@ -129,21 +154,49 @@ def train_model(
             f"interrupted at step {trainer.state.global_step}; saved {trainer.last_checkpoint}, go on with resume=true"
         )
     seconds = time.perf_counter() - start
-    speed = trainer.tokens / seconds
+    speed = trainer.total_tokens() / seconds
     after = _evaluate(trainer) if evaluated else {}
     model.eval()
     adapter = extract(model)
-    adapter.save(output)
-    plot_curve(log.history, output / "curve.png", f"{config.model}, {config.method}", task.unit, task.shown)
+    with processes.together():
+        if processes.is_main():
+            with telling_of_full_disks(output, f"{trainer.kept()}; free some space and go on with resume=true"):
+                adapter.save(output)
+                title = f"{config.model}, {config.method}"
+                plot_curve(log.history, output / "curve.png", title, task.unit, task.shown)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
 
 
 def _adapt(config: TrainConfig, model: Any) -> None:
     overrides: Any = config.overrides
-    adapt(model, config.parsed_method(), config.targets, config.exclude, overrides)
+
+    def adapted() -> None:
+        set_seed(config.seed)  # the adapter starts the same in every process
+        adapt(model, config.parsed_method(), config.targets, config.exclude, overrides)
+
+    if cache.directory() is None:
+        with processes.together():
+            adapted()
+    else:
+        processes.main_first(adapted)
     if config.gradient_checkpointing:  # under its new name where transformers has it
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.train()
+    if processes.wants_shards(config.fsdp):
+        processes.shard(model)
+
+
+def _check_sharding(config: TrainConfig) -> None:
+    if config.fsdp and processes.count() == 1:
+        raise SpectuneError(
+            "fsdp=true shards over several processes, and this is one: torchrun --nproc-per-node 2 -m spectune"
+        )
+
+
+def _before(log: RunLog) -> dict[str, float]:
+    """Return what a resumed run measured before its first step."""
+    first = log.history[0] if log.history and log.history[0]["step"] == 0 else {}
+    return {k.removeprefix("eval_"): v for k, v in first.items() if k.startswith("eval_")}
 
 
 def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
@@ -151,7 +204,9 @@ def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
 
 
-def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, task: Task) -> TrainingArguments:
+def _arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+    on_cpu = model.device.type == "cpu"
+    skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
     return TrainingArguments(
         output_dir=config.output,
@@ -172,23 +227,30 @@ def _arguments(config: TrainConfig, device: torch.device, evaluates: bool, task:
         load_best_model_at_end=config.best or config.patience is not None,
         metric_for_best_model=task.best_metric,  # the greater the better, unless it ends in "loss"
         logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,  # which would wait for the device, and hide what the trainer looks for
         seed=config.seed,
-        report_to=config.report_to or "none",
+        data_seed=config.seed,
+        report_to=config.reports() or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_broadcast_buffers=False,  # bases are the same everywhere
+        ddp_find_unused_parameters=skips,
         prediction_loss_only=True,
         train_sampling_strategy="group_by_length" if task.by_length else "random",
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
     )
 
 
-def _checkpoint(output: Path) -> str:
-    found = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+def _checkpoint(output: Path, console: Console) -> Path:
+    found = checkpoints(output, console)
     if not found:
         raise SpectuneError(f"there is no checkpoint in {output} to resume from; run without resume=true")
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2])))
+    return found[-1]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _report_changes(config: TrainConfig, output: Path, console: Console) -> None:
@@ -196,11 +258,14 @@ def _report_changes(config: TrainConfig, output: Path, console: Console) -> None
     fatal, other = changed(read_run(output), config)
     if fatal:
         raise SpectuneError(
-            f"cannot resume {output} with another {', '.join(fatal)}; give the values of {output / 'config.yaml'}, "
-            "or start anew with overwrite=true"
+            f"cannot resume {output} with another {', '.join(fatal)}; give the values of {output / 'config.yaml'} "
+            "(batch_size and accumulate may change where a step keeps its number of examples), or start anew with "
+            "overwrite=true"
         )
     if other:
         console.print(f"resuming with changed {', '.join(other)}", style="yellow", highlight=False)
+    if any("processes" in key for key in other):
+        console.print("the result is the same up to rounding, and to what dropout draws", style="yellow")
 
 
 def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit: int) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.shards import whole
+from spectune.training import processes
+from spectune.training.batches import BLANK, IGNORE, BlankCollator, EvenSampler, WithBlanks
 from spectune.training.checkpoints import AdapterCheckpoints
 
 if TYPE_CHECKING:
@@ -41,9 +48,11 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         self.adapter_name = adapter_name
         self.group_lr = dict(group_lr or {})
         self.model_accepts_loss_kwargs = True  # so that the items of a step are counted
-        self._loss_shifts_labels = False
-        self.tokens = 0
-        self._evaluated: dict[str, Tensor] = {}
+        self._tokens: Any = 0  # a tensor where the device counts them, which nobody waits for
+        self._tr_loss: Any = 0.0
+        self._order: EvenSampler | None = None
+        if self.args.world_size > 1:
+            self.data_collator = BlankCollator(self.data_collator, self.train_dataset[0])  # type: ignore[index]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW, with a group of its own for each tensor name that has its own learning rate.
@@ -72,39 +81,127 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     ) -> Any:
         """Return the sum of the task's losses over the items of the batch, divided by those of the whole step.
 
-        Raises:
-            SpectuneError: the loss is not finite; the last checkpoint is named and kept.
+        With several processes it is multiplied by their number, because gradients are averaged over them.
         """
-        sums = self.task.sums(model, dict(inputs))
-        loss = sums["loss"] / (num_items_in_batch if num_items_in_batch is not None else sums["items"])
-        if not torch.isfinite(loss):
-            raise SpectuneError(self._not_finite(float(loss.detach())))
-        if model.training:
-            self.tokens += _token_count(inputs)
+        sums = self._sums(model, inputs)
+        if num_items_in_batch is None:
+            loss = sums["loss"] / sums["items"]
+        else:
+            loss = sums["loss"] * (self.args.world_size / num_items_in_batch)
+        if model.training and not inputs.get(BLANK):
+            self._tokens = self._tokens + _token_count(inputs)
         return (loss, sums) if return_outputs else loss
 
-    def _not_finite(self, loss: float) -> str:
-        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
-        return f"the loss became {loss} at step {self.state.global_step + 1}: lower the learning rate ({kept})"
+    def _sums(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = dict(inputs)
+        blank = inputs.pop(BLANK, False)
+        sums = self.task.sums(model, inputs)
+        return {key: value * 0 for key, value in sums.items()} if blank else sums
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate, and report the task's metrics of the sums over all batches."""
-        self._evaluated = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = {key: self.accelerator.reduce(value) for key, value in self._evaluated.items()}
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self.task.metrics(sums).items()})  # type: ignore[union-attr]
-        return output
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
+        """Count the items of the loss in an optimizer step, over all processes."""
+        counts = [(batch["labels"] != IGNORE).sum() for batch in batch_samples if not batch.get(BLANK)]
+        return self.accelerator.reduce(torch.as_tensor(sum(counts), device=device))  # type: ignore[return-value]
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Add the sums of a batch up."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, sums = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        for key, value in sums.items():
-            before = self._evaluated.get(key)
-            self._evaluated[key] = value if before is None else before + value
-        return loss, None, None
+    def total_tokens(self) -> int:
+        """Return the tokens that all processes have trained on; every process must ask for it."""
+        return round(processes.total(float(self._tokens))[0])
+
+    # -- what must not go unseen: looked at where the loss is read anyway, so that no forward pass waits for it
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, unless the loss is not finite.
+
+        Raises:
+            SpectuneError: it is not; the last checkpoint is named and kept.
+        """
+        self._check("loss", logs.get("loss", 0.0))
+        super().log(logs, *args, **kwargs)
+
+    def check_loss(self) -> None:
+        """Raise unless the loss of every step so far was finite.
+
+        Raises:
+            SpectuneError: it was not; the last checkpoint is named and kept.
+        """
+        self._check("loss", processes.total(float(self._tr_loss))[0])
+
+    def _check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise SpectuneError(
+                f"the {what} became {value} at step {self.state.global_step}: lower the learning rate ({self.kept()})"
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_loss()
+        norms = [p.detach().float().norm() for p in self.model.parameters() if p.requires_grad]
+        self._check(
+            "adapter", float(whole(torch.stack(norms).sum()))
+        )  # a gradient can be infinite where the loss is not
+        super()._save_checkpoint(model, trial)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return whole(super()._clip_grad_norm(model))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():  # the other name of this argument has other defaults
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return super()._prepare_for_training(*args, **kwargs)
+
+    # -- the same batches and measures, whatever the number of processes
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1:
+            dataset = WithBlanks(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.world_size > 1:
+            sampler = self._order = EvenSampler(sampler, self._even, self.args.seed)
+        return sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where transformers takes one step more
+            self.control.should_training_stop = True
+            return
+        if self._order is not None:  # accelerate does not find it behind the batches that a resumed run skips
+            self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return EvenSampler(SequentialSampler(eval_dataset), self._even if self.args.world_size > 1 else 1)
+
+    @property
+    def _even(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.world_size
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Add the task's sums up over all batches of all processes, and report its metrics of them.
+
+        transformers' own loop weighs batches and not items, counts some examples twice on several processes, and marks
+        a model so that a later `train` does not wrap it in DDP.
+
+        Raises:
+            SpectuneError: the loss is not finite.
+        """
+        self.model.eval()
+        totals: dict[str, Tensor] = {}
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for key, value in self._sums(self.model, inputs).items():
+                    totals[key] = totals[key] + value if key in totals else value
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        totals = {key: self.accelerator.reduce(value) for key, value in totals.items()}  # type: ignore[misc]
+        measures = self.task.metrics(totals)
+        self._check("held-out loss", measures.get("loss", 0.0))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in measures.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
 
 
-def _token_count(inputs: Any) -> int:
+def _token_count(inputs: Any) -> Any:
     mask = inputs.get("attention_mask")
-    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+    return mask.sum() if mask is not None else inputs["input_ids"].numel()

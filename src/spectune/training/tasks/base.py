@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from spectune.bases import default_device, load_base
+from spectune.bases import load_base
 from spectune.errors import SpectuneError
+from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data import Encoded, Record
 
@@ -52,7 +53,7 @@ class Task:
             SpectuneError: a model that is not of the kind that the task trains.
         """
         config = self.config
-        device = config.device or default_device()
+        device = processes.load_device(config.device, config.fsdp)
         trust = config.trust_remote_code
         model, tokenizer = load_base(config.model, config.dtype, device=device, trust_remote_code=trust)
         if not model.can_generate():

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases import default_device, load_base
+from spectune.bases import load_base
 from spectune.classifiers import context, label_names, pad, tokenize
 from spectune.errors import SpectuneError
 from spectune.methods.head import Head
+from spectune.training import processes
 from spectune.training.data import Encoded, Record
 from spectune.training.tasks.base import Task
 from spectune.training.trainer import AdapterTrainer
@@ -46,7 +47,7 @@ class Classify(Task):
         if len(labels) < 2:
             raise SpectuneError(f"the training data has one label only, {labels[0]!r}; there is nothing to tell apart")
         _check_labels(held, labels)
-        device = config.device or default_device()
+        device = processes.load_device(config.device, config.fsdp)
         trust = config.trust_remote_code
         return load_base(config.model, config.dtype, device=device, labels=labels, trust_remote_code=trust)
 

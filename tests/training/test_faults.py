@@ -1,0 +1,215 @@
+"""What may go wrong while a run writes: killed at any moment, a full disk, damaged files, missing packages."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import spectune
+from spectune.errors import SpectuneError
+from spectune.training import checkpoints as checkpoints_module
+from spectune.training import progress
+from spectune.training.checkpoints import checkpoints
+from spectune.training.config import load_config
+from spectune.training.run import train
+from spectune.training.trainer import AdapterTrainer
+from training.folder import save_folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder):
+    data = tmp_path / "data.jsonl"
+    records = [{"prompt": f"what is {n}", "completion": f"ahoy {n}"} for n in ["one", "two", "three", "four"] * 6]
+    data.write_text("\n".join(map(json.dumps, records)))
+    given = [f"model={model_folder}", f"data={data}", f"output={tmp_path / 'out'}"]
+    return [*given, "held_out=0.25", "dtype=fp32", "device=cpu", "save_steps=5"]
+
+
+def run(settings, *more):
+    return train(load_config(None, [*settings, *more]))
+
+
+class Killed(BaseException):
+    """As after kill -9, nothing is tidied up."""
+
+
+WRITES = ((os, "replace"), (os, "fsync"), (torch, "save"), (checkpoints_module, "save_file"), (Path, "write_bytes"))
+
+
+def dying_at(number, patch):
+    """Die at this call of something that writes, counted from 1, and return the calls so far."""
+    calls = []
+
+    def wrapped(original):
+        def call(*args, **kwargs):
+            calls.append(original)
+            if len(calls) >= number:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    def leave(path, *args, original=shutil.rmtree, **kwargs):
+        return None if len(calls) >= number else original(path, *args, **kwargs)
+
+    for owner, name in WRITES:
+        patch.setattr(owner, name, wrapped(getattr(owner, name)))
+    patch.setattr(checkpoints_module.shutil, "rmtree", leave)
+    return calls
+
+
+def test_killed_at_any_write_of_a_checkpoint_the_one_before_loads(settings, tmp_path, monkeypatch, capsys):
+    trainers = []
+    original = AdapterTrainer.__init__
+    monkeypatch.setattr(
+        AdapterTrainer, "__init__", lambda self, *a, **k: (trainers.append(self), original(self, *a, **k))[1]
+    )
+    run(settings, "max_steps=6")
+    trainer, out = trainers[0], tmp_path / "out"
+    shutil.rmtree(out / "checkpoint-6")
+    before = {path.name: path.read_bytes() for path in (out / "checkpoint-5").iterdir()}
+    trainer.state.global_step = 10
+    for number in range(1, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = dying_at(number, patch)
+            try:
+                trainer._save_checkpoint(None, None)
+            except Killed:
+                pass
+            else:
+                break
+        whole = [path.name for path in checkpoints(out)]
+        assert whole in (["checkpoint-5"], ["checkpoint-5", "checkpoint-10"])
+        assert {path.name: path.read_bytes() for path in (out / "checkpoint-5").iterdir()} == before
+        for path in checkpoints(out):
+            trainer._load_from_checkpoint(str(path))
+            trainer._load_optimizer_and_scheduler(str(path))
+            spectune.Adapter.load(path)
+    assert len(calls) > 15
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-5", "checkpoint-10"]
+
+
+def test_half_written_checkpoints_are_left_out_with_a_notice(settings, tmp_path, capsys):
+    whole = run(settings, "max_steps=10")
+    out = tmp_path / "out"
+    (out / "checkpoint-10" / "scheduler.pt").unlink()
+    (out / ".checkpoint-15.partial").mkdir()
+    resumed = run(settings, "max_steps=10", "resume=true")
+    told = capsys.readouterr().err
+    assert "checkpoint-10 was not written to its end and is left out" in told
+    assert ".checkpoint-15.partial was not written to its end" in told
+    for name, layer in whole.adapter.layers.items():
+        assert torch.equal(layer.terms[0].trained["z"], resumed.adapter.layers[name].terms[0].trained["z"])
+    assert [line["step"] for line in resumed.history] == [0, *range(1, 11), 10]
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, *range(1, 11), 10]
+    assert resumed.before == whole.before
+
+
+def test_a_damaged_checkpoint_is_named(settings, tmp_path):
+    run(settings, "max_steps=5")
+    path = tmp_path / "out" / "checkpoint-5" / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SpectuneError, match=r"checkpoint-5 is damaged .*delete it to go on from the one before"):
+        run(settings, "max_steps=10", "resume=true")
+
+
+def test_an_unfinished_run_is_not_overwritten_unasked(settings, tmp_path):
+    run(settings, "max_steps=5")
+    (tmp_path / "out" / "adapter_config.json").unlink()
+    with pytest.raises(SpectuneError, match="holds an unfinished run: go on with resume=true"):
+        run(settings, "max_steps=3")
+    run(settings, "max_steps=3", "overwrite=true")
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_sentence_that_names_what_is_kept(settings, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        original = torch.save
+        patch.setattr(torch, "save", lambda x, path: full() if "checkpoint-10" in str(path) else original(x, path))
+        with pytest.raises(SpectuneError, match=r"-10 cannot be written \(No space left on device\).*-5; free"):
+            run(settings, "max_steps=10")
+    assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-5"}
+    with monkeypatch.context() as patch:
+        patch.setattr("spectune.training.run.plot_curve", full)
+        with pytest.raises(SpectuneError, match=r"out cannot be written \(No space left.*-10; free some space"):
+            run(settings, "max_steps=10", "resume=true")
+    assert run(settings, "max_steps=10", "resume=true").steps == 10
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypatch):
+    original = AdapterTrainer._clip_grad_norm
+
+    def explode(self, model):
+        if self.state.global_step == 4:
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+        return original(self, model)
+
+    monkeypatch.setattr(AdapterTrainer, "_clip_grad_norm", explode)
+    with pytest.raises(SpectuneError, match=r"the adapter became nan at step 5: .*no checkpoint yet"):
+        run(settings, "max_steps=10")
+    assert checkpoints(tmp_path / "out") == []
+
+
+def test_memory_is_in_the_log(settings):
+    lines = run(settings, "max_steps=2").history
+    assert all(line["peak_memory"] > 1e7 for line in lines if "loss" in line)
+
+
+def test_tensorboard_gets_the_losses(settings, tmp_path):
+    pytest.importorskip("tensorboardX")
+    run(settings, "max_steps=2", "held_out=0", "report_to=tensorboard")
+    events = [path.read_bytes() for path in (tmp_path / "out").rglob("events.out.tfevents*")]
+    assert any(b"train/loss" in content for content in events)
+
+
+def test_what_cannot_be_reported_to_is_told_before_anything_is_done(settings, tmp_path, monkeypatch):
+    with pytest.raises(SpectuneError, match="report_to=tensorbord is not known; did you mean 'tensorboard'"):
+        run(settings, "report_to=tensorbord")
+
+    class Missing:
+        def __init__(self):
+            raise RuntimeError("TrackioCallback requires trackio to be installed.")
+
+    monkeypatch.setitem(progress.INTEGRATION_TO_CALLBACK, "trackio", Missing)
+    with pytest.raises(SpectuneError, match=r"report_to=trackio needs a package .*: pip install trackio$"):
+        run(settings, "report_to=[trackio]")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_real_kill_and_a_real_limit(settings, tmp_path):
+    """kill -9 as checkpoint-10 gets its name, and a file that may not grow."""
+    kill = (
+        "import os, signal, sys; original = os.replace\n"
+        "def replace(a, b):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith('checkpoint-10') else original(a, b)\n"
+        "os.replace = replace; from spectune.cli import main; main()"
+    )
+    command = [sys.executable, "-c", kill, "train", *settings, "max_steps=10"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-5"]
+    assert run(settings, "max_steps=10", "resume=true").steps == 10
+    limited = " ".join(
+        ["ulimit -f 4;", sys.executable, "-m spectune train", *settings, "max_steps=5", "overwrite=true"]
+    )
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written (File too large" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

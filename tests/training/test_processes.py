@@ -1,0 +1,102 @@
+"""Two processes, started by torchrun as a user would: the same losses as one, one writer, and nobody left waiting."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import spectune
+from spectune.errors import SpectuneError
+from spectune.training.config import load_config
+from spectune.training.run import train
+from training.folder import NUMBERS, save_folder
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def settings(tmp_path, model_folder):
+    """Examples of several lengths, and so many that the last batch is not full."""
+    data = tmp_path / "data.jsonl"
+    records = [
+        {"prompt": f"what is {n}", "completion": " ".join(NUMBERS[: 1 + i % 7])} for i, n in enumerate(NUMBERS * 3)
+    ]
+    data.write_text("\n".join(map(json.dumps, records)))
+    return [f"model={model_folder}", f"data={data}", "held_out=0.17", "dtype=fp32", "device=cpu", "lr=2e-2"]
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+    paths = os.pathsep.join([str(TESTS), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False, timeout=300
+    )
+
+
+def scenarios(names, folder, settings):
+    done = torchrun(TESTS / "training" / "two_processes.py", names, folder, "batch_size=4", "max_steps=8", *settings)
+    assert {path.name for path in folder.glob("done-*")} == {"done-0", "done-1"}, done.stderr[-4000:]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tmp_path):
+    settings += ["method=adalora:rank=2,interval=1", "epochs=2", "save_steps=5"]
+    one = train(load_config(None, [*settings, f"output={tmp_path / 'one'}", "batch_size=8"]))
+    two = [*settings, f"output={tmp_path / 'two'}", "batch_size=2", "accumulate=2", "--json"]
+    done = torchrun("-m", "spectune", "train", *two)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # of one process
+    assert told["held_out_loss_before"] == pytest.approx(one.loss_before, abs=1e-5)
+    assert told["held_out_loss_after"] == pytest.approx(one.loss_after, abs=1e-5)
+    assert "Warning" not in done.stderr.replace("Setting OMP_NUM_THREADS", "")
+    ours, theirs = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
+    tokens = [line["tokens_per_second"] * line["seconds"] for line in (ours[-2], theirs[-2])]
+    assert tokens[0] == pytest.approx(tokens[1], rel=1e-2)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in (tmp_path / "two" / "checkpoint-5").iterdir()}
+    loaded = spectune.Adapter.load(tmp_path / "two")
+    for name, layer in one.adapter.layers.items():
+        for key, tensor in layer.terms[0].trained.items():
+            torch.testing.assert_close(loaded.layers[name].terms[0].trained[key], tensor, atol=1e-5, rtol=1e-4)
+    more = [*settings, f"output={tmp_path / 'two'}", "resume=true"]
+    with pytest.raises(SpectuneError, match=r"another batch_size, accumulate, number of processes \(1, not 2\)"):
+        train(load_config(None, [*more, "batch_size=4"]))
+    resumed = train(load_config(None, [*more, "batch_size=8"]))  # on one process, from step 8
+    assert resumed.loss_after == pytest.approx(one.loss_after, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_says_what_went_wrong(settings, tmp_path):
+    done = torchrun("-m", "spectune", "train", *settings, f"output={tmp_path / 'out'}", "data=nowhere.jsonl")
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("error: cannot read nowhere.jsonl") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_signals_and_faults_reach_all(settings, tmp_path):
+    scenarios("interrupted,not_finite,full_disk,other_process_fails", tmp_path, settings)
+
+
+@pytest.mark.slow
+def test_sharded_models_train_and_resume_as_whole_ones(settings, tmp_path):
+    scenarios("sharded", tmp_path, settings)
+
+
+def test_one_process_cannot_shard(settings, tmp_path):
+    with pytest.raises(SpectuneError, match="fsdp=true shards over several processes"):
+        train(load_config(None, [*settings, f"output={tmp_path / 'out'}", "fsdp=true"]))
