@@ -580,3 +580,24 @@ def test_what_was_trained_in_16_bits_is_the_same_update_in_32(tmp_path, method, 
         spectune.attach(base(dtype), in_32)
     embedded = Adapter.load(made(method, base(torch.float32)).save(tmp_path / "32", bases="embed"))
     spectune.attach(base(dtype), embedded)
+
+
+def test_the_sketch_of_a_base_is_kept_until_it_is_written_to(tmp_path, monkeypatch):
+    made = []
+    original = fingerprint._sketch
+    monkeypatch.setattr(fingerprint, "_sketch", lambda *a: (made.append(a), original(*a))[1])
+    for architecture in (tiny.llama, tiny.gpt2):  # gpt2's weights are views of parameters
+        model = spectune.adapt(architecture(), "svf")
+        layers = list(spectune.extract(model).layers)
+        first = spectune.extract(model).save(tmp_path / "first")
+        count = len(made)
+        assert count == 3 * len(layers)
+        spectune.extract(model).save(tmp_path / "second")
+        assert len(made) == count
+        with torch.no_grad():
+            model.get_submodule(layers[0]).weight.mul_(2)
+        changed = spectune.extract(model).save(tmp_path / "third")
+        assert len(made) == count + 3
+        before, after = (spectune.Adapter.load(path).layers[layers[0]].base_sketch for path in (first, changed))
+        torch.testing.assert_close(after[0], 2 * before[0])
+        made.clear()

@@ -33,18 +33,19 @@ def start(device: str | None = None) -> torch.device:
         SpectuneError: a device with a number, of which each process needs its own, or one on which they cannot talk.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    chosen = torch.device("cpu" if on_cpu else device) if on_cpu or device else default_device()
+    if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        device = "cpu"
+    chosen = torch.device(device) if device else default_device()
     if launched == 1 and not dist.is_initialized():
         return chosen
     if chosen.index is not None:
         raise SpectuneError(f"device={device} is for one process; with {launched} give device={chosen.type}")
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":  # the sharding is ours
         _talk["fsdp"] = True
-    state = PartialState(cpu=chosen.type == "cpu")
-    if not dist.is_initialized() or state.device.type != chosen.type:
+    own: Any = PartialState(cpu=chosen.type == "cpu").device
+    if not dist.is_initialized() or own.type != chosen.type:
         raise SpectuneError(f"{launched} processes cannot train together on {chosen.type}; give device=cpu")
-    return state.device
+    return own
 
 
 def load_device(device: str | None, sharded: bool) -> torch.device:
@@ -145,7 +146,8 @@ def shard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Basis):
             module.as_parameters()
-    mesh = dist.init_device_mesh(PartialState().device.type, (count(),))
+    own: Any = PartialState().device
+    mesh = dist.init_device_mesh(own.type, (count(),))
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in blocks:

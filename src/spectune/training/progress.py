@@ -116,7 +116,7 @@ class RunLog(TrainerCallback):
                 "seconds": round(seconds, 3),
                 "peak_memory": most,
             }
-            shown = {"speed": f"{self.tokens_per_second:.0f}", "memory": f"{most / 1e9:.1f} GB"}
+            shown: dict[str, Any] = {"speed": f"{self.tokens_per_second:.0f}", "memory": f"{most / 1e9:.1f} GB"}
             if "loss" in line:
                 shown["loss"] = f"{line['loss']:.3f}"
             measured = [name for name in self._trainer.task.shown if f"eval_{name}" in line]
