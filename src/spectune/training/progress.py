@@ -57,7 +57,8 @@ class RunLog(TrainerCallback):
         if processes.is_main():
             text = "".join(json.dumps(line) + "\n" for line in self.history)
             write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
-        self.interrupted = False
+        self.interrupted = False  # as all processes agree at the end of a step
+        self._signalled = False
         self.tokens_per_second = 0.0
         self._memory = 0
         self._handlers: dict[int, Any] = {}
@@ -91,13 +92,13 @@ class RunLog(TrainerCallback):
 
     def _interrupt(self, number: int, frame: Any) -> None:
         """Let the step end and save; a second signal stops at once."""
-        self.interrupted = True
+        self._signalled = True
         signal.signal(number, self._handlers.pop(number))
         self._console.print("stopping after this step", style="yellow")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.interrupted = bool(processes.total(self.interrupted)[0])
-        if self.interrupted:
+        if processes.total(self._signalled)[0]:
+            self.interrupted = True
             control.should_save = control.should_training_stop = True
         self._memory = max(self._memory, memory())
         if self._progress is not None:

@@ -208,7 +208,7 @@ def _arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> 
     on_cpu = model.device.type == "cpu"
     skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output,
         learning_rate=config.learning_rate(),
         num_train_epochs=config.epochs,
@@ -240,6 +240,8 @@ def _arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> 
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process, one device: DataParallel would cut up packed rows
+    return arguments
 
 
 def _checkpoint(output: Path, console: Console) -> Path:
