@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import spectune
+from spectune.cli import main
 from spectune.errors import SpectuneError
 from spectune.training import checkpoints as checkpoints_module
 from spectune.training import progress
@@ -165,6 +167,24 @@ def test_an_adapter_that_is_not_finite_is_not_saved(settings, tmp_path, monkeypa
     with pytest.raises(SpectuneError, match=r"the adapter became nan at step 5: .*no checkpoint yet"):
         run(settings, "max_steps=10")
     assert checkpoints(tmp_path / "out") == []
+
+
+def test_the_command_says_how_to_go_on_after_an_interrupt(settings, monkeypatch, capsys):
+    original = AdapterTrainer.training_step
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", interrupt)
+    monkeypatch.setattr(sys, "argv", ["spectune", "train", *settings, "max_steps=9"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    told = "".join(capsys.readouterr().err.split())
+    assert "interruptedatstep3;saved" in told
+    assert "goonwithresume=true" in told
 
 
 def test_memory_is_in_the_log(settings):

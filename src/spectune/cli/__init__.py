@@ -60,7 +60,6 @@ def main() -> None:
         say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        let_the_main_process_speak(1)
         say_error(str(interrupt) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import JSON, print_json
+from spectune.cli.shared import JSON, let_the_main_process_speak, print_json, say_error
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
 
@@ -39,10 +39,16 @@ def train(
     config = load_config(*_file_and_pairs(settings or []))
     from spectune.training import processes
     from spectune.training.curve import spoken
+    from spectune.training.progress import Interrupted
     from spectune.training.run import train as train_
 
     console = Console(stderr=True)
-    result = train_(config, console)
+    try:
+        result = train_(config, console)
+    except Interrupted as interrupt:  # typer would end without a word
+        let_the_main_process_speak(1)
+        say_error(str(interrupt))
+        raise typer.Exit(130) from None
     main = processes.is_main()
     processes.finish()
     if not main:
