@@ -52,10 +52,11 @@ def fails(monkeypatch, capsys, *arguments):
     return " ".join(output.err.split())
 
 
-@pytest.mark.parametrize(
-    "command",
-    "demo methods train generate classify chat compose export import plan spectrum cache".split() + [""],
-)
+COMMANDS = ["", "demo", "methods", "train", "generate", "classify", "chat", "compose", "export", "import", "cache"]
+COMMANDS += ["plan", "spectrum"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     assert "Usage" in run(*filter(None, [command]), "--help").output
 

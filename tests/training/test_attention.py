@@ -6,7 +6,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from spectune.training.attention import NAME, packed_attention
 from spectune.training.batches import Packer
-from spectune.training.data import encode
+from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 
 RECORDS = [

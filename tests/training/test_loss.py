@@ -8,8 +8,8 @@ from transformers import GraniteConfig, GraniteForCausalLM
 import spectune
 from spectune.training import loss as loss_module
 from spectune.training.batches import Packer
-from spectune.training.data import encode
 from spectune.training.loss import IGNORE, cross_entropy_sum
+from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 
 RECORDS = [{"prompt": "one plus two is", "completion": "three"}, {"text": "ahoy"}, {"text": "say hello and ahoy and"}]

@@ -146,7 +146,7 @@ def load_peft(path: Path) -> Adapter:
             raise SpectuneError(f"{path} was saved by PEFT with {key}={config[key]!r:.60}, which no adapter here holds")
     base = entry.take("base_model_name_or_path", str, type(None))
     grouped: dict[str, dict[str, Tensor]] = {}
-    whole = config.get("modules_to_save") or []
+    whole = entry.take("modules_to_save", list, type(None)) or []
     for key, tensor in read_tensors(path, config).items():
         name, part = _split(key, path, whole)
         grouped.setdefault(name, {})[part] = tensor

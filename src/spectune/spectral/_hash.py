@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -12,7 +13,8 @@ from torch import Tensor
 def tensor_digest(tensor: Tensor) -> str:
     """Return a hexadecimal digest of a tensor's shape, dtype and bytes, at the speed of memory."""
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-    digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    data: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    digest.update(data)
     return digest.hexdigest()
 
 

@@ -65,6 +65,10 @@ class TrainConfig(BaseModel):
     )
     device: str | None = Field(None, description="cpu, cuda, mps, ...; the accelerator if there is one")
     fsdp: bool = Field(False, description="shard the frozen base over the processes that torchrun started (FSDP2)")
+    factored: bool = Field(
+        True,
+        description="train svf and svft through the factors of W: faster, and equal up to rounding",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
     seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spectune.layers.adapted import Adapted
+from spectune.training.batches import IGNORE
 
-IGNORE = -100
 _CHUNK = 1 << 23  # logits held at once: 32 MiB of float32
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
@@ -42,13 +41,13 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
 
 def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Return what the model multiplies by its output embedding, or None where that product is not its answer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    plain = type(head) is nn.Linear and not isinstance(head, Adapted) and head.bias is None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    plain: bool = type(head) is nn.Linear and head.bias is None
     if not plain or head.weight.requires_grad or type(head.weight) is not nn.Parameter or "forward" in vars(head):
         return None
     if model in _OWN_LOGITS or torch.compiler.is_compiling():
         return None
-    head.forward = _unchanged
+    vars(head)["forward"] = _unchanged
     try:
         outputs = model(**inputs, use_cache=False)
     finally:

@@ -18,6 +18,7 @@ from spectune.errors import SpectuneError
 from spectune.model import adapt, extract
 from spectune.spectral import cache
 from spectune.training import processes
+from spectune.training.attention import packed_attention
 from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
@@ -104,6 +105,18 @@ def train_model(
     Raises:
         SpectuneError: as `train`.
     """
+    with packed_attention(model):
+        return _train(config, model, tokenizer, records, held, console)
+
+
+def _train(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    held: Sequence[Record],
+    console: Console | None,
+) -> Result:
     processes.start(config.device)
     console = (console or Console(stderr=True)) if processes.is_main() else Console(quiet=True)
     output = Path(config.output)
@@ -172,7 +185,7 @@ def _adapt(config: TrainConfig, model: Any) -> None:
 
     def adapted() -> None:
         set_seed(config.seed)  # the adapter starts the same in every process
-        adapt(model, config.parsed_method(), config.targets, config.exclude, overrides)
+        adapt(model, config.parsed_method(), config.targets, config.exclude, overrides, factored=config.factored)
 
     if cache.directory() is None:
         with processes.together():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.training.batches import IGNORE, Packer
 from spectune.training.data import Encoded, Example, Record, encode_one, message_problem
+from spectune.training.loss import cross_entropy_sum
 from spectune.training.tasks.base import Task
 
 
@@ -44,8 +44,7 @@ class Sft(Task):
 
     def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = cross_entropy_sum(model, inputs, labels)
         return {"loss": loss, "items": (labels != IGNORE).sum()}
 
 
