@@ -27,13 +27,15 @@ from spectune.layers.adapted import (
     find_linear,
     give_back,
     is_conv1d,
+    weight_at,
 )
 from spectune.layers.shards import is_part, whole
 from spectune.methods import Method, parse
 from spectune.targets import ALL_LINEAR, FRESH, Targets, resolve
 
 M = TypeVar("M", bound=nn.Module)
-Choice = str | Mapping[str, float] | None
+# an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
+Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
 
 
 def adapt(
@@ -108,10 +110,15 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 def activate(model: M, choice: Choice) -> M:
     """Choose what answers: an adapter, a weighted mixture of adapters, or with None the base alone.
 
+    Args:
+        model: a model with adapters.
+        choice: `"a"`, `{"a": 0.7, "b": 0.3}`, or with weights by layer `{"a": {"model.layers.0.mlp.up_proj": 0.7}}`,
+            which are zero in layers that are not named.
+
     Raises:
-        SpectuneError: no adapter of that name is on the model.
+        SpectuneError: no adapter, or no adapted layer, of that name is on the model.
     """
-    mixture = _mixture(model, choice)
+    (mixture,) = _mixtures(model, [choice])
     for selection in selections(model):
         selection.mixture = mixture
     return model
@@ -170,7 +177,7 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
 
     Args:
         model: a model with adapters.
-        rows: for each row of the batch, what `activate` takes.
+        rows: for each row of the batch, what `activate` takes; a weight may be a tensor (), which gets a gradient.
 
     Raises:
         SpectuneError: an unknown adapter, or later a batch with another number of rows.
@@ -179,7 +186,7 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
         raise SpectuneError("route takes a list with one entry for each row of the batch")
     shared = selections(model)
     before = [(selection, selection.rows, selection.expandable) for selection in shared]
-    routed = Rows([_mixture(model, choice) for choice in rows])
+    routed = Rows(_mixtures(model, rows))
     generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:
@@ -276,7 +283,7 @@ def merge(model: M) -> M:
     _some_adapter(model)
     merged = {}
     for name, layer in adapted_layers(model).items():
-        active = [(n, w) for n in layer.adapters if (w := layer.selection.mixture.get(n))]
+        active = [(n, float(w)) for n in layer.adapters if (w := weight_at(layer.selection.mixture, n, layer))]
         if active:
             merged[name] = _merged_weight(name, layer, active), _merged_bias(layer, active)
     detach(model)
@@ -359,20 +366,41 @@ def _some_adapter(model: nn.Module) -> None:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
 
 
-def _mixture(model: nn.Module, choice: Choice) -> Mixture:
+def _mixtures(model: nn.Module, choices: Sequence[Choice]) -> list[Mixture]:
     _some_adapter(model)
+    layers, names = adapted_layers(model), adapter_names(model)
+    return [_mixture(choice, names, layers) for choice in choices]
+
+
+def _mixture(choice: Choice, names: Sequence[str], layers: Mapping[str, Adapted]) -> Mixture:
     if choice is None:
         return {}
-    mixture = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    mixture: dict[str, Any] = {choice: 1.0} if isinstance(choice, str) else dict(choice)
     for name, weight in mixture.items():
-        _known(model, name)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise SpectuneError(f"the weight of adapter {name!r} must be a finite number, not {weight!r}")
-    return {name: float(weight) for name, weight in mixture.items()}
+        _check_known(name, names)
+        if not isinstance(weight, Mapping):
+            mixture[name] = _weight(name, weight)
+            continue
+        for layer_name in weight:
+            if layer_name not in layers:
+                raise SpectuneError(f"the model has no adapted layer {layer_name!r}{nearest(layer_name, layers)}")
+        mixture[name] = {layers[layer_name]: _weight(name, w) for layer_name, w in weight.items()}
+    return mixture
+
+
+def _weight(name: str, weight: Any) -> float | Tensor:
+    if isinstance(weight, Tensor) and weight.dim() == 0:
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise SpectuneError(f"the weight of adapter {name!r} must be a finite number, not {weight!r}")
+    return float(weight)
 
 
 def _known(model: nn.Module, name: str) -> None:
-    names = adapter_names(model)
+    _check_known(name, adapter_names(model))
+
+
+def _check_known(name: str, names: Sequence[str]) -> None:
     if name not in names:
         there = ", ".join(names) if names else "none"
         raise SpectuneError(f"no adapter {name!r} is on the model{nearest(name, names)} (there: {there})")

@@ -20,7 +20,9 @@ from spectune.layers.linear import adapted_linear
 if TYPE_CHECKING:
     from spectune.methods.base import Method
 
-Mixture = Mapping[str, float]
+# the weight of each adapter: a number, a tensor () that takes gradients, or one of these for each layer (0 elsewhere)
+Weight = float | Tensor
+Mixture = Mapping[str, "Weight | dict[Adapted, Weight]"]
 
 
 class Basis(nn.Module):
@@ -90,15 +92,19 @@ class Rows:
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
         self.mixtures = list(mixtures)
-        self._shares: dict[tuple[str, int, torch.device], Share | None] = {}
+        self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
+        self._shares: dict[tuple[str, Adapted | None, int, torch.device], Share | None] = {}
 
-    def share(self, name: str, times: int, device: torch.device) -> Share | None:
-        """Return an adapter's part where each row stands for `times` rows of the batch, or None if it has none."""
-        key = (name, times, device)
+    def share(self, name: str, layer: Adapted, times: int, device: torch.device) -> Share | None:
+        """Return an adapter's part in a layer where each row stands for `times` rows of the batch, None if it has none."""
+        key = (name, layer if name in self._by_layer else None, times, device)
         if key not in self._shares:
-            column = [row.get(name, 0.0) for row in self.mixtures for _ in range(times)]
-            rows = [i for i, weight in enumerate(column) if weight]
-            weights = torch.tensor(column, device=device)
+            column = [weight_at(row, name, layer) for row in self.mixtures for _ in range(times)]
+            rows = [i for i, weight in enumerate(column) if isinstance(weight, Tensor) or weight]
+            if any(isinstance(weight, Tensor) for weight in column):
+                weights = torch.stack([torch.as_tensor(weight, dtype=torch.float32) for weight in column]).to(device)
+            else:
+                weights = torch.tensor(column, device=device)
             index = torch.tensor(rows, device=device, dtype=torch.int64)
             self._shares[key] = Share(weights, index, weights[index]) if rows else None
         return self._shares[key]
@@ -124,10 +130,11 @@ class Selection:
         self.factored = False
         self.frozen = list(frozen)
 
-    def weights(self, names: Iterable[str], x: Tensor) -> dict[str, float | Share]:
-        """Return the weight of each adapter in use: a number, or one for each row of x."""
+    def weights(self, layer: Adapted, x: Tensor) -> dict[str, float | Share]:
+        """Return the weight of each adapter in use in a layer: a number, or one for each row of its input x."""
         if self.rows is None:
-            return {name: weight for name in names if (weight := self.mixture.get(name))}
+            weights = {name: weight_at(self.mixture, name, layer) for name in layer.adapters}
+            return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
         given = len(self.rows.mixtures)
         times, rest = divmod(x.shape[0], given)
         if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not self.expandable):
@@ -135,7 +142,7 @@ class Selection:
                 f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
                 "each row of the batch"
             )
-        shares = {name: self.rows.share(name, times, x.device) for name in names}
+        shares = {name: self.rows.share(name, layer, times, x.device) for name in layer.adapters}
         return {name: share for name, share in shares.items() if share is not None}
 
 
@@ -150,7 +157,7 @@ class Adapted(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.selection.weights(self.adapters, x)
+        weights = self.selection.weights(self, x)
         if not weights:
             return super().forward(x)
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
@@ -236,6 +243,12 @@ class Adapted(nn.Module):
         return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
 
 
+def weight_at(mixture: Mixture, name: str, layer: Adapted) -> Weight:
+    """Return the weight of an adapter in one layer, 0 where it has no part."""
+    weight = mixture.get(name, 0.0)
+    return weight.get(layer, 0.0) if isinstance(weight, dict) else weight
+
+
 def _joined(group: list[tuple[Factors, float | Share, float]]) -> Factors:
     """Add updates over one basis into one, with a core for each row where the weights differ by row."""
     first, weight, factor = group[0]
@@ -278,8 +291,23 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Return the adapted layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    """Return the adapted layers of a model by name, without a look at the many modules that they hold."""
+    found: dict[str, Adapted] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if isinstance(module, Adapted):
+            found[name] = module
+            return
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(model, "")
+    return found
 
 
 @cache
