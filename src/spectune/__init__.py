@@ -43,12 +43,18 @@ if TYPE_CHECKING:
     )
     from spectune.reports.plan import plan
     from spectune.training.checkpoints import trainer_for
+    from spectune.transformer2.few_shot import FewShot
+    from spectune.transformer2.library import Library
+    from spectune.transformer2.two_pass import Transformer2
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapters.adapter",
     "Head": "methods.head",
+    "FewShot": "transformer2.few_shot",
+    "Library": "transformer2.library",
+    "Transformer2": "transformer2.two_pass",
     "Method": "methods",
     "Reference": "model",
     "SpectuneError": "errors",
@@ -80,6 +86,8 @@ __all__ = [
     "Adapter",
     "DoRA",
     "Head",
+    "FewShot",
+    "Library",
     "LoRA",
     "LoRAXS",
     "Method",
@@ -87,6 +95,7 @@ __all__ = [
     "PiSSA",
     "Reference",
     "SpectuneError",
+    "Transformer2",
     "activate",
     "adapt",
     "adapter_names",

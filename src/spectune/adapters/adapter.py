@@ -194,6 +194,25 @@ class Adapter:
         base, error = self.base_model or other.base_model, max(self.error, other.error)
         return Adapter(layers, base, error, self.labels or other.labels)
 
+    def by_layer(self, weights: Mapping[str, float]) -> Adapter:
+        """Return the adapter with a weight of its own for each layer, without the layers that have none or 0.
+
+        Args:
+            weights: module name -> factor of its update.
+
+        Raises:
+            SpectuneError: the adapter has no such layer, or a weight is not a finite number.
+        """
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise SpectuneError(f"an adapter's weight must be a finite number, not {weight!r}, in {name!r}")
+        layers = {
+            name: replace(self.layer(name), terms=tuple(term.scaled(weight) for term in self.layer(name).terms))
+            for name, weight in weights.items()
+            if weight
+        }
+        return Adapter(layers, self.base_model, self.error)
+
     # -- other forms of the same update
 
     def compress(self, rank: int) -> Adapter:

@@ -96,7 +96,7 @@ class Rows:
         self._shares: dict[tuple[str, Adapted | None, int, torch.device], Share | None] = {}
 
     def share(self, name: str, layer: Adapted, times: int, device: torch.device) -> Share | None:
-        """Return an adapter's part in a layer where each row stands for `times` rows of the batch, None if it has none."""
+        """Return an adapter's part in a layer, or None if it has none; a row stands for `times` rows of the batch."""
         key = (name, layer if name in self._by_layer else None, times, device)
         if key not in self._shares:
             column = [weight_at(row, name, layer) for row in self.mixtures for _ in range(times)]

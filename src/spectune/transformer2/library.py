@@ -1,0 +1,273 @@
+"""A library of adapters on one base: a folder with an index, a subfolder for each adapter, and sketches of the base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.files import CONFIG, WEIGHTS, Entry, write_atomically
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.adapted import effective_weight, find_linear
+
+INDEX, BASE, PROMPTS = "library.json", "base.safetensors", "prompts.json"
+NONE = "none"  # the label of a prompt that is for no adapter
+EMPTY = "the library {!r} is empty: add an adapter with `spectune library add`"
+_VERSION = 1
+_KEYS = ("library_name", "format_version", "base_model_name_or_path", "adapters")
+
+
+class Record(NamedTuple):
+    """What the index says of an adapter.
+
+    Args:
+        name: its name, which is also its label and its folder in `adapters/`.
+        description: what it is for, as the prompt strategy tells the model.
+        method: the methods of its terms.
+        parameters: trained values.
+        bytes: of its two files.
+        prompts: how many example prompts are kept beside it.
+    """
+
+    name: str
+    description: str
+    method: str
+    parameters: int
+    bytes: int
+    prompts: int
+
+
+class Library:
+    """Adapters on one base in a folder; what is asked for is read when it is asked for.
+
+    Args:
+        path: the folder, made by the first `add`.
+
+    Raises:
+        SpectuneError: an index that is damaged or of another version.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.base_model: str | None = None
+        self._records: dict[str, Record] = {}
+        self._base: dict[str, Tensor] | None = None
+        self._read()
+
+    @classmethod
+    def open(cls, path: str | PathLike[str]) -> Library:
+        """Return a library that is there.
+
+        Raises:
+            SpectuneError: the folder has no index, or the library is empty.
+        """
+        library = cls(path)
+        if not (library.path / INDEX).exists():
+            raise SpectuneError(f"there is no library in {str(path)!r}: make one with `spectune library add`")
+        if not len(library):
+            raise SpectuneError(EMPTY.format(str(path)))
+        return library
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names, in the order in which they were added."""
+        return list(self._records)
+
+    @property
+    def records(self) -> list[Record]:
+        """What the index says of each adapter."""
+        return list(self._records.values())
+
+    def record(self, name: str) -> Record:
+        """Return what the index says of an adapter.
+
+        Raises:
+            SpectuneError: the library has none of that name; the nearest are listed.
+        """
+        if name not in self._records:
+            raise SpectuneError(f"the library {str(self.path)!r} has no adapter {name!r}{nearest(name, self.names)}")
+        return self._records[name]
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of an adapter."""
+        return self.path / "adapters" / self.record(name).name
+
+    def adapter(self, name: str) -> Adapter:
+        """Read an adapter.
+
+        Raises:
+            SpectuneError: no such adapter, or damaged files.
+        """
+        return Adapter.load(self.folder(name))
+
+    def prompts(self, name: str) -> list[str]:
+        """Return the example prompts of an adapter.
+
+        Raises:
+            SpectuneError: no such adapter, or a damaged file.
+        """
+        if not self.record(name).prompts:
+            return []
+        prompts = read_json(self.folder(name) / PROMPTS)
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise SpectuneError(f"{self.folder(name) / PROMPTS} is not a list of texts")
+        return prompts
+
+    def sketches(self) -> Mapping[str, Tensor]:
+        """Return the sketches of the base's weights, by layer, as far as the adapters' files told them.
+
+        Raises:
+            SpectuneError: a damaged file.
+        """
+        if self._base is None:
+            where = self.path / BASE
+            try:
+                self._base = load_file(where) if where.exists() else {}
+            except (SafetensorError, OSError, ValueError) as error:
+                raise SpectuneError(f"{where} is damaged ({error}); delete it and add the adapters anew") from None
+        return self._base
+
+    def add(
+        self,
+        name: str,
+        adapter: Adapter | str | PathLike[str],
+        description: str = "",
+        prompts: Sequence[str] = (),
+        model: Any = None,
+    ) -> Record:
+        """Copy an adapter into the library.
+
+        Args:
+            name: letters, digits, '-' and '_'; the label that the strategies give.
+            adapter: the adapter or its folder.
+            description: what it is for.
+            prompts: examples of what it is for, such as the prompts that it was trained on.
+            model: the base; where given, the adapter is checked against its weights.
+
+        Raises:
+            SpectuneError: a name in use, a name that cannot be one, or an adapter for another base.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name.lower() == NONE:
+            raise SpectuneError(
+                f"{name!r} cannot be an adapter's name in a library; use letters, digits, '-' and '_', not {NONE!r}"
+            )
+        self._read()
+        taken = next((other for other in self._records if other.lower() == name.lower()), None)
+        if taken is not None:
+            raise SpectuneError(
+                f"the library {str(self.path)!r} has an adapter {taken!r} already: remove it or choose another name"
+            )
+        loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+        base = self._checked_base(name, loaded, model)
+        folder = self.path / "adapters" / name
+        if folder.exists():  # left by a write that was cut off before the index knew of it
+            shutil.rmtree(folder)
+        loaded.save(folder)
+        kept = list(dict.fromkeys(prompts))
+        if kept:
+            write_json(folder / PROMPTS, kept)
+        methods = dict.fromkeys(term.method.name for layer in loaded.layers.values() for term in layer.terms)
+        size = sum((folder / file).stat().st_size for file in (CONFIG, WEIGHTS))
+        record = Record(name, description, "+".join(methods), loaded.parameter_count(), size, len(kept))
+        if base.keys() - self.sketches().keys():
+            self._base = {**base, **self.sketches()}
+            sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
+            write_atomically(self.path / BASE, lambda path: save_file(sketches, path))
+        self.base_model = self.base_model or loaded.base_model
+        self._records[name] = record
+        self._write()
+        return record
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of the library and delete its files.
+
+        Raises:
+            SpectuneError: no such adapter.
+        """
+        self._read()
+        folder = self.folder(name)
+        del self._records[name]
+        self._write()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _checked_base(self, name: str, adapter: Adapter, model: Any) -> dict[str, Tensor]:
+        """Return the sketches of the base that an adapter tells of, which must be those of the library."""
+        if model is not None:
+            weights = {layer: effective_weight(find_linear(model, layer)).detach() for layer in adapter.layers}
+            adapter.check_base(weights)
+            base = {layer: fingerprint.sketch_weight(weight) for layer, weight in weights.items()}
+        else:
+            found = {layer: adapter.base_sketch(layer) for layer in adapter.layers}
+            base = {layer: sketch for layer, sketch in found.items() if sketch is not None}
+        known = self.sketches()
+        for layer in base.keys() & known.keys():
+            if not fingerprint.same_weight(base[layer], known[layer]):
+                raise SpectuneError(
+                    f"the adapter {name!r} belongs to another base than the library {str(self.path)!r}: the weight of "
+                    f"{layer!r} differs; keep a library for each base"
+                )
+        strangers = adapter.base_model and self.base_model and adapter.base_model != self.base_model
+        if strangers and not base.keys() & known.keys():
+            raise SpectuneError(
+                f"the adapter {name!r} belongs to {adapter.base_model!r} and the library {str(self.path)!r} to "
+                f"{self.base_model!r}: keep a library for each base, or show that they are one with --base"
+            )
+        return base
+
+    def _read(self) -> None:
+        where = self.path / INDEX
+        if not where.exists():
+            return
+        entry = Entry(read_json(where), str(where))
+        entry.check_keys(*_KEYS)
+        if entry.take("library_name", str) != "spectune" or entry.take("format_version", int) != _VERSION:
+            raise SpectuneError(f"{where} is not a library of format version {_VERSION}: update spectune")
+        records: dict[str, Record] = {}
+        for i, values in enumerate(entry.take("adapters", list)):
+            one = Entry(values, f"adapter {i} in {where}")
+            one.check_keys(*Record._fields)
+            texts = (one.take(key, str) for key in Record._fields[:3])
+            record = Record(*texts, *(one.take(key, int) for key in Record._fields[3:]))
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", record.name) or record.name in records:
+                raise SpectuneError(f"{one.where} has the name {record.name!r}, which is in use or cannot be one")
+            records[record.name] = record
+        self.base_model, self._records = entry.take("base_model_name_or_path", str, type(None)), records
+
+    def _write(self) -> None:
+        values = ("spectune", _VERSION, self.base_model, [record._asdict() for record in self.records])
+        write_json(self.path / INDEX, dict(zip(_KEYS, values, strict=True)))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        SpectuneError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpectuneError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))

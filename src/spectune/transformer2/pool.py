@@ -1,0 +1,206 @@
+"""The adapters of a library that are in memory, and the few of them that are on the model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.terms import Term
+from spectune.errors import SpectuneError
+from spectune.install import install
+from spectune.layers.adapted import adapted_layers, effective_weight, find_linear
+from spectune.model import activate, adapter_names, attach, detach, route
+from spectune.transformer2.library import EMPTY, Library
+from spectune.transformer2.packed import Packed, Structure, pack, structure_of
+
+Mixture = Mapping[str, Any]  # a weight for each name: a number, or one for each layer
+_PREFIX = "library-"
+
+
+class Pool:
+    """Bring adapters of a library to a model: from disk into memory, from memory into slots on the model.
+
+    A slot is an adapter on the model whose values are overwritten; those of one structure take turns in it.  In memory
+    an adapter is its trained values alone, and the bases are on the model once.
+
+    Args:
+        model: the base; its own adapters, if it has any, stay as they are.
+        library: the library.
+        max_bytes: of values in memory; the least recently used go first.
+        slots: adapters that stay on the model; a batch that needs more has more while it lasts.
+
+    Raises:
+        SpectuneError: the library is empty, or its base is another model.
+    """
+
+    def __init__(self, model: Any, library: Library, max_bytes: int = 1 << 30, slots: int = 8) -> None:
+        if not len(library):
+            raise SpectuneError(EMPTY.format(str(library.path)))
+        self.model, self.library = model, library
+        self.max_bytes, self.slots = max_bytes, slots
+        self._packed: OrderedDict[str, Packed] = OrderedDict()
+        self._structures: dict[Structure, Structure] = {}
+        self._verified: set[str] = set()  # those in memory that came out as trained over the bases here
+        self._slots: OrderedDict[str, str] = OrderedDict()  # the adapter's name -> its slot, least recently used first
+        self._slot_structures: dict[str, Structure] = {}
+        self._parameters: dict[str, list[Tensor]] = {}
+        self._sketches: dict[str, Tensor] = {}
+        for layer, sketch in library.sketches().items():
+            self._check_layer(layer, sketch, f"the library {str(library.path)!r}")
+
+    # -- memory
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the values in memory."""
+        return sum(packed.bytes for packed in self._packed.values())
+
+    def load(self, name: str) -> Packed:
+        """Return an adapter's values, from memory or else from disk, checked against the model.
+
+        Raises:
+            SpectuneError: no such adapter, damaged files, or another base.
+        """
+        if name in self._packed:
+            self._packed.move_to_end(name)
+            return self._packed[name]
+        adapter = self.library.adapter(name)
+        for layer_name, layer in adapter.layers.items():
+            if layer.base_sketch is not None:
+                self._check_layer(layer_name, layer.base_sketch, f"the adapter {name!r}")
+        structure = structure_of(adapter)
+        packed = pack(adapter, self._structures.setdefault(structure, structure))
+        if self._twin(packed) is not None:
+            self._verify(name, adapter)
+        self._packed[name] = packed
+        while self.bytes > self.max_bytes and len(self._packed) > 1:
+            self._verified.discard(self._packed.popitem(last=False)[0])
+        return packed
+
+    def _twin(self, packed: Packed) -> str | None:
+        """Return a slot of an adapter's structure, whose bases are its own."""
+        return next((s for s, structure in self._slot_structures.items() if structure is packed.structure), None)
+
+    def _verify(self, name: str, adapter: Adapter) -> None:
+        """Raise unless an adapter comes out as it was trained over the bases that are on the model."""
+        layers = adapted_layers(self.model)
+        for layer_name, layer in adapter.layers.items():
+            weight = effective_weight(layers[layer_name]).detach()
+            for term in layer.terms:
+                tensors: Any = getattr(layers[layer_name].bases._modules.get(term.method.basis_key), "_buffers", None)
+                replace(term, basis=tensors).check(layer_name, weight, layer.base_sketch)
+        self._verified.add(name)
+
+    def _check_layer(self, layer: str, sketch: Tensor, whose: str) -> None:
+        if layer not in self._sketches:
+            try:
+                weight = effective_weight(find_linear(self.model, layer))
+            except SpectuneError as error:
+                raise SpectuneError(f"{whose} belongs to another base: {error}") from None
+            self._sketches[layer] = fingerprint.sketch_weight(weight)
+        if not fingerprint.same_weight(self._sketches[layer], sketch):
+            raise SpectuneError(f"{whose} belongs to another base: the weight of {layer!r} differs in this model")
+
+    # -- on the model
+
+    def place(self, names: Iterable[str]) -> dict[str, str]:
+        """Put adapters on the model and return the slot of each.
+
+        Raises:
+            SpectuneError: as `load`.
+        """
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            if name in self._slots:
+                self._slots.move_to_end(name)
+        for name in wanted:
+            if name not in self._slots:
+                self._slots[name] = self._fill(name, wanted)
+        return {name: self._slots[name] for name in wanted}
+
+    def _fill(self, name: str, keep: Sequence[str]) -> str:
+        packed = self.load(name)
+        idle = [other for other in self._slots if other not in keep]
+        if self._twin(packed) is None:
+            slot = self._new_slot()
+            attach(self.model, self.library.adapter(name), slot)  # makes the bases, and checks everything
+            self._verified.add(name)
+        else:
+            if name not in self._verified:
+                self._verify(name, self.library.adapter(name))
+            if len(self._slots) >= self.slots:
+                for other in idle:
+                    if self._slot_structures[self._slots[other]] is packed.structure:
+                        slot = self._slots.pop(other)
+                        with torch.no_grad():
+                            torch._foreach_copy_(self._parameters[slot], packed.tensors(self.model.device))
+                        return slot
+            slot = self._new_slot()
+            install(self.model, _plan(packed), slot)
+        activate(self.model, None)
+        layers: dict[str, Any] = adapted_layers(self.model)
+        parameters = [layers[p.layer].adapters[slot][p.term]._parameters[p.key] for p in packed.structure]
+        self._parameters[slot] = [parameter.requires_grad_(False) for parameter in parameters]
+        self._slot_structures[slot] = packed.structure
+        self._trim(idle)
+        return slot
+
+    def _new_slot(self) -> str:
+        return next(s for i in range(len(self._slots) + 1) if (s := f"{_PREFIX}{i}") not in self._slots.values())
+
+    def _trim(self, idle: Iterable[str]) -> None:
+        for other in list(idle):
+            if len(self._slots) < self.slots:
+                break
+            self._empty(other)
+
+    def _empty(self, name: str) -> None:
+        slot = self._slots.pop(name)
+        detach(self.model, slot)
+        del self._parameters[slot], self._slot_structures[slot]
+
+    def activate(self, mixture: Mixture | None) -> None:
+        """Have a mixture of the library's adapters, or with None the base alone, answer every row."""
+        if not mixture:
+            if adapter_names(self.model):
+                activate(self.model, None)
+            return
+        slots = self.place(mixture)
+        activate(self.model, {slots[name]: weight for name, weight in mixture.items()})
+
+    @contextmanager
+    def route(self, rows: Sequence[Mixture]) -> Iterator[None]:
+        """Within the context, give each row of a batch a mixture of the library's adapters; empty is the base."""
+        slots = self.place(name for row in rows for name in row)
+        if not slots:
+            self.activate(None)
+            yield
+            return
+        with route(self.model, [{slots[name]: weight for name, weight in row.items()} for row in rows]):
+            yield
+
+    def close(self) -> None:
+        """Take the library's adapters off the model."""
+        for name in list(self._slots):
+            self._empty(name)
+
+
+def _plan(packed: Packed) -> dict[str, list[Term]]:
+    """Return the terms of a packed adapter by layer."""
+    terms: dict[tuple[str, int], Term] = {}
+    for piece, tensor in zip(packed.structure, packed.tensors(torch.device("cpu")), strict=True):
+        key = (piece.layer, piece.term)
+        trained = {**terms[key].trained, piece.key: tensor} if key in terms else {piece.key: tensor}
+        terms[key] = Term(piece.method, trained, piece.weight)
+    plan: dict[str, list[Term]] = {}
+    for (layer, _), term in terms.items():
+        plan.setdefault(layer, []).append(term)
+    return plan
