@@ -266,3 +266,57 @@ def test_parts_adapted_apart_are_routed_together():
     spectune.detach(model)
     assert torch.equal(model(x), plain)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def by_layer(model, adapters, choice):
+    """Return the sum of adapters that weights by layer make, through the algebra."""
+    parts = [adapters[name].by_layer(weights) for name, weights in choice.items()]
+    return sum(parts[1:], parts[0])
+
+
+def test_weights_by_layer_are_the_sum_of_adapters_by_layer():
+    model = several(tiny.llama(), {k: METHODS[k] for k in ("svf", "lora", "dora", "lora_xs")})
+    adapters = {name: spectune.extract(model, name) for name in ("svf", "lora", "dora", "lora_xs")}
+    layers = list(adapters["svf"].layers)
+    some: Any = {"svf": dict.fromkeys(layers[:5], 0.5), "lora": dict.fromkeys(layers[3:], -0.7)}
+    other: Any = {"lora_xs": {n: 0.1 * i for i, n in enumerate(layers)}, "dora": {layers[0]: 1.0}}
+    check_forward(model, [some, "svf", None, other, {"svf": 0.3, "lora": {layers[2]: 2.0}}])
+    tokens = ids(2)
+    with torch.no_grad():
+        for choice in (some, other):
+            spectune.activate(model, choice)
+            expected = model(tokens).logits
+            spectune.attach(model, by_layer(model, adapters, choice), name="sum")
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-3, atol=1e-3)
+            spectune.detach(model, "sum")
+        spectune.activate(model, some)
+        expected = model(tokens).logits
+        torch.testing.assert_close(spectune.merge(model)(tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_may_be_tensors_that_get_gradients():
+    model = several(tiny.llama(), {"svf": SVF(), "lora": LoRA(rank=2)})
+    model.requires_grad_(False)
+    layers = list(spectune.extract(model, "svf").layers)
+    tokens = ids(2)
+
+    def loss(a, b):
+        with spectune.route(model, [{"svf": a, "lora": {layers[0]: b}}, {"svf": 0.5}]):
+            return model(tokens).logits.square().mean()
+
+    weights = [torch.tensor(0.3, requires_grad=True), torch.tensor(0.6, requires_grad=True)]
+    loss(*weights).backward()
+    for i, weight in enumerate(weights):
+        moved = [[float(w.detach()) + sign * 1e-2 * (i == j) for j, w in enumerate(weights)] for sign in (1, -1)]
+        with torch.no_grad():
+            up, down = (loss(*pair) for pair in moved)
+        assert float(weight.grad) == pytest.approx(float(up - down) / 2e-2, rel=2e-2)
+
+
+def test_layers_that_are_not_there_are_told():
+    model = several(tiny.llama(), {"a": SVF()})
+    near = r"no adapted layer '.*up_prj'; did you mean '.*up_proj'"
+    with pytest.raises(SpectuneError, match=near):
+        spectune.activate(model, {"a": {"model.layers.0.mlp.up_prj": 1.0}})
+    with pytest.raises(SpectuneError, match="must be a finite number"):
+        spectune.activate(model, {"a": {"model.layers.0.mlp.up_proj": float("nan")}})

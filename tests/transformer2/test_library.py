@@ -83,7 +83,7 @@ def test_loras_that_name_different_bases_are_refused(tmp_path):
     for name, base in (("a", "one"), ("b", "one")):
         lora = cases.adapter("lora:rank=2")
         library.add(name, spectune.Adapter({n: _bare(u) for n, u in lora.layers.items()}, base))
-    with pytest.raises(SpectuneError, match="belongs to 'two' and the library .* to 'one'"):
+    with pytest.raises(SpectuneError, match=r"belongs to 'two' and the library .* to 'one'"):
         library.add("c", spectune.Adapter({n: _bare(u) for n, u in lora.layers.items()}, "two"))
 
 

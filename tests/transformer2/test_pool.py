@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import spectune
+import tiny as models
 from spectune import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.model import adapter_names
@@ -123,7 +124,7 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(SpectuneError, match=r"the library .* belongs to another base: .*up_proj.* differs"):
         Pool(other, cases.library(tmp_path))
     with pytest.raises(SpectuneError, match="belongs to another base: the model has no linear layer"):
-        Pool(cases.tiny(num_hidden_layers=1), cases.library(tmp_path / "again"))
+        Pool(models.gpt2(), cases.library(tmp_path / "again"))
 
 
 def test_an_adapter_that_another_base_took_the_place_of_is_refused(tmp_path):

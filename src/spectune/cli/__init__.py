@@ -10,6 +10,9 @@ import typer
 from spectune.cli import cache as cache_
 from spectune.cli import chat, classify, compose, demo, export, generate, import_, methods, plan, spectrum, train
 from spectune.cli.shared import let_the_main_process_speak, say_error
+from spectune.cli import chat, compose, demo, export, generate, import_, methods, plan, spectrum, train
+from spectune.cli import chat, compose, demo, export, generate, import_, library, methods, train
+from spectune.cli.shared import say_error
 from spectune.errors import SpectuneError
 
 app = typer.Typer(
@@ -30,6 +33,7 @@ app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("plan")(plan.plan)
 app.command("spectrum")(spectrum.spectrum)
+app.add_typer(library.app, name="library")
 app.add_typer(cache_.app, name="cache")
 
 

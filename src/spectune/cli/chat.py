@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, REMOTE_CODE, load_with_adapters
+from spectune.cli.shared import (
+    ADAPTER,
+    DEVICE,
+    DTYPE,
+    LIBRARY,
+    REMOTE_CODE,
+    SHOTS,
+    STRATEGY,
+    decision_text,
+    load_transformer2,
+    load_with_adapters,
+)
 from spectune.errors import SpectuneError
 
 
 def chat(
     model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
     adapter: list[str] = ADAPTER,
+    library: Path | None = LIBRARY,
+    strategy: str | None = STRATEGY,
+    shots: Path | None = SHOTS,
     system: str | None = typer.Option(None, help="A system message."),
     max_new_tokens: int = typer.Option(256, min=1, help="Length limit of a reply, in tokens."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
@@ -23,12 +39,17 @@ def chat(
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
 ) -> None:
-    """Talk to a model with a weighted mixture of adapters; /reset begins anew, /quit or Ctrl-D ends."""
+    """Talk to a model with a weighted mixture of adapters, or with a library's; /reset begins anew, /quit ends."""
     from transformers import TextStreamer
 
     from spectune import generation
 
-    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+    two = None
+    if library is not None:
+        two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
+        loaded, tokenizer = two.model, two.tokenizer
+    else:
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
     console = Console(stderr=True)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -46,16 +67,13 @@ def chat(
             continue
         messages.append({"role": "user", "content": line.strip()})
         try:
-            (reply,) = generation.generate(
-                loaded,
-                tokenizer,
-                [messages],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                streamer=streamer,
-            )
+            settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+            if two is None:
+                (reply,) = generation.generate(loaded, tokenizer, [messages], **settings, streamer=streamer)
+            else:
+                decisions = two.choose([messages])
+                console.print(f"[{decision_text(decisions[0])}]", style="dim", markup=False, highlight=False)
+                (reply,) = two.generate([messages], decisions=decisions, **settings, streamer=streamer)
         except SpectuneError as error:
             console.print(f"{error}; or begin anew with /reset", style="yellow", markup=False)
             messages.pop()

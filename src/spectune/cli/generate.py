@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import typer
 
-from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, REMOTE_CODE, load_with_adapters, print_json
+from spectune.cli.shared import (
+    ADAPTER,
+    DEVICE,
+    DTYPE,
+    JSON,
+    LIBRARY,
+    REMOTE_CODE,
+    SHOTS,
+    STRATEGY,
+    decision_text,
+    load_transformer2,
+    load_with_adapters,
+    print_json,
+)
 from spectune.errors import SpectuneError
 
 
@@ -14,6 +29,9 @@ def generate(
     model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
     prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one on stdin if none is given."),
     adapter: list[str] = ADAPTER,
+    library: Path | None = LIBRARY,
+    strategy: str | None = STRATEGY,
+    shots: Path | None = SHOTS,
     max_new_tokens: int = typer.Option(128, min=1, help="Length limit of a reply, in tokens."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Nucleus sampling, where the temperature is above 0."),
@@ -24,24 +42,29 @@ def generate(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Answer prompts with a model and a weighted mixture of adapters."""
+    """Answer prompts with a model and a weighted mixture of adapters, or with those of a library that suit each."""
     asked = prompts or [sys.stdin.read().strip()]
     if not all(asked):
         raise SpectuneError("the prompt is empty; give it as an argument or on stdin")
     from spectune import generation
 
-    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
-    replies = generation.generate(
-        loaded,
-        tokenizer,
-        asked,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        raw=raw,
-    )
+    settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings |= {"seed": seed, "raw": raw}
+    if library is not None:
+        two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
+        replies = two.generate(asked, **settings)
+        for reply in replies:
+            typer.echo(f"[{decision_text(reply.decision)}]", err=True)
+    else:
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+        replies = generation.generate(loaded, tokenizer, asked, **settings)
     if json:
-        print_json([{"prompt": p, **reply._asdict()} for p, reply in zip(asked, replies, strict=True)])
+        print_json([{"prompt": p, **_fields(reply)} for p, reply in zip(asked, replies, strict=True)])
         return
     typer.echo("\n\n".join(reply.text for reply in replies))
+
+
+def _fields(reply: Any) -> dict[str, Any]:
+    fields = reply._asdict()
+    decision = fields.pop("decision", None)
+    return fields if decision is None else {**fields, **decision._asdict()}

@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,11 @@ ADAPTER = typer.Option(
     metavar="FOLDER[:WEIGHT]",
     help="An adapter's folder, with a weight; may be repeated.",
 )
+LIBRARY = typer.Option(None, "--library", help="A library's folder, whose adapters answer the prompts they suit.")
+STRATEGY = typer.Option(
+    None, "--strategy", help="prompt, classifier or few-shot; by default few-shot with shots, else the best there is."
+)
+SHOTS = typer.Option(None, "--shots", help="Examples of the task for few-shot, as for `train`.")
 DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
@@ -93,3 +100,68 @@ def load_with_adapters(
     if mixture:
         activate(model, mixture)
     return model, tokenizer
+
+
+def load_library(
+    folder: Path, name: str | None, dtype: str | None, device: str | None, trust_remote_code: bool
+) -> tuple[Any, Any, Any]:
+    """Open a library, and load its base, or the one that is named, with its tokenizer."""
+    from spectune.bases import default_device, load_base
+    from spectune.transformer2.library import Library
+
+    library = Library.open(folder)
+    base = name or library.base_model
+    if not base:
+        raise SpectuneError(f"the library {str(folder)!r} does not say which base it belongs to; name it with --model")
+    model, tokenizer = load_base(base, dtype, device=device or default_device(), trust_remote_code=trust_remote_code)
+    return library, model, tokenizer
+
+
+def load_transformer2(
+    name: str,
+    folder: Path,
+    strategy: str | None,
+    shots: Path | None,
+    adapters: Sequence[str],
+    dtype: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """Load a model with a library whose adapters answer by a strategy."""
+    from spectune.training.data import read
+    from spectune.transformer2.few_shot import FewShot
+    from spectune.transformer2.two_pass import Transformer2, default_strategy
+
+    if adapters:
+        raise SpectuneError("give --library or -a, not both: `spectune library add` adds an adapter to a library")
+    if (strategy == "few-shot" and shots is None) or (shots is not None and strategy not in (None, "few-shot")):
+        raise SpectuneError("the few-shot strategy and --shots belong together: give both or neither")
+    examples = read(shots) if shots is not None else None
+    library, model, tokenizer = load_library(folder, name, dtype, device, trust_remote_code)
+    with search_progress() as progress:
+        chosen = default_strategy(library) if strategy is None else strategy
+        wanted = FewShot(examples) if examples is not None else chosen
+        return Transformer2(model, library, strategy=wanted, tokenizer=tokenizer, progress=progress)
+
+
+@contextmanager
+def search_progress() -> Iterator[Any]:
+    """Show a search on stderr: a function to be called with the iteration, how many there are and the best score."""
+    with Console(stderr=True).status("") as status:
+
+        def show(done: int, total: int, score: float) -> None:
+            status.update(f"mixing: iteration {done}/{total}, best score {score:.3f}")
+
+        yield show
+
+
+def decision_text(decision: Any) -> str:
+    """Return who answers, with weights, in a few words."""
+    sure = "" if decision.confidence is None else f", {decision.confidence:.0%} sure"
+    if not decision.weights:
+        return f"the base alone{sure}"
+    parts = []
+    for name, weight in decision.weights.items():
+        one = not isinstance(weight, dict)
+        parts.append(f"{name} {weight:.2f}" if one else f"{name} {sum(weight.values()) / len(weight):.2f} (mean)")
+    return ", ".join(parts) + sure

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from spectune.errors import SpectuneError
 from spectune.generation import Message, generate
+from spectune.transformer2.classifier import CONFIG, FOLDER
 from spectune.transformer2.few_shot import FewShot
 from spectune.transformer2.library import Library
 from spectune.transformer2.mix import Mix
@@ -99,6 +100,11 @@ class Transformer2:
     def close(self) -> None:
         """Take the library's adapters off the model."""
         self.pool.close()
+
+
+def default_strategy(library: Library) -> str:
+    """Return "classifier" where the library has one, else "prompt"."""
+    return "classifier" if (library.path / FOLDER / CONFIG).exists() else "prompt"
 
 
 def _asked(prompt: str | Sequence[Message]) -> str:

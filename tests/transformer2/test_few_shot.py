@@ -1,0 +1,175 @@
+"""Mixing weights from a few shots: the objective, its gradient, the search, and the adapter that comes of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import spectune
+from spectune import FewShot, SpectuneError
+from spectune.transformer2.mix import Mix, layer_groups
+from spectune.transformer2.shots import as_shot, mean_likelihood, population_likelihood
+from transformer2 import cases
+
+SHOTS = [
+    {"prompt": "say one", "completion": "two three"},
+    {"messages": [{"role": "user", "content": "what is one plus two"}, {"role": "assistant", "content": "three"}]},
+    {"prompt": "say four and five", "completion": "five four one"},
+]
+
+
+def likelihood_by_hand(model, shot):
+    tokens, supervised = shot.example
+    with torch.no_grad():
+        log = F.log_softmax(model(torch.tensor([tokens])).logits[0].float(), -1)
+    values = [float(log[i - 1, tokens[i]]) for i in range(1, len(tokens)) if supervised[i]]
+    return sum(values) / len(values)
+
+
+def shots():
+    return [as_shot(record, cases.tokenizer()) for record in SHOTS]
+
+
+def test_a_shot_is_its_last_reply():
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four five")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    shot = as_shot(record, cases.tokenizer())
+    learned = [token for token, on in zip(*shot.example, strict=True) if on]
+    assert cases.tokenizer().decode(learned) == "four five </s>"
+    assert shot.completion == "four five"
+    assert shot.prompt == record["messages"][:-1]
+
+
+@pytest.mark.parametrize("methods", [("svf",) * 3, ("lora:rank=2", "svf", "dora:rank=2")], ids=["svf", "mixed"])
+def test_a_population_in_one_batch_scores_as_each_mixture_alone(tmp_path, methods, monkeypatch):
+    pool = cases.pool(tmp_path, methods)
+    mixtures = [{"ahoy": 1.0}, {}, {"ahoy": 0.3, "plus": 0.9, "say": 0.1}]
+    scores = population_likelihood(pool, mixtures, shots())
+    expected = []
+    for mixture in mixtures:
+        pool.activate(mixture)
+        expected.append(sum(likelihood_by_hand(pool.model, shot) for shot in shots()) / 3)
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("spectune.transformer2.shots.TOKENS", 40)  # a few shots at a time
+    torch.testing.assert_close(population_likelihood(pool, mixtures, shots()), scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["global", "layer", "projection"])
+@pytest.mark.parametrize("methods", [("svf",) * 3, ("lora:rank=2", "lora_xs:rank=4", "svft")], ids=["svf", "mixed"])
+def test_the_gradient_is_that_of_finite_differences(tmp_path, by, methods):
+    pool = cases.pool(tmp_path, methods)
+    pool.model.double()
+    groups = layer_groups(pool.library.adapter("ahoy").layers, by)
+    kinds = tuple(dict.fromkeys(groups.values()))
+    mix = Mix(cases.NAMES, by, groups, kinds, torch.rand(len(kinds), 3))
+    weights = mix.weights.clone().requires_grad_()
+    mean_likelihood(pool, [mix.mixture(weights)], shots()).sum().backward()
+    assert weights.grad is not None
+    for group, k in ((0, 0), (len(kinds) - 1, 2)):
+        step = torch.zeros_like(mix.weights)
+        step[group, k] = 1e-3
+        pair = [mix.mixture(mix.weights + sign * step) for sign in (1, -1)]
+        up, down = population_likelihood(pool, pair, shots()) * len(SHOTS)
+        assert float(up - down) / 2e-3 == pytest.approx(float(weights.grad[group, k]), rel=2e-2, abs=2e-3)
+
+
+def from_mixture(pool, weights, count=6):
+    """Return shots whose completions are what a mixture says, so that it, and only it, makes them likely."""
+    words = ["one", "two", "three", "four", "five", "six"]
+    prompts = [f"say {a} and {b}" for a, b in zip(words, reversed(words), strict=True)][:count]
+    pool.activate(weights)
+    replies = spectune.generation.generate(pool.model, cases.tokenizer(), prompts, max_new_tokens=5)
+    return [{"prompt": p, "completion": r.text} for p, r in zip(prompts, replies, strict=True) if r.text]
+
+
+@pytest.mark.parametrize("search", ["cem", "gradient"])
+def test_the_search_does_better_than_what_it_starts_from(tmp_path, search):
+
+    pool = cases.pool(tmp_path)
+    records = from_mixture(pool, {"plus": 1.0})
+    wanted = FewShot(records, search=search, population=16, elites=4, iterations=12)
+    seen = []
+    found = wanted.find(pool, cases.tokenizer(), lambda *state: seen.append(state))
+    examples = [as_shot(record, cases.tokenizer()) for record in records]
+    uniform = dict.fromkeys(cases.NAMES, 1 / 3)
+    at_found, at_uniform, at_right = population_likelihood(pool, [found.mixture(), uniform, {"plus": 1.0}], examples)
+    assert found.score == pytest.approx(float(at_found), abs=1e-4)
+    assert at_found > at_uniform + 0.5
+    if search == "cem":
+        assert at_found >= at_right - 1e-4  # each adapter alone was tried
+    assert len(seen) == len(found.history)
+
+
+@pytest.mark.parametrize("by", ["global", "layer", "projection"])
+def test_what_was_found_is_an_ordinary_adapter(tmp_path, by):
+    pool = cases.pool(tmp_path, ("svf", "lora:rank=2", "lora_xs:rank=4"))
+    found = FewShot(SHOTS, by=by, population=6, elites=2, iterations=2).find(pool, cases.tokenizer())
+    assert found.kinds == {"global": ("all",), "layer": ("0", "1")}.get(by, found.kinds)
+    if by == "projection":
+        assert set(found.kinds) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    found.adapter(pool.library).save(tmp_path / "mix")
+    with torch.no_grad():
+        pool.activate(found.mixture())
+        expected = pool.model(cases.ids(2)).logits
+    made = cases.logits_of(spectune.Adapter.load(tmp_path / "mix"), cases.ids(2))
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
+    table = found.summary()["weights"]
+    assert set(table) == set(found.kinds)
+
+
+def test_a_reward_decides_and_likelihood_breaks_ties(tmp_path):
+    pool = cases.pool(tmp_path)
+    wanted = from_mixture(pool, {"say": 1.0})
+    calls = []
+
+    def reward(reply, record):
+        calls.append(reply)
+        return float(reply == record["completion"])
+
+    found = FewShot(wanted, reward=reward, population=6, elites=2, iterations=2, max_new_tokens=5).find(
+        pool, cases.tokenizer()
+    )
+    assert found.score == 1.0
+    assert len(calls) == 6 * len(wanted) * len(found.history)
+
+
+def test_the_seed_decides(tmp_path):
+    pool = cases.pool(tmp_path)
+    runs = [
+        FewShot(SHOTS, population=6, elites=2, iterations=2, seed=seed).find(pool, cases.tokenizer()).weights
+        for seed in (0, 0)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_bad_shots_are_told(tmp_path):
+    pool, tokenizer = cases.pool(tmp_path), cases.tokenizer()
+    with pytest.raises(SpectuneError, match="there are no shots: give a few examples"):
+        FewShot([])
+    same = [{"prompt": f"say {word}", "completion": "one"} for word in ("two", "three")]
+    with pytest.raises(SpectuneError, match=r"all 2 shots have the completion 'one'.* at least two classes"):
+        FewShot(same).find(pool, tokenizer)
+    for record in ({"prompt": "say"}, {"messages": [{"role": "user", "content": "say"}]}, {"text": "say one"}):
+        with pytest.raises(SpectuneError, match="a shot needs a prompt and the completion"):
+            FewShot([record]).find(pool, tokenizer)
+    with pytest.raises(SpectuneError, match="has no adapter 'ahoi'"):
+        FewShot(SHOTS, names=["ahoi"]).find(pool, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "head"}, "by must be global, layer or projection"),
+        ({"search": "grid"}, "search must be cem or gradient"),
+        ({"search": "gradient", "reward": lambda *_: 1.0}, "a reward has no gradient"),
+        ({"elites": 40}, "elites must be from 1 to population"),
+    ],
+)
+def test_options_out_of_range_are_told(options, message):
+    with pytest.raises(SpectuneError, match=message):
+        FewShot(SHOTS, **options)
+
+
+def test_a_mixture_of_nothing_is_no_adapter(tmp_path):
+    mix = Mix(cases.NAMES, "global", {}, ("all",), torch.zeros(1, 3))
+    with pytest.raises(SpectuneError, match="the base alone does best"):
+        mix.adapter(cases.library(tmp_path))
