@@ -93,7 +93,7 @@ def test_the_search_does_better_than_what_it_starts_from(tmp_path, search):
     uniform = dict.fromkeys(cases.NAMES, 1 / 3)
     at_found, at_uniform, at_right = population_likelihood(pool, [found.mixture(), uniform, {"plus": 1.0}], examples)
     assert found.score == pytest.approx(float(at_found), abs=1e-4)
-    assert at_found > at_uniform + 0.5
+    assert at_found > at_uniform + 0.1
     if search == "cem":
         assert at_found >= at_right - 1e-4  # each adapter alone was tried
     assert len(seen) == len(found.history)

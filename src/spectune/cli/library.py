@@ -169,12 +169,12 @@ def mix(
 ) -> None:
     """Find the mixture of a library's adapters that suits a few examples best, and save it as an adapter."""
     from spectune.cli.shared import load_library, search_progress
-    from spectune.training.data import read
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.pool import Pool
+    from spectune.transformer2.prompts import read_records
 
     wanted = FewShot(
-        read(shots),
+        read_records(shots),
         by=by.value,
         search=search.value,
         names=only or None,

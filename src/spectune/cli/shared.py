@@ -128,15 +128,15 @@ def load_transformer2(
     trust_remote_code: bool,
 ) -> Any:
     """Load a model with a library whose adapters answer by a strategy."""
-    from spectune.training.data import read
     from spectune.transformer2.few_shot import FewShot
+    from spectune.transformer2.prompts import read_records
     from spectune.transformer2.two_pass import Transformer2, default_strategy
 
     if adapters:
         raise SpectuneError("give --library or -a, not both: `spectune library add` adds an adapter to a library")
     if (strategy == "few-shot" and shots is None) or (shots is not None and strategy not in (None, "few-shot")):
         raise SpectuneError("the few-shot strategy and --shots belong together: give both or neither")
-    examples = read(shots) if shots is not None else None
+    examples = read_records(shots) if shots is not None else None
     library, model, tokenizer = load_library(folder, name, dtype, device, trust_remote_code)
     with search_progress() as progress:
         chosen = default_strategy(library) if strategy is None else strategy

@@ -1,4 +1,4 @@
-"""Prompts from the files that adapters are trained on."""
+"""Examples and prompts from the files that adapters are trained on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from spectune.errors import SpectuneError
 from spectune.training.data import read
 
 
+def read_records(path: str | Path) -> list[Mapping[str, Any]]:
+    """Return the records of a file of examples.
+
+    Raises:
+        SpectuneError: a file that cannot be read, or a record of another form.
+    """
+    return read(path)
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Return the prompts of training data, or the lines of a text file.
 
@@ -17,7 +26,7 @@ def read_prompts(path: str | Path) -> list[str]:
         SpectuneError: a file that cannot be read or holds none.
     """
     if Path(path).suffix != ".txt":
-        return [prompt_of(record) for record in read(path)]
+        return [prompt_of(record) for record in read_records(path)]
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
