@@ -2,7 +2,7 @@
 
     python examples/transformer2/evidence.py                         SVF
     python examples/transformer2/evidence.py --method lora:rank=8    the same with another method
-    python examples/transformer2/evidence.py --quick                 the whole path in a few minutes; figures mean nothing
+    python examples/transformer2/evidence.py --quick                 everything tiny, to see that it runs
 
 Every adapter and every measured cell is kept in the output folder: run it again and it goes on where it stopped.
 """
@@ -207,7 +207,7 @@ def plot(curves: dict[str, Any], setting: Setting) -> Path:
 
 
 def summarize(setting: Setting, results: dict[str, dict[str, Any]], library: Library) -> dict[str, Any]:
-    """Return accuracies with intervals, how often the right adapter was chosen, and the differences that are claimed."""
+    """Return accuracies with intervals, how often the right adapter was chosen, and the differences claimed."""
     summary: dict[str, Any] = {"method": setting.method, "prompts": setting.held, "tasks": {}}
     for name, ways in results.items():
         right = {way: cell["right"] for way, cell in ways.items()}

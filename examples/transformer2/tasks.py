@@ -184,8 +184,8 @@ def parts(task: Task, model: Any, tokenizer: Any, train: int, shots: int, held: 
         write_atomically(keep, lambda path: path.write_text(text, encoding="utf-8"))
     pairs = [(prompt, answer) for prompt, answer in json.loads(keep.read_text(encoding="utf-8"))]
     chosen = Parts(pairs[shots + held :][:train], pairs[:shots], pairs[shots : shots + held])
-    prompts = [{prompt for prompt, _ in part} for part in (chosen.train, chosen.shots, chosen.held)]
-    assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    everything = [prompt for part in (chosen.train, chosen.shots, chosen.held) for prompt, _ in part]
+    assert len(everything) == len(set(everything))  # shots and held-out prompts are never learned from
     return chosen
 
 
