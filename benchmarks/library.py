@@ -31,7 +31,6 @@ def fill(path: Path, model: Any, count: int) -> Library:
     for i in range(count):
         for layer in adapter.layers.values():
             layer.terms[0].trained["z"].normal_(1, 0.05)
-            object.__setattr__(layer.terms[0], "sketch", None)  # of the values that were there before
         library.add(f"a{i}", adapter)
     return library
 

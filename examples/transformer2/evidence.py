@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=32)
     parser.add_argument("--elites", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=8, help="of the cross-entropy method")
-    parser.add_argument("--plot", type=int, default=64, help="held-out prompts a point of the plot")
+    parser.add_argument("--plot", type=int, default=48, help="held-out prompts a point of the plot")
     parser.add_argument("--steps", type=float, default=1.0, help="share of the full training")
     parser.add_argument("--quick", action="store_true", help="everything tiny: to see that it runs")
     given = vars(parser.parse_args())

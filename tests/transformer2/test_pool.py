@@ -98,6 +98,23 @@ def test_memory_holds_the_values_alone_and_forgets_the_least_recently_used(tmp_p
         torch.testing.assert_close(tiny_memory.model(cases.ids(1)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_two_pools_on_one_model_keep_out_of_each_others_way(tmp_path):
+    model = cases.tiny()
+    pools = [
+        Pool(model, cases.library(tmp_path / str(i), ("svf", method, "svf")))
+        for i, method in enumerate(("svf", "lora"))
+    ]
+    for name in cases.NAMES:
+        for pool in pools:
+            pool.activate({name: 1.0})
+            expected = cases.logits_of(pool.library.adapter(name), cases.ids(1))
+            with torch.no_grad():
+                torch.testing.assert_close(model(cases.ids(1)).logits, expected, rtol=1e-4, atol=1e-4)
+    for pool in pools:
+        pool.close()
+    assert not adapted_layers(model)
+
+
 def test_nothing_of_the_library_trains(tmp_path):
     pool = cases.pool(tmp_path)
     pool.place(cases.NAMES)

@@ -18,7 +18,6 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.files import Entry, write_atomically
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import effective_weight, find_linear
-from spectune.model import activate, adapter_names, attach
 from spectune.transformer2.calibration import Calibration
 from spectune.transformer2.labels import label_scores, labelling_prompt, opened
 from spectune.transformer2.library import Library, read_json, write_json
@@ -27,7 +26,6 @@ from spectune.transformer2.pool import Pool
 Kind = Literal["hidden", "adapter"]
 FOLDER, CONFIG, WEIGHTS, ADAPTER = "classifier", "classifier.json", "classifier.safetensors", "adapter"
 _KEYS = ("library_name", "format_version", "kind", "labels", "layer", "temperature", "threshold", "report", "sha256")
-_ON_MODEL = "library-classifier"
 _TOKENS, _ROWS = 256, 32  # tokens of a prompt that are read, prompts read at once
 
 
@@ -65,9 +63,7 @@ class Classifier:
             states = hidden_states(pool.model, tokenizer, prompts, self.layer)
             return regress(states, self.tensors)
         assert self.adapter is not None
-        if _ON_MODEL not in adapter_names(pool.model):
-            attach(pool.model, self.adapter, _ON_MODEL)
-        activate(pool.model, _ON_MODEL)
+        pool.activate_other(self.adapter)
         scores = adapter_scores(pool, tokenizer, prompts, self.labels)
         pool.activate(None)
         return scores

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Pool:
         self._slot_structures: dict[str, Structure] = {}
         self._parameters: dict[str, list[Tensor]] = {}
         self._sketches: dict[str, Tensor] = {}
+        self._others: dict[str, Adapter] = {}
         for layer, sketch in library.sketches().items():
             self._check_layer(layer, sketch, f"the library {str(library.path)!r}")
 
@@ -154,7 +156,8 @@ class Pool:
         return slot
 
     def _new_slot(self) -> str:
-        return next(s for i in range(len(self._slots) + 1) if (s := f"{_PREFIX}{i}") not in self._slots.values())
+        taken = set(adapter_names(self.model))
+        return next(slot for i in count() if (slot := f"{_PREFIX}{i}") not in taken)
 
     def _trim(self, idle: Iterable[str]) -> None:
         for other in list(idle):
@@ -187,10 +190,22 @@ class Pool:
         with route(self.model, [{slots[name]: weight for name, weight in row.items()} for row in rows]):
             yield
 
+    def activate_other(self, adapter: Adapter) -> None:
+        """Have an adapter that is not in the library answer every row; it stays on the model until `close`."""
+        slot = next((slot for slot, other in self._others.items() if other is adapter), None)
+        if slot is None:
+            slot = self._new_slot()
+            attach(self.model, adapter, slot)
+            self._others[slot] = adapter
+        activate(self.model, slot)
+
     def close(self) -> None:
-        """Take the library's adapters off the model."""
+        """Take off the model what was put on it."""
         for name in list(self._slots):
             self._empty(name)
+        for slot in self._others:
+            detach(self.model, slot)
+        self._others.clear()
 
 
 def _plan(packed: Packed) -> dict[str, list[Term]]:

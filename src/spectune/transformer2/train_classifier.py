@@ -136,6 +136,7 @@ def train_classifier(
     report = _report(logits, split, chosen, index)
     classifier = replace(classifier, calibration=chosen, report=report)
     classifier.save(pool.library)
+    pool.close()
     return classifier
 
 
