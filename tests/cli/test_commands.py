@@ -53,7 +53,7 @@ def fails(monkeypatch, capsys, *arguments):
 
 
 COMMANDS = ["", "demo", "methods", "train", "generate", "classify", "chat", "compose", "export", "import", "cache"]
-COMMANDS += ["plan", "spectrum"]
+COMMANDS += ["plan", "spectrum", "library"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -36,14 +36,16 @@ def calibrate(logits: Tensor, targets: Tensor, none: int | None) -> Calibration:
         none: the index of the label "none", if it is one.
     """
     grid = torch.logspace(-1, 1, 41)
-    losses = torch.stack([F.cross_entropy(logits / t, targets) for t in grid])
+    count, labels = logits.shape
+    doubt = labels / (count + labels)  # one wrong prompt more for each label: a few right ones are no certainty
+    losses = torch.stack([F.cross_entropy(logits / t, targets, label_smoothing=doubt) for t in grid])
     temperature = float(grid[losses.argmin()])
     scaled = logits / temperature
     own = torch.ones_like(targets, dtype=torch.bool) if none is None else targets != none
     confidence, label = best(scaled, none)
     kept = confidence[own & (label == targets)]
     strangers = [confidence[~own]]
-    if logits.shape[1] - (none is not None) > 2:
+    if labels - (none is not None) > 2:
         without = scaled.scatter(1, targets[:, None], float("-inf"))[own]
         strangers.append(best(without, none)[0])
     others = torch.cat(strangers)

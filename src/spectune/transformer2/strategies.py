@@ -76,8 +76,10 @@ class ClassifierStrategy:
         confidence, index = best(logits, none)
         decisions = []
         for row, sure, i in zip(logits.softmax(-1), confidence.tolist(), index.tolist(), strict=True):
-            label = labels[i] if sure > 0 and sure >= chosen.threshold else NONE
-            decisions.append(_decision(label, float(row[i]), dict(zip(labels, row.tolist(), strict=True))))
+            given = sure > 0 and sure >= chosen.threshold
+            scores = dict(zip(labels, row.tolist(), strict=True))
+            label = labels[i] if given else NONE
+            decisions.append(_decision(label, scores.get(label), scores))
         return decisions
 
 
@@ -122,5 +124,5 @@ def make_strategy(
     return strategy
 
 
-def _decision(label: str, confidence: float, scores: Mapping[str, float]) -> Decision:
+def _decision(label: str, confidence: float | None, scores: Mapping[str, float]) -> Decision:
     return Decision(label, {} if label == NONE else {label: 1.0}, confidence, scores)
