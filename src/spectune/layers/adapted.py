@@ -220,7 +220,7 @@ class Adapted(nn.Module):
             scale = (weight.weights * update.weight).to(part.dtype)
             return y.index_add(0, rows, part * scale.reshape(-1, *(1,) * (part.dim() - 1)))
         part = update.method.respond(tensors, x, self.base(plain), update.training)
-        weight *= update.weight
+        weight = weight * update.weight
         return y + (part if weight == 1.0 else part * weight)
 
     def base(self, output: Tensor | None = None) -> Base:
