@@ -9,8 +9,8 @@ import argparse
 import statistics
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,8 +22,9 @@ from spectune.layers.adapted import adapted_layers
 from spectune.transformer2.pool import Pool
 
 
-def fill(path: Path, model: Any, count: int) -> Library:
+def fill(path: Path, count: int) -> None:
     """Write a library of random SVF adapters."""
+    model, _ = spectune.load_base("smollm2-135m", "bf16")
     spectune.adapt(model, spectune.SVF(), name="made")
     adapter = spectune.extract(model, "made")
     spectune.detach(model, "made")
@@ -32,7 +33,6 @@ def fill(path: Path, model: Any, count: int) -> Library:
         for layer in adapter.layers.values():
             layer.terms[0].trained["z"].normal_(1, 0.05)
         library.add(f"a{i}", adapter)
-    return library
 
 
 def main() -> None:
@@ -42,9 +42,11 @@ def main() -> None:
     parser.add_argument("--activations", type=int, default=200)
     given = parser.parse_args()
     process = psutil.Process()
-    model, _ = spectune.load_base("smollm2-135m", "bf16")
     with tempfile.TemporaryDirectory() as folder:
-        fill(Path(folder) / "library", model, given.count)
+        writer = get_context("spawn").Process(target=fill, args=(Path(folder) / "library", given.count))
+        writer.start()  # apart, so that its memory is not there to be used again
+        writer.join()
+        model, _ = spectune.load_base("smollm2-135m", "bf16")
         start = time.perf_counter()
         library = Library.open(Path(folder) / "library")
         opened = time.perf_counter() - start

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_KEPT = 0.98  # share of rightly labelled held-out prompts that keep their label where nothing is known of others
+_KEPT = 0.98  # least share of the rightly labelled held-out prompts that keep their label
 
 
 class Calibration(NamedTuple):
@@ -26,9 +26,9 @@ class Calibration(NamedTuple):
 def calibrate(logits: Tensor, targets: Tensor, none: int | None) -> Calibration:
     """Choose temperature and threshold on held-out prompts.
 
-    The temperature minimises the cross-entropy (arXiv 1706.04599).  The threshold balances the share of prompts that
-    keep their right label with the share of strangers that get none: prompts labelled "none", and each prompt with its
-    own label taken away, which is then one for an adapter that the library does not have.
+    The temperature minimises the cross-entropy (arXiv 1706.04599).  The threshold leaves as many strangers as it can
+    without a label while nearly all prompts keep their right one.  Strangers are the prompts labelled "none", and each
+    prompt with its own label taken away, which is then one for an adapter that the library does not have.
 
     Args:
         logits: (prompts x labels).
@@ -55,7 +55,8 @@ def calibrate(logits: Tensor, targets: Tensor, none: int | None) -> Calibration:
     tried = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2])
     right = (kept[None] >= tried[:, None]).sum(1) / max(1, int(own.sum()))
     refused = (others[None] < tried[:, None]).float().mean(1)
-    return Calibration(temperature, float(tried[(right + refused).argmax()]))
+    value = torch.where(right >= _KEPT * right.max(), right + refused, -1.0)
+    return Calibration(temperature, float(tried[value.argmax()]))
 
 
 def best(logits: Tensor, none: int | None) -> tuple[Tensor, Tensor]:
