@@ -279,6 +279,9 @@ def main() -> None:
         name += "-quick"
     given["out"] = given["out"] or Path("runs/transformer2") / name
     setting = Setting(**given)
+    own = {key: value for key, value in given.items() if key != "out"}
+    if kept(setting.out / "setting.json", lambda: own) != own:
+        sys.exit(f"{setting.out} was made with other settings (setting.json): give another --out, or delete it")
     torch.manual_seed(0)
     start = time.perf_counter()
     model, tokenizer = spectune.load_base("smollm2-135m", setting.dtype)
