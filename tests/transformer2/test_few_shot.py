@@ -99,6 +99,13 @@ def test_the_search_does_better_than_what_it_starts_from(tmp_path, search):
     assert len(seen) == len(found.history)
 
 
+def test_what_a_population_put_on_the_model_takes_gradients(tmp_path):
+    pool = cases.pool(tmp_path, ("svf", "lora:rank=2", "svf"))
+    population_likelihood(pool, [{"ahoy": 0.5, "plus": 0.5}], shots())  # in inference mode
+    found = FewShot(SHOTS, search="gradient", iterations=2).find(pool, cases.tokenizer())
+    assert found.evaluations == 2
+
+
 @pytest.mark.parametrize("by", ["global", "layer", "projection"])
 def test_what_was_found_is_an_ordinary_adapter(tmp_path, by):
     pool = cases.pool(tmp_path, ("svf", "lora:rank=2", "lora_xs:rank=4"))

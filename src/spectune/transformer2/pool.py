@@ -113,6 +113,7 @@ class Pool:
 
     # -- on the model
 
+    @torch.inference_mode(False)  # bases that are made now may be trained through later
     def place(self, names: Iterable[str]) -> dict[str, str]:
         """Put adapters on the model and return the slot of each.
 
@@ -190,6 +191,7 @@ class Pool:
         with route(self.model, [{slots[name]: weight for name, weight in row.items()} for row in rows]):
             yield
 
+    @torch.inference_mode(False)
     def activate_other(self, adapter: Adapter) -> None:
         """Have an adapter that is not in the library answer every row; it stays on the model until `close`."""
         slot = next((slot for slot, other in self._others.items() if other is adapter), None)
