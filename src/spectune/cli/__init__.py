@@ -8,12 +8,21 @@ import sys
 import typer
 
 from spectune.cli import cache as cache_
-from spectune.cli import chat, classify, compose, demo, export, generate, import_, methods, plan, spectrum, train
+from spectune.cli import (
+    chat,
+    classify,
+    compose,
+    demo,
+    export,
+    generate,
+    import_,
+    library,
+    methods,
+    plan,
+    spectrum,
+    train,
+)
 from spectune.cli.shared import let_the_main_process_speak, say_error
-from spectune.cli import chat, compose, demo, export, generate, import_, methods, plan, spectrum, train
-from spectune.cli import chat, compose, demo, export, generate, import_, library, methods, train
-from spectune.cli import chat, compose, demo, export, generate, import_, library, methods, plan, spectrum, train
-from spectune.cli.shared import say_error
 from spectune.errors import SpectuneError
 
 app = typer.Typer(

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

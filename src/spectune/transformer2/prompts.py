@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spectune.errors import SpectuneError
+from spectune.training.config import TrainConfig
 from spectune.training.data import read
+from spectune.training.tasks import make_task
 
 
 def read_records(path: str | Path) -> list[Mapping[str, Any]]:
@@ -16,7 +18,7 @@ def read_records(path: str | Path) -> list[Mapping[str, Any]]:
     Raises:
         SpectuneError: a file that cannot be read, or a record of another form.
     """
-    return read(path)
+    return read(path, make_task(TrainConfig(model="", data=str(path), output="")))
 
 
 def read_prompts(path: str | Path) -> list[str]:
