@@ -18,7 +18,8 @@ def read_records(path: str | Path) -> list[Mapping[str, Any]]:
     Raises:
         SpectuneError: a file that cannot be read, or a record of another form.
     """
-    return read(path, make_task(TrainConfig(model="", data=str(path), output="")))
+    values: dict[str, Any] = {"model": "", "data": str(path), "output": ""}
+    return read(path, make_task(TrainConfig(**values)))
 
 
 def read_prompts(path: str | Path) -> list[str]:
