@@ -162,7 +162,7 @@ class Adapted(nn.Module):
             return super().forward(x)
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
         update, weight = updates[0]
-        if len(updates) > 1 or isinstance(weight, Share) or weight * update.weight != 1.0:
+        if len(updates) > 1 or isinstance(weight, (Share, Tensor)) or weight * update.weight != 1.0:
             return self._sum(updates, x, super().forward(x))
         return self._alone(update, x)
 
@@ -220,8 +220,7 @@ class Adapted(nn.Module):
             scale = (weight.weights * update.weight).to(part.dtype)
             return y.index_add(0, rows, part * scale.reshape(-1, *(1,) * (part.dim() - 1)))
         part = update.method.respond(tensors, x, self.base(plain), update.training)
-        weight = weight * update.weight
-        return y + (part if weight == 1.0 else part * weight)
+        return y + part * (weight * update.weight)
 
     def base(self, output: Tensor | None = None) -> Base:
         """Return what an update may ask of the frozen layer whose output is `output`."""
