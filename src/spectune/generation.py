@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from spectune.errors import SpectuneError
 
@@ -39,6 +40,19 @@ def prompt_tokens(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool 
         raise SpectuneError("the tokenizer has no chat template; give one text instead of messages")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Return the token to pad with: the end of text where the tokenizer has no other."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens (rows, longest), padded on the left, and the mask that is 1 at tokens."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 @torch.inference_mode()
@@ -79,10 +93,8 @@ def generate(
             raise SpectuneError(
                 f"the prompt has {len(row)} tokens and the model's context holds {context}; shorten the prompt"
             )
-    longest = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    longest, pad = max(map(len, rows)), pad_token(tokenizer)
+    ids, mask = left_padded(rows, pad, model.device)
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - longest)
     if seed is not None:
