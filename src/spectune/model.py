@@ -81,7 +81,9 @@ def adapt(
     return model
 
 
-def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False) -> M:
+def attach(
+    model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False, factored: bool = False
+) -> M:
     """Put an adapter on a model, in place, and make it the one that answers.
 
     Args:
@@ -89,6 +91,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         adapter: the adapter.
         name: the name to give it here.
         trainable: let its tensors train and freeze all others; otherwise everything is frozen.
+        factored: as for `adapt`.
 
     Returns:
         The model.
@@ -104,6 +107,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     _train_only(model, name if trainable else None)
     if trainable:
         _start_schedules(model, name)
+    for selection in selections(model):
+        selection.factored = factored
     return model
 
 

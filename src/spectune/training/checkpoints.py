@@ -73,10 +73,6 @@ class AdapterCheckpoints:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
 
-    def kept(self) -> str:
-        """Return what a run that fails now has kept, for its last words."""
-        return f"the last checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
-
     def _write(self, adapter: Any, folder: Path) -> None:
         adapter.save(folder)
         if self.processing_class is not None:
@@ -141,6 +137,11 @@ class AdapterCheckpoints:
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(partial / _TRAINER))
 
+    def kept(self) -> str:
+        """Say which checkpoint a run that fails now can go on from."""
+        last = self.last_checkpoint
+        return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
@@ -159,6 +160,7 @@ class AdapterCheckpoints:
         with torch.no_grad():
             for key, tensor in state.items():
                 target[key].copy_(as_part(tensor, target[key]))
+        self.last_checkpoint = resume_from_checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -13,7 +13,13 @@ from spectune.errors import SpectuneError, nearest
 if TYPE_CHECKING:
     from spectune.methods import Method
 
-_OF_TASK = {"dpo": ("beta", "dpo_loss", "label_smoothing")}
+_OF_TASK = {
+    "dpo": ("beta", "dpo_loss", "label_smoothing"),
+    "reinforce": (
+        *("environment", "environment_options", "problems", "raw", "reward", "samples", "max_new_tokens"),
+        *("temperature", "kl", "normalize_rewards"),
+    ),
+}
 
 
 class TrainConfig(BaseModel):
@@ -22,7 +28,11 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
-    data: str = Field(description="JSONL, CSV or Parquet file, or data set id, with what the task takes")
+    data: str | None = Field(
+        None,
+        description="JSONL, CSV or Parquet file, or data set id, with what the task takes; needed unless there is an "
+        "environment",
+    )
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
     task: Literal["sft", "classify", "dpo", "reinforce"] = Field(
         "sft",
@@ -33,6 +43,7 @@ class TrainConfig(BaseModel):
     targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
     overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
+    adapter: str | None = Field(None, description="folder of an adapter to go on from; its method and layers are kept")
     lr: float | None = Field(None, gt=0, description="learning rate; the method's own if not given")
     group_lr: dict[str, float] = Field(
         {}, description="name of a trained tensor (magnitude, z, ...): its learning rate"
@@ -56,10 +67,25 @@ class TrainConfig(BaseModel):
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
     eval_data: str | None = Field(None, description="data for evaluation, instead of held_out")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
-    patience: int | None = Field(None, ge=1, description="evaluations without a better loss before the run stops")
-    best: bool = Field(False, description="end with the checkpoint of the lowest held-out loss; needs eval_steps")
+    patience: int | None = Field(None, ge=1, description="evaluations without a better one before the run stops")
+    best: bool = Field(False, description="end with the checkpoint that is best on what is held out; needs eval_steps")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints")
     log_steps: int = Field(1, ge=1, description="steps between lines of the log")
+    environment: str | None = Field(None, description="reinforce: reasoning-gym environment, such as chain_sum")
+    environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
+    problems: int = Field(2000, ge=2, description="reinforce: the environment's problems, those held out included")
+    raw: bool = Field(False, description="reinforce: put the environment's questions without a chat template")
+    reward: str | None = Field(
+        None, description="reinforce: module:function, from the working directory or installed; wins over the "
+        "environment's own"
+    )  # fmt: skip
+    samples: int = Field(8, ge=2, description="reinforce: completions of each prompt, each other's baseline")
+    max_new_tokens: int = Field(64, ge=1, description="reinforce: tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="reinforce: of the sampling; evaluations are greedy")
+    kl: float = Field(0.0, ge=0, description="reinforce: coefficient of the KL divergence to the base, per completion")
+    normalize_rewards: bool = Field(
+        False, description="reinforce: divide advantages by the rewards' standard deviation among a prompt's samples"
+    )
     dtype: str | None = Field(
         None, description="of the base: fp32, bf16, fp16; the faster of the first two if not given"
     )
@@ -91,13 +117,17 @@ class TrainConfig(BaseModel):
         """Raise for keys that do not go together.
 
         Raises:
-            SpectuneError: a key of another task, patience or best without evaluations, or checkpoints at other steps
-                than evaluations.
+            SpectuneError: no data, a key of another task, an adapter and what it has already, patience or best
+                without evaluations, or checkpoints at other steps than evaluations.
         """
         for task, keys in _OF_TASK.items():
             for key in keys if task != self.task else ():
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if self._given(key):
                     raise SpectuneError(f"{key} is a key of task: {task}, and this is task: {self.task}")
+        self._check_data()
+        for key in ("targets", "exclude", "overrides") if self.adapter is not None else ():
+            if self._given(key):
+                raise SpectuneError(f"{key} cannot change with adapter: the adapter in {self.adapter} has its layers")
         wanted = "patience" if self.patience is not None else "best" if self.best else None
         if wanted is None:
             return
@@ -109,6 +139,20 @@ class TrainConfig(BaseModel):
             raise SpectuneError(
                 f"{wanted} needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
             )
+
+    def _given(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def _check_data(self) -> None:
+        if self.environment is None:
+            if self.data is None:
+                raise SpectuneError(f"data is not given: {type(self).model_fields['data'].description}")
+            if self.task == "reinforce" and self.reward is None:
+                raise SpectuneError("task: reinforce needs a reward: give reward (module:function) or environment")
+            return
+        for key in ("data", "eval_data"):
+            if getattr(self, key) is not None:
+                raise SpectuneError(f"{key} and environment are both given; the problems come from one of them")
 
     def learning_rate(self) -> float:
         """Return lr, or the method's own."""

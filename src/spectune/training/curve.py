@@ -10,26 +10,32 @@ from spectune.adapters.files import write_atomically
 
 
 def plot_curve(
-    history: Sequence[Mapping[str, Any]], path: Path, title: str, unit: str = "token", shown: Sequence[str] = ()
+    history: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    unit: str = "token",
+    shown: Sequence[str] = (),
+    measure: str = "loss",
 ) -> None:
-    """Draw training and held-out loss of logged lines as a PNG, and other held-out measures beside them.
+    """Draw the loss, or another measure, in training and held out as a PNG, and other held-out measures beside it.
 
     Args:
-        history: lines with `step` and `loss` or `eval_loss`.
+        history: lines with `step` and the measure, or the measure behind `eval_`.
         path: the picture.
         title: above it.
-        unit: what the loss is a mean over.
+        unit: what the measure is a mean over.
         shown: measures of evaluations.
+        measure: the one to draw.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11 if shown else 7, 3.6), dpi=120, layout="constrained")
     axes, *beside = figure.subplots(1, 2 if shown else 1, squeeze=False)[0]
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+    for key, label, style in ((measure, "training", "-"), (f"eval_{measure}", "held out", "o--")):
         points = [(line["step"], line[key]) for line in history if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_ylabel(f"loss a {unit}")
+    axes.set_ylabel(f"{spoken(measure)} a {unit}")
     axes.set_title(title, fontsize=10)
     for name in shown:
         points = [(line["step"], line[f"eval_{name}"]) for line in history if f"eval_{name}" in line]

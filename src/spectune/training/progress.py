@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class RunLog(TrainerCallback):
-    """Show loss, tokens/s, memory and time left, and append each logged step to log.jsonl.
+    """Show the loss or another measure, tokens/s, memory and time left, and append each logged step to log.jsonl.
 
     With several processes the main one writes and shows; tokens are those of all, and memory is that of the largest.
 
@@ -52,6 +52,7 @@ class RunLog(TrainerCallback):
         self._path = folder / "log.jsonl"
         self._console = console
         self._trainer: AdapterTrainer | None = None
+        self._curve = "loss"
         self._progress: Progress | None = None
         self.history = _lines(self._path, step) if step is not None else []
         if processes.is_main():
@@ -64,8 +65,8 @@ class RunLog(TrainerCallback):
         self._handlers: dict[int, Any] = {}
 
     def watch(self, trainer: AdapterTrainer) -> None:
-        """Take token counts from this trainer."""
-        self._trainer = trainer
+        """Take token counts, and the measure to show, from this trainer."""
+        self._trainer, self._curve = trainer, trainer.task.curve
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
@@ -73,7 +74,7 @@ class RunLog(TrainerCallback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn(f"{self._curve} {{task.fields[value]}}"),
             TextColumn("{task.fields[measures]}"),
             TextColumn("{task.fields[speed]} tokens/s"),
             TextColumn("{task.fields[memory]}"),
@@ -83,7 +84,7 @@ class RunLog(TrainerCallback):
             console=self._console,
         )
         self._task = self._progress.add_task(
-            "train", total=state.max_steps, completed=state.global_step, loss="-", measures="", speed="-", memory=""
+            "train", total=state.max_steps, completed=state.global_step, value="-", measures="", speed="-", memory=""
         )
         self._progress.start()
         if threading.current_thread() is threading.main_thread():
@@ -118,8 +119,8 @@ class RunLog(TrainerCallback):
                 "peak_memory": most,
             }
             shown: dict[str, Any] = {"speed": f"{self.tokens_per_second:.0f}", "memory": f"{most / 1e9:.1f} GB"}
-            if "loss" in line:
-                shown["loss"] = f"{line['loss']:.3f}"
+            if self._curve in line:
+                shown["value"] = f"{line[self._curve]:.3f}"
             measured = [name for name in self._trainer.task.shown if f"eval_{name}" in line]
             if measured:
                 shown["measures"] = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in measured)

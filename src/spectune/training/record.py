@@ -21,8 +21,9 @@ from spectune.training.data import Record
 
 # a resumed run would not be the same run with another of these
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
-_MEANING += ("max_length", "completion_only", "seed", "dtype")
+_MEANING += ("max_length", "completion_only", "seed", "dtype", "adapter")
 _MEANING += ("beta", "dpo_loss", "label_smoothing", "columns")
+_MEANING += ("environment", "environment_options", "problems", "raw", "reward", "samples", "max_new_tokens")
 _STEP = ("batch_size", "accumulate", "processes")  # whose product is the examples of a step, and has a meaning
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 

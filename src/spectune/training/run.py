@@ -15,14 +15,15 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.files import CONFIG, telling_of_full_disks
 from spectune.errors import SpectuneError
-from spectune.model import adapt, extract
+from spectune.methods import to_text
+from spectune.model import adapt, attach, extract
 from spectune.spectral import cache
 from spectune.training import processes
 from spectune.training.attention import packed_attention
 from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
-from spectune.training.data import Encoded, Record, read, split
+from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.record import changed, read_run, write_run
 from spectune.training.tasks import Task, make_task
@@ -74,11 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     task = make_task(config)
     with processes.together():
         _check_output(config, output)
-        records = read(config.data, task)
-        if config.eval_data is not None:
-            held = read(config.eval_data, task)
-        else:
-            records, held = split(records, config.held_out, config.seed)
+        records, held = task.read()
         model, tokenizer = task.load(records, held)
     return train_model(config, model, tokenizer, records, held, console)
 
@@ -123,6 +120,9 @@ def _train(
     with processes.together():
         _check_sharding(config)
         check_reports(config.reports())
+        start_from = Adapter.load(config.adapter) if config.adapter is not None else None
+        if start_from is not None:
+            config = _with_its_method(config, start_from)
         checkpoint = _checkpoint(output, console) if config.resume else None
         if checkpoint is not None:
             _report_changes(config, output, console)
@@ -132,7 +132,7 @@ def _train(
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
     start = time.perf_counter()
-    _adapt(config, model)
+    _adapt(config, model, start_from)
     setup = time.perf_counter() - start
     with processes.together(), telling_of_full_disks(output, "free some space and start again"):
         if processes.is_main():
@@ -176,16 +176,30 @@ def _train(
             with telling_of_full_disks(output, f"{trainer.kept()}; free some space and go on with resume=true"):
                 adapter.save(output)
                 title = f"{config.model}, {config.method}"
-                plot_curve(log.history, output / "curve.png", title, task.unit, task.shown)
+                plot_curve(log.history, output / "curve.png", title, task.unit, task.shown, task.curve)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
 
 
-def _adapt(config: TrainConfig, model: Any) -> None:
+def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
+    terms = (term for layer in adapter.layers.values() for term in layer.terms)
+    methods = list(dict.fromkeys(term.method for term in terms if not term.method.replaces))  # not a classifier's head
+    if "method" in config.model_fields_set and config.parsed_method() not in methods:
+        raise SpectuneError(
+            f"method {config.method} is given, and the adapter in {config.adapter} is {to_text(methods[0])}; leave "
+            "method out to go on from it"
+        )
+    return config.model_copy(update={"method": to_text(methods[0])})
+
+
+def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
     overrides: Any = config.overrides
 
     def adapted() -> None:
         set_seed(config.seed)  # the adapter starts the same in every process
-        adapt(model, config.parsed_method(), config.targets, config.exclude, overrides, factored=config.factored)
+        if start_from is not None:
+            attach(model, start_from, trainable=True, factored=config.factored)
+        else:
+            adapt(model, config.parsed_method(), config.targets, config.exclude, overrides, factored=config.factored)
 
     if cache.directory() is None:
         with processes.together():
@@ -291,6 +305,6 @@ def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit
             console.print(f"{encoded.cut} {what} examples were cut to {limit} tokens", style="yellow")
         if encoded and encoded.dropped:
             console.print(
-                f"{encoded.dropped} {what} examples had nothing to learn from and were left out",
+                f"{encoded.dropped} {what} examples had nothing to learn from within {limit} tokens and were left out",
                 style="yellow",
             )

@@ -89,7 +89,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         else:
             loss = sums["loss"] * (self.args.world_size / num_items_in_batch)
         if model.training and not inputs.get(BLANK):
-            self._tokens = self._tokens + _token_count(inputs)
+            self._tokens = self._tokens + (sums["tokens"] if "tokens" in sums else _token_count(inputs))
         return (loss, sums) if return_outputs else loss
 
     def _sums(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

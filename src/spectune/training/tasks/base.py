@@ -11,7 +11,7 @@ from spectune.bases import load_base
 from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data import Encoded, Record
+from spectune.training.data import Encoded, Record, read, split
 
 if TYPE_CHECKING:
     from spectune.training.trainer import AdapterTrainer
@@ -30,6 +30,7 @@ class Task:
 
     forms: ClassVar[str]  # the keys of a record, for messages
     unit: ClassVar[str]  # what the loss is a mean over
+    curve: ClassVar[str] = "loss"  # the measure that is shown and drawn
     best_metric: ClassVar[str] = "eval_loss"  # by which checkpoints compare; the smaller the better if it ends in loss
 
     shown: ClassVar[tuple[str, ...]] = ()  # the measures of an evaluation that are shown and drawn beside the loss
@@ -41,6 +42,19 @@ class Task:
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """Return what is wrong with the form of a record, or None."""
         raise NotImplementedError
+
+    def read(self) -> tuple[list[Record], list[Record]]:
+        """Return the records to train on and those to evaluate on.
+
+        Raises:
+            SpectuneError: what cannot be read, or a record of another form, with its number.
+        """
+        config = self.config
+        assert config.data is not None  # or the configuration was not checked
+        records = read(config.data, self)
+        if config.eval_data is not None:
+            return records, read(config.eval_data, self)
+        return split(records, config.held_out, config.seed)
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
         """Return the model, without adapter, and the tokenizer.
