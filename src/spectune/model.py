@@ -81,9 +81,7 @@ def adapt(
     return model
 
 
-def attach(
-    model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False, factored: bool = False
-) -> M:
+def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False, factored: bool = False) -> M:
     """Put an adapter on a model, in place, and make it the one that answers.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from spectune.training.attention import NAME, packed_attention
-from spectune.training.batches import Packer
+from spectune.training.batches import STEP, Packer
 from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 
@@ -62,3 +62,19 @@ def test_where_it_would_differ_nothing_changes():
         with packed_attention(model):
             assert model.config._attn_implementation == before != NAME
             assert "cu_seq_lens_q" not in Packer(model, 0)(encode(RECORDS, make_tokenizer(), 32).examples)
+
+
+def test_long_rows_are_filled_up_to_a_few_lengths_where_the_processor_makes_kernels_for_each():
+    records = [{"text": " ".join(["one", "two", "three", "and"] * 8)}] * 12
+    examples = encode(records, make_tokenizer(), 64).examples
+    model = make_model().bfloat16()
+    with packed_attention(model):
+        filled = Packer(model, 0)(examples)
+        exact = Packer(make_model(), 0)._packed(examples)
+        assert filled["input_ids"].shape[1] % STEP == 0
+        assert filled["cu_seq_lens_q"][-1] == exact["input_ids"].shape[1] < filled["input_ids"].shape[1]
+        labels = filled.pop("labels")
+        logits = model.float()(**filled, use_cache=False).logits
+    exact.pop("labels")
+    torch.testing.assert_close(logits, model(**exact, use_cache=False).logits, atol=1e-4, rtol=1e-3)
+    assert logits.shape[1] == labels.numel()

@@ -46,9 +46,12 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = query.shape[1] // key.shape[1]
     lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(t.split(lengths, 2) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))), strict=True)
+    rest = query.shape[2] - sum(lengths)  # padding, which attends to nothing
+    cut = [t.split([*lengths, rest], 2) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    parts = list(zip(*cut, strict=True))[: len(lengths)]
     each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
-    return torch.cat(each, 2).transpose(1, 2), None
+    out = torch.cat(each, 2)
+    return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -16,6 +17,7 @@ from spectune.training.data import Example
 
 IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
+STEP = 64  # tokens, whose multiples long packed rows are filled up to
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
 
 
@@ -35,6 +37,8 @@ class Packer:
         parameters = inspect.signature(type(model).forward).parameters
         self._packs = {"logits_to_keep", "position_ids"} <= parameters.keys()
         self._config = model.config.get_text_config() if self._packs and "kwargs" in parameters else None
+        # a CPU makes kernels of its own for each new shape of products in these dtypes, which takes time and memory
+        self._rounds = self._packs and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
         self._pad = pad
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -60,6 +64,9 @@ class Packer:
         if self._config is not None and self._config._attn_implementation == attention.NAME:
             starts = [0, *accumulate(len(example.tokens) for example in examples)]
             batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)  # the name that attention functions know
+            extra = -len(tokens) % STEP if self._rounds and len(tokens) > 4 * STEP else 0
+            for key in ("input_ids", "position_ids"):
+                batch[key] = F.pad(batch[key], (0, extra))
         return batch
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:

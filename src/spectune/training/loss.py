@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from spectune.training.batches import IGNORE
 
 _CHUNK = 1 << 23  # logits held at once: 32 MiB of float32
+_ROWS = 32
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
 
@@ -75,14 +76,17 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             target = targets[rows, None]
-            logits = F.linear(hidden[rows], weight).float()
+            part = hidden[rows]
+            part = F.pad(part, (0, 0, 0, -len(part) % _ROWS))  # so that products have few different shapes
+            logits = F.linear(part, weight)[: len(target)].float()
             picked = logits.gather(1, target)
             log_sum = logits.logsumexp(1, keepdim=True)
             total += (log_sum - picked).sum()
             if grad is not None:
                 p = logits.sub_(log_sum).exp_()
                 p.scatter_add_(1, target, torch.full_like(picked, -1.0))
-                torch.mm(p.to(weight.dtype), weight, out=grad[rows])
+                p = F.pad(p.to(weight.dtype), (0, 0, 0, -len(p) % _ROWS))
+                grad[rows] = torch.mm(p, weight)[: len(target)]
         ctx.grad = grad
         return total
 
