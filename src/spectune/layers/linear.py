@@ -82,7 +82,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if ratio is not None:
             if ctx.needs_input_grad[6]:
                 product = grad * (y if bias is None else y - bias)
-                to_ratio = product.sum(0, dtype=ratio.dtype) / ratio
+                to_ratio = product.sum(0).to(ratio.dtype) / ratio  # summed in float32 whatever the dtype
             grad = grad * ratio.to(grad.dtype)
         core = ctx.core if values is None else replace(ctx.core, values=values)
         to_u = grad @ L
