@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import spectune
+from spectune.training.attention import packed_attention
 from spectune.training.rollout import completion_logits, lay_out, sample, shares_prompts
 from tiny import ARCHITECTURES
 
@@ -29,7 +30,10 @@ def test_logits_are_those_of_each_completion_alone(architecture):
 
 
 def test_a_model_with_windows_or_an_attention_of_its_own_shares_no_prompts():
-    assert shares_prompts(ARCHITECTURES["llama"]())
+    llama = ARCHITECTURES["llama"]()
+    assert shares_prompts(llama)
+    with packed_attention(llama):  # as in a run
+        assert shares_prompts(llama)
     assert not shares_prompts(ARCHITECTURES["gemma3"]())
     assert not shares_prompts(ARCHITECTURES["mistral"]())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.generation import left_padded
+from spectune.training import attention
 
 Tokens = Sequence[int]
 
@@ -42,7 +43,7 @@ def shares_prompts(model: Any) -> bool:
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
         {"logits_to_keep", "position_ids"} <= parameters.keys()
-        and config._attn_implementation in ("eager", "sdpa")
+        and config._attn_implementation in ("eager", "sdpa", attention.NAME)
         and kinds == {"full_attention"}
         and not (windowed and not getattr(config, "layer_types", None))
         and not getattr(config, "alibi", False)
