@@ -122,4 +122,4 @@ def test_a_compiled_layer_has_no_graph_break(method):
     torch.testing.assert_close(y, expected)
     for name, parameter in model.named_parameters():
         if name in grads:
-            torch.testing.assert_close(parameter.grad, grads[name])
+            torch.testing.assert_close(parameter.grad, grads[name], atol=1e-4, rtol=1e-5)

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from spectune.layers.cores import Banded, Dense, Diagonal, Identity, Sparse, mix
 from spectune.layers.factors import Factors
-from spectune.layers.functional import band_entries, band_indices, banded_product, sparse_entries, sparse_product
+from spectune.layers.functional import (
+    band_entries,
+    band_indices,
+    banded_entries,
+    banded_product,
+    sparse_entries,
+    sparse_product,
+)
 
 SIZE, WIDTH, BATCH = 7, 2, 3
 ROWS, COLUMNS = torch.tensor([0, 0, 3, 6, 5, 2]), torch.tensor([1, 4, 3, 0, 5, 2])
@@ -132,6 +139,14 @@ def test_the_sparse_gradient_is_the_same_in_pieces(monkeypatch):
     monkeypatch.setattr("spectune.layers.functional._CHUNK", 8)
     torch.testing.assert_close(sparse_entries(grad, t, ROWS, COLUMNS), whole)
     torch.testing.assert_close(whole, (grad.T @ t)[ROWS, COLUMNS])
+
+
+def test_the_banded_products_are_well_formed_operators():
+    t, grad = torch.randn(3, SIZE, requires_grad=True), torch.randn(3, SIZE, requires_grad=True)
+    values = torch.randn(band_entries(SIZE, WIDTH), requires_grad=True)
+    for operator, inputs in ((banded_product, (t, values)), (banded_entries, (grad, t))):
+        checks = torch.library.opcheck(operator, (*inputs, WIDTH, False))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def test_the_sparse_product_is_a_well_formed_operator():

@@ -81,12 +81,18 @@ def _(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
     return t.new_empty(t.shape)
 
 
+@torch.library.custom_op("spectune::banded_entries", mutates_args=())
 def banded_entries(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
     """Return the gradient of `banded_product` with respect to its values, (entries) or (batch, entries)."""
     block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose)
     rows = F.pad(grad, (0, len(places) * block - t.shape[-1])).unflatten(-1, (len(places), block)).movedim(-2, -3)
     blocks = torch.matmul(rows.mT, _windows(t, block, reach, len(places)))
     return blocks.flatten(-3)[..., slots.to(t.device)]
+
+
+@banded_entries.register_fake
+def _(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
+    return t.new_empty(*t.shape[:-2], band_entries(t.shape[-1], width))
 
 
 def _save_banded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,7 +107,15 @@ def _banded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     return to_t, to_values, None, None
 
 
+def _banded_entries_backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    grad, t = ctx.saved_tensors
+    to_grad = banded_product(t, of_values, ctx.width, ctx.transpose) if ctx.needs_input_grad[0] else None
+    to_t = banded_product(grad, of_values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[1] else None
+    return to_grad, to_t, None, None
+
+
 banded_product.register_autograd(_banded_backward, setup_context=_save_banded)
+banded_entries.register_autograd(_banded_entries_backward, setup_context=_save_banded)
 
 
 @torch.library.custom_op("spectune::sparse_product", mutates_args=())
