@@ -80,7 +80,9 @@ def plan(
     Args:
         model: a built-in or embedded name, or a folder with a config.json.
         methods: methods or their texts, "full" and "keras_lora:rank=8" too; all with their defaults if empty.
-        targets, exclude, overrides: as for `spectune.adapt`.
+        targets: as for `spectune.adapt`.
+        exclude: as for `spectune.adapt`.
+        overrides: as for `spectune.adapt`.
         batch_size: sequences on each device.
         length: tokens of a sequence.
         supervised: share of the positions that a causal model computes logits and the loss at, in (0, 1].

@@ -32,7 +32,9 @@ class FewShot:
         reward: reward(reply, record) of a greedy reply; None maximises the completions' log-likelihood, a token's
             mean for each shot.
         names: the adapters to mix; all of the library if not given.
-        population, elites, std: of the cross-entropy method.
+        population: of the cross-entropy method.
+        elites: of them that the next generation is drawn around.
+        std: of the first generation.
         iterations: at most; 100 of the cross-entropy method and 30 gradient steps if not given.
         lr: of the gradient steps.
         max_new_tokens: of a reply that is rewarded.

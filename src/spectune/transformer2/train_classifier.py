@@ -104,7 +104,9 @@ def train_classifier(
         none: prompts that are for no adapter; with them "none" is a label of its own.
         held: share of each label's prompts that is held out, half to calibrate and half to report on.
         layer: the hidden state; two thirds of the way up if not given.
-        method, lr, epochs: of the adapter.
+        method: of the adapter.
+        lr: its learning rate.
+        epochs: passes over the prompts.
         seed: of the split and of the training.
         console: where progress goes.
 
