@@ -93,13 +93,14 @@ class AdapterCheckpoints:
         self.store_flos()  # type: ignore[attr-defined]
         adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
         optimizer = _optimizer_state(self.optimizer)
-        with processes.together():
+        remedy = f"{self.kept()}; free some space and go on with resume=true"
+        with processes.together(), telling_of_full_disks(place, remedy):
             own_rng = self._rng_files()
         rngs = processes.gather(own_rng)
         with processes.together():
             if self.args.should_save:
                 try:
-                    with telling_of_full_disks(place, f"{self.kept()}; free some space and go on with resume=true"):
+                    with telling_of_full_disks(place, remedy):
                         shutil.rmtree(partial, ignore_errors=True)
                         self._write(adapter, partial)
                         save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial / STATE)
