@@ -58,6 +58,14 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+def is_full(config: Any) -> bool:
+    """Whether every layer of a text model attends to all that its mask allows, without windows or biases of its own."""
+    kinds = getattr(config, "layer_types", None)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    full = set(kinds) == {"full_attention"} if kinds else not windowed
+    return full and not getattr(config, "alibi", False)
+
+
 @contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
     """Within the context a causal language model on a CPU attends to each example of a packed row by itself.
@@ -66,10 +74,7 @@ def packed_attention(model: Any) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     before = config._attn_implementation
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    same = kinds == {"full_attention"} and not (windowed and getattr(config, "layer_types", None) is None)
-    if before == "sdpa" and same and model.device.type == "cpu":
+    if before == "sdpa" and is_full(config) and model.device.type == "cpu":
         config._attn_implementation = NAME
     try:
         yield

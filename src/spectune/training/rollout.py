@@ -39,14 +39,10 @@ def shares_prompts(model: Any) -> bool:
     """
     config = model.config.get_text_config()
     parameters = inspect.signature(type(model).forward).parameters
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
         {"logits_to_keep", "position_ids"} <= parameters.keys()
         and config._attn_implementation in ("eager", "sdpa", attention.NAME)
-        and kinds == {"full_attention"}
-        and not (windowed and not getattr(config, "layer_types", None))
-        and not getattr(config, "alibi", False)
+        and attention.is_full(config)
     )
 
 
