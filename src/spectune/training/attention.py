@@ -1,7 +1,7 @@
 """Attention within each example of a packed row, at the cost of the examples and not of the row.
 
 With a block-diagonal mask, attention on a CPU computes the whole square of the row.  Here each example attends to
-itself in a call of its own: for 8 examples of 57 tokens in a third of the time, for 32 in a tenth.
+itself in a call of its own.
 """
 
 from __future__ import annotations
