@@ -132,7 +132,7 @@ def _train(
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
     start = time.perf_counter()
-    _adapt(config, model, start_from)
+    prepare(config, model, start_from)
     setup = time.perf_counter() - start
     with processes.together(), telling_of_full_disks(output, "free some space and start again"):
         if processes.is_main():
@@ -143,7 +143,7 @@ def _train(
         log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
         model=model,
-        args=_arguments(config, model, evaluated is not None, task),
+        args=training_arguments(config, model, evaluated is not None, task),
         train_dataset=learned.examples,
         eval_dataset=evaluated.examples if evaluated else None,
         data_collator=task.collator(model, tokenizer),
@@ -191,7 +191,8 @@ def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
     return config.model_copy(update={"method": to_text(methods[0])})
 
 
-def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
+def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) -> None:
+    """Put the adapter that a run trains on a model, and the model in training mode, sharded if that is wanted."""
     overrides: Any = config.overrides
 
     def adapted() -> None:
@@ -231,7 +232,8 @@ def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
 
 
-def _arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+    """Return what transformers' Trainer is to do, given a run's configuration and whether anything is held out."""
     on_cpu = model.device.type == "cpu"
     skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
