@@ -57,7 +57,7 @@ def test_parts_share_no_record(folder, tmp_path):
 
 
 def test_a_language_model_is_judged_by_exact_matches(folder, tmp_path):
-    rows = [{"prompt": f"say {w}", "completion": " " + w} for w in ("one", "two", "three") for _ in range(20)]
+    rows = [{"prompt": f"say {w}", "completion": " " + w} for w in ("one", "two", "three") for _ in range(30)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     values = {"task": "sft", "model": str(folder / "decoder"), "data": str(path), "metric": "exact_match"}
@@ -170,7 +170,7 @@ def test_what_cannot_be_compared(folder, tmp_path):
         config(folder, tmp_path, validation=0.5, test=0.5)
     with pytest.raises(SpectuneError, match="validation has 3 records"):
         Bench(config(folder, tmp_path, validation=0.03))
-    chosen = config(folder, tmp_path, methods=["lora", "lora:rank=16"])
+    chosen = config(folder, tmp_path, methods=["lora", "lora:rank=8"])
     with pytest.raises(SpectuneError, match="is there twice"):
         candidates(chosen, Bench(chosen).model)
 

@@ -118,8 +118,10 @@ class CompareConfig(TrainConfig):
         return TrainConfig(**own)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the trials depend on: trials of other settings cannot be compared with these."""
-        return {k: v for k, v in self.model_dump().items() if k not in _EXTENT and k not in _CHOSEN}
+        """Return what the trials depend on, but for defaults: trials of other settings cannot be compared with these."""
+        fields = type(self).model_fields
+        given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
+        return {k: v for k, v in given.items() if k not in _EXTENT and k not in _CHOSEN}
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -141,7 +143,8 @@ def check_folder(config: CompareConfig) -> None:
     except ValueError:
         before = {}
     now = json.loads(json.dumps(config.settings()))
-    differing = [f"{k}: {before.get(k)!r}, not {now[k]!r}" for k in now if before.get(k) != now[k]]
+    keys = sorted({*before, *now})
+    differing = [f"{k}: {before.get(k)!r}, not {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
     if differing:
         raise SpectuneError(
             f"{config.output} holds trials of other settings ({'; '.join(differing[:3])}): give another output, or "
