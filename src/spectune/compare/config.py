@@ -118,7 +118,7 @@ class CompareConfig(TrainConfig):
         return TrainConfig(**own)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the trials depend on, but for defaults: trials of other settings cannot be compared with these."""
+        """Return what the trials depend on, but for defaults; only equals can be compared."""
         fields = type(self).model_fields
         given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
         return {k: v for k, v in given.items() if k not in _EXTENT and k not in _CHOSEN}
