@@ -17,6 +17,7 @@ from spectune.adapters.files import write_atomically
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
 from spectune.reports.about import describe
@@ -46,8 +47,12 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     from spectune.compare.study import Study
 
     check_folder(config)
+    too_large = check_room(config)
+    if too_large:
+        config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
     methods, notes = candidates(config, bench.model)
+    notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
     settings = config.settings()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
