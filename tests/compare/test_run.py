@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from compare.tiny_bench import config, write_data, write_encoder
 from typer.testing import CliRunner
 
+from compare.tiny_bench import config, write_data, write_encoder
 from spectune import SpectuneError
 from spectune.cli import app
 from spectune.compare.run import compare
