@@ -2,7 +2,7 @@
 
     python benchmarks/study/claims.py
 
-Writes results/claims.md and results/study.png.  A claim that one method is better than another is tested on every task
+Writes results/claims.md, results/study.png and the part of README.md that shows them.  A claim that one method is better than another is tested on every task
 by the paired differences over seeds, corrected for the number of tasks (Holm): supported where some task shows it and
 none the opposite, refuted the other way round, mixed with both, undecided with neither.
 """
@@ -20,6 +20,7 @@ ROOT = HERE.parent.parent
 SVF, SVFT, LORA, XS = "svf", "svft:pattern=banded", "lora:rank=16", "lora_xs:rank=16"
 PISSA, MILORA, FULL = "pissa:rank=16", "milora:rank=16", "full"
 LEVEL = 0.05
+ALT = "The metric of each task over the number of trained parameters, method by method, with 95% intervals"
 
 
 def reports() -> dict[str, Any]:
@@ -179,7 +180,29 @@ def main() -> None:
     text = "\n".join(lines) + "\n\n\\* beyond chance at 0.05 after Holm's correction over the tasks\n"
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, begin, rest = readme.partition("<!-- study -->\n")
+    _, end, after = rest.partition("<!-- /study -->")
+    shown = f"{setting(found)}\n\n![{ALT}](benchmarks/study/results/study.png)\n\n{text}"
+    (ROOT / "README.md").write_text(before + begin + shown + end + after, encoding="utf-8")
     print(text)
+
+
+def setting(found: dict[str, Any]) -> str:
+    """Return sentences on what was run, where and when."""
+    said = [
+        f"{task} ({report['model']}, {len(report['methods'])} methods, {len(report['seeds'])} seeds, {report['steps']} "
+        f"steps of {report['batch_size']}, {report['split']['test']} test records)"
+        for task, report in found.items()
+    ]
+    about = next(iter(found.values()))
+    processor = f"{about['machine']['processor']}, {about['machine']['cores']} cores"
+    return (
+        f"The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](benchmarks/study/results)) "
+        f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate was "
+        "searched for each method. The runs are short: they say which method learns much from few steps, not which is best "
+        "in the end."
+    )
 
 
 if __name__ == "__main__":
