@@ -142,7 +142,7 @@ def _difference(
     runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Return the difference between two methods, judged over seeds, or over records where seeds have no spread."""
-    ours, theirs = ({r["seed"]: _at(r, "test", metric) for r in rs} for rs in (runs, others))
+    ours, theirs = ({r["seed"]: r["test"][metric] for r in rs} for rs in (runs, others))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
@@ -156,7 +156,7 @@ def _difference(
 def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> dict[str, Any] | None:
     """Return a paired bootstrap over test records, each record's mean over the seeds that both have."""
     ours, theirs = ({r["seed"]: _right(r, metric) for r in rs} for rs in (runs, others))
-    pairs = [(ours[s], theirs[s]) for s in ours.keys() & theirs.keys() if ours[s] and theirs[s]]
+    pairs = [(a, b) for s, a in ours.items() if a and (b := theirs.get(s))]
     if not pairs or len({len(right) for pair in pairs for right in pair}) != 1:
         return None
     a, b = np.mean([pair[0] for pair in pairs], axis=0), np.mean([pair[1] for pair in pairs], axis=0)
