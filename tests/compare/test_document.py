@@ -140,6 +140,23 @@ def test_the_base_is_best():
     assert at(found, "base")["train_command"] is None
 
 
+def test_a_new_head_alone_is_no_winner():
+    finals, _ = results(methods=("lora", "svf", "base"), lora=0.85, svf=0.85, base=0.85)
+    for run in finals:
+        run["trainable_parameters"] += 770
+    found = made(finals)
+    assert found["recommended"] == "svf"
+    assert "The model without an adapter (base) is no further from the best." in found["answer"] or (
+        "No method improves on the model without an adapter (base), which has the best mean." in found["answer"]
+    )
+
+
+def test_full_fine_tuning_ahead_has_no_command():
+    found = verdict({"lora": 0.80, "full": 0.85}, spread=0.001)
+    assert found["answer"][0].startswith("Full fine-tuning is ahead of LoRA by 5.0 points")
+    assert (found["recommended"], found["train_command"]) == ("full", None)
+
+
 def test_all_failed():
     found = made([failed("lora"), failed("svf")], [failed("svf", "search")])
     assert found["answer"][0].startswith("No method ran to its end, so there is nothing to compare: the loss is not")

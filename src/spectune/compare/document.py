@@ -11,7 +11,7 @@ import numpy as np
 
 from spectune.compare.command import train_command
 from spectune.compare.statistics import holm, mean_interval, paired_difference, record_difference
-from spectune.compare.verdict import answer, cheapest
+from spectune.compare.verdict import adapts, answer, cheapest
 from spectune.methods import METHODS
 
 PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
@@ -174,12 +174,12 @@ def _recommended(made: Mapping[str, Any]) -> str | None:
     sign = 1 if made["greater_is_better"] else -1
     for row in made["methods"]:
         ahead = row["difference"] and row["difference"]["beyond_chance"] and sign * row["difference"]["mean"] > 0
-        if ahead and row["trainable_parameters"]:
+        if ahead and adapts(row):
             return row["method"]
     found = cheapest(made)
     if found is not None:
         return found["method"]
-    return next((row["method"] for row in made["methods"] if row["ran"] and row["trainable_parameters"]), None)
+    return next((row["method"] for row in made["methods"] if row["ran"] and adapts(row)), None)
 
 
 def _trial(result: Result, metric: str, searched_by: str) -> dict[str, Any]:

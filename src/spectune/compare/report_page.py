@@ -60,14 +60,17 @@ def _tiles(document: Row, ran: Sequence[Row]) -> str:
 
 
 def _winner(document: Row) -> str:
-    if document["train_command"] is None:
+    if all(row["train_command"] is None for row in document["methods"]):
         return ""
     row = next(row for row in document["methods"] if row["method"] == document["recommended"])
     text = f"{row['label']} as it was trained here, on all of the data but what spectune train holds out:"
+    first = page.code(document["train_command"] or "")
+    if document["train_command"] is None:
+        text, first = "spectune train has no full fine-tuning; the others are below.", ""
     more = [(r["label"], command) for r in document["methods"] if (command := r["train_command"]) and r is not row]
     others = "".join(page.paragraphs([label]) + page.code(command) for label, command in more)
     folded = page.details("The other methods", others) if more else ""
-    return page.paragraphs([text]) + page.code(document["train_command"]) + folded
+    return page.paragraphs([text]) + first + folded
 
 
 def _table(document: Row) -> str:
