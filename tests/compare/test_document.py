@@ -1,8 +1,9 @@
 """What the document says of results: numbers against a computation by hand, and the verdict in every case."""
 
+import importlib
 import json
 import math
-import subprocess
+import shlex
 import sys
 
 import numpy as np
@@ -139,6 +140,23 @@ def test_the_base_is_best():
     assert at(found, "base")["train_command"] is None
 
 
+def test_a_new_head_alone_is_no_winner():
+    finals, _ = results(methods=("lora", "svf", "base"), lora=0.85, svf=0.85, base=0.85)
+    for run in finals:
+        run["trainable_parameters"] += 770
+    found = made(finals)
+    assert found["recommended"] == "svf"
+    assert "The model without an adapter (base) is no further from the best." in found["answer"] or (
+        "No method improves on the model without an adapter (base), which has the best mean." in found["answer"]
+    )
+
+
+def test_full_fine_tuning_ahead_has_no_command():
+    found = verdict({"lora": 0.80, "full": 0.85}, spread=0.001)
+    assert found["answer"][0].startswith("Full fine-tuning is ahead of LoRA by 5.0 points")
+    assert (found["recommended"], found["train_command"]) == ("full", None)
+
+
 def test_all_failed():
     found = made([failed("lora"), failed("svf")], [failed("svf", "search")])
     assert found["answer"][0].startswith("No method ran to its end, so there is nothing to compare: the loss is not")
@@ -210,8 +228,6 @@ def test_replies_are_searched_by_loss():
 
 
 def test_the_command_trains_what_was_compared(found):
-    import shlex
-
     words = shlex.split(at(found, "dora:inner=pissa")["train_command"])
     assert words[:2] == ["spectune", "train"]
     config = load_config(*_file_and_pairs(words[2:]))
@@ -228,6 +244,9 @@ def test_names_that_would_be_the_same_are_told_apart():
     }  # fmt: skip
 
 
-def test_the_report_needs_no_optuna():
-    code = "import sys; sys.modules['optuna'] = None; import spectune.compare.report, spectune.compare.document"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_the_report_needs_no_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for name in [name for name in sys.modules if name.startswith("spectune.compare.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("document", "report"):
+        importlib.import_module(f"spectune.compare.{name}")

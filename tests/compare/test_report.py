@@ -35,7 +35,7 @@ def test_the_page_holds_it_all(written):
         assert row["method"] in text
     for part in (
         "the loss is not finite at step 17",
-        "best at the highest",
+        "best at the highest tried",
         "spectune train model=minilm-l6",
         "Some CPU",
     ):

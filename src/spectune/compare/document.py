@@ -11,7 +11,7 @@ import numpy as np
 
 from spectune.compare.command import train_command
 from spectune.compare.statistics import holm, mean_interval, paired_difference, record_difference
-from spectune.compare.verdict import answer, cheapest
+from spectune.compare.verdict import adapts, answer, cheapest
 from spectune.methods import METHODS
 
 PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
@@ -142,7 +142,7 @@ def _difference(
     runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Return the difference between two methods, judged over seeds, or over records where seeds have no spread."""
-    ours, theirs = ({r["seed"]: _at(r, "test", metric) for r in rs} for rs in (runs, others))
+    ours, theirs = ({r["seed"]: r["test"][metric] for r in rs} for rs in (runs, others))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
@@ -156,7 +156,7 @@ def _difference(
 def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> dict[str, Any] | None:
     """Return a paired bootstrap over test records, each record's mean over the seeds that both have."""
     ours, theirs = ({r["seed"]: _right(r, metric) for r in rs} for rs in (runs, others))
-    pairs = [(ours[s], theirs[s]) for s in ours.keys() & theirs.keys() if ours[s] and theirs[s]]
+    pairs = [(a, b) for s, a in ours.items() if a and (b := theirs.get(s))]
     if not pairs or len({len(right) for pair in pairs for right in pair}) != 1:
         return None
     a, b = np.mean([pair[0] for pair in pairs], axis=0), np.mean([pair[1] for pair in pairs], axis=0)
@@ -174,12 +174,12 @@ def _recommended(made: Mapping[str, Any]) -> str | None:
     sign = 1 if made["greater_is_better"] else -1
     for row in made["methods"]:
         ahead = row["difference"] and row["difference"]["beyond_chance"] and sign * row["difference"]["mean"] > 0
-        if ahead and row["trainable_parameters"]:
+        if ahead and adapts(row):
             return row["method"]
     found = cheapest(made)
     if found is not None:
         return found["method"]
-    return next((row["method"] for row in made["methods"] if row["ran"] and row["trainable_parameters"]), None)
+    return next((row["method"] for row in made["methods"] if row["ran"] and adapts(row)), None)
 
 
 def _trial(result: Result, metric: str, searched_by: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from spectune.training.curve import spoken
 
 Row = Mapping[str, Any]
 Spot = tuple[str, float, float, str]  # a name, where its point is, and its colour
+Line = tuple[tuple[float, float], tuple[float, float]]  # its ends
 # read on white and on black
 HUES = ("#2d7fd3", "#e2733b", "#2f9e6e", "#c9569b", "#7f68d6", "#b08a1e", "#1f9aa8", "#d1495b")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
@@ -39,8 +41,8 @@ class Cost(NamedTuple):
     log: bool = False
     scale: float = 1.0
 
-    def of(self, row: Row) -> float | None:
-        """Return a row's value, in the unit of the axis."""
+    def of(self, row: Row) -> Any:
+        """Return a row's value in the unit of the axis, None where it has none."""
         value = row[self.key]
         value = value["mean"] if isinstance(value, Mapping) else value
         return None if value is None or (self.log and value <= 0) else value * self.scale
@@ -79,15 +81,17 @@ def front(rows: Sequence[Row], cost: Cost, greater_is_better: bool) -> list[Row]
 
 def draw_pareto(figure: Any, document: Row, costs: Sequence[Cost]) -> None:
     """Draw the metric with its intervals against costs, the front as a line; who is far off is put at the border."""
-    panels = figure.subplots(1, len(costs), squeeze=False)[0]
-    spots = [_pareto(axes, document, cost) for axes, cost in zip(panels, costs, strict=True)]
+    panels = figure.subplots(-(-len(costs) // 2), min(2, len(costs)), squeeze=False).flat
+    found = [(axes, *_pareto(axes, document, cost)) for axes, cost in zip(panels, costs, strict=False)]
+    for axes in panels[len(costs) :]:
+        axes.set_axis_off()
     figure.draw_without_rendering()
-    for axes, (named, bars) in zip(panels, spots, strict=True):
-        _put_labels(axes, named, bars)
+    for axes, spots, lines in found:
+        _put_labels(axes, spots, lines)
     figure.set_layout_engine("none")  # the names are where the axes are now
 
 
-def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[tuple[float, float, float]]]:
+def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[Line]]:
     rows = drawn(document, cost)
     factor = 100 if document["percent"] else 1
     ink, look = mpl.rcParams["text.color"], styles(document)
@@ -98,7 +102,10 @@ def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[tup
     best = front(rows, cost, document["greater_is_better"])
     steps = [(cost.of(row), np.clip(factor * row["metric"]["mean"], low, high)) for row in best]
     axes.plot(*zip(*steps, strict=True), color=ink, lw=1, alpha=0.45, drawstyle="steps-post", zorder=1)
-    spots, bars = [], []
+    spots: list[Spot] = []
+    lines: list[Line] = []
+    for (x, y), (next_x, next_y) in itertools.pairwise(steps):
+        lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
     for row in rows:
         value, x = factor * row["metric"]["mean"], cost.of(row)
         color, _, marker = look[row["method"]]
@@ -106,7 +113,7 @@ def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[tup
         if inside and row["metric"]["low"] is not None:
             ends = factor * row["metric"]["low"], factor * row["metric"]["high"]
             axes.plot([x, x], ends, color=color, lw=1.2, alpha=0.6, zorder=2)
-            bars.append((x, *ends))
+            lines.append(((x, ends[0]), (x, ends[1])))
         shape = marker if inside else "v" if value < low else "^"
         face, size = (color, 6.5) if row in best else ("none", 5.5)
         axes.plot(x, np.clip(value, low, high), shape, color=color, mfc=face, ms=size, clip_on=False)
@@ -123,7 +130,7 @@ def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[tup
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: few(v)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     faint_grid(axes)
-    return spots, bars
+    return spots, lines
 
 
 def _limits(document: Row, rows: Sequence[Row], factor: float) -> tuple[float, float]:
@@ -146,14 +153,14 @@ def _limits(document: Row, rows: Sequence[Row], factor: float) -> tuple[float, f
     return (low, high) if sign > 0 else (-high, -low)
 
 
-def _put_labels(axes: Axes, spots: Sequence[Spot], bars: Sequence[tuple[float, float, float]]) -> None:
+def _put_labels(axes: Axes, spots: Sequence[Spot], lines: Sequence[Line]) -> None:
     """Write each name where it covers least, trying places around its point; a thin line leads to one far away."""
     frame, unit = axes.get_window_extent(), axes.figure.dpi / 72
     points = [axes.transData.transform((x, y)) for _, x, y, _ in spots]
     taken = [np.array([px - 4 * unit, py - 4 * unit, px + 4 * unit, py + 4 * unit]) for px, py in points]
-    for x, *ends in bars:
-        (left, bottom), (right, top) = (axes.transData.transform((x, end)) for end in sorted(ends))
-        taken.append(np.array([left - 2 * unit, bottom, right + 2 * unit, top]))
+    for line in lines:
+        ends = axes.transData.transform(line)
+        taken.append(np.array([*ends.min(0) - 1.5 * unit, *ends.max(0) + 1.5 * unit]))
     places = [
         (dx * reach, dy * reach)
         for reach in (7, 13, 20, 30, 42)
@@ -176,10 +183,10 @@ def _put_labels(axes: Axes, spots: Sequence[Spot], bars: Sequence[tuple[float, f
         assert best is not None
         taken.append(best)
         note.remove()
-        line = {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3}} if reach > 16 else {}
+        leader: Any = {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3}} if reach > 16 else {}
         axes.annotate(
             text, (x, y), xytext=((best[0] - px) / unit, (best[1] - py) / unit), textcoords="offset points",
-            fontsize=8, color=mpl.rcParams["text.color"], annotation_clip=False, **line,
+            fontsize=8, color=mpl.rcParams["text.color"], annotation_clip=False, **leader,
         )  # fmt: skip
 
 
@@ -237,7 +244,7 @@ def draw_rates(axes: Axes, document: Row, row: Row) -> None:
             axes.plot(
                 point["lr"], bottom, "x", color=mpl.rcParams["text.color"], ms=6, transform=axes.get_xaxis_transform()
             )
-    edge = f"\nbest at the {row['edge']}" if row["edge"] else ""
+    edge = f"\nbest at the {row['edge']} tried" if row["edge"] else ""
     axes.set(xscale="log")
     axes.set_title(row["label"] + edge, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -278,7 +285,7 @@ def write_pictures(document: Row, folder: Path) -> list[Path]:
                 axes.set_axis_off()
 
     for name, draw, size in (
-        ("pareto", pareto, (5.2 * len(costs), 4.4)),
+        ("pareto", pareto, (5.2 * min(2, len(costs)), 4.4 * -(-len(costs) // 2))),
         ("curves", curves, (11, 4.2 * bool(keys) + 2.2 * -(-len(rows) // 4))),
     ):
         if size[0] and size[1]:

@@ -60,14 +60,17 @@ def _tiles(document: Row, ran: Sequence[Row]) -> str:
 
 
 def _winner(document: Row) -> str:
-    if document["train_command"] is None:
+    if all(row["train_command"] is None for row in document["methods"]):
         return ""
     row = next(row for row in document["methods"] if row["method"] == document["recommended"])
     text = f"{row['label']} as it was trained here, on all of the data but what spectune train holds out:"
+    first = page.code(document["train_command"] or "")
+    if document["train_command"] is None:
+        text, first = "spectune train has no full fine-tuning; the others are below.", ""
     more = [(r["label"], command) for r in document["methods"] if (command := r["train_command"]) and r is not row]
     others = "".join(page.paragraphs([label]) + page.code(command) for label, command in more)
     folded = page.details("The other methods", others) if more else ""
-    return page.paragraphs([text]) + page.code(document["train_command"]) + folded
+    return page.paragraphs([text]) + first + folded
 
 
 def _table(document: Row) -> str:
@@ -147,9 +150,13 @@ def _pareto(document: Row) -> str:
         "Filled points are the front, which the line joins: nothing that costs as much or less scores better. Bars are "
         "95% intervals over seeds. A triangle at the border stands for a method far worse than the rest."
     )
-    absent = [row for row in document["methods"] if row["ran"] and row["method"] not in shown]
-    for row in absent:
-        text += f" {row['label']} trains nothing and reaches {amount(row['metric']['mean'], document['percent'])}."
+    absent = [
+        f"{row['label']} ({amount(row['metric']['mean'], document['percent'])})"
+        for row in document["methods"]
+        if row["ran"] and row["method"] not in shown
+    ]
+    if absent:
+        text += f" Not in the pictures, since it trains nothing: {', '.join(absent)}."
     return page.paragraphs([text]) + page.figures(pictures, size="large") if pictures else ""
 
 
@@ -166,7 +173,7 @@ def _curves(document: Row) -> str:
 def _rates(document: Row) -> str:
     pictures = []
     for i, row in enumerate(searched(document)):
-        svg = as_svg(lambda figure, row=row: draw_rates(figure.subplots(), document, row), (2.5, 1.9), f"r{i}")
+        svg = as_svg(lambda figure, row=row: draw_rates(figure.subplots(), document, row), (2.2, 1.75), f"r{i}")
         tried = ", ".join(f"{point['lr']:g}" for point in row["search"])
         pictures.append((svg, f"{row['label']}: learning rates {tried}; {row['lr']} was chosen", ""))
     if not pictures:

@@ -44,13 +44,18 @@ def cheapest(document: Row) -> Row | None:
     """Return the method that trains fewest parameters among those whose mean is within the best one's interval.
 
     With one seed, which has no interval: among those that the test records do not tell from the best.  None where
-    nothing says which these are, or none of them trains anything.
+    nothing says which these are, or none of them trains more than a new head.
     """
     ran = [row for row in document["methods"] if row["ran"]]
-    found = [row for row in ran if row["trainable_parameters"] and _near_best(row, ran[0])]
+    found = [row for row in ran if adapts(row) and _near_best(row, ran[0])]
     if not ran or (ran[0]["metric"]["low"] is None and not any(_near_best(row, ran[0]) for row in ran[1:])):
         return None
     return min(found, key=lambda row: row["trainable_parameters"], default=None)
+
+
+def adapts(row: Row) -> bool:
+    """Return whether a row's method trains more than a new head."""
+    return bool(row["trainable_parameters"]) and row["method"] != "base"
 
 
 def _near_best(row: Row, best: Row) -> bool:
@@ -80,7 +85,7 @@ def answer(document: Row) -> list[str]:
         sentences.append(
             f"{_names(failed)} failed in every run, and {'is' if len(failed) == 1 else 'are'} in no picture."
         )
-    return [sentence for sentence in sentences if sentence]
+    return [s[0].upper() + s[1:] if s.startswith(("base ", "full ")) else s for s in sentences if s]
 
 
 def _verdict(document: Row, ran: Sequence[Row]) -> str:
@@ -121,7 +126,7 @@ def _economy(document: Row, ran: Sequence[Row]) -> str:
         return ""
     parameters, percent = few(found["trainable_parameters"]), document["percent"]
     within = "within the interval of the best" if best["metric"]["low"] is not None else "not told from the best"
-    if found is best and all(row["trainable_parameters"] >= found["trainable_parameters"] for row in ran):
+    if found is best and all(r["trainable_parameters"] >= found["trainable_parameters"] for r in ran if adapts(r)):
         return f"The best, {best['label']}, is also the one that trains fewest parameters, {parameters}."
     if found is best:
         return f"Nothing cheaper than {best['label']} ({parameters} trained parameters) comes {within}."

@@ -168,7 +168,7 @@ justify-content:flex-end}
 .tiles dt{color:var(--soft);font-size:.85rem;line-height:1.3}
 .tiles dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1.2rem}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,10.5rem),1fr));gap:.4rem 1rem}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:.4rem 1rem}
 .large{grid-template-columns:repeat(auto-fill,minmax(min(100%,28rem),1fr))}
 figure{margin:.8rem 0}
 figcaption{color:var(--soft);font-size:.9rem;max-width:46rem}
@@ -186,7 +186,8 @@ thead th[aria-sort=ascending] button::after{content:" \\2191"}
 thead th[aria-sort=descending] button::after{content:" \\2193"}
 tbody th{position:sticky;left:0;background:var(--paper)}
 tbody tr:hover,tbody tr:hover th{background:var(--tint)}
-@media (max-width:40rem){tbody th{white-space:normal;min-width:7rem;max-width:9rem;overflow-wrap:anywhere}}
+@media (max-width:40rem){.small{grid-template-columns:1fr 1fr}
+tbody th{white-space:normal;min-width:7rem;max-width:9rem;overflow-wrap:anywhere}}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--mark)}
 code,pre{font:.88rem/1.5 ui-monospace,monospace;background:var(--tint);border-radius:4px;padding:.1rem .3rem}
