@@ -172,7 +172,7 @@ class Reference(nn.Module):
 
 
 @contextmanager
-def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
+def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | None = None) -> Iterator[None]:
     """Within the context, give each row of every batch an adapter, a mixture or none.
 
     `model.generate` may expand each row to its beams or returned sequences.  With gradient checkpointing the backward
@@ -181,6 +181,8 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     Args:
         model: a model with adapters.
         rows: for each row of the batch, what `activate` takes; a weight may be a tensor (), which gets a gradient.
+        stacks: keeps the copies of factors that rows without gradients are answered with, for a context to come; an
+            empty mapping at first. Without it they go with the context.
 
     Raises:
         SpectuneError: an unknown adapter, or later a batch with another number of rows.
@@ -189,7 +191,7 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
         raise SpectuneError("route takes a list with one entry for each row of the batch")
     shared = selections(model)
     before = [(selection, selection.rows, selection.expandable) for selection in shared]
-    routed = Rows(_mixtures(model, rows))
+    routed = Rows(_mixtures(model, rows), stacks)
     generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:

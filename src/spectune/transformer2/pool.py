@@ -55,6 +55,7 @@ class Pool:
         self._parameters: dict[str, list[Tensor]] = {}
         self._sketches: dict[str, Tensor] = {}
         self._others: dict[str, Adapter] = {}
+        self._stacks: dict[Any, Any] = {}  # of the slots' factors, for rows that differ
         for layer, sketch in library.sketches().items():
             self._check_layer(layer, sketch, f"the library {str(library.path)!r}")
 
@@ -169,6 +170,7 @@ class Pool:
     def _empty(self, name: str) -> None:
         slot = self._slots.pop(name)
         detach(self.model, slot)
+        self._stacks.clear()
         del self._parameters[slot], self._slot_structures[slot]
 
     def activate(self, mixture: Mixture | None) -> None:
@@ -188,7 +190,8 @@ class Pool:
             self.activate(None)
             yield
             return
-        with route(self.model, [{slots[name]: weight for name, weight in row.items()} for row in rows]):
+        routed = [{slots[name]: weight for name, weight in row.items()} for row in rows]
+        with route(self.model, routed, stacks=self._stacks):
             yield
 
     @torch.inference_mode(False)

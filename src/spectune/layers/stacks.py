@@ -1,0 +1,269 @@
+"""Batches whose rows have different adapters: factors side by side, and one batched product for many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spectune.layers.adapted import Adapted, Share, Update
+
+_LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
+
+Use = tuple["Update", "Share"]
+
+
+class Pieces(NamedTuple):
+    """What an update answers with: L, R, the values of C (None is the identity) and the ratio (None is one).
+
+    Of n updates side by side each has a first axis (n); L and R have none where they are frozen, and all share them.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor | None
+    ratio: Tensor | None
+
+
+class Stack:
+    """The pieces of updates of one kind on a layer, side by side: a copy, renewed where an update has changed.
+
+    Args:
+        layer: the layer.
+        like: an update of the kind.
+        dtype: of the factors that are not shared.
+
+    Attributes:
+        pieces: of the updates that are held.
+        scales: s of each.
+        core: one of the cores.
+        by_core: whether L and R are shared and nothing else but C makes a difference.
+        small: whether what is copied is little more than what trains.
+    """
+
+    def __init__(self, layer: Adapted, like: Update, dtype: torch.dtype) -> None:
+        self._layer, self._dtype = layer, dtype
+        one, self.core, _ = self._of(like)
+        basis: Any = layer.bases._modules.get(like.basis_key)
+        frozen = [] if basis is None else list(basis.tensors().values())
+        self._shared = [any(piece is tensor for tensor in frozen) for piece in one]
+        self.by_core = all(self._shared[:2]) and one.ratio is None
+        copied = sum(p.numel() for p, shared in zip(one, self._shared, strict=True) if p is not None and not shared)
+        self.small = copied <= _LARGEST * sum(p.numel() for p in like.parameters())
+        self._held: list[tuple[Update, int]] = []
+        self._parameters: list[Tensor] = []
+        self._version = 0
+
+    @property
+    def changed(self) -> bool:
+        """Whether an update has been written to since it was copied."""
+        return sum([p._version for p in self._parameters]) != self._version
+
+    def hold(self, updates: Sequence[Update]) -> None:
+        """Have the pieces of these updates in this order, and copy those alone that are not there."""
+        wanted = [(update, sum(p._version for p in update.parameters())) for update in updates]
+        if len(wanted) != len(self._held):
+            one, n = self._of(updates[0])[0], len(updates)
+            dtypes = (self._dtype, self._dtype, None, None)
+            self.pieces = Pieces(
+                *(
+                    p if p is None or shared else p.new_empty(n, *p.shape, dtype=dtype)
+                    for p, shared, dtype in zip(one, self._shared, dtypes, strict=True)
+                )  # type: ignore[arg-type]
+            )
+            self.scales = [1.0] * n
+            self._held = [(updates[0], -1)] * n
+        for i, (wants, has) in enumerate(zip(wanted, self._held, strict=True)):
+            if wants[0] is has[0] and wants[1] == has[1]:
+                continue
+            own, _, self.scales[i] = self._of(wants[0])
+            for place, piece, shared in zip(self.pieces, own, self._shared, strict=True):
+                if place is not None and not shared:
+                    place[i] = piece
+        self._held = wanted
+        self._parameters = [p for update in updates for p in update.parameters()]
+        self._version = sum(version for _, version in wanted)
+
+    def _of(self, update: Update) -> tuple[Pieces, Any, float]:
+        tensors = self._layer.tensors(update)
+        factors, ratio = update.method.factors(tensors), update.method.ratio(tensors, self._layer.base())
+        return Pieces(*factors[:2], getattr(factors.core, "values", None), ratio), factors.core, factors.scale
+
+
+class Part(NamedTuple):
+    """Rows that one batched product answers: those of the first of n updates, as many of the second, and so on.
+
+    Args:
+        rows: of the batch; None for all in order.
+        n: how many updates.
+        left, right: L and R.
+        core: C, its values those of n updates, or those that `index` picks from for each row.
+        index: (rows), or None.
+        ratio: (n x 1 x out), or None, and the ratio less one.
+        weights: of each row with the update's scale (rows x 1 x 1), or one number.
+        shares: without the scale.
+    """
+
+    rows: Tensor | None
+    n: int
+    left: Tensor
+    right: Tensor
+    core: Any
+    index: Tensor | None = None
+    ratio: tuple[Tensor, Tensor] | None = None
+    weights: Tensor | float = 1.0
+    shares: Tensor | float = 1.0
+
+    def add(self, y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None) -> None:
+        """Add to y (batch x m x out) what the updates make of x (batch x m x in) and of the base's answer to it."""
+        core, rows = self.core, self.rows
+        if self.index is not None:
+            core = replace(core, values=core.values.index_select(0, self.index))
+        x = x if rows is None else x.index_select(0, rows)
+        count, m, into = x.shape
+        t = core.apply(_product(x.reshape(self.n, -1, into), self.right))
+        t = _weighted(t.reshape(count, m, -1), self.weights).reshape(t.shape)
+        if rows is None and self.ratio is None and self.left.dim() == 2:
+            y.view(count * m, -1).addmm_(t.reshape(count * m, -1), self.left.to(t.dtype).mT)
+            return
+        added = _product(t, self.left)
+        if self.ratio is not None:
+            base = plain if rows is None else plain.index_select(0, rows)
+            base = _weighted(base if bias is None else base - bias, self.shares).reshape(added.shape)
+            ratio, more = self.ratio
+            added = added.mul_(ratio).addcmul_(base, more)
+        added = added.reshape(count, m, -1)
+        if rows is None:
+            y.add_(added)
+        else:
+            y.index_add_(0, rows, added)
+
+
+class Gather:
+    """How a layer answers a batch whose rows have different adapters, without gradients.
+
+    Args:
+        layer: the layer.
+        shares: the part of each adapter that has one.
+        x: the input (batch x ... x in).
+        stacks: what was held for other batches; added to.
+    """
+
+    def __init__(self, layer: Adapted, shares: dict[str, Share], x: Tensor, stacks: dict[Any, Stack]) -> None:
+        self._layer, self._there = layer, list(layer.adapters._modules.values())
+        self._stacks: list[Stack] = []
+        self._parts: list[Part] = []
+        self._alone: list[Use] = []
+        kinds: dict[Any, list[Use]] = {}
+        for name, share in shares.items():
+            for update in layer.adapters[name]:  # type: ignore[attr-defined]
+                if update.method.replaces or (update.training and update.method.drop) or _unversioned(update):
+                    self._alone.append((update, share))
+                    continue
+                shapes = (f"{key} {tuple(p.shape)}" for key, p in update._parameters.items())
+                kinds.setdefault((layer, x.dtype, x.device, update.basis_key, *shapes), []).append((update, share))
+        for kind, uses in kinds.items():
+            stack = stacks.get(kind) or Stack(layer, uses[0][0], x.dtype)
+            if not stack.small:
+                self._alone += uses
+                continue
+            stacks[kind] = stack
+            self._stacks.append(stack)
+            self._parts += (_by_core if stack.by_core else _by_factors)(stack, uses, x)
+        self._copies = bool(self._alone) or any(part.ratio is not None for part in self._parts)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether an adapter came, went or changed."""
+        there = list(self._layer.adapters._modules.values())
+        return there != self._there or any([stack.changed for stack in self._stacks])
+
+    def answer(self, x: Tensor, plain: Tensor) -> Tensor:
+        """Return the answer to x, where the base's is `plain`, which may be written to."""
+        y = plain.clone() if self._copies else plain
+        rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), (x.shape[0], -1, y.shape[-1])
+        for part in self._parts:
+            part.add(y.view(out), rows, plain.view(out), self._layer.bias)
+        return self._layer.sum(self._alone, x, plain, y) if self._alone else y
+
+
+def _by_core(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
+    """Updates over one basis: their cores are added in each row, whatever the mixture."""
+    stack.hold([update for update, _ in uses])
+    mixtures: dict[int, list[tuple[int, float]]] = {}
+    for k, (update, share) in enumerate(uses):
+        for row, weight in share.uses:
+            mixtures.setdefault(row, []).append((k, weight * update.weight * stack.scales[k]))
+    rows = sorted(mixtures)
+    places: dict[Any, int] = {}  # rows of the same mixture have one core
+    index = [places.setdefault(tuple(mixtures[row]), len(places)) for row in rows]
+    weights = torch.zeros(len(places), len(uses))
+    for i, mixture in enumerate(places):
+        for k, weight in mixture:
+            weights[i, k] += weight
+    values: Any = stack.pieces.values
+    mixed = weights.to(values) @ values.flatten(1)
+    core = replace(stack.core, values=mixed.view(-1, *values.shape[1:]).to(x.dtype))
+    picked = None if len(places) == len(rows) else torch.tensor(index, device=x.device)
+    yield Part(_index(rows, x), len(rows), stack.pieces.left, stack.pieces.right, core, picked)
+
+
+def _by_factors(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
+    """Updates with factors of their own: those with as many rows as each other at once."""
+    uses = sorted(uses, key=lambda use: len(use[1].uses))
+    stack.hold([update for update, _ in uses])
+    left, right, values, ratio = stack.pieces
+    start = 0
+    for _, group in groupby(uses, key=lambda use: len(use[1].uses)):
+        part = list(group)
+        own = slice(start, start := start + len(part))
+        entries = [
+            (row, w * u.weight, s)
+            for (u, share), s in zip(part, stack.scales[own], strict=True)
+            for row, w in share.uses
+        ]
+        core = stack.core if values is None else replace(stack.core, values=values[own].to(x.dtype))
+        yield Part(
+            _index([row for row, _, _ in entries], x),
+            len(part),
+            left[own] if left.dim() == 3 else left,
+            right[own] if right.dim() == 3 else right,
+            core,
+            ratio=None if ratio is None else _ratios(ratio[own, None], x.dtype),
+            weights=_column([w * s for _, w, s in entries], x),
+            shares=_column([w for _, w, _ in entries], x),
+        )
+
+
+def _ratios(ratio: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return ratio.to(dtype), (ratio - 1).to(dtype)
+
+
+def _index(rows: list[int], x: Tensor) -> Tensor | None:
+    return None if rows == list(range(x.shape[0])) else torch.tensor(rows, device=x.device)
+
+
+def _column(weights: list[float], x: Tensor) -> Tensor | float:
+    if len(set(weights)) == 1:
+        return weights[0]
+    return torch.tensor(weights, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+
+
+def _weighted(t: Tensor, weights: Tensor | float) -> Tensor:
+    return t if isinstance(weights, float) and weights == 1.0 else t * weights
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x M^T for x (n x m x in), with one M or n of them."""
+    return F.linear(x, matrix.to(x.dtype)) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
+
+
+def _unversioned(update: Update) -> bool:
+    """Whether changes of an update go unnoticed."""
+    return any(p.is_inference() for p in update.parameters())
