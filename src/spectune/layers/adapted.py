@@ -159,8 +159,6 @@ class Selection:
         shares = {name: self.rows.share(name, layer, times, x.device) for name in layer.adapters}
         return {name: share for name, share in shares.items() if share is not None}
 
-    @torch.inference_mode(False)  # what is held may be written to later
-    @torch.no_grad()
     def gather(self, layer: Adapted, x: Tensor) -> Gather:
         """Return how a layer answers rows with different adapters, as long as they do not change."""
         times = self._times(x)

@@ -155,6 +155,8 @@ class Gather:
         stacks: what was held for other batches; added to.
     """
 
+    @torch.inference_mode(False)  # what is held may be written to later
+    @torch.no_grad()
     def __init__(self, layer: Adapted, shares: dict[str, Share], x: Tensor, stacks: dict[Any, Stack]) -> None:
         self._layer, self._there = layer, list(layer.adapters._modules.values())
         self._stacks: list[Stack] = []
@@ -182,7 +184,7 @@ class Gather:
     def outdated(self) -> bool:
         """Whether an adapter came, went or changed."""
         there = list(self._layer.adapters._modules.values())
-        return there != self._there or any([stack.changed for stack in self._stacks])
+        return there != self._there or any(stack.changed for stack in self._stacks)
 
     def answer(self, x: Tensor, plain: Tensor) -> Tensor:
         """Return the answer to x, where the base's is `plain`, which may be written to."""

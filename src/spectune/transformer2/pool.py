@@ -176,7 +176,7 @@ class Pool:
     def activate(self, mixture: Mixture | None) -> None:
         """Have a mixture of the library's adapters, or with None the base alone, answer every row."""
         if not mixture:
-            if adapter_names(self.model):
+            if adapted_layers(self.model):
                 activate(self.model, None)
             return
         slots = self.place(mixture)
