@@ -96,7 +96,7 @@ def timed(
 
     def decode(model: Any) -> float:
         took = seconds(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1))
-        cache.crop(ids.shape[1])
+        cache.crop(-1)
         return took
 
     def once(step: Callable[[Any], float], fresh: bool = False) -> tuple[float, float]:

@@ -67,28 +67,34 @@ class Stack:
 
     def hold(self, updates: Sequence[Update]) -> None:
         """Have the pieces of these updates in this order, and copy those alone that are not there."""
-        wanted = [(update, sum(p._version for p in update.parameters())) for update in updates]
+        wanted = [(update, sum([p._version for p in update._parameters.values()])) for update in updates]
         if len(wanted) != len(self._held):
-            one, n = self._of(updates[0])[0], len(updates)
-            dtypes = (self._dtype, self._dtype, None, None)
-            self.pieces = Pieces(
-                *(
-                    p if p is None or shared else p.new_empty(n, *p.shape, dtype=dtype)
-                    for p, shared, dtype in zip(one, self._shared, dtypes, strict=True)
-                )  # type: ignore[arg-type]
-            )
-            self.scales = [1.0] * n
-            self._held = [(updates[0], -1)] * n
-        for i, (wants, has) in enumerate(zip(wanted, self._held, strict=True)):
-            if wants[0] is has[0] and wants[1] == has[1]:
-                continue
-            own, _, self.scales[i] = self._of(wants[0])
-            for place, piece, shared in zip(self.pieces, own, self._shared, strict=True):
-                if place is not None and not shared:
-                    place[i] = piece
+            self.pieces = self._room(updates[0], len(updates))
+            self.scales = [1.0] * len(updates)
+            self._held = [(updates[0], -1)] * len(updates)
+        changed = [i for i, pair in enumerate(zip(wanted, self._held, strict=True)) if pair[0] != pair[1]]
+        found = [self._of(updates[i]) for i in changed]
+        for i, (_, _, scale) in zip(changed, found, strict=True):
+            self.scales[i] = scale
+        for k, (pieces, shared) in enumerate(zip(self.pieces, self._shared, strict=True)):
+            if changed and pieces is not None and not shared:
+                places = pieces.unbind()
+                torch._foreach_copy_([places[i] for i in changed], [own[k] for own, _, _ in found])
         self._held = wanted
-        self._parameters = [p for update in updates for p in update.parameters()]
-        self._version = sum(version for _, version in wanted)
+        self._parameters = [p for update in updates for p in update._parameters.values()]
+        self._version = sum([version for _, version in wanted])
+
+    def _room(self, like: Update, n: int) -> Pieces:
+        def room(piece: Tensor, shared: bool, dtype: torch.dtype) -> Tensor:
+            return piece if shared else piece.new_empty(n, *piece.shape, dtype=dtype)
+
+        (left, right, values, ratio), shared = self._of(like)[0], self._shared
+        return Pieces(
+            room(left, shared[0], self._dtype),
+            room(right, shared[1], self._dtype),
+            None if values is None else room(values, False, values.dtype),
+            None if ratio is None else room(ratio, False, ratio.dtype),
+        )
 
     def _of(self, update: Update) -> tuple[Pieces, Any, float]:
         tensors = self._layer.tensors(update)
@@ -168,7 +174,7 @@ class Gather:
                 if update.method.replaces or (update.training and update.method.drop) or _unversioned(update):
                     self._alone.append((update, share))
                     continue
-                shapes = (f"{key} {tuple(p.shape)}" for key, p in update._parameters.items())
+                shapes = [(key, p.shape) for key, p in update._parameters.items()]
                 kinds.setdefault((layer, x.dtype, x.device, update.basis_key, *shapes), []).append((update, share))
         for kind, uses in kinds.items():
             stack = stacks.get(kind) or Stack(layer, uses[0][0], x.dtype)
@@ -205,12 +211,12 @@ def _by_core(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
     rows = sorted(mixtures)
     places: dict[Any, int] = {}  # rows of the same mixture have one core
     index = [places.setdefault(tuple(mixtures[row]), len(places)) for row in rows]
-    weights = torch.zeros(len(places), len(uses))
-    for i, mixture in enumerate(places):
-        for k, weight in mixture:
-            weights[i, k] += weight
     values: Any = stack.pieces.values
-    mixed = weights.to(values) @ values.flatten(1)
+    entries = [(i, k, weight) for mixture, i in places.items() for k, weight in mixture]
+    to, of, factors = zip(*entries, strict=True)
+    weights = values.new_zeros(len(places), len(uses))
+    weights[list(to), list(of)] = torch.tensor(factors).to(values)
+    mixed = weights @ values.flatten(1)
     core = replace(stack.core, values=mixed.view(-1, *values.shape[1:]).to(x.dtype))
     picked = None if len(places) == len(rows) else torch.tensor(index, device=x.device)
     yield Part(_index(rows, x), len(rows), stack.pieces.left, stack.pieces.right, core, picked)
@@ -268,4 +274,4 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _unversioned(update: Update) -> bool:
     """Whether changes of an update go unnoticed."""
-    return any(p.is_inference() for p in update.parameters())
+    return any(p.is_inference() for p in update._parameters.values())
