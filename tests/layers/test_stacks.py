@@ -60,7 +60,7 @@ def test_each_row_is_what_its_adapter_alone_would_answer(method, choices, tokens
         MODELS[method, dtype] = layer(method, dtype)
     model = MODELS[method, dtype]
     x = torch.randn(len(choices), *tokens, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
-    near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-1}
+    near: Any = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-1}
     torch.testing.assert_close(routed(model, x, choices), alone(model, x, choices), **near)
 
 
@@ -93,6 +93,29 @@ def test_what_changes_meanwhile_is_seen(method):
     torch.testing.assert_close(after[:2], alone(model, x[:2], choices[:2]))
     torch.testing.assert_close(without[2:], nn.functional.linear(x, model[0].weight, model[0].bias)[2:])
     torch.testing.assert_close(routed(model, x, ["b", "a", None], stacks=stacks), alone(model, x, ["b", "a", None]))
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2"])
+@torch.no_grad()
+def test_contexts_that_share_what_is_kept_do_not_disturb_each_other(method):
+    model, x, stacks = layer(method), torch.randn(2, 12), {}
+    with spectune.route(model, ["a", "b"], stacks=stacks):
+        outer = model(x)
+        with spectune.route(model, ["c", "b"], stacks=stacks):
+            inner = model(x)
+        assert torch.equal(model(x), outer)
+    torch.testing.assert_close(inner, alone(model, x, ["c", "b"]))
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2", "dora:rank=2"])
+@torch.no_grad()
+def test_an_adapter_that_is_broken_breaks_its_own_rows_alone(method):
+    model, x = layer(method), torch.randn(4, 12)
+    for parameter in model[0].adapters["c"].parameters():
+        parameter.fill_(float("nan"))
+    y = routed(model, x, ["a", {"a": 0.5, "b": 0.5}, "c", None])
+    assert y.isnan().all(1).tolist() == [False, False, True, False]
+    assert not y[[0, 1, 3]].isnan().any()
 
 
 @torch.no_grad()

@@ -55,24 +55,25 @@ class Stack:
         self._shared = [any(piece is tensor for tensor in frozen) for piece in one]
         self.by_core = all(self._shared[:2]) and one.ratio is None
         copied = sum(p.numel() for p, shared in zip(one, self._shared, strict=True) if p is not None and not shared)
-        self.small = copied <= _LARGEST * sum(p.numel() for p in like.parameters())
+        self.small = copied <= _LARGEST * sum(p.numel() for p in _trained(like))
         self._held: list[tuple[Update, int]] = []
         self._parameters: list[Tensor] = []
-        self._version = 0
+        self._copied = 0  # times
 
     @property
-    def changed(self) -> bool:
-        """Whether an update has been written to since it was copied."""
-        return sum([p._version for p in self._parameters]) != self._version
+    def state(self) -> tuple[int, int]:
+        """What stays the same as long as the stack holds the updates that it held, and they are not written to."""
+        return self._copied, sum([p._version for p in self._parameters])
 
     def hold(self, updates: Sequence[Update]) -> None:
         """Have the pieces of these updates in this order, and copy those alone that are not there."""
-        wanted = [(update, sum([p._version for p in update._parameters.values()])) for update in updates]
+        wanted = [(update, sum([p._version for p in _trained(update)])) for update in updates]
         if len(wanted) != len(self._held):
             self.pieces = self._room(updates[0], len(updates))
             self.scales = [1.0] * len(updates)
             self._held = [(updates[0], -1)] * len(updates)
         changed = [i for i, pair in enumerate(zip(wanted, self._held, strict=True)) if pair[0] != pair[1]]
+        self._copied += bool(changed)
         found = [self._of(updates[i]) for i in changed]
         for i, (_, _, scale) in zip(changed, found, strict=True):
             self.scales[i] = scale
@@ -81,8 +82,7 @@ class Stack:
                 places = pieces.unbind()
                 torch._foreach_copy_([places[i] for i in changed], [own[k] for own, _, _ in found])
         self._held = wanted
-        self._parameters = [p for update in updates for p in update._parameters.values()]
-        self._version = sum([version for _, version in wanted])
+        self._parameters = [p for update in updates for p in _trained(update)]
 
     def _room(self, like: Update, n: int) -> Pieces:
         def room(piece: Tensor, shared: bool, dtype: torch.dtype) -> Tensor:
@@ -165,7 +165,7 @@ class Gather:
     @torch.no_grad()
     def __init__(self, layer: Adapted, shares: dict[str, Share], x: Tensor, stacks: dict[Any, Stack]) -> None:
         self._layer, self._there = layer, list(layer.adapters._modules.values())
-        self._stacks: list[Stack] = []
+        self._stacks: list[tuple[Stack, tuple[int, int]]] = []
         self._parts: list[Part] = []
         self._alone: list[Use] = []
         kinds: dict[Any, list[Use]] = {}
@@ -182,15 +182,15 @@ class Gather:
                 self._alone += uses
                 continue
             stacks[kind] = stack
-            self._stacks.append(stack)
             self._parts += (_by_core if stack.by_core else _by_factors)(stack, uses, x)
+            self._stacks.append((stack, stack.state))
         self._copies = bool(self._alone) or any(part.ratio is not None for part in self._parts)
 
     @property
     def outdated(self) -> bool:
         """Whether an adapter came, went or changed."""
         there = list(self._layer.adapters._modules.values())
-        return there != self._there or any(stack.changed for stack in self._stacks)
+        return there != self._there or any(stack.state != state for stack, state in self._stacks)
 
     def answer(self, x: Tensor, plain: Tensor) -> Tensor:
         """Return the answer to x, where the base's is `plain`, which may be written to."""
@@ -213,11 +213,11 @@ def _by_core(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
     index = [places.setdefault(tuple(mixtures[row]), len(places)) for row in rows]
     values: Any = stack.pieces.values
     entries = [(i, k, weight) for mixture, i in places.items() for k, weight in mixture]
-    to, of, factors = zip(*entries, strict=True)
-    weights = values.new_zeros(len(places), len(uses))
-    weights[list(to), list(of)] = torch.tensor(factors).to(values)
-    mixed = weights @ values.flatten(1)
-    core = replace(stack.core, values=mixed.view(-1, *values.shape[1:]).to(x.dtype))
+    to, of, factors = (torch.tensor(column, device=x.device) for column in zip(*entries, strict=True))
+    mixed = values[of] * factors.to(values).view(-1, *(1,) * (values.dim() - 1))
+    if len(entries) != len(places):
+        mixed = values.new_zeros(len(places), *values.shape[1:]).index_add_(0, to, mixed)
+    core = replace(stack.core, values=mixed.to(x.dtype))
     picked = None if len(places) == len(rows) else torch.tensor(index, device=x.device)
     yield Part(_index(rows, x), len(rows), stack.pieces.left, stack.pieces.right, core, picked)
 
@@ -274,4 +274,8 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _unversioned(update: Update) -> bool:
     """Whether changes of an update go unnoticed."""
-    return any(p.is_inference() for p in update._parameters.values())
+    return any(p.is_inference() for p in _trained(update))
+
+
+def _trained(update: Update) -> list[Tensor]:
+    return list(update._parameters.values())  # type: ignore[arg-type]
