@@ -69,7 +69,7 @@ def test_without_gradients_it_is_what_it_is_with_them(method, monkeypatch):
     """The two ways through a layer agree to float64's precision, and the batched one was taken."""
     model = layer(method, torch.float64)
     x = torch.randn(6, 3, 12, dtype=torch.float64)
-    choices = ["b", {"a": 0.25, "c": -1.25}, None, "a", {"b": 2.0}, "b"]  # weights are float32 with gradients
+    choices: Any = ["b", {"a": 0.25, "c": -1.25}, None, "a", {"b": torch.tensor(2.0)}, "b"]  # weights are float32 there
     with_gradients = routed(model, x, choices)
     if not name(method).removeprefix("dora:inner=").startswith("vera"):
         monkeypatch.setattr(Adapted, "sum", lambda *_: pytest.fail("adapter by adapter"))

@@ -77,13 +77,13 @@ class Share(NamedTuple):
         column: weights (batch), zero where the adapter has no part.
         rows: the rows (n) where it has.
         weights: their weights (n).
-        uses: both, as numbers where the weights are.
+        uses: both, by row, without gradients.
     """
 
     column: Tensor
     rows: Tensor
     weights: Tensor
-    uses: list[tuple[int, Any]]
+    uses: list[tuple[int, float | Tensor]]
 
 
 class Rows:
@@ -97,7 +97,7 @@ class Rows:
     def __init__(self, mixtures: Sequence[Mixture], stacks: dict[Any, Stack] | None = None) -> None:
         self.mixtures = list(mixtures)
         self.stacks = {} if stacks is None else stacks
-        self.gathers: dict[Any, Gather] = {}
+        self._gathers: dict[Any, Gather] = {}
         self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
         self._shares: dict[tuple[str, Adapted | None, int, torch.device], Share | None] = {}
 
@@ -112,9 +112,34 @@ class Rows:
             else:
                 weights = torch.tensor(column, device=device)
             index = torch.tensor(rows, device=device, dtype=torch.int64)
-            uses = [(i, column[i]) for i in rows]
+            uses = [(i, weight.detach() if isinstance(weight := column[i], Tensor) else weight) for i in rows]
             self._shares[key] = Share(weights, index, weights[index], uses) if rows else None
         return self._shares[key]
+
+    def times(self, x: Tensor, expandable: bool) -> int:
+        """Return for how many consecutive rows of a layer's input x a mixture stands; more than one if `expandable`."""
+        given = len(self.mixtures)
+        times, rest = divmod(x.shape[0], given)
+        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not expandable):
+            raise SpectuneError(
+                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
+                "each row of the batch"
+            )
+        return times
+
+    def shares(self, layer: Adapted, x: Tensor, times: int) -> dict[str, Share]:
+        """Return the part of each adapter that has one in a layer."""
+        shares = {name: self.share(name, layer, times, x.device) for name in layer.adapters}
+        return {name: share for name, share in shares.items() if share is not None}
+
+    def gather(self, layer: Adapted, x: Tensor, expandable: bool) -> Gather:
+        """Return how a layer answers without gradients, kept as long as its adapters do not change."""
+        times = self.times(x, expandable)
+        key = (layer, times, x.dtype, x.device, layer.training)
+        gather = self._gathers.get(key)
+        if gather is None or gather.outdated:
+            gather = self._gathers[key] = Gather(layer, self.shares(layer, x, times), x, self.stacks)
+        return gather
 
 
 class Selection:
@@ -142,31 +167,7 @@ class Selection:
         if self.rows is None:
             weights = {name: weight_at(self.mixture, name, layer) for name in layer.adapters}
             return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
-        return self._shares(layer, x, self._times(x))  # type: ignore[return-value]
-
-    def _times(self, x: Tensor) -> int:
-        """Return for how many rows of the input x an entry of `rows` stands."""
-        given = len(self.rows.mixtures)
-        times, rest = divmod(x.shape[0], given)
-        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not self.expandable):
-            raise SpectuneError(
-                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
-                "each row of the batch"
-            )
-        return times
-
-    def _shares(self, layer: Adapted, x: Tensor, times: int) -> dict[str, Share]:
-        shares = {name: self.rows.share(name, layer, times, x.device) for name in layer.adapters}
-        return {name: share for name, share in shares.items() if share is not None}
-
-    def gather(self, layer: Adapted, x: Tensor) -> Gather:
-        """Return how a layer answers rows with different adapters, as long as they do not change."""
-        times = self._times(x)
-        key = (layer, times, x.dtype, x.device, layer.training)
-        gather = self.rows.gathers.get(key)
-        if gather is None or gather.outdated:
-            gather = self.rows.gathers[key] = Gather(layer, self._shares(layer, x, times), x, self.rows.stacks)
-        return gather
+        return self.rows.shares(layer, x, self.rows.times(x, self.expandable))  # type: ignore[return-value]
 
 
 class Adapted(nn.Module):
@@ -180,8 +181,9 @@ class Adapted(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.selection.rows is not None and not torch.is_grad_enabled() and self._fuses(x):
-            return self.selection.gather(self, x).answer(x, super().forward(x))
+        rows = self.selection.rows
+        if rows is not None and not torch.is_grad_enabled() and self._fuses(x):
+            return rows.gather(self, x, self.selection.expandable).answer(x, super().forward(x))
         weights = self.selection.weights(self, x)
         if not weights:
             return super().forward(x)

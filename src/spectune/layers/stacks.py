@@ -79,8 +79,8 @@ class Stack:
             self.scales[i] = scale
         for k, (pieces, shared) in enumerate(zip(self.pieces, self._shared, strict=True)):
             if changed and pieces is not None and not shared:
-                places = pieces.unbind()
-                torch._foreach_copy_([places[i] for i in changed], [own[k] for own, _, _ in found])
+                places, own = pieces.unbind(), [of[k] for of, _, _ in found]
+                torch._foreach_copy_([places[i] for i in changed], own)  # type: ignore[arg-type]
         self._held = wanted
         self._parameters = [p for update in updates for p in _trained(update)]
 
@@ -207,7 +207,7 @@ def _by_core(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
     mixtures: dict[int, list[tuple[int, float]]] = {}
     for k, (update, share) in enumerate(uses):
         for row, weight in share.uses:
-            mixtures.setdefault(row, []).append((k, weight * update.weight * stack.scales[k]))
+            mixtures.setdefault(row, []).append((k, float(weight) * update.weight * stack.scales[k]))
     rows = sorted(mixtures)
     places: dict[Any, int] = {}  # rows of the same mixture have one core
     index = [places.setdefault(tuple(mixtures[row]), len(places)) for row in rows]
@@ -232,7 +232,7 @@ def _by_factors(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
         part = list(group)
         own = slice(start, start := start + len(part))
         entries = [
-            (row, w * u.weight, s)
+            (row, float(w) * u.weight, s)
             for (u, share), s in zip(part, stack.scales[own], strict=True)
             for row, w in share.uses
         ]
