@@ -4,10 +4,11 @@ A batch of 64 rows has 1, 8 or 64 different adapters in turn, one of 256 rows ha
 of the same batch with one adapter activated on the same side, the two taking turns; kept is the median of the ratios.
 `prefill` is a pass over prompts, `decode` a pass over one more token with the prompts in the cache, both in a context
 that has been entered; `first` is the prefill that enters it, as the first of a new batch does, with stacks kept from
-others (PEFT has nothing to enter).
+others (PEFT has nothing to enter).  `floor_of_memory` is what reading the factors of every adapter once, at the speed
+measured here, would make of a step of decoding.
 
     python benchmarks/many.py [--dtype fp32 bf16] [--methods svf lora_xs lora peft_lora] [--counts 1 8 64 256]
-        [--rows 64] [--length 16] [--layers 30] [--rounds 7] [--decode-rounds 21] [--name many]
+        [--rows 64] [--length 16] [--layers 30] [--rounds 5] [--decode-rounds 15] [--name many]
 """
 
 from __future__ import annotations
@@ -88,40 +89,45 @@ def seconds(run: Callable[[], Any]) -> float:
 def timed(
     side: Any, names: list[str], cache: Any, ids: torch.Tensor, rounds: int, decode_rounds: int
 ) -> dict[str, Any]:
-    """Return the median ratios of a batch with these adapters to one with one adapter, and the latter's times."""
-    inputs = {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    """Return the median ratios of a batch with these adapters to one with one adapter, and the times of both."""
 
     def prefill(model: Any) -> float:
-        return seconds(lambda: model(**inputs))
+        return seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
 
     def decode(model: Any) -> float:
         took = seconds(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1))
         cache.crop(-1)
         return took
 
-    def once(step: Callable[[Any], float], fresh: bool = False) -> tuple[float, float]:
-        with side.one() as model:
-            one = step(model)
-        with side.many(names) as model:
-            if not fresh:
-                model(**inputs) if step is prefill else decode(model)  # the context is entered
-            return one, step(model)
+    def turns(step: Callable[[Any], float], times: int) -> list[tuple[float, float, float]]:
+        """Return the times with one adapter, with many on entering the context, and with many in it."""
+        found = []
+        for _ in range(times + 1):
+            with side.one() as model:
+                one = step(model)
+            with side.many(names) as model:
+                found.append((one, step(model), step(model)))
+        return found[1:]
 
-    results: dict[str, Any] = {}
-    kinds = {
-        "prefill": (prefill, False, rounds),
-        "first": (prefill, True, rounds),
-        "decode": (decode, False, decode_rounds),
-    }
-    for kind, (step, fresh, times) in kinds.items():
-        once(step)
-        pairs = [once(step, fresh) for _ in range(times)]
-        results[kind] = {
+    def told(pairs: list[tuple[float, float]]) -> dict[str, float]:
+        return {
             "many_over_one": round(statistics.median(many / one for one, many in pairs), 3),
             "one_seconds": round(statistics.median(one for one, _ in pairs), 4),
             "many_seconds": round(statistics.median(many for _, many in pairs), 4),
         }
-    return results
+
+    prompts, tokens = turns(prefill, rounds), turns(decode, decode_rounds)
+    return {
+        "first": told([(one, first) for one, first, _ in prompts]),
+        "prefill": told([(one, many) for one, _, many in prompts]),
+        "decode": told([(one, many) for one, _, many in tokens]),
+    }
+
+
+def bytes_a_second() -> float:
+    """Return how fast memory is read."""
+    buffer = torch.ones(1 << 26)
+    return 4 * buffer.numel() / statistics.median(seconds(buffer.sum) for _ in range(9))
 
 
 def main() -> None:
@@ -133,8 +139,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--decode-rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--decode-rounds", type=int, default=15)
     parser.add_argument("--name", default="many")
     given = parser.parse_args()
     results: dict[str, Any] = {}
@@ -166,8 +172,13 @@ def measure(given: Any, dtype: str, method: str, counts: list[int], results: dic
             found = timed(
                 side, names, cache, ids, max(2, given.rounds // slower), max(3, given.decode_rounds // slower)
             )
+            if method == "lora":  # the least that reading every row's own factors could cost
+                size = sum(p.numel() for key, p in model.named_parameters() if ".adapters.a0." in key)
+                read = (count - 1) * size * model.dtype.itemsize / bytes_a_second()
+                found["decode"]["floor_of_memory"] = round(1 + read / found["decode"]["one_seconds"], 3)
             results[f"{method} {dtype} {count} of {rows}"] = found
             ratios = "  ".join(f"{kind} {value['many_over_one']:.3f}" for kind, value in found.items())
+            ratios += f" (memory alone {found['decode']['floor_of_memory']:.3f})" if method == "lora" else ""
             print(f"{method:9s} {dtype} {count:3d} adapters, {rows} rows: {ratios}", flush=True)
 
 
