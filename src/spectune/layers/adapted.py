@@ -83,7 +83,7 @@ class Share(NamedTuple):
     column: Tensor
     rows: Tensor
     weights: Tensor
-    uses: list[tuple[int, float | Tensor]]
+    uses: list[tuple[int, Any]]
 
 
 class Rows:
