@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.files import CONFIG, telling_of_full_disks
 from spectune.errors import SpectuneError
+from spectune.layers.recompute import keep_products
 from spectune.methods import to_text
 from spectune.model import adapt, attach, extract
 from spectune.spectral import cache
@@ -206,11 +207,19 @@ def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
             adapted()
     else:
         processes.main_first(adapted)
-    if config.gradient_checkpointing:  # under its new name where transformers has it
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    _checkpoint_activations(config, model)
     model.train()
     if processes.wants_shards(config.fsdp):
         processes.shard(model)
+
+
+def _checkpoint_activations(config: TrainConfig, model: Any) -> None:
+    light = config.gradient_checkpointing == "light"
+    if not config.gradient_checkpointing or (light and not model.supports_gradient_checkpointing):
+        return
+    options = {"use_reentrant": False, **({"context_fn": keep_products} if light else {})}
+    # under its new name where transformers has it
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
 
 
 def _check_sharding(config: TrainConfig) -> None:
