@@ -15,7 +15,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.files import CONFIG, telling_of_full_disks
 from spectune.errors import SpectuneError
-from spectune.layers.recompute import keep_products
 from spectune.methods import to_text
 from spectune.model import adapt, attach, extract
 from spectune.spectral import cache
@@ -26,6 +25,7 @@ from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
+from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
@@ -75,6 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     task = make_task(config)
     with processes.together():
+        check_reports(config.reports())
         _check_output(config, output)
         records, held = task.read()
         model, tokenizer = task.load(records, held)
@@ -207,19 +208,10 @@ def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
             adapted()
     else:
         processes.main_first(adapted)
-    _checkpoint_activations(config, model)
+    checkpoint_activations(model, config.gradient_checkpointing)
     model.train()
     if processes.wants_shards(config.fsdp):
         processes.shard(model)
-
-
-def _checkpoint_activations(config: TrainConfig, model: Any) -> None:
-    light = config.gradient_checkpointing == "light"
-    if not config.gradient_checkpointing or (light and not model.supports_gradient_checkpointing):
-        return
-    options = {"use_reentrant": False, **({"context_fn": keep_products} if light else {})}
-    # under its new name where transformers has it
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
 
 
 def _check_sharding(config: TrainConfig) -> None:
