@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectune.layers.factors import Factors
+from spectune.layers.recompute import current_tape
 
 _SMALLEST = 1e-6  # the gradient of a ratio divides by it
 
@@ -35,6 +36,21 @@ def adapted_linear(
     return _AdaptedLinear.apply(x, weight, bias, update.left, update.right, values, ratio, update.core, update.scale)  # type: ignore[return-value]
 
 
+def _output(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, u: Tensor, L: Tensor, scale: float, ratio: Tensor | None
+) -> Tensor:
+    added = bias if ratio is None else None
+    if weight is None:
+        y = F.linear(u * scale if scale != 1 else u, L, added)
+    else:
+        y = F.linear(x, weight, added).addmm_(u, L.mT, alpha=scale)
+    if ratio is not None:
+        y.mul_(ratio)
+        if bias is not None:
+            y.add_(bias)
+    return y
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -50,18 +66,15 @@ class _AdaptedLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         L, R = left.to(x.dtype), right.to(x.dtype)
-        t = F.linear(x, R)
-        u = core.apply(t)
-        added = bias if ratio is None else None
-        if weight is None:
-            y = F.linear(u * scale if scale != 1 else u, L, added)
-        else:
-            y = F.linear(x, weight, added).addmm_(u, L.mT, alpha=scale)
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
-            y.mul_(ratio)
-            if bias is not None:
-                y.add_(bias)
+        tape = current_tape()
+        known = tape.recall() if tape is not None else None
+        t = F.linear(x, R) if known is None else known[1]
+        u = core.apply(t)
+        y = _output(x, weight, bias, u, L, scale, ratio) if known is None else known[0]
+        if tape is not None:
+            tape.keep(y, t)
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
         ctx.save_for_backward(
             x if of_right else None,

@@ -96,7 +96,11 @@ class TrainConfig(BaseModel):
         True,
         description="train svf and svft through the factors of W: faster, and equal up to rounding",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: bool | Literal["light"] = Field(
+        "light",
+        description="compute activations again to save memory: light, all but the products of linear layers; true, "
+        "everything; false, nothing",
+    )
     report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
     seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
     resume: bool = Field(False, description="go on from the last checkpoint in output")

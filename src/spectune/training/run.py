@@ -25,6 +25,7 @@ from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
+from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
@@ -74,6 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     task = make_task(config)
     with processes.together():
+        check_reports(config.reports())
         _check_output(config, output)
         records, held = task.read()
         model, tokenizer = task.load(records, held)
@@ -207,8 +209,7 @@ def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) 
             adapted()
     else:
         processes.main_first(adapted)
-    if config.gradient_checkpointing:  # under its new name where transformers has it
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    checkpoint_activations(model, config.gradient_checkpointing)
     model.train()
     if processes.wants_shards(config.fsdp):
         processes.shard(model)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,7 @@ from spectune.layers.shards import whole
 from spectune.training import processes
 from spectune.training.batches import BLANK, IGNORE, BlankCollator, EvenSampler, WithBlanks
 from spectune.training.checkpoints import AdapterCheckpoints
+from spectune.training.recompute import release_memory
 
 if TYPE_CHECKING:
     from spectune.training.tasks import Task
@@ -112,7 +111,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if loss.device.type == "cpu":
-            _malloc_trim()(0)
+            release_memory()
         return loss
 
     def total_tokens(self) -> int:
@@ -219,11 +218,3 @@ def _token_count(inputs: Any) -> Any:
         return inputs["cu_seq_lens_q"][-1]
     mask = inputs.get("attention_mask")
     return mask.sum() if mask is not None else inputs["input_ids"].numel()
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int]:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return lambda pad: 0
