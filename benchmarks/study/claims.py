@@ -2,9 +2,10 @@
 
     python benchmarks/study/claims.py
 
-Writes results/claims.md, results/study.png and the part of README.md that shows them.  A claim that one method is better than another is tested on every task
-by the paired differences over seeds, corrected for the number of tasks (Holm): supported where some task shows it and
-none the opposite, refuted the other way round, mixed with both, undecided with neither.
+Writes results/claims.md, results/study.png and the part of README.md that shows them.  A claim that one method is
+better than another is tested on every task by the paired differences over seeds, corrected for the number of tasks
+(Holm): supported where some task shows it and none the opposite, refuted the other way round, mixed with both,
+undecided with neither.
 """
 
 from __future__ import annotations
@@ -198,10 +199,10 @@ def setting(found: dict[str, Any]) -> str:
     about = next(iter(found.values()))
     processor = f"{about['machine']['processor']}, {about['machine']['cores']} cores"
     return (
-        f"The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](benchmarks/study/results)) "
-        f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate was "
-        "searched for each method. The runs are short: they say which method learns much from few steps, not which is best "
-        "in the end."
+        "The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](benchmarks/study/results)) "
+        f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate "
+        "was searched for each method. The runs are short: they say which method learns much from few steps, not which "
+        "is best in the end."
     )
 
 

@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from comparison import HEADER, METHODS, failed, final, results, whole
 from scipy import stats
 
-from spectune.cli.train import _file_and_pairs
+from compare.comparison import HEADER, METHODS, failed, final, results, whole
+from spectune.cli.train import file_and_pairs
 from spectune.compare.document import document
 from spectune.training.config import load_config
 
@@ -230,7 +230,7 @@ def test_replies_are_searched_by_loss():
 def test_the_command_trains_what_was_compared(found):
     words = shlex.split(at(found, "dora:inner=pissa")["train_command"])
     assert words[:2] == ["spectune", "train"]
-    config = load_config(*_file_and_pairs(words[2:]))
+    config = load_config(*file_and_pairs(words[2:]))
     assert (config.method, config.lr, config.max_steps, config.seed) == ("dora:inner=pissa", 3.2e-4, 120, 0)
     assert (config.task, config.batch_size, config.max_length) == ("classify", 16, 64)
     assert config.targets == ["query", "value"]

@@ -4,9 +4,9 @@ import csv
 import json
 
 import pytest
-from comparison import failed, results, whole
-from test_document import made
 
+from compare.comparison import failed, results, whole
+from compare.test_document import made
 from reports.test_page import check_page
 from spectune.compare.document import document
 from spectune.compare.figures import COSTS, front

@@ -75,7 +75,7 @@ def _show(document: dict, config: CompareConfig) -> None:
             continue
         interval = "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
         lr = "" if method["lr"] is None else f"{method['lr']:g}"
-        table.add_row(method["method"], f"{method['parameters']:,}", f"{value['mean']:.4f}", interval, lr)
+        table.add_row(method["method"], f"{method['trainable_parameters']:,}", f"{value['mean']:.4f}", interval, lr)
     console.print(table)
     for sentence in document["answer"]:
         console.print(sentence, highlight=False, markup=False)
