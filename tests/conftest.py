@@ -14,6 +14,10 @@ import torch
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():  # the tests of the kernels then run them on the CPU, and no other test does
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["SPECTUNE_KERNELS"] = "off"
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

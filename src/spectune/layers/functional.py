@@ -1,6 +1,6 @@
 """The products that autograd would do wastefully: banded and sparse cores, with gradients of their own.
 
-Each is written in plain PyTorch and is the reference for a fused kernel that may take its place.
+Each is written in plain PyTorch; on a GPU a kernel of `spectune.layers.kernels` takes the place of a banded one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spectune.layers.kernels import kernels
 
 _CHUNK = 1 << 22  # elements gathered at once by the sparse core's gradient: 16 MiB of float32
 
@@ -58,6 +60,11 @@ def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
     return padded.unfold(-1, block + 2 * width, block).movedim(-2, -3)
 
 
+def _banded_kernels(width: int, *tensors: Tensor) -> Any | None:
+    banded = kernels("banded", *tensors)
+    return banded if banded is not None and width <= banded.WIDEST else None
+
+
 @torch.library.custom_op("spectune::banded_product", mutates_args=())
 def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
     """Multiply by a banded core: t C^T, or t C if `transpose`, as one batched product of small blocks.
@@ -70,6 +77,8 @@ def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Te
         width: entries are those with |i - j| <= width.
         transpose: multiply by C instead of its transpose.
     """
+    if (banded := _banded_kernels(width, t, values)) is not None:
+        return banded.product(t, values, width, transpose)
     block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose)
     blocks = F.pad(values, (0, 1))[..., places.to(t.device)]
     out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
@@ -84,6 +93,8 @@ def _(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
 @torch.library.custom_op("spectune::banded_entries", mutates_args=())
 def banded_entries(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
     """Return the gradient of `banded_product` with respect to its values, (entries) or (batch, entries)."""
+    if (banded := _banded_kernels(width, grad, t)) is not None:
+        return banded.entries(grad, t, width, transpose, band_entries(t.shape[-1], width))
     block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose)
     rows = F.pad(grad, (0, len(places) * block - t.shape[-1])).unflatten(-1, (len(places), block)).movedim(-2, -3)
     blocks = torch.matmul(rows.mT, _windows(t, block, reach, len(places)))

@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectune.layers import products
 from spectune.layers.factors import Factors
+from spectune.layers.kernels import kernels
 from spectune.layers.recompute import current_tape
 
+_FEW_ROWS = 256  # a kernel takes rows in blocks, and fewer than these leave most of a GPU idle
 _SMALLEST = 1e-6  # the gradient of a ratio divides by it
 
 
@@ -23,7 +26,8 @@ def adapted_linear(
 
     What autograd would do with the parts, less its copies: the factors are cast and x is not, the update and its
     gradient are added in place, what is kept for the backward pass is x (if R trains), the small x R^T, and y itself
-    (if ratio trains), which the next layer mostly keeps as well.  The PyTorch code is the reference for a fused kernel.
+    (if ratio trains), which the next layer mostly keeps as well.  The products with thin factors are kernels on a GPU
+    (`spectune.layers.kernels`); what these compute is said by `spectune.layers.products`.
 
     Args:
         x: (n x in), in W's dtype.
@@ -36,19 +40,28 @@ def adapted_linear(
     return _AdaptedLinear.apply(x, weight, bias, update.left, update.right, values, ratio, update.core, update.scale)  # type: ignore[return-value]
 
 
+def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> Any:
+    """Return the module whose products with thin factors these operands take."""
+    if weight is None or len(x) < _FEW_ROWS:
+        return products
+    low_rank = kernels("low_rank", x, left, right)
+    return products if low_rank is None or max(left.shape[1], right.shape[0]) > low_rank.WIDEST[x.dtype] else low_rank
+
+
 def _output(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, u: Tensor, L: Tensor, scale: float, ratio: Tensor | None
+    ops: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    u: Tensor,
+    L: Tensor,
+    scale: float,
+    ratio: Tensor | None,
 ) -> Tensor:
-    added = bias if ratio is None else None
+    before, after = (bias, None) if ratio is None else (None, bias)
     if weight is None:
-        y = F.linear(u * scale if scale != 1 else u, L, added)
-    else:
-        y = F.linear(x, weight, added).addmm_(u, L.mT, alpha=scale)
-    if ratio is not None:
-        y.mul_(ratio)
-        if bias is not None:
-            y.add_(bias)
-    return y
+        return products.finish(F.linear(u * scale if scale != 1 else u, L, before), ratio, after)
+    return ops.add(F.linear(x, weight, before), u, L, scale, ratio, after)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -65,14 +78,18 @@ class _AdaptedLinear(torch.autograd.Function):
         core: Any,
         scale: float,
     ) -> Tensor:
-        L, R = left.to(x.dtype), right.to(x.dtype)
+        ops = _products(x, weight, left, right)
+        L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
         tape = current_tape()
         known = tape.recall() if tape is not None else None
-        t = F.linear(x, R) if known is None else known[1]
-        u = core.apply(t)
-        y = _output(x, weight, bias, u, L, scale, ratio) if known is None else known[0]
+        if known is None:
+            t, u = ops.project(x, R, core)
+            y = _output(ops, x, weight, bias, u, L, scale, ratio)
+        else:
+            y, t = known
+            u = core.apply(t)
         if tape is not None:
             tape.keep(y, t)
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
@@ -83,7 +100,7 @@ class _AdaptedLinear(torch.autograd.Function):
             y if of_ratio else None,
             *(weight, bias, L, R, values, ratio),
         )
-        ctx.core, ctx.scale = core if values is None else replace(core, values=None), scale
+        ctx.core, ctx.scale, ctx.ops = core if values is None else replace(core, values=None), scale, ops
         return y
 
     @staticmethod
@@ -91,21 +108,17 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, t, u, y, weight, bias, L, R, values, ratio = ctx.saved_tensors
         (grad,) = grads
+        ops = ctx.ops
         to_left = to_right = to_ratio = to_x = None
         if ratio is not None:
-            if ctx.needs_input_grad[6]:
-                product = grad * (y if bias is None else y - bias)
-                to_ratio = product.sum(0).to(ratio.dtype) / ratio  # summed in float32 whatever the dtype
-            grad = grad * ratio.to(grad.dtype)
+            grad, to_ratio = ops.through_ratio(grad, y, bias, ratio)
         core = ctx.core if values is None else replace(ctx.core, values=values)
-        to_u = grad @ L
-        if ctx.scale != 1:
-            to_u *= ctx.scale
+        to_u, _ = ops.project(grad, L.mT, scale=ctx.scale)
         if ctx.needs_input_grad[3]:
-            to_left = (u.mT @ grad).mT * ctx.scale  # in this order, as the thinner side comes first
+            to_left = ops.over_rows(grad, u, ctx.scale)
         to_t, to_values = core.gradients(t, to_u, ctx.needs_input_grad[5])
         if ctx.needs_input_grad[4]:
-            to_right = to_t.mT @ x
+            to_right = ops.over_rows(to_t, x)
         if ctx.needs_input_grad[0]:
-            to_x = to_t @ R if weight is None else (grad @ weight).addmm_(to_t, R)
+            to_x = to_t @ R if weight is None else ops.add(grad @ weight, to_t, R.mT)
         return to_x, None, None, to_left, to_right, to_values, to_ratio, None, None
