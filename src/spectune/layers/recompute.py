@@ -25,7 +25,7 @@ def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
 
 
 class Tape:
-    """What the linear layers of a checkpointed region answered, in the order of their calls."""
+    """What the linear layers of a checkpointed region found, in the order of their calls."""
 
     def __init__(self) -> None:
         self._results: list[
