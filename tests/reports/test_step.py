@@ -4,14 +4,15 @@ import gc
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import spectune
 import tiny
 from spectune.layers.adapted import adapted_layers
 from spectune.methods import parse
+from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.machine import Machine
-from spectune.reports.step import Batch, _pass, loss_of, make_inputs, measure
+from spectune.reports.step import _pass, measure
 from spectune.targets import resolve
 
 METHODS = ["lora:rank=2", "svf", "svft:pattern=banded,width=2", "svft:pattern=top_k,width=2", "pissa:rank=4"]
@@ -35,8 +36,9 @@ def methods_of(model, text):
 
 @pytest.mark.parametrize("text", METHODS)
 def test_flops_are_those_of_a_real_step(text):
-    real = spectune.adapt(llama(), text).train()
-    with FlopCounterMode(display=False) as counter:
+    real = spectune.adapt(llama(), text, factored=True).train()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+    with counter, training_attention(real):
         loss_of(real, make_inputs(real, BATCH)).backward()
     meta = llama().to("meta")
     assert cost(meta, methods_of(meta, text)).flops == counter.get_total_flops()
@@ -50,7 +52,7 @@ def test_what_is_held_is_at_least_what_autograd_saves(text):
         real.requires_grad_(False)
         real.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_())
     elif text != "full":
-        spectune.adapt(real, text)
+        spectune.adapt(real, text, factored=True)
     own = {t.untyped_storage().data_ptr() for t in [*real.parameters(), *real.buffers()]}
     saved, kept = {}, []
 
@@ -59,7 +61,7 @@ def test_what_is_held_is_at_least_what_autograd_saves(text):
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), training_attention(real):
         loss_of(real.train(), make_inputs(real, BATCH))
     least = sum(size for pointer, size in saved.items() if pointer not in own)
     meta = llama().to("meta")
