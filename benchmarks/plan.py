@@ -2,7 +2,8 @@
 
 A step is what `spectune train` does: packed rows, the cross-entropy of training, a fused AdamW, and freed memory given
 back.  Its time and the floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is
-the peak resident size of two steps, in a process for each method, over what it held with its libraries imported.
+the peak resident size of two steps, in a process for each method, over what it holds once it has trained such a model
+and let it go.
 
     python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
 
@@ -78,13 +79,24 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def released() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(connection: Any, name: str, method: str, dtype: str) -> None:
     """Send the peak of this process over what it holds now."""
     warnings.simplefilter("ignore")
+    loaded = stepper(model_for(name, "lora", dtype))
+    loaded()  # imports what only a model needs
+    del loaded
+    released()
     before = resident("VmRSS")
-    step = stepper(model_for(name, method, dtype))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    model = model_for(name, method, dtype)
+    for parameter in model.parameters():
+        parameter.sum()  # a file that is mapped counts as held only where it was read
+    step = stepper(model)
+    released()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading and decomposing
     step()
     step()

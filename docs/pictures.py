@@ -1,6 +1,6 @@
 """Draw the pictures of docs/methods: each method's matrices, what is frozen in grey and what trains in colour.
 
-    python docs/pictures.py
+python docs/pictures.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "spectune", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11}
+matplotlib.rcParams |= {
+    "svg.hashsalt": "spectune",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+}
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import Circle, Polygon, Rectangle  # noqa: E402
@@ -28,39 +33,35 @@ def box(label: str, height: float, width: float, trained: bool = False, kind: st
     return label, height, width, trained, kind
 
 
-W = box("W", OUT, IN)
+W, B, A = box("W", OUT, IN), box("B", OUT, RANK, True), box("A", RANK, IN, True)
+B0, A0 = box("B₀", OUT, RANK), box("A₀", RANK, IN)
+RESIDUAL = [W, ("+ s (",), B, A, ("\u2212",), B0, A0, (")",)]
 
 # the matrices, and the part of the spectrum of W that they come from
 PICTURES: dict[str, tuple[Sequence[Item], str]] = {
-    "lora": ([W, ("+ s",), box("B", OUT, RANK, True), box("A", RANK, IN, True)], "none"),
+    "lora": ([W, ("+ s",), B, A], "none"),
     "svf": ([box("U", OUT, IN), box("S z", IN, IN, True, "diagonal"), box("Vᵀ", IN, IN)], "all"),
     "svft": ([box("U", OUT, IN), box("S + M", IN, IN, True, "band"), box("Vᵀ", IN, IN)], "all"),
-    "pissa": (
-        [W, ("+ s (",), box("B", OUT, RANK, True), box("A", RANK, IN, True), ("−",)]
-        + [box("B₀", OUT, RANK), box("A₀", RANK, IN), (")",)],
-        "top",
-    ),
-    "milora": (
-        [W, ("+ s (",), box("B", OUT, RANK, True), box("A", RANK, IN, True), ("−",)]
-        + [box("B₀", OUT, RANK), box("A₀", RANK, IN), (")",)],
-        "bottom",
-    ),
+    "pissa": (RESIDUAL, "top"),
+    "milora": (RESIDUAL, "bottom"),
     "lora_xs": (
         [W, ("+ s",), box("Uᵣ", OUT, RANK), box("R", RANK, RANK, True), box("SᵣVᵣᵀ", RANK, IN)],
         "top",
     ),
-    "dora": (
-        [box("m", OUT, 0.22, True), ("⊙",), ("(",), W, ("+ s",), box("B", OUT, RANK, True)]
-        + [box("A", RANK, IN, True), (")  /  row norm",)],
-        "none",
-    ),
+    "dora": ([box("m", OUT, 0.22, True), ("⊙",), ("(",), W, ("+ s",), B, A, (")  /  row norm",)], "none"),
     "adalora": (
         [W, ("+ s",), box("P", OUT, 0.75, True), box("E", 0.75, 0.75, True, "pruned"), box("Q", 0.75, IN, True)],
         "none",
     ),
     "vera": (
-        [W, ("+",), box("b", OUT, OUT, True, "diagonal"), box("B", OUT, 0.9), box("d", 0.9, 0.9, True, "diagonal")]
-        + [box("A", 0.9, IN)],
+        [
+            W,
+            ("+",),
+            box("b", OUT, OUT, True, "diagonal"),
+            box("B", OUT, 0.9),
+            box("d", 0.9, 0.9, True, "diagonal"),
+            box("A", 0.9, IN),
+        ],
         "none",
     ),
 }

@@ -89,13 +89,14 @@ def training_attention(model: Any) -> Iterator[None]:
 
 
 class _Fused(TorchFunctionMode):
-    """On the meta device PyTorch takes attention apart; a CPU does not."""
+    """On the meta device PyTorch takes attention apart; a CPU does so with dropout or a trained mask only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is None or not mask.requires_grad:
+            dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+            if dropout == 0 and (mask is None or not mask.requires_grad):
                 return _fused(*args, **kwargs)
         return func(*args, **kwargs)
 

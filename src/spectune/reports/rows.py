@@ -146,11 +146,10 @@ class Planner:
     def _costly(self, precision: str, methods: Any, fixed: Mapping[str, float]) -> dict[str, Any]:
         dtype = DTYPES[precision]
         costs = self._two(methods, dtype)
-        activations = None
+        lines: dict[str, Any] = {"activations": None}
         if costs is not None:
-            each = costs[1].activations - costs[0].activations
-            activations = costs[0].activations - (self._few - 1) * each, each
-        parts = Parts(self.weights[precision], activations=activations, **fixed)  # type: ignore[arg-type]
+            lines = {"activations": self._line(costs, "activations"), "step": self._line(costs, "with_gradients")}
+        parts = Parts(self.weights[precision], **lines, **fixed)
         on = {}
         for count in self.devices:
             held = parts.on(count, self.batch.rows).to_dict()
@@ -179,6 +178,11 @@ class Planner:
         """Return the costs of `_few` rows and of one more; those of other batches lie on the line through them."""
         one, more = (self._cost(methods, rows, dtype) for rows in (self._few, self._few + 1))
         return None if one is None or more is None else (one, more)
+
+    def _line(self, costs: tuple[Cost, Cost], what: str) -> tuple[float, float]:
+        """Return what a batch of one row takes, and each further one."""
+        some, each = getattr(costs[0], what), getattr(costs[1], what) - getattr(costs[0], what)
+        return some - (self._few - 1) * each, each
 
     def _cost(self, methods: Any, rows: int, dtype: torch.dtype) -> Cost | None:
         key = (methods if isinstance(methods, str) else tuple(methods.items()), rows, dtype)

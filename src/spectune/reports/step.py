@@ -32,12 +32,14 @@ class Cost:
         flops: of its matrix products.
         activations: bytes held at most at once, without parameters, bases and gradients.
         saved: bytes held for the backward pass when it begins.
+        with_gradients: bytes that activations and gradients take together at most.
     """
 
     seconds: float
     flops: float
     activations: float
     saved: float
+    with_gradients: float
 
     def extended(self, more: Cost, times: float) -> Cost:
         """Return self + times * (more - self)."""
@@ -194,4 +196,4 @@ def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
             hook.remove()
     scored = any("sensitivity" in name for name, _ in model.named_buffers())
     seconds = sum(machine.passing(p.numel() * p.element_size()) for p in trained)
-    return Cost(tally.seconds + (_ADAM + _SCORES * scored) * seconds, tally.flops, tally.peak, saved)
+    return Cost(tally.seconds + (_ADAM + _SCORES * scored) * seconds, tally.flops, tally.peak, saved, tally.most)

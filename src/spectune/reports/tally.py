@@ -16,8 +16,8 @@ from spectune.reports.machine import Machine
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _PICKING = ("embedding", "gather", "index", "index_select", "scatter_add", "index_put")  # touch a part of a tensor
-_SLOW = ("exp", "logsumexp", "silu", "silu_backward", "gelu", "gelu_backward", "tanh", "sigmoid", "_softmax")
 _MAPPED = 1 << 25  # bytes above which glibc asks the system for memory each time
+_SLOW = ("exp", "logsumexp", "silu", "silu_backward", "gelu", "gelu_backward", "tanh", "sigmoid", "_softmax")
 
 
 class Tally(TorchDispatchMode):
@@ -31,15 +31,17 @@ class Tally(TorchDispatchMode):
 
     Attributes:
         seconds, flops: so far.
-        held, peak: bytes of results that are alive, now and at most.
+        held, peak: bytes of results that are alive, now and at most, without what was forgotten.
+        most: bytes of results that are alive at most, with what was forgotten.
     """
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         self.machine = machine
         self.seconds = self.flops = 0.0
-        self.held = self.peak = 0
+        self.held = self.peak = self.most = 0
         self._seen: dict[int, tuple[Any, int]] = {}
+        self._forgotten: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,21 +62,27 @@ class Tally(TorchDispatchMode):
 
     def _hold(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
-            self.held += size
-            fresh = size if size > _MAPPED else max(0, self.held - self.peak)
-            self.seconds += fresh / self.machine.fresh
-            self.peak = max(self.peak, self.held)
+        if key in self._seen:
+            return
+        before = self.most
+        self._seen[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        self.most = max(self.most, self.held + sum(self._forgotten.values()))
+        self.seconds += (size if size > _MAPPED else self.most - before) / self.machine.fresh
 
     def _release(self, key: int) -> None:
-        if key in self._seen:
-            self.held -= self._seen.pop(key)[1]
+        size = self._seen.pop(key)[1]
+        if self._forgotten.pop(key, None) is None:
+            self.held -= size
 
     def forget(self, tensor: Tensor | None) -> None:
-        """Hold a tensor, such as a gradient, against the step no more."""
+        """Count a tensor, such as a gradient, in `held` and `peak` no more."""
         if tensor is not None:
-            self._release(tensor.untyped_storage()._cdata)
+            key = tensor.untyped_storage()._cdata
+            if key in self._seen and key not in self._forgotten:
+                self._forgotten[key] = self._seen[key][1]
+                self.held -= self._seen[key][1]
 
     def _charge(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor], flops: float) -> None:
         name, dtype = func._schema.name.removeprefix("aten::"), given[0].dtype if given else torch.float32
