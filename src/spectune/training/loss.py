@@ -37,7 +37,7 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         return _Chunked.apply(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])  # type: ignore[return-value]
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, -2)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
 
 
 def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -72,7 +72,7 @@ class _Chunked(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if learns else None
-        chunk = _CHUNK * (1 if hidden.device.type == "cpu" else 16)
+        chunk = _CHUNK * (1 if hidden.device.type in ("cpu", "meta") else 16)
         step = max(1, chunk // weight.shape[0])
         step -= step % _ROWS if step > _ROWS else 0
         for start in range(0, len(hidden), step):
