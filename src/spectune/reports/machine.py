@@ -75,7 +75,7 @@ class Machine:
         if not self.measured:
             least = min(sides[1:])
             return self.overhead + flops / (self._peak(dtype) * least / (least + 8))
-        like = (min(sides[0], 8), *(_near(side) for side in sides[1:]))
+        like = (min(sides[0], 8), _near(sides[1]), _near(sides[2]), _near(sides[3]))
         timed = self._timed(f"product {dtype} {like} {held}", lambda: probe.product(str(dtype), *like, *held))
         return self.overhead + timed * flops / (2 * math.prod(like))
 
@@ -166,7 +166,8 @@ def this_machine(measure: bool = True) -> Machine:
             return Machine(**kept)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
-    return Machine(**probe.rates(), threads=torch.get_num_threads(), measured=True)
+    rates: dict[str, Any] = probe.rates()
+    return Machine(**rates, threads=torch.get_num_threads(), measured=True)
 
 
 def keep(machine: Machine) -> None:

@@ -149,7 +149,7 @@ class Planner:
         lines: dict[str, Any] = {"activations": None}
         if costs is not None:
             lines = {"activations": self._line(costs, "activations"), "step": self._line(costs, "with_gradients")}
-        parts = Parts(self.weights[precision], **lines, **fixed)
+        parts = Parts(self.weights[precision], **lines, **fixed)  # type: ignore[arg-type]
         on = {}
         for count in self.devices:
             held = parts.on(count, self.batch.rows).to_dict()
