@@ -43,7 +43,7 @@ def preset(name: str) -> dict[str, Any]:
     path = Path(_QUICK["output"]) / "film-reviews.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_records(path, film_reviews(1000))
+        write_records(path, film_reviews(600))
     return {**_QUICK, "data": str(path)}
 
 

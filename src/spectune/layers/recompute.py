@@ -61,7 +61,7 @@ _tape: ContextVar[Tape | None] = ContextVar("_tape", default=None)
 
 def current_tape() -> Tape | None:
     """Return the tape of the region that runs, or None outside of any."""
-    return _tape.get()
+    return None if torch.compiler.is_compiling() else _tape.get()
 
 
 class _Region(TorchFunctionMode):
