@@ -149,7 +149,7 @@ def test_learning_rates_go_outwards_from_the_methods_own_and_on_where_the_end_is
 
 
 def test_the_last_learning_rate_that_fell_behind_is_dropped(folder, tmp_path):
-    chosen = config(folder, tmp_path, methods=["lora"], lrs=3, metric="loss")
+    chosen = config(folder, tmp_path, methods=["lora"], lrs=3, metric="accuracy")
     results = Results(tmp_path / "trials", "s")
     study = Study(chosen, ["lora"], results)
     for trial, losses in zip(study.pending(), ([1.0, 0.9], [0.5, 0.4], [2.0, 1.9]), strict=True):

@@ -83,10 +83,9 @@ class Study:
         return Trial(method, lr, self.config.seed + self.config.seeds, "search")
 
     def pruner(self, trial: Trial) -> Callable[[int, Mapping[str, float]], bool]:
-        """Return what says at each rung whether a learning rate falls behind those already tried."""
-        config = self.config
+        """Return what says at each rung whether a learning rate's loss falls behind those already tried."""
         study = optuna.create_study(
-            direction="minimize" if config.searched_by == "loss" else "maximize",
+            direction="minimize",  # the loss, which says something of early rungs, where a metric has not moved
             pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
         )
         space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-12, 1e6, log=True)}
@@ -95,7 +94,7 @@ class Study:
                 study.add_trial(
                     create_trial(
                         state=TrialState.PRUNED if result["pruned"] else TrialState.COMPLETE,
-                        value=result["validation"][config.searched_by],
+                        value=result["validation"]["loss"],
                         params={"lr": other.lr},
                         distributions=space,
                         intermediate_values={int(rung): v for rung, v in result["rungs"].items()},
@@ -106,7 +105,7 @@ class Study:
         own = study.ask(space)
 
         def stop(rung: int, measures: Mapping[str, float]) -> bool:
-            own.report(measures[config.searched_by], rung)
+            own.report(measures["loss"], rung)
             return own.should_prune()
 
         self._asked = own
