@@ -85,16 +85,18 @@ def study(method: type[Method]) -> str:
     for path in sorted((BENCHMARKS / "study" / "results").glob("**/report.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         for entry in report["methods"]:
-            if entry["method"] in ("base", "full") or parse(entry["method"]).name != method.name:
+            if not entry["ran"] or entry["method"] in ("base", "full") or parse(entry["method"]).name != method.name:
                 continue
-            cells = [report.get("label", path.parent.name), f"`{entry['method']}`", report.get("metric", "")]
-            low, high = entry.get("interval") or (None, None)
-            spread = f" ({low:.3g} to {high:.3g})" if low is not None else ""
-            cells.append("" if entry.get("mean") is None else f"{entry['mean']:.3g}{spread}")
+            value, percent = entry["metric"], report["percent"]
+            measure = f"{report['metric'].replace('_', ' ')}{', %' if percent else ''}"
+            numbers = [v and 100 * v if percent else v for v in (value["mean"], value["low"], value["high"])]
+            spread = "" if numbers[1] is None else f" ({numbers[1]:.3g} to {numbers[2]:.3g})"
+            lr = f"{entry['lr']:g}"
+            cells = [report["label"], f"`{entry['method']}`", lr, measure, f"{numbers[0]:.3g}{spread}"]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return ""
-    return "\n".join(["| task | method | measure | mean (95% interval) |", "|---|---|---|---|", *lines])
+    return "\n".join(["| task | method | lr | measure | mean (95% interval) |", "|---|---|---|---|---|", *lines])
 
 
 def filled(text: str, method: type[Method]) -> str:
