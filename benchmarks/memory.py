@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
