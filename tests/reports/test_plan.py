@@ -156,3 +156,22 @@ def test_a_start_takes_longer_with_a_decomposition_and_in_proportion():
     assert {key.split()[0] for key in machine.times} == {"one_sided", "basis"}
     stored = Machine()
     assert stored.setup(spectune.SVF(), 4096, 4096, 2) == pytest.approx(2 * stored.setup(spectune.SVF(), 4096, 4096, 1))
+
+
+def test_a_product_takes_what_one_of_its_shape_does(monkeypatch):
+    timed = []
+    monkeypatch.setattr("spectune.reports.probe.product", lambda *like: timed.append(like) or 1.0)
+    machine = Machine(measured=True, overhead=0.0)
+    plain = (False, False)
+    small = machine.product(torch.float32, (1, 256, 512, 16), plain)
+    assert small == 1.0
+    assert machine.product(torch.float32, (1, 2048, 4096, 16), plain) == pytest.approx(8.0)  # eight of 1024 x 1024
+    assert machine.product(torch.float32, (1, 250, 500, 16), plain) == pytest.approx(250 * 500 / (256 * 512))
+    assert [like[1:5] for like in timed] == [(1, 256, 512, 16), (1, 1024, 1024, 16)]  # the third is like the first
+    assert machine.product(torch.float32, (1, 0, 8, 8), plain) == 0.0
+
+
+def test_stored_rates_are_lower_in_thin_products():
+    machine = Machine()
+    thin, thick = (machine.product(torch.float32, (1, 256, 512, n), (False, False)) / n for n in (8, 512))
+    assert thin > 1.5 * thick
