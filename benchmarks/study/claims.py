@@ -148,7 +148,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """Draw each task's metric over trained parameters, with intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(found), 3.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4 * len(found), 4.4), dpi=130, layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     methods = list(dict.fromkeys(r["method"] for report in found.values() for r in report["methods"]))
     for axes, (task, report) in zip(panels, found.items(), strict=True):
@@ -169,7 +169,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("trained parameters", fontsize=8)
         axes.grid(alpha=0.3)
     handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(found), fontsize=8, frameon=False)
     figure.savefig(path)
 
 
