@@ -169,7 +169,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("trained parameters", fontsize=8)
         axes.grid(alpha=0.3)
     handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(found), fontsize=8, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(found), fontsize=8, frameon=False
+    )
     figure.savefig(path)
 
 
