@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "triton")
 
 
 def describe() -> dict[str, Any]:
