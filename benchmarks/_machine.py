@@ -1,38 +1,14 @@
-"""What a benchmark's JSON says of the machine and the versions that it ran on, without naming the host."""
+"""Where a benchmark's results go, with the machine and the versions that it ran on."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from spectune.reports.about import describe
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "triton")
-
-
-def describe() -> dict[str, Any]:
-    """Return the processor, cores, memory, accelerator, versions and date."""
-    accelerator = None
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else str(device)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "accelerator": accelerator,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-    }
 
 
 def save(name: str, results: dict[str, Any]) -> Path:
@@ -41,26 +17,3 @@ def save(name: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": describe(), **results}, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _memory_gib() -> float | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return round(psutil.virtual_memory().total / 2**30, 1)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,17 +1,21 @@
-"""What `spectune plan` predicts against what is measured: memory, start-up and step over the floor.
+"""What `spectune plan` predicts against what is measured: memory, start-up and the step, in seconds and over the floor.
 
-Memory: SmolLM2-135M and MiniLM.  The peak resident size of two steps, in a process for each method, over what it held
-with its libraries imported.  `of_allocator`, for LoRA: what is saved by giving back every freed block of more than
-64 kB (glibc's M_MMAP_THRESHOLD); the allocator keeps that much for itself.
-Start-up: `spectune.adapt` without the cache.  Steps: each in turn with the floor, medians of the ratios.
+A step is what `spectune train` does: packed rows, the cross-entropy of training, a fused AdamW, and freed memory given
+back.  Its time and the floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is
+the peak resident size of two steps, in a process for each method, over what it holds once it has trained such a model
+and let it go.
 
-    python benchmarks/plan.py [--quick] [--only memory|setup|step] [--dtype fp32|bf16]
+    python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
+
+With one thread (OMP_NUM_THREADS=1) times are the processor's, which other processes hardly lengthen.  All of it is
+written to results/plan.json, and a part, unless --output names another file, to results/plan_part.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -29,13 +33,16 @@ import transformers  # noqa: F401 - part of the libraries that memory is counted
 
 import spectune
 from _machine import save
+from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.plan import plan
-from spectune.reports.step import Batch, loss_of, make_inputs
+from spectune.reports.probe import clock
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]
-ROWS, LENGTH = 2, 128
-MODELS = {"smollm2-135m": METHODS, "minilm-l6": ["lora", "svf", "lora_xs", "dora", "full"]}
+MODELS = ["smollm2-135m", "minilm-l6"]
+PARTS = ["setup", "step", "memory"]
+BATCH = Batch(2, 128)
+ROUNDS = 5
 
 
 def model_for(name: str, method: str, dtype: str) -> Any:
@@ -45,17 +52,21 @@ def model_for(name: str, method: str, dtype: str) -> Any:
         model.requires_grad_(False)
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     elif method != "full":
-        spectune.adapt(model, method)
+        spectune.adapt(model, method, factored=True)
     return model.train()
 
 
-def stepper(model: Any, batch: Batch) -> Callable[[], None]:
+def stepper(model: Any) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, foreach=False) if trained else None
-    inputs = make_inputs(model, batch)
+    optimizer = torch.optim.AdamW(trained, fused=True) if trained else None
+    with training_attention(model):
+        inputs = make_inputs(model, BATCH)
+    give_back = ctypes.CDLL(None).malloc_trim
 
     def step() -> None:
-        loss_of(model, inputs).backward()
+        with training_attention(model):
+            loss_of(model, inputs).backward()
+        give_back(0)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -68,111 +79,117 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak(connection: Any, name: str, method: str, dtype: str, tight: bool) -> None:
+def released() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak(connection: Any, name: str, method: str, dtype: str) -> None:
     """Send the peak of this process over what it holds now."""
     warnings.simplefilter("ignore")
-    if tight:
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    loaded = stepper(model_for(name, "lora", dtype))
+    loaded()  # imports what only a model needs
+    del loaded
+    released()
     before = resident("VmRSS")
-    step = stepper(model_for(name, method, dtype), Batch(ROWS, LENGTH))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
+    model = model_for(name, method, dtype)
+    for parameter in model.parameters():
+        parameter.sum()  # a file that is mapped counts as held only where it was read
+    step = stepper(model)
+    released()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading and decomposing
     step()
     step()
     connection.send(resident("VmHWM") - before)
 
 
-def memory(found: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
+def memory(name: str, found: dict[str, Any], dtype: str) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-
-    def of(*arguments: Any) -> int:
+    context.set_forkserver_preload(["transformers", "spectune", "spectune.reports.plan"])
+    results = {}
+    for method, row in found.items():
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=peak, args=(theirs, *arguments))
+        process = context.Process(target=peak, args=(theirs, name, method, dtype))
         process.start()
         theirs.close()
-        size = ours.recv()
+        held = ours.recv()
         process.join()
-        return size
-
-    results = {}
-    for name, methods in MODELS.items():
-        for method in methods[:3] if quick else methods:
-            predicted = found[name][method]["precisions"][dtype]["memory"]["1"]["total"]
-            held = of(name, method, dtype, False)
-            more = {"of_allocator": held - of(name, method, dtype, True)} if method == "lora" else {}
-            results[f"{name} {method}"] = show(f"memory {name} {method}", predicted, held, **more)
+        predicted = row["precisions"][dtype]["memory"]["1"]["total"]
+        results[method] = show(f"memory {name} {method}", predicted, held)
     return results
 
 
-def setup(found: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
+def setup(name: str, found: dict[str, Any], dtype: str) -> dict[str, Any]:
     results = {}
-    for method in METHODS[:3] if quick else METHODS[:-1]:
+    for method, row in found.items():
         times: list[float] = []
-        while len(times) < 3 and sum(times) < 4:
-            model, _ = spectune.load_base("smollm2-135m", dtype)
-            start = time.perf_counter()
+        while method != "full" and len(times) < 3 and sum(times) < 4:
+            model, _ = spectune.load_base(name, dtype)
+            start = clock()
             spectune.adapt(model, method)
-            times.append(time.perf_counter() - start)
-        results[method] = show(
-            f"setup {method}", found["smollm2-135m"][method]["setup_seconds"], statistics.median(times)
+            times.append(clock() - start)
+        if times:
+            results[method] = show(f"setup {name} {method}", row["setup_seconds"], statistics.median(times))
+    return results
+
+
+def steps(name: str, found: dict[str, Any], dtype: str) -> dict[str, Any]:
+    floor = stepper(model_for(name, "floor", dtype))
+    results = {}
+    for method, row in found.items():
+        step = stepper(model_for(name, method, dtype))
+        step(), floor()
+        floors, taken = [], []
+        for _ in range(ROUNDS):
+            for one, seconds in ((floor, floors), (step, taken)):
+                start = clock()
+                one()
+                seconds.append(clock() - start)
+        at = row["precisions"][dtype]
+        ratio = statistics.median(b / a for a, b in zip(floors, taken, strict=True))
+        results[method] = show(f"step over floor {name} {method}", at["step_over_floor"], ratio)
+        results[f"{method} seconds"] = show(
+            f"step seconds {name} {method}", at["step_seconds"], statistics.median(taken)
         )
     return results
 
 
-def steps(found: dict[str, Any], dtype: str, quick: bool) -> dict[str, Any]:
-    batch = Batch(ROWS, LENGTH)
-    floor = stepper(model_for("smollm2-135m", "floor", dtype), batch)
-    results = {}
-    for method in METHODS[:3] if quick else METHODS:
-        step = stepper(model_for("smollm2-135m", method, dtype), batch)
-        step(), floor()
-        ratios = []
-        for _ in range(3):
-            times = [time.perf_counter()]
-            for one in (floor, step):
-                one()
-                times.append(time.perf_counter())
-            ratios.append((times[2] - times[1]) / (times[1] - times[0]))
-        predicted = found["smollm2-135m"][method]["precisions"][dtype]["step_over_floor"]
-        results[method] = show(f"step {method}", predicted, statistics.median(ratios))
-    return results
-
-
-def show(what: str, predicted: float, measured: float, **more: Any) -> dict[str, Any]:
-    row = {"predicted": predicted, "measured": measured, "ratio": round(predicted / measured, 3), **more}
+def show(what: str, predicted: float, measured: float) -> dict[str, Any]:
+    row = {"predicted": predicted, "measured": measured, "ratio": round(predicted / measured, 3)}
     row["within_20_percent"] = abs(row["ratio"] - 1) <= 0.2
-    print(f"{what:40s} predicted {predicted:12.4g}  measured {measured:12.4g}  ratio {row['ratio']:.3f}", flush=True)
+    print(f"{what:48s} predicted {predicted:12.4g}  measured {measured:12.4g}  ratio {row['ratio']:.3f}", flush=True)
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first three methods, and nothing is saved")
-    parser.add_argument("--only", choices=["memory", "setup", "step"])
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", help="name of the file in results/")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     start = time.perf_counter()
-    found: dict[str, Any] = {}
-    rates: dict[str, Any] = {}
-    for name, methods in MODELS.items():
-        made = plan(name, methods, batch_size=ROWS, length=LENGTH, precisions=[options.dtype])
-        found[name] = dict(zip(methods, made.rows, strict=True))
-        rates = {k: v for k, v in made.machine.__dict__.items() if k != "times"}
-    results: dict[str, Any] = {"plan_seconds": round(time.perf_counter() - start, 1)}
-    parts = {"setup": setup, "step": steps, "memory": memory}
-    for part, run in parts.items():
-        if options.only in (None, part):
-            results[part] = run(found, options.dtype, options.quick)
-    rows = [row for part in parts for row in results.get(part, {}).values()]
+    results: dict[str, Any] = {}
+    made: Any = None
+    for name in options.models:
+        made = plan(
+            name, options.methods, batch_size=BATCH.rows, length=BATCH.length, precisions=options.dtype, measured=True
+        )
+        found = dict(zip(options.methods, made.rows, strict=True))
+        print(f"{name} planned after {time.perf_counter() - start:.0f} s", flush=True)
+        for dtype in options.dtype:
+            for part in options.parts:
+                run = {"setup": setup, "step": steps, "memory": memory}[part]
+                results[f"{part} {name} {dtype}"] = run(name, found, dtype)
+    rows = [row for part in results.values() for row in part.values()]
     within = sum(row["within_20_percent"] for row in rows)
     print(f"{within} of {len(rows)} within 20%, in {time.perf_counter() - start:.0f} s")
-    if not options.quick and options.only is None:
-        about = {
-            "batch": [ROWS, LENGTH],
-            "dtype": options.dtype,
-            "rates": rates,
-        }
-        save("plan", {**about, **results})
+    whole = [options.models, options.methods, options.parts] == [MODELS, METHODS, PARTS]
+    rates = {k: v for k, v in made.machine.__dict__.items() if k != "times"}
+    about = {"batch": [BATCH.rows, BATCH.length], "rates": rates, "within": within, "of": len(rows)}
+    save(options.output or ("plan" if whole else "plan_part"), {**about, "results": results})
 
 
 if __name__ == "__main__":

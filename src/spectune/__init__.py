@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectune.bases import load_base
     from spectune.classifiers import classify
     from spectune.errors import SpectuneError
+    from spectune.layers.recompute import keep_products
     from spectune.methods import Method
     from spectune.methods.adalora import AdaLoRA
     from spectune.methods.dora import DoRA
@@ -59,6 +60,7 @@ _HOMES = {
     "Reference": "model",
     "SpectuneError": "errors",
     "classify": "classifiers",
+    "keep_products": "layers.recompute",
     "load_base": "bases",
     "plan": "reports.plan",
     "trainer_for": "training.checkpoints",
@@ -104,6 +106,7 @@ __all__ = [
     "classify",
     "detach",
     "extract",
+    "keep_products",
     "load_base",
     "merge",
     "plan",

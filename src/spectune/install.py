@@ -60,7 +60,7 @@ def install(
                 term = replace(term, basis=frozen or None)
                 term.check(layer_name, weight.detach(), (trained_on or {}).get(layer_name))
         ready[layer_name] = updates
-    shared = selections(model) or [Selection(p for p in model.parameters() if p.requires_grad)]
+    shared = selections(adapted_layers(model)) or [Selection(p for p in model.parameters() if p.requires_grad)]
     for layer_name, layer in layers.items():
         adapted = layer if isinstance(layer, Adapted) else take_over(layer, shared[0])
         for key, basis in bases[layer_name].items():
@@ -140,9 +140,9 @@ def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
             raise SpectuneError(f"{name!r} ({out} x {into}) cannot take {term.method.name}: {reason}, or exclude it")
 
 
-def selections(model: nn.Module) -> list[Selection]:
-    """Return what the adapted layers share: one object, or several where parts of the model were adapted apart."""
-    return list({id(layer.selection): layer.selection for layer in adapted_layers(model).values()}.values())
+def selections(layers: Mapping[str, Adapted]) -> list[Selection]:
+    """Return what adapted layers share: one object, or several where parts of the model were adapted apart."""
+    return list({id(layer.selection): layer.selection for layer in layers.values()}.values())
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

@@ -76,7 +76,7 @@ def adapt(
     install(model, plan, name, progress=progress)
     _train_only(model, name)
     _start_schedules(model, name)
-    for selection in selections(model):
+    for selection in selections(adapted_layers(model)):
         selection.factored = factored
     return model
 
@@ -105,7 +105,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     _train_only(model, name if trainable else None)
     if trainable:
         _start_schedules(model, name)
-    for selection in selections(model):
+    for selection in selections(adapted_layers(model)):
         selection.factored = factored
     return model
 
@@ -121,8 +121,9 @@ def activate(model: M, choice: Choice) -> M:
     Raises:
         SpectuneError: no adapter, or no adapted layer, of that name is on the model.
     """
-    (mixture,) = _mixtures(model, [choice])
-    for selection in selections(model):
+    layers = adapted_layers(model)  # once: a look at every module is most of what this costs
+    (mixture,) = _mixtures(layers, [choice])
+    for selection in selections(layers):
         selection.mixture = mixture
     return model
 
@@ -130,7 +131,7 @@ def activate(model: M, choice: Choice) -> M:
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """Within the context the base alone answers, in evaluation mode; afterwards what answered before does."""
-    shared = selections(model)
+    shared = selections(adapted_layers(model))
     before = [(selection, selection.mixture, selection.rows) for selection in shared]
     training = [module for module in model.modules() if module.training]
     for selection in shared:
@@ -172,7 +173,7 @@ class Reference(nn.Module):
 
 
 @contextmanager
-def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
+def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | None = None) -> Iterator[None]:
     """Within the context, give each row of every batch an adapter, a mixture or none.
 
     `model.generate` may expand each row to its beams or returned sequences.  With gradient checkpointing the backward
@@ -181,15 +182,18 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
     Args:
         model: a model with adapters.
         rows: for each row of the batch, what `activate` takes; a weight may be a tensor (), which gets a gradient.
+        stacks: keeps the copies of factors that rows without gradients are answered with, for a context to come; an
+            empty mapping at first. Without it they go with the context.
 
     Raises:
         SpectuneError: an unknown adapter, or later a batch with another number of rows.
     """
     if isinstance(rows, (str, Mapping)) or not len(rows):
         raise SpectuneError("route takes a list with one entry for each row of the batch")
-    shared = selections(model)
+    layers = adapted_layers(model)
+    shared = selections(layers)
     before = [(selection, selection.rows, selection.expandable) for selection in shared]
-    routed = Rows(_mixtures(model, rows))
+    routed = Rows(_mixtures(layers, rows), stacks)
     generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +222,7 @@ def route(model: nn.Module, rows: Sequence[Choice]) -> Iterator[None]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters on a model."""
-    return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.adapters))
+    return _names(adapted_layers(model))
 
 
 def extract(model: nn.Module, name: str = "default") -> Adapter:
@@ -257,7 +261,7 @@ def detach(model: M, name: str | None = None) -> M:
     """
     if name is not None:
         _known(model, name)
-    shared = selections(model)
+    shared = selections(adapted_layers(model))
     for layer in adapted_layers(model).values():
         for gone in [n for n in layer.adapters if name in (None, n)]:
             del layer.adapters[gone]
@@ -283,9 +287,10 @@ def merge(model: M) -> M:
     Raises:
         SpectuneError: no adapter is on the model, or a layer's weight cannot hold the sum.
     """
-    _some_adapter(model)
+    layers = adapted_layers(model)
+    _some_adapter(layers)
     merged = {}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in layers.items():
         active = [(n, float(w)) for n in layer.adapters if (w := weight_at(layer.selection.mixture, n, layer))]
         if active:
             merged[name] = _merged_weight(name, layer, active), _merged_bias(layer, active)
@@ -364,14 +369,18 @@ def _tied(model: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
-def _some_adapter(model: nn.Module) -> None:
-    if not adapted_layers(model):
+def _names(layers: Mapping[str, Adapted]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
+
+
+def _some_adapter(layers: Mapping[str, Adapted]) -> None:
+    if not layers:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
 
 
-def _mixtures(model: nn.Module, choices: Sequence[Choice]) -> list[Mixture]:
-    _some_adapter(model)
-    layers, names = adapted_layers(model), adapter_names(model)
+def _mixtures(layers: Mapping[str, Adapted], choices: Sequence[Choice]) -> list[Mixture]:
+    _some_adapter(layers)
+    names = _names(layers)
     return [_mixture(choice, names, layers) for choice in choices]
 
 

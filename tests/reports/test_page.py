@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from spectune.reports import page
-from spectune.reports.page import Column
+from spectune.reports.page import Column, Shown
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "image", "rect", "line", "circle", "stop"}
 
@@ -68,6 +68,12 @@ def test_a_page_is_whole_and_escapes_what_it_is_given():
     assert "<title>&lt;b&gt;</title>" in text
     assert "1 &lt; 2 &amp; 3" in text
     assert "b&lt;i&gt;" in text
+
+
+def test_a_number_may_be_written_otherwise_than_it_sorts():
+    text = page.table("numbers", [Column("name"), Column("size", ".1f")], [["a", Shown(0.5, "50% ± 2")], ["b", 1.0]])
+    assert 'data-v="0.5">50% ± 2</td>' in text
+    assert 'data-v="1">1.0</td>' in text
 
 
 def luminance(color):

@@ -43,7 +43,7 @@ def test_targets_and_overrides_are_those_of_adapt(folder):
 
 
 def test_every_method_is_there_by_default_with_its_defaults(folder, monkeypatch):
-    monkeypatch.setattr("spectune.reports.rows.measure", lambda *_: Cost(1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr("spectune.reports.rows.measure", lambda *_: Cost(1.0, 1.0, 1.0, 1.0, 1.0))
     found = spectune.plan("minilm-l6", **QUICK)
     assert [row["method"] for row in found.rows] == [m if m == "full" else to_text(parse(m)) for m in default_methods()]
     assert {row["method"] for row in found.rows} >= {"full", "dora:inner=pissa", *METHODS}
@@ -56,7 +56,8 @@ def test_memory_adds_up_and_shards():
     row = spectune.plan("minilm-l6", ["lora"], precisions=["fp32", "4bit"], devices=[1, 2], measured=False).rows[0]
     one, two = (row["precisions"]["fp32"]["memory"][n] for n in "12")
     parts = one["weights"] + one["bases"] + one["trained"] + one["optimizer"]
-    assert one["total"] == parts + max(one["activations"], one["gradients"])
+    assert one["total"] == parts + one["step"]
+    assert max(one["activations"], one["gradients"]) <= one["step"] <= one["activations"] + one["gradients"]
     assert one["trained"] == 4 * row["trainable_parameters"]
     assert one["optimizer"] == 2 * one["trained"]
     assert two["activations"] == one["activations"]
@@ -136,15 +137,15 @@ def test_malformed_devices(text):
 
 def test_measured_rates_are_kept_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTUNE_HOME", str(tmp_path))
-    monkeypatch.setattr("spectune.reports.machine._rates", lambda: {"fp32": 3e9})
+    monkeypatch.setattr("spectune.reports.probe.rates", lambda: {"fp32": 3e9})
     machine = this_machine()
     assert (machine.measured, machine.fp32, machine.threads) == (True, 3e9, torch.get_num_threads())
     machine.times["full None 9 9"] = 0.5
     keep(machine)
-    monkeypatch.setattr("spectune.reports.machine._rates", lambda: pytest.fail("measured again"))
+    monkeypatch.setattr("spectune.reports.probe.rates", lambda: pytest.fail("measured again"))
     assert this_machine() == machine
     (tmp_path / "machine.json").write_text("{")
-    monkeypatch.setattr("spectune.reports.machine._rates", dict)
+    monkeypatch.setattr("spectune.reports.probe.rates", dict)
     assert this_machine().times == {}
 
 

@@ -20,6 +20,7 @@ from spectune.training import progress
 from spectune.training.checkpoints import checkpoints
 from spectune.training.config import load_config
 from spectune.training.run import train
+from spectune.training.tasks.sft import Sft
 from spectune.training.trainer import AdapterTrainer
 from training.folder import save_folder
 
@@ -208,6 +209,8 @@ def test_what_cannot_be_reported_to_is_told_before_anything_is_done(settings, tm
             raise RuntimeError("TrackioCallback requires trackio to be installed.")
 
     monkeypatch.setitem(progress.INTEGRATION_TO_CALLBACK, "trackio", Missing)
+    monkeypatch.setattr(Sft, "read", lambda self: pytest.fail("the data was read"))
+    monkeypatch.setattr(Sft, "load", lambda self, *records: pytest.fail("the model was loaded"))
     with pytest.raises(SpectuneError, match=r"report_to=trackio needs a package .*: pip install trackio$"):
         run(settings, "report_to=[trackio]")
     assert not (tmp_path / "out").exists()

@@ -80,6 +80,33 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tm
     assert resumed.loss_after == pytest.approx(one.loss_after, abs=1e-5)
 
 
+def test_every_task_learns_what_it_does_in_one_process(settings, tmp_path):
+    records = {
+        "classify": [
+            {"text": " ".join(NUMBERS[i % 10 : i % 10 + 1 + i % 6]), "label": "odd" if i % 2 else "even"}
+            for i in range(45)
+        ],
+        "dpo": [
+            {"prompt": f"say {n}", "chosen": " ".join(NUMBERS[: 1 + i % 5]), "rejected": "ahoy " * (1 + i % 3)}
+            for i, n in enumerate(NUMBERS * 3)
+        ],
+    }
+    for name, examples in records.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    settings += ["method=lora:rank=2", "eval_steps=4", "epochs=3", "max_steps=null"]
+    scenarios("tasks", tmp_path, settings)
+    for name in records:
+        own = [f"task={name}", f"data={tmp_path / f'{name}.jsonl'}", f"output={tmp_path / f'one-{name}'}"]
+        train(load_config(None, [*settings, *own, "batch_size=8"]))
+        one, two = (lines(tmp_path / f"{count}-{name}") for count in ("one", "two"))
+        assert [line["step"] for line in two] == [line["step"] for line in one]
+        pace = ("tokens_per_second", "seconds", "peak_memory")
+        for ours, theirs in zip(two, one, strict=True):
+            assert {k: v for k, v in ours.items() if k not in pace} == pytest.approx(
+                {k: v for k, v in theirs.items() if k not in pace}, abs=1e-4
+            )
+
+
 @pytest.mark.slow
 def test_one_process_says_what_went_wrong(settings, tmp_path):
     done = torchrun("-m", "spectune", "train", *settings, f"output={tmp_path / 'out'}", "data=nowhere.jsonl")

@@ -104,6 +104,12 @@ def other_process_fails(folder, settings):
         processes.start("cuda:1")
 
 
+def tasks(folder, settings):
+    """The tasks that have losses of their own; the test compares their logs with those of one process."""
+    for name in ("classify", "dpo"):
+        run(settings, f"task={name}", f"data={folder / f'{name}.jsonl'}", f"output={folder / f'two-{name}'}")
+
+
 def sharded(folder, settings):
     """FSDP2 gives the adapter of DDP, and either goes on from the other's checkpoint."""
     for number, method in enumerate(["svf", "dora:inner=pissa,rank=4", "adalora:rank=2,interval=1"]):

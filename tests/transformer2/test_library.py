@@ -1,6 +1,9 @@
 """The folder of a library: what it keeps, what it refuses, and what it makes of damage."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -146,3 +149,34 @@ def test_a_write_that_was_cut_off_leaves_the_library_as_it_was(tmp_path, monkeyp
     assert again.names == list(cases.NAMES)
     again.add("new", cases.adapter(seed=9))
     assert "new" in Library.open(library.path)
+
+
+def add_several(path, made, start):
+    for i in range(start, start + 3):
+        Library(path).add(f"a{i}", made)
+
+
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_several_may_add_at_once(tmp_path, monkeypatch, kind):
+    write = Library._write
+
+    def slowly(self):
+        time.sleep(0.05)  # the index was read before and is written after
+        write(self)
+
+    monkeypatch.setattr(Library, "_write", slowly)
+    made = cases.adapter().save(tmp_path / "made")
+    path = tmp_path / "library"
+    if kind == "threads":
+        with ThreadPoolExecutor(2) as executor:
+            list(executor.map(add_several, [path] * 2, [made] * 2, (0, 3)))
+    else:
+        processes = [get_context("spawn").Process(target=add_several, args=(path, made, start)) for start in (0, 3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+    library = Library.open(path)
+    assert sorted(library.names) == [f"a{i}" for i in range(6)]
+    assert sorted(folder.name for folder in (path / "adapters").iterdir()) == sorted(library.names)

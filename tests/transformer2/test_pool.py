@@ -70,6 +70,19 @@ def test_slots_take_turns(tmp_path):
     assert not adapted_layers(pool.model)
 
 
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2", "dora:rank=2"])
+def test_batches_go_on_from_what_is_kept_of_others(tmp_path, method):
+    """Slots are overwritten between batches, and those that were not are not copied again."""
+    names = [f"a{i}" for i in range(5)]
+    pool = Pool(cases.tiny(), cases.library(tmp_path, [method] * 5, names), slots=2)
+    tokens = cases.ids(1)
+    expected = {name: cases.logits_of(pool.library.adapter(name), tokens) for name in names}
+    for batch in (["a0", "a1"], ["a1", "a2"], ["a0", "a2"], ["a3"], names, ["a4", "a0"], ["a4", "a0"]):
+        with torch.no_grad(), pool.route([{name: 1.0} for name in batch]):
+            together = pool.model(tokens.expand(len(batch), -1)).logits
+        torch.testing.assert_close(together, torch.cat([expected[n] for n in batch]), rtol=1e-4, atol=1e-4)
+
+
 def test_a_slot_is_overwritten_without_touching_the_disk_or_the_layers(tmp_path, monkeypatch):
     pool = cases.pool(tmp_path, slots=1)
     for name in cases.NAMES:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,6 +160,39 @@ def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
         _flush(target.parent)
     finally:
         _remove(temporaries)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within the context, have a file locked, which one process or thread has at a time; it goes with its process.
+
+    Raises:
+        SpectuneError: the file cannot be made or locked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise SpectuneError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        raise SpectuneError(f"{path} cannot be locked ({error.strerror}): use a file system that has locks") from None
 
 
 def publish(folder: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from spectune.cli import cache as cache_
 from spectune.cli import (
     chat,
     classify,
+    compare,
     compose,
     demo,
     export,
@@ -41,6 +42,7 @@ app.command("chat")(chat.chat)
 app.command("compose")(compose.compose)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
+app.command("compare", context_settings=train.SETTINGS, help=compare.HELP)(compare.compare)
 app.command("plan")(plan.plan)
 app.command("spectrum")(spectrum.spectrum)
 app.add_typer(library.app, name="library")

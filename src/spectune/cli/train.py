@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
@@ -14,9 +15,11 @@ from spectune.training.config import TrainConfig, load_config
 SETTINGS = {"ignore_unknown_options": True}
 
 
-def _keys() -> str:
+def keys(kind: type[TrainConfig], names: Iterable[str]) -> str:
+    """Return a line for each of these keys of a configuration."""
     lines = []
-    for name, field in TrainConfig.model_fields.items():
+    for name in names:
+        field = kind.model_fields[name]
         default = "required" if field.is_required() else f"default {field.default}"
         lines.append(f"* {name}: {field.description} ({default})")
     return "\n".join(lines)
@@ -26,7 +29,7 @@ HELP = f"""Fine-tune a model: spectune train run.yaml lr=1e-4 method=pissa:rank=
 
 Settings come from a YAML file, then from key=value or --key value, which win. The keys:
 
-{_keys()}
+{keys(TrainConfig, TrainConfig.model_fields)}
 """
 
 
@@ -36,7 +39,7 @@ def train(
     ),
     json: bool = JSON,
 ) -> None:
-    config = load_config(*_file_and_pairs(settings or []))
+    config = load_config(*file_and_pairs(settings or []))
     from spectune.training import processes
     from spectune.training.curve import spoken
     from spectune.training.progress import Interrupted
@@ -74,7 +77,7 @@ def train(
     console.print(f"saved {result.adapter!r} in {config.output}", highlight=False)
 
 
-def _file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:
+def file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Take apart the file, key=value, --key value and --key=value.
 
     Raises:

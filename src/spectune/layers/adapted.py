@@ -16,6 +16,7 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.linear import adapted_linear
+from spectune.layers.stacks import Gather, Stack
 
 if TYPE_CHECKING:
     from spectune.methods.base import Method
@@ -76,11 +77,13 @@ class Share(NamedTuple):
         column: weights (batch), zero where the adapter has no part.
         rows: the rows (n) where it has.
         weights: their weights (n).
+        uses: both, by row, without gradients.
     """
 
     column: Tensor
     rows: Tensor
     weights: Tensor
+    uses: list[tuple[int, Any]]
 
 
 class Rows:
@@ -88,10 +91,13 @@ class Rows:
 
     Args:
         mixtures: adapter names and weights of each row.
+        stacks: the factors that are held side by side, which other batches may go on from.
     """
 
-    def __init__(self, mixtures: Sequence[Mixture]) -> None:
+    def __init__(self, mixtures: Sequence[Mixture], stacks: dict[Any, Stack] | None = None) -> None:
         self.mixtures = list(mixtures)
+        self.stacks = {} if stacks is None else stacks
+        self._gathers: dict[Any, Gather] = {}
         self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
         self._shares: dict[tuple[str, Adapted | None, int, torch.device], Share | None] = {}
 
@@ -106,8 +112,34 @@ class Rows:
             else:
                 weights = torch.tensor(column, device=device)
             index = torch.tensor(rows, device=device, dtype=torch.int64)
-            self._shares[key] = Share(weights, index, weights[index]) if rows else None
+            uses = [(i, weight.detach() if isinstance(weight := column[i], Tensor) else weight) for i in rows]
+            self._shares[key] = Share(weights, index, weights[index], uses) if rows else None
         return self._shares[key]
+
+    def times(self, x: Tensor, expandable: bool) -> int:
+        """Return for how many consecutive rows of a layer's input x a mixture stands; more than one if `expandable`."""
+        given = len(self.mixtures)
+        times, rest = divmod(x.shape[0], given)
+        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not expandable):
+            raise SpectuneError(
+                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
+                "each row of the batch"
+            )
+        return times
+
+    def shares(self, layer: Adapted, x: Tensor, times: int) -> dict[str, Share]:
+        """Return the part of each adapter that has one in a layer."""
+        shares = {name: self.share(name, layer, times, x.device) for name in layer.adapters}
+        return {name: share for name, share in shares.items() if share is not None}
+
+    def gather(self, layer: Adapted, x: Tensor, expandable: bool) -> Gather:
+        """Return how a layer answers without gradients, kept as long as its adapters do not change."""
+        times = self.times(x, expandable)
+        key = (layer, times, x.dtype, x.device, layer.training)
+        gather = self._gathers.get(key)
+        if gather is None or gather.outdated:
+            gather = self._gathers[key] = Gather(layer, self.shares(layer, x, times), x, self.stacks)
+        return gather
 
 
 class Selection:
@@ -135,15 +167,7 @@ class Selection:
         if self.rows is None:
             weights = {name: weight_at(self.mixture, name, layer) for name in layer.adapters}
             return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
-        given = len(self.rows.mixtures)
-        times, rest = divmod(x.shape[0], given)
-        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not self.expandable):
-            raise SpectuneError(
-                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
-                "each row of the batch"
-            )
-        shares = {name: self.rows.share(name, layer, times, x.device) for name in layer.adapters}
-        return {name: share for name, share in shares.items() if share is not None}
+        return self.rows.shares(layer, x, self.rows.times(x, self.expandable))  # type: ignore[return-value]
 
 
 class Adapted(nn.Module):
@@ -157,13 +181,16 @@ class Adapted(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = self.selection.rows
+        if rows is not None and not torch.is_grad_enabled() and self._fuses(x):
+            return rows.gather(self, x, self.selection.expandable).answer(x, super().forward(x))
         weights = self.selection.weights(self, x)
         if not weights:
             return super().forward(x)
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
         update, weight = updates[0]
         if len(updates) > 1 or isinstance(weight, (Share, Tensor)) or weight * update.weight != 1.0:
-            return self._sum(updates, x, super().forward(x))
+            return self.sum(updates, x, plain := super().forward(x), plain)
         return self._alone(update, x)
 
     def _alone(self, update: Update, x: Tensor) -> Tensor:
@@ -196,9 +223,8 @@ class Adapted(nn.Module):
             and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         )
 
-    def _sum(self, updates: Sequence[tuple[Update, float | Share]], x: Tensor, plain: Tensor) -> Tensor:
-        """Return the answer of several updates, or of updates that differ by row."""
-        y = plain
+    def sum(self, updates: Sequence[tuple[Update, float | Share]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
+        """Return y and the answer of several updates, or of updates that differ by row; the base's is `plain`."""
         over_bases: dict[Any, list[tuple[Factors, float | Share, float]]] = {}
         for update, weight in updates:
             if not update.method.core_only:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from spectune.layers import products
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
+from spectune.layers.recompute import current_tape
 
 _FEW_ROWS = 256  # a kernel takes rows in blocks, and fewer than these leave most of a GPU idle
 _SMALLEST = 1e-6  # the gradient of a ratio divides by it
@@ -47,6 +48,22 @@ def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> 
     return products if low_rank is None or max(left.shape[1], right.shape[0]) > low_rank.WIDEST[x.dtype] else low_rank
 
 
+def _output(
+    ops: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    u: Tensor,
+    L: Tensor,
+    scale: float,
+    ratio: Tensor | None,
+) -> Tensor:
+    before, after = (bias, None) if ratio is None else (None, bias)
+    if weight is None:
+        return products.finish(F.linear(u * scale if scale != 1 else u, L, before), ratio, after)
+    return ops.add(F.linear(x, weight, before), u, L, scale, ratio, after)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,12 +82,16 @@ class _AdaptedLinear(torch.autograd.Function):
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
-        t, u = ops.project(x, R, core)
-        before, after = (bias, None) if ratio is None else (None, bias)
-        if weight is None:
-            y = products.finish(F.linear(u * scale if scale != 1 else u, L, before), ratio, after)
+        tape = current_tape()
+        known = tape.recall() if tape is not None else None
+        if known is None:
+            t, u = ops.project(x, R, core)
+            y = _output(ops, x, weight, bias, u, L, scale, ratio)
         else:
-            y = ops.add(F.linear(x, weight, before), u, L, scale, ratio, after)
+            y, t = known
+            u = core.apply(t)
+        if tape is not None:
+            tape.keep(y, t)
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
         ctx.save_for_backward(
             x if of_right else None,

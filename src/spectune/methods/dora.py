@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors
+from spectune.layers.recompute import current_tape
 from spectune.methods.base import Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
@@ -84,20 +85,27 @@ class DoRA(Method):
 
     @torch.no_grad()
     def _norms(self, t: Tensors, f: Factors, base: Base) -> Tensor:
+        tape = current_tape()
+        known = tape.recall() if tape is not None else None
+        if known is not None:
+            return known[0]
         squared = []
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
-            known = self.inner.projections(t)
-            g, h = known or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
+            diagonals = self.inner.projections(t)
+            g, h = diagonals or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
             step = max(1, _CHUNK // f.left.shape[1])
-            for left, cross in zip(f.left.split(step), repeat(g) if known else g.split(step), strict=False):
+            for left, cross in zip(f.left.split(step), repeat(g) if diagonals else g.split(step), strict=False):
                 left = left.to(t["norms"].dtype)
                 p = f.core.transposed(left)
-                if known:
+                if diagonals:
                     rest = 2 * f.scale * left * cross + f.scale**2 * p * h
                 else:
                     rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
                 squared.append((p * rest).sum(1))
-        return (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
+        norms = (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
+        if tape is not None:
+            tape.keep(norms)
+        return norms
 
     def ratio(self, t: Tensors, base: Base) -> Tensor:
         norms = self._norms(t, self.factors(t), base)

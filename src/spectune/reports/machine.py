@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from torch import Tensor
 from spectune.adapters.files import write_atomically
 from spectune.home import cache_dir
 from spectune.methods import Method
-from spectune.spectral import Request, decompose_many
+from spectune.reports import probe
+from spectune.spectral import Request
 
-STAND_IN = 1 << 20  # entries of the largest weight that is decomposed to see how long it takes
-_PER_LAYER = 8e-4  # seconds to change a layer's class and register its tensors
 _DRAWN = 1.5e8  # random numbers a second
 # seconds for 10^9 of out * in * min(out, in) on one core of the machine of the committed benchmarks
 _STORED = {"one_sided": 0.24, "full": 0.34, "top": 0.1, "bottom": 0.15}
@@ -32,42 +31,96 @@ class Machine:
 
     Args:
         fp32, bf16: floating-point operations a second in a large product.
-        thin: the same in a float32 product one of whose sides is a rank.
         bandwidth: bytes a second of an elementwise operation.
+        fresh: bytes a second of memory that the system gives out for the first time.
+        slow: exponentials and the like a second.
         overhead: seconds of any operation.
+        layer: seconds of changing a layer's class and registering its tensors.
         threads: that share the decompositions.
         measured: on this machine; else as stored.
-        times: decompositions timed here, "kind rank out in" -> seconds on one core.
+        times: what was timed here on stand-ins, by its shape -> seconds.
     """
 
-    fp32: float = 8e10
-    bf16: float = 1.6e11
-    thin: float = 4e10
-    bandwidth: float = 2.5e10
-    overhead: float = 4e-6
-    threads: int = 2
+    fp32: float = 8.5e10
+    bf16: float = 1.9e11
+    bandwidth: float = 2.3e10
+    fresh: float = 1.7e9
+    slow: float = 1e9
+    overhead: float = 3e-6
+    layer: float = 2.5e-4
+    threads: int = 1
     measured: bool = False
     times: dict[str, float] = field(default_factory=dict, repr=False)
 
-    def seconds(self, flops: float, moved: float, dtype: torch.dtype, smallest: int = 1 << 30) -> float:
-        """Return the time of one operation: the longer of arithmetic and traffic, and its overhead.
+    def passing(self, moved: float, slow: int = 0) -> float:
+        """Return the seconds of an elementwise operation.
 
         Args:
-            flops: floating-point operations.
             moved: bytes read and written.
-            dtype: of the result.
-            smallest: side of the matrices in a product.
+            slow: exponentials and the like that it computes.
         """
-        rate = self.fp32 if dtype not in (torch.bfloat16, torch.float16) else self.bf16
-        if smallest <= 128:
-            rate *= self.thin / self.fp32
-        return self.overhead + max(flops / rate, moved / self.bandwidth)
+        return self.overhead + max(moved / self.bandwidth, slow / self.slow)
+
+    def product(self, dtype: torch.dtype, sides: tuple[int, int, int, int], held: tuple[bool, bool]) -> float:
+        """Return the seconds of a product of matrices, at the rate of one that is like it and small enough to time.
+
+        Args:
+            dtype: of the matrices.
+            sides: how many, and m, k, n of (m x k) (k x n).
+            held: whether the first and the second are held transposed.
+        """
+        flops = 2 * math.prod(sides)
+        if not flops:
+            return self.overhead
+        if not self.measured:
+            least = min(sides[1:])
+            return self.overhead + flops / (self._peak(dtype) * least / (least + 8))
+        like = (min(sides[0], 8), _near(sides[1]), _near(sides[2]), _near(sides[3]))
+        timed = self._timed(f"product {dtype} {like} {held}", lambda: probe.product(str(dtype), *like, *held))
+        return self.overhead + timed * flops / (2 * math.prod(like))
+
+    def attention(self, dtype: torch.dtype, sides: tuple[int, int, int, int], causal: bool, backward: bool) -> float:
+        """Return the seconds of fused attention or of its gradients.
+
+        Args:
+            dtype: of the queries.
+            sides: heads in all rows, queries, keys, and the size of a head.
+            causal: whether a query meets earlier keys only.
+            backward: the gradients.
+        """
+        heads, queries, keys, size = sides
+        flops = 4 * math.prod(sides) * (2.5 if backward else 1.0)
+        if not self.measured:
+            return self.overhead + flops / (0.4 * self._peak(dtype))
+        like = (min(heads, 16), _near(queries), _near(keys), size)
+        key = f"attention {dtype} {like} {causal} {backward}"
+        timed = self._timed(key, lambda: probe.attention(str(dtype), *like, causal, backward))
+        return self.overhead + timed * math.prod(sides) / math.prod(like)
+
+    def operation(self, func: Any, arguments: Sequence[Any], entries: int) -> float:
+        """Return the seconds of the product with a core that has some entries, timed with a part of its rows."""
+        rows = arguments[0].shape[0]
+        if not self.measured:
+            return self.overhead + 2 * rows * entries / (0.2 * self.fp32)
+        few = min(rows, probe.ROWS)
+        cut = tuple(a[:few] if isinstance(a, Tensor) and a.dim() > 1 else a for a in arguments)
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in cut]
+        timed = self._timed(f"{func} {cut[0].dtype} {shapes}", lambda: probe.operation(func, cut))
+        return self.overhead + timed * rows / few
+
+    def _peak(self, dtype: torch.dtype) -> float:
+        return self.fp32 if dtype not in (torch.bfloat16, torch.float16) else self.bf16
+
+    def _timed(self, key: str, run: Callable[[], float]) -> float:
+        if key not in self.times:
+            self.times[key] = run()
+        return self.times[key]
 
     def setup(self, method: Method, out: int, into: int, count: int) -> float:
         """Return the seconds that adapting `count` weights (out x into) takes, without the cache of decompositions."""
         request = method.request()
         values = method.parameter_count(out, into)
-        seconds = _PER_LAYER + values / _DRAWN + 4 * out * into / self.bandwidth
+        seconds = self.layer + values / _DRAWN + 4 * out * into / self.bandwidth
         if request is not None:
             seconds += self._decomposition(request, out, into) / self.threads
         first, each = self._basis(method, out, into)
@@ -78,24 +131,23 @@ class Machine:
             k = min(out, into)
             share = min(1.0, _KRYLOV * request.rank / k) if request.rank else 1.0
             return _STORED[request.kind] * out * into * k * share / 1e9
-        shrink = max(1.0, (out * into / STAND_IN) ** 0.5)
+        shrink = max(1.0, (out * into / probe.STAND_IN) ** 0.5)
         small_out, small_into = max(1, round(out / shrink)), max(1, round(into / shrink))
         rank = request.rank and max(1, round(request.rank / shrink))
         key = f"{request.kind} {rank} {small_out} {small_into}"
-        if key not in self.times:
-            self.times[key] = _time_decomposition(request.kind, rank, small_out, small_into)
-        return self.times[key] * shrink**3
+        timed = self._timed(key, lambda: probe.decomposition(request.kind, rank, small_out, small_into))
+        return timed * shrink**3
 
     def _basis(self, method: Method, out: int, into: int) -> tuple[float, float]:
         """Return the seconds of turning a decomposition into frozen tensors: the first time more, and each time."""
         frozen = type(method).basis is not Method.basis
         if not frozen or not self.measured:
             return 0.0, 0.0
-        shrink = max(1.0, (out * into / STAND_IN) ** 0.5)
+        shrink = max(1.0, (out * into / probe.STAND_IN) ** 0.5)
         small = max(1, round(out / shrink)), max(1, round(into / shrink))
         key = f"basis {method!r} {small[0]} {small[1]}"
         if key not in self.times:
-            self.times[key], self.times[f"{key} first"] = _time_basis(method, *small)
+            self.times[key], self.times[f"{key} first"] = probe.basis(method, *small)
         power = shrink**2
         return self.times[f"{key} first"] * power, self.times[key] * power
 
@@ -114,7 +166,8 @@ def this_machine(measure: bool = True) -> Machine:
             return Machine(**kept)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
-    return Machine(**_rates(), threads=torch.get_num_threads(), measured=True)
+    rates: dict[str, Any] = probe.rates()
+    return Machine(**rates, threads=torch.get_num_threads(), measured=True)
 
 
 def keep(machine: Machine) -> None:
@@ -136,68 +189,6 @@ def _key() -> str:
     return f"{platform.node()} {platform.machine()} {torch.__version__} {torch.get_num_threads()}"
 
 
-def _rates() -> dict[str, Any]:
-    x, W, A = torch.randn(512, 768), torch.randn(2048, 768), torch.randn(16, 768)
-    xb, Wb = x.bfloat16(), W.bfloat16()
-    a = torch.ones(1 << 23)
-    scalar = torch.ones(4, requires_grad=True)
-
-    def many() -> None:
-        y = scalar
-        for _ in range(50):
-            y = y * 1.5
-        y.sum().backward()
-
-    large, small = 2 * 512 * 768 * 2048, 2 * 512 * 768 * 16
-    return {
-        "fp32": large / _best(lambda: x @ W.mT, 6),
-        "bf16": large / _best(lambda: xb @ Wb.mT, 6),
-        "thin": small / _best(lambda: x @ A.mT, 6),
-        "bandwidth": 12 * len(a) / _best(lambda: a + a, 6),
-        "overhead": _best(many, 6) / 150,
-    }
-
-
-def _best(run: Callable[[], Any], times: int = 2) -> float:
-    """Return the least seconds of a run, by the processor's time, which other processes do not lengthen."""
-    taken = []
-    for _ in range(times):
-        start = time.process_time()
-        run()
-        taken.append(time.process_time() - start)
-    return max(min(taken) / torch.get_num_threads(), 1e-9)
-
-
-def stand_in(out: int, into: int) -> Tensor:
-    """Return a weight (out x into) with the spectrum that trained ones have: a power-law head on a random bulk."""
-    generator = torch.Generator().manual_seed(0)
-    head = max(1, min(out, into) // 16)
-    W = torch.randn(out, into, generator=generator) / max(out, into) ** 0.5
-    U = torch.randn(out, head, generator=generator) / out**0.5
-    V = torch.randn(head, into, generator=generator) / into**0.5
-    return W + (U * (12 * torch.arange(1, head + 1) ** -0.6)) @ V
-
-
-def _time_decomposition(kind: Any, rank: int | None, out: int, into: int) -> float:
-    weight, threads = stand_in(out, into), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        return _best(lambda: decompose_many({"": weight}, Request(kind, rank), cache=False))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _time_basis(method: Method, out: int, into: int) -> tuple[float, float]:
-    from spectune.reports.step import empty_decomposition
-
-    weight = torch.randn(out, into)
-    request = method.request()
-    if request is not None and request.rank is not None:
-        request = Request(request.kind, min(request.rank, out, into))
-    empty = empty_decomposition(request, out, into)
-    decomposition = None if empty is None else type(empty)(*(torch.rand(t.shape) for t in empty))
-    start = time.process_time()
-    method.basis(weight, decomposition)
-    first = (time.process_time() - start) / torch.get_num_threads()
-    each = _best(lambda: method.basis(weight, decomposition))
-    return each, max(0.0, first - each)
+def _near(side: int) -> int:
+    """Return a side of a product to time: up to 32 itself, above that the nearest power of two up to 1024."""
+    return side if side <= 32 else 1 << min(10, round(math.log2(side)))

@@ -59,7 +59,7 @@ def _bytes(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device.  Gradients come as activations go, so `total` counts the larger of the two.
+    """Bytes on each device.  Gradients come as activations go, so `total` counts what both take together at most.
 
     Args:
         weights: of the base, and what works on them: dequantized or gathered copies.
@@ -68,7 +68,8 @@ class Memory:
         optimizer: AdamW's two moments, and a method's own scores.
         gradients: of what trains.
         activations: held at most during forward and backward.
-        total: of all.
+        step: activations and gradients together, at most.
+        total: of weights, bases, trained, optimizer and step.
     """
 
     weights: int
@@ -77,6 +78,7 @@ class Memory:
     optimizer: int
     gradients: int
     activations: int | None
+    step: int
     total: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class Parts:
         weights: of the base.
         bases, trained, optimizer, gradients: as in `Memory`, over all devices.
         activations: of one row of the batch, and of each further one; None where the model cannot be traced.
+        step: the same for activations and gradients together, on one device.
     """
 
     weights: Weights
@@ -99,6 +102,7 @@ class Parts:
     optimizer: float
     gradients: float
     activations: tuple[float, float] | None
+    step: tuple[float, float] = (0.0, 0.0)
 
     def on(self, devices: int, rows: int) -> Memory:
         """Return what each device holds; FSDP2 shards all but activations and what is gathered to be used."""
@@ -107,18 +111,20 @@ class Parts:
         bases, trained, optimizer, gradients = (
             round(x / devices) for x in (self.bases, self.trained, self.optimizer, self.gradients)
         )
-        activations = None if self.activations is None else self.activations[0] + (rows - 1) * self.activations[1]
-        held = None if activations is None else round(activations)
-        total = round(weights) + bases + trained + optimizer + max(held or 0, gradients)
-        return Memory(round(weights), bases, trained, optimizer, gradients, held, total)
+        held = None if self.activations is None else round(self.activations[0] + (rows - 1) * self.activations[1])
+        both = round(self.step[0] + (rows - 1) * self.step[1] - self.gradients + gradients)
+        step = max(held or 0, gradients, both)
+        total = round(weights) + bases + trained + optimizer + step
+        return Memory(round(weights), bases, trained, optimizer, gradients, held, step, total)
 
     def largest_batch(self, devices: int, memory: int) -> int | None:
         """Return the rows that fit each device's memory; None where activations are not known."""
         if self.activations is None:
             return None
-        one = self.on(devices, 1)
-        if one.total > memory:
-            return 0
-        first, each = self.activations
-        room = memory - (one.total - max(first, one.gradients)) - first
-        return 1 + int(room // max(each, 1.0))
+        low, high = 0, 1
+        while high < 1 << 40 and self.on(devices, high).total <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.on(devices, middle).total <= memory else (low, middle)
+        return low

@@ -24,6 +24,18 @@ class Column(NamedTuple):
     note: str = ""
 
 
+class Shown(NamedTuple):
+    """A number of a table that is written otherwise than by its column's format.
+
+    Args:
+        value: which it is sorted by.
+        text: what is read.
+    """
+
+    value: float
+    text: str
+
+
 def page(title: str, lead: str, sections: Iterable[tuple[str, str]]) -> str:
     """Return a whole page.
 
@@ -54,12 +66,13 @@ def tiles(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<dl class="tiles">{inner}</dl>'
 
 
-def figures(pictures: Iterable[tuple[str, str, str]], *, wide: bool = False) -> str:
+def figures(pictures: Iterable[tuple[str, str, str]], *, wide: bool = False, size: str = "") -> str:
     """Return pictures beside each other, as many as fit.
 
     Args:
         pictures: an inline SVG, what it shows for those who do not see it, and a caption (may be empty) for each.
         wide: each takes the page's whole width, and scrolls on a narrow one.
+        size: "large", of which two fit beside each other, or "small", of which two do on a phone.
     """
     inner = []
     for i, (svg, alt, caption) in enumerate(pictures):
@@ -67,7 +80,7 @@ def figures(pictures: Iterable[tuple[str, str, str]], *, wide: bool = False) -> 
         under = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         box = f'<div class="scroll" tabindex="0" role="region" aria-label="picture {i + 1}">' if wide else "<div>"
         inner.append(f"<figure>{box}{kept}</div>{under}</figure>")
-    return f'<div class="{"wide" if wide else "grid"}">{"".join(inner)}</div>'
+    return f'<div class="{"wide" if wide else f"grid {size}".rstrip()}">{"".join(inner)}</div>'
 
 
 def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
@@ -76,7 +89,7 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]]
     Args:
         caption: plain text.
         columns: the columns.
-        rows: values; None is a dash.  The first of each row is its heading.
+        rows: values, a number may be a `Shown`; None is a dash.  The first of each row is its heading.
     """
     heads = "".join(
         f'<th scope="col"{" class=n" if c.form else ""}><button type="button" title="{escape(c.note)}">'
@@ -114,13 +127,21 @@ def inline_svg(text: str, prefix: str) -> str:
     return text.replace(INK, "currentColor")
 
 
+def code(text: str) -> str:
+    """Return a command or a file to be copied."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def _cell(column: Column, value: Any, first: bool) -> str:
     tag, scope = ("th", ' scope="row"') if first else ("td", "")
+    if column.form is None and len(str(value)) > 40:
+        scope += " class=t"
     if column.form is None:
         return f"<{tag}{scope}>{escape('' if value is None else str(value))}</{tag}>"
     if value is None:
         return f'<{tag}{scope} class=n data-v=""><span aria-label="none">-</span></{tag}>'
-    return f'<{tag}{scope} class=n data-v="{value:.6g}">{format(value, column.form)}</{tag}>'
+    number, text = value if isinstance(value, Shown) else (value, format(value, column.form))
+    return f'<{tag}{scope} class=n data-v="{number:.6g}">{escape(text)}</{tag}>'
 
 
 _STYLE = """
@@ -147,6 +168,8 @@ justify-content:flex-end}
 .tiles dt{color:var(--soft);font-size:.85rem;line-height:1.3}
 .tiles dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1.2rem}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:.4rem 1rem}
+.large{grid-template-columns:repeat(auto-fill,minmax(min(100%,28rem),1fr))}
 figure{margin:.8rem 0}
 figcaption{color:var(--soft);font-size:.9rem;max-width:46rem}
 svg{display:block;width:100%;height:auto}
@@ -156,16 +179,19 @@ table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-num
 caption{text-align:left;color:var(--soft);padding:.3rem 0}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap;font-weight:400}
 .n{text-align:right}
+td.t{white-space:normal;min-width:16rem}
 thead th{background:var(--tint);padding:.1rem .2rem}
 thead button{background:none;border:0;font-weight:600;padding:.3rem .4rem}
 thead th[aria-sort=ascending] button::after{content:" \\2191"}
 thead th[aria-sort=descending] button::after{content:" \\2193"}
 tbody th{position:sticky;left:0;background:var(--paper)}
 tbody tr:hover,tbody tr:hover th{background:var(--tint)}
+@media (max-width:40rem){.small{grid-template-columns:1fr 1fr}
+tbody th{white-space:normal;min-width:7rem;max-width:9rem;overflow-wrap:anywhere}}
 details{margin:.8rem 0}
 summary{cursor:pointer;color:var(--mark)}
 code,pre{font:.88rem/1.5 ui-monospace,monospace;background:var(--tint);border-radius:4px;padding:.1rem .3rem}
-pre{padding:.7rem .9rem;overflow-x:auto}
+pre{padding:.7rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere}
 @media print{header button,summary{display:none}}
 """
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from spectune.errors import SpectuneError
 from spectune.methods import METHODS, Method
+from spectune.reports.batch import Batch
 from spectune.reports.budget import parse_bytes, parse_count
 from spectune.reports.machine import Machine, keep, this_machine
 from spectune.reports.memory import DTYPES, Weights, weights_of
 from spectune.reports.models import build, find_config
 from spectune.reports.rows import FULL, Planner
 from spectune.reports.sizes import gigabytes
-from spectune.reports.step import Batch
 from spectune.targets import ALL_LINEAR, Targets
 
 PRECISIONS = ("fp32", "bf16", "4bit")

@@ -14,14 +14,16 @@ from spectune.errors import SpectuneError
 from spectune.layers.adapted import effective_weight
 from spectune.methods import Method, parse, to_text
 from spectune.methods.adalora import AdaLoRA
+from spectune.reports.batch import Batch
 from spectune.reports.budget import least_of, within_budget
 from spectune.reports.machine import Machine
 from spectune.reports.memory import DTYPES, Parts, Weights
 from spectune.reports.sizes import adapter_sizes, bases_bytes, keras_lora_parameters
-from spectune.reports.step import Batch, Cost, measure
+from spectune.reports.step import Cost, measure
 from spectune.targets import resolve
 
 FULL, KERAS = "full", "keras_lora"
+_TOKENS = 4096  # that a step is passed with; more than the loss takes at once
 
 
 class Planner:
@@ -53,6 +55,7 @@ class Planner:
         self.name, self.model, self.config, self.batch, self.machine = name, model, config, batch, machine
         self.weights, self.devices, self.room, self.budget = weights, devices, room, budget
         self.notes: list[str] = []
+        self._few = max(1, min(batch.rows, _TOKENS // batch.length))
         self._costs: dict[Any, Cost | None] = {}
 
     def row(self, method: str | Method, where: tuple[Any, Any, Any]) -> dict[str, Any]:
@@ -142,10 +145,11 @@ class Planner:
 
     def _costly(self, precision: str, methods: Any, fixed: Mapping[str, float]) -> dict[str, Any]:
         dtype = DTYPES[precision]
-        costs = [self._cost(methods, rows, dtype) for rows in (1, 2)]
-        known = [c.activations for c in costs if c is not None]
-        activations = (known[0], known[1] - known[0]) if len(known) == 2 else None
-        parts = Parts(self.weights[precision], activations=activations, **fixed)  # type: ignore[arg-type]
+        costs = self._two(methods, dtype)
+        lines: dict[str, Any] = {"activations": None}
+        if costs is not None:
+            lines = {"activations": self._line(costs, "activations"), "step": self._line(costs, "with_gradients")}
+        parts = Parts(self.weights[precision], **lines, **fixed)  # type: ignore[arg-type]
         on = {}
         for count in self.devices:
             held = parts.on(count, self.batch.rows).to_dict()
@@ -157,10 +161,10 @@ class Planner:
         return {"memory": on, "step_seconds": step, "step_over_floor": ratio}
 
     def _step(self, methods: Any, precision: str) -> float | None:
-        costs = [self._cost(methods, rows, DTYPES[precision]) for rows in (1, 2)]
-        if costs[0] is None or costs[1] is None:
+        costs = self._two(methods, DTYPES[precision])
+        if costs is None:
             return None
-        seconds = costs[0].extended(costs[1], self.batch.rows - 1).seconds
+        seconds = costs[0].extended(costs[1], self.batch.rows - self._few).seconds
         if precision == "4bit":  # forward and backward each read 4 bits and write 16 of every packed weight
             packed = (self.weights["4bit"].packed) * 2 * (0.5 + 2)
             seconds += packed / self.machine.bandwidth
@@ -169,6 +173,16 @@ class Planner:
     def floors(self) -> dict[str, float | None]:
         """Return the floor's seconds in each precision."""
         return {precision: self._step("floor", precision) for precision in self.weights}
+
+    def _two(self, methods: Any, dtype: torch.dtype) -> tuple[Cost, Cost] | None:
+        """Return the costs of `_few` rows and of one more; those of other batches lie on the line through them."""
+        one, more = (self._cost(methods, rows, dtype) for rows in (self._few, self._few + 1))
+        return None if one is None or more is None else (one, more)
+
+    def _line(self, costs: tuple[Cost, Cost], what: str) -> tuple[float, float]:
+        """Return what a batch of one row takes, and each further one."""
+        some, each = getattr(costs[0], what), getattr(costs[1], what) - getattr(costs[0], what)
+        return some - (self._few - 1) * each, each
 
     def _cost(self, methods: Any, rows: int, dtype: torch.dtype) -> Cost | None:
         key = (methods if isinstance(methods, str) else tuple(methods.items()), rows, dtype)

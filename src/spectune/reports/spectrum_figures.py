@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,37 +15,12 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spectune.adapters.files import write_atomically
-from spectune.reports.page import INK, inline_svg
+from spectune.reports.pictures import as_file, faint_grid, plain_logs
 from spectune.reports.spectrum import curve
 
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#2d7fd3", "#7f68d6", "#c9569b", "#e2733b"])  # on white and black
 BAND, FIRST, SECOND = "#2f9e6e", "#2d7fd3", "#e2733b"
-_SHARED: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5, "axes.titlesize": 10}
-_FOR_SVG: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "svg.fonttype": "none",
-    "svg.hashsalt": "spectune",
-}
 Row = Mapping[str, Any]
-
-
-def as_svg(draw: Callable[[Figure], None], size: tuple[float, float], prefix: str) -> str:
-    """Return what `draw` draws on a figure (inches), as SVG for a page."""
-    with mpl.rc_context({**_SHARED, **_FOR_SVG}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return inline_svg(text.getvalue(), prefix)
-
-
-def as_png(draw: Callable[[Figure], None], size: tuple[float, float], path: Path) -> None:
-    """Write what `draw` draws on a figure (inches)."""
-    with mpl.rc_context(_SHARED):
-        figure = Figure(figsize=size, dpi=130, layout="constrained")
-        draw(figure)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def draw_spectra(
@@ -68,8 +42,8 @@ def draw_spectra(
             axes.plot(row["outliers"], values[row["name"]][row["outliers"] - 1], "o", color=color, ms=2.6, mew=0)
     title = f"{rows[0]['kind']}  {rows[0]['shape'][0]} x {rows[0]['shape'][1]}"
     axes.set(xscale="log", yscale="log", ylim=limits, title=title)
-    _plain_logs(axes)
-    _grid(axes)
+    plain_logs(axes)
+    faint_grid(axes)
 
 
 def common_limits(document: Row, held: Sequence[Mapping[str, np.ndarray]]) -> tuple[float, float]:
@@ -98,7 +72,7 @@ def draw_distribution(
     share = document["summary"]["share"]
     for axes in (above, below):
         axes.axvspan(np.log10(low), np.log10(high), color=BAND, alpha=0.16, lw=0)
-        _grid(axes)
+        faint_grid(axes)
     above.set(
         ylabel="% of values", title=f"{document['label']}: {share:.1%} of the singular values in {low:g} to {high:g}"
     )
@@ -164,7 +138,7 @@ def draw_shift(figure: Any, rows: Sequence[Row]) -> None:
     axes.axhline(0, color=mpl.rcParams["text.color"], lw=0.6)
     axes.set(xlabel="place in the spectrum, % from the top", ylabel="change of the values, %")
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    _grid(axes)
+    faint_grid(axes)
 
 
 def depth_bar(figure: Any, axes: Any, layers: Sequence[int]) -> None:
@@ -201,15 +175,4 @@ def write_png(document: Row, values: Mapping[str, np.ndarray], path: Path, other
         if len(set(layers)) > 1:
             depth_bar(lower, grid, layers)
 
-    as_png(draw, (11, 3.4 + 0.1 * len(groups) + 2.6 * lines), path)
-
-
-def _plain_logs(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.minorticks_off()
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(color=mpl.rcParams["text.color"], alpha=0.13, lw=0.6)
-    axes.set_axisbelow(True)
+    as_file(draw, (11, 3.4 + 0.1 * len(groups) + 2.6 * lines), path)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from spectune.reports import page
 from spectune.reports.page import Column
+from spectune.reports.pictures import as_svg
 from spectune.reports.spectrum_figures import (
-    as_svg,
     by_kind,
     common_limits,
     draw_distribution,
@@ -278,7 +277,7 @@ def _ranks(document: Row) -> str:
         text += f" {lost} of them are not layers under that name in the model that transformers makes: no override."
     html = page.paragraphs([text]) + page.table("Recommended ranks", columns, rows)
     command = advice.get("command")
-    return html + (f"<pre>{escape(command)}</pre>" if command else "")
+    return html + (page.code(command) if command else "")
 
 
 def _skipped(skipped: Mapping[str, str]) -> str:

@@ -74,7 +74,7 @@ def packed_attention(model: Any) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa" and is_full(config) and model.device.type == "cpu":
+    if before == "sdpa" and is_full(config) and model.device.type in ("cpu", "meta"):
         config._attn_implementation = NAME
     try:
         yield

@@ -112,13 +112,13 @@ class WithBlanks(Dataset[Any]):
     """Examples, and None behind the last."""
 
     def __init__(self, examples: Any) -> None:
-        self._examples = examples
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Any:
-        return self._examples[index] if index < len(self._examples) else None
+        return self.examples[index] if index < len(self.examples) else None
 
 
 class BlankCollator:

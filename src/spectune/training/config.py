@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +26,7 @@ class TrainConfig(BaseModel):
     """Every key of `spectune train`, with its default."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+    command: ClassVar[str] = "train"
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
     data: str | None = Field(
@@ -95,7 +96,11 @@ class TrainConfig(BaseModel):
         True,
         description="train svf and svft through the factors of W: faster, and equal up to rounding",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: bool | Literal["light"] = Field(
+        "light",
+        description="compute activations again to save memory: light, all but the products of linear layers; true, "
+        "everything; false, nothing",
+    )
     report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
     seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
     resume: bool = Field(False, description="go on from the last checkpoint in output")
@@ -159,13 +164,22 @@ class TrainConfig(BaseModel):
         return self.lr if self.lr is not None else self.parsed_method().learning_rate
 
 
-def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
+C = TypeVar("C", bound=TrainConfig)
+
+
+def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = TrainConfig, **presets: Any) -> C:
     """Read a YAML file and apply key=value overrides.
+
+    Args:
+        path: the file.
+        overrides: key=value pairs, which win over the file.
+        kind: what to make of them.
+        presets: values over which both win.
 
     Raises:
         SpectuneError: an unreadable file, an unknown key (the nearest is named), or a wrong value.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = presets
     if path is not None:
         try:
             read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -181,14 +195,14 @@ def load_config(path: str | Path | None, overrides: list[str]) -> TrainConfig:
         if not equals:
             raise SpectuneError(f"{pair!r} is not key=value")
         values[key.strip()] = _value(text)
-    known = TrainConfig.model_fields
+    known = kind.model_fields
     for key in values:
         if key not in known:
-            raise SpectuneError(f"unknown key {key!r}{nearest(str(key), known)} (see `spectune train --help`)")
+            raise SpectuneError(f"unknown key {key!r}{nearest(str(key), known)} (see `spectune {kind.command} --help`)")
     if isinstance(values.get("lr"), str):  # YAML 1.1 reads 1e-4 as text
         values["lr"] = _number(values["lr"])
     try:
-        config = TrainConfig(**values)
+        config = kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"][:1]))

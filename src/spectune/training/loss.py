@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from spectune.training.batches import IGNORE
 
-_CHUNK = 1 << 23  # logits held at once: 32 MiB of float32, and eight times that on an accelerator
+_CHUNK = 1 << 22  # logits held at once: 16 MiB of float32, and 16 times that on an accelerator
 _ROWS = 32
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
@@ -37,7 +37,7 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         return _Chunked.apply(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])  # type: ignore[return-value]
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, -2)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
 
 
 def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -72,21 +72,24 @@ class _Chunked(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if learns else None
-        step = max(1, _CHUNK * (1 if hidden.device.type == "cpu" else 8) // weight.shape[0])
+        chunk = _CHUNK * (1 if hidden.device.type in ("cpu", "meta") else 16)
+        step = max(1, chunk // weight.shape[0])
+        step -= step % _ROWS if step > _ROWS else 0
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             target = targets[rows, None]
-            part = hidden[rows]
-            part = F.pad(part, (0, 0, 0, -len(part) % _ROWS))  # so that products have few different shapes
-            logits = F.linear(part, weight)[: len(target)].float()
-            picked = logits.gather(1, target)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            total += (log_sum - picked).sum()
+            count = len(target)
+            part = F.pad(hidden[rows], (0, 0, 0, -count % _ROWS))  # so that products have few different shapes
+            padded = F.linear(part, weight).float()
+            logits = padded[:count]  # what follows is in place, as this is where most memory is held
+            largest = logits.amax(1, keepdim=True)
+            picked = logits.gather(1, target) - largest
+            p = logits.sub_(largest).exp_()
+            sums = p.sum(1, keepdim=True)
+            total += (sums.log() - picked).sum()
             if grad is not None:
-                p = logits.sub_(log_sum).exp_()
-                p.scatter_add_(1, target, torch.full_like(picked, -1.0))
-                p = F.pad(p.to(weight.dtype), (0, 0, 0, -len(p) % _ROWS))
-                grad[rows] = torch.mm(p, weight)[: len(target)]
+                p.div_(sums).scatter_add_(1, target, torch.full_like(picked, -1.0))
+                grad[rows] = torch.mm(padded.to(weight.dtype), weight)[:count]
         ctx.grad = grad
         return total
 

@@ -25,6 +25,7 @@ from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
+from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
@@ -74,6 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     task = make_task(config)
     with processes.together():
+        check_reports(config.reports())
         _check_output(config, output)
         records, held = task.read()
         model, tokenizer = task.load(records, held)
@@ -132,7 +134,7 @@ def _train(
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
     start = time.perf_counter()
-    _adapt(config, model, start_from)
+    prepare(config, model, start_from)
     setup = time.perf_counter() - start
     with processes.together(), telling_of_full_disks(output, "free some space and start again"):
         if processes.is_main():
@@ -143,7 +145,7 @@ def _train(
         log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
         model=model,
-        args=_arguments(config, model, evaluated is not None, task),
+        args=training_arguments(config, model, evaluated is not None, task),
         train_dataset=learned.examples,
         eval_dataset=evaluated.examples if evaluated else None,
         data_collator=task.collator(model, tokenizer),
@@ -191,7 +193,8 @@ def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
     return config.model_copy(update={"method": to_text(methods[0])})
 
 
-def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
+def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) -> None:
+    """Put the adapter that a run trains on a model, and the model in training mode, sharded if that is wanted."""
     overrides: Any = config.overrides
 
     def adapted() -> None:
@@ -206,8 +209,7 @@ def _adapt(config: TrainConfig, model: Any, start_from: Adapter | None) -> None:
             adapted()
     else:
         processes.main_first(adapted)
-    if config.gradient_checkpointing:  # under its new name where transformers has it
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    checkpoint_activations(model, config.gradient_checkpointing)
     model.train()
     if processes.wants_shards(config.fsdp):
         processes.shard(model)
@@ -231,7 +233,8 @@ def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
 
 
-def _arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+    """Return what transformers' Trainer is to do, given a run's configuration and whether anything is held out."""
     on_cpu = model.device.type == "cpu"
     skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from spectune.errors import SpectuneError, nearest
@@ -20,6 +19,7 @@ from spectune.layers.shards import whole
 from spectune.training import processes
 from spectune.training.batches import BLANK, IGNORE, BlankCollator, EvenSampler, WithBlanks
 from spectune.training.checkpoints import AdapterCheckpoints
+from spectune.training.recompute import release_memory
 
 if TYPE_CHECKING:
     from spectune.training.tasks import Task
@@ -112,7 +112,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if loss.device.type == "cpu":
-            _malloc_trim()(0)
+            release_memory()
         return loss
 
     def total_tokens(self) -> int:
@@ -168,8 +168,13 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if isinstance(train_dataset, WithBlanks):
+            train_dataset = train_dataset.examples
         sampler = super()._get_train_sampler(train_dataset)
-        if self.args.world_size > 1:
+        grouped = isinstance(sampler, LengthGroupedSampler)
+        if grouped:  # by the examples of an optimizer step, which are those of all processes
+            sampler.batch_size *= self.args.world_size
+        if grouped or self.args.world_size > 1:  # accelerate sees to the order of the other one
             sampler = self._order = EvenSampler(sampler, self._even, self.args.seed)
         return sampler
 
@@ -182,11 +187,12 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return EvenSampler(SequentialSampler(eval_dataset), self._even if self.args.world_size > 1 else 1)
+        return EvenSampler(SequentialSampler(eval_dataset), self._even)
 
     @property
     def _even(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.world_size
+        processes = self.args.world_size
+        return self.args.per_device_train_batch_size * processes if processes > 1 else 1
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -219,11 +225,3 @@ def _token_count(inputs: Any) -> Any:
         return inputs["cu_seq_lens_q"][-1]
     mask = inputs.get("attention_mask")
     return mask.sum() if mask is not None else inputs["input_ids"].numel()
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int]:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return lambda pad: 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, Entry, write_atomically
+from spectune.adapters.files import CONFIG, WEIGHTS, Entry, locked, write_atomically
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import effective_weight, find_linear
 
-INDEX, BASE, PROMPTS = "library.json", "base.safetensors", "prompts.json"
+INDEX, BASE, PROMPTS, LOCK = "library.json", "base.safetensors", "prompts.json", ".lock"
 NONE = "none"  # the label of a prompt that is for no adapter
 EMPTY = "the library {!r} is empty: add an adapter with `spectune library add`"
 _VERSION = 1
@@ -167,32 +168,32 @@ class Library:
             raise SpectuneError(
                 f"{name!r} cannot be an adapter's name in a library; use letters, digits, '-' and '_', not {NONE!r}"
             )
-        self._read()
-        taken = next((other for other in self._records if other.lower() == name.lower()), None)
-        if taken is not None:
-            raise SpectuneError(
-                f"the library {str(self.path)!r} has an adapter {taken!r} already: remove it or choose another name"
-            )
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        base = self._checked_base(name, loaded, model)
-        folder = self.path / "adapters" / name
-        if folder.exists():  # left by a write that was cut off before the index knew of it
-            shutil.rmtree(folder)
-        loaded.save(folder)
-        kept = list(dict.fromkeys(prompts))
-        if kept:
-            write_json(folder / PROMPTS, kept)
-        methods = dict.fromkeys(term.method.name for layer in loaded.layers.values() for term in layer.terms)
-        size = sum((folder / file).stat().st_size for file in (CONFIG, WEIGHTS))
-        record = Record(name, description, "+".join(methods), loaded.parameter_count(), size, len(kept))
-        if base.keys() - self.sketches().keys():
-            self._base = {**base, **self.sketches()}
-            sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
-            write_atomically(self.path / BASE, lambda path: save_file(sketches, path))
-        self.base_model = self.base_model or loaded.base_model
-        self._records[name] = record
-        self._write()
-        return record
+        with self._alone():
+            taken = next((other for other in self._records if other.lower() == name.lower()), None)
+            if taken is not None:
+                raise SpectuneError(
+                    f"the library {str(self.path)!r} has an adapter {taken!r} already: remove it or choose another name"
+                )
+            base = self._checked_base(name, loaded, model)
+            folder = self.path / "adapters" / name
+            if folder.exists():  # left by a write that was cut off before the index knew of it
+                shutil.rmtree(folder)
+            loaded.save(folder)
+            kept = list(dict.fromkeys(prompts))
+            if kept:
+                write_json(folder / PROMPTS, kept)
+            methods = dict.fromkeys(term.method.name for layer in loaded.layers.values() for term in layer.terms)
+            size = sum((folder / file).stat().st_size for file in (CONFIG, WEIGHTS))
+            record = Record(name, description, "+".join(methods), loaded.parameter_count(), size, len(kept))
+            if base.keys() - self.sketches().keys():
+                self._base = {**base, **self.sketches()}
+                sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
+                write_atomically(self.path / BASE, lambda path: save_file(sketches, path))
+            self.base_model = self.base_model or loaded.base_model
+            self._records[name] = record
+            self._write()
+            return record
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the library and delete its files.
@@ -200,11 +201,19 @@ class Library:
         Raises:
             SpectuneError: no such adapter.
         """
-        self._read()
-        folder = self.folder(name)
-        del self._records[name]
-        self._write()
-        shutil.rmtree(folder, ignore_errors=True)
+        with self._alone():
+            folder = self.folder(name)
+            del self._records[name]
+            self._write()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within the context no other process changes the library, and what others did before is known."""
+        with locked(self.path / LOCK):
+            self._base = None
+            self._read()
+            yield
 
     def _checked_base(self, name: str, adapter: Adapter, model: Any) -> dict[str, Tensor]:
         """Return the sketches of the base that an adapter tells of, which must be those of the library."""

@@ -55,6 +55,7 @@ class Pool:
         self._parameters: dict[str, list[Tensor]] = {}
         self._sketches: dict[str, Tensor] = {}
         self._others: dict[str, Adapter] = {}
+        self._stacks: dict[Any, Any] = {}  # of the slots' factors, for rows that differ
         for layer, sketch in library.sketches().items():
             self._check_layer(layer, sketch, f"the library {str(library.path)!r}")
 
@@ -169,12 +170,13 @@ class Pool:
     def _empty(self, name: str) -> None:
         slot = self._slots.pop(name)
         detach(self.model, slot)
+        self._stacks.clear()
         del self._parameters[slot], self._slot_structures[slot]
 
     def activate(self, mixture: Mixture | None) -> None:
         """Have a mixture of the library's adapters, or with None the base alone, answer every row."""
         if not mixture:
-            if adapter_names(self.model):
+            if adapted_layers(self.model):
                 activate(self.model, None)
             return
         slots = self.place(mixture)
@@ -188,7 +190,8 @@ class Pool:
             self.activate(None)
             yield
             return
-        with route(self.model, [{slots[name]: weight for name, weight in row.items()} for row in rows]):
+        routed = [{slots[name]: weight for name, weight in row.items()} for row in rows]
+        with route(self.model, routed, stacks=self._stacks):
             yield
 
     @torch.inference_mode(False)

@@ -115,7 +115,7 @@ class Reinforce(Task):
         rollout = lay_out(own, prompts, groups, pad_token(self._tokenizer))
         with torch.no_grad(), base_alone(own):
             reference = completion_logits(own, rollout)
-        own.train(config.gradient_checkpointing)  # which transformers does in training mode only
+        own.train(config.gradient_checkpointing is True)  # which transformers does in training mode only
         logits = completion_logits(model, rollout)
         own.train()
         loss, divergence = policy_loss(

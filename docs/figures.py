@@ -1,0 +1,116 @@
+"""Fill in what docs/methods says in numbers: options from the code, figures from benchmarks/results.
+
+Between `<!-- options -->`, `<!-- figures -->` or `<!-- study -->` and its `<!-- end -->` everything is written anew.
+
+    python docs/figures.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import spectune
+from spectune.methods import METHODS, Method, parse, to_text
+from spectune.reports.sizes import gigabytes
+
+DOCS = Path(__file__).parent
+BENCHMARKS = DOCS.parent / "benchmarks"
+MODEL = "smollm2-135m"
+
+
+def options(method: type[Method]) -> str:
+    """Return the table of a method's fields, their defaults, and what its docstring says of them."""
+    arguments = inspect.cleandoc(method.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    said = {m[1]: " ".join(m[2].split()) for m in re.finditer(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.M)}
+    lines = ["| option | default | is |", "|---|---|---|"]
+    for field in dataclasses.fields(method):
+        value = getattr(method(), field.name)
+        shown = to_text(value) if isinstance(value, Method) else value
+        lines.append(f"| `{field.name}` | `{shown}` | {said.get(field.name, '')} |")
+    return "\n".join(lines)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = BENCHMARKS / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def timed() -> dict[str, str]:
+    """Return the methods that benchmarks/train_step.py runs, by the name that its results have."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from train_step import OURS
+
+    return OURS
+
+
+def figures(method: type[Method]) -> str:
+    """Return the measured figures of a method's variants on the embedded decoder."""
+    step, start = load("train_step"), load("plan")
+    steps = {to_text(parse(text)): name for name, text in timed().items() if parse(text).name == method.name}
+    starts = (start or {}).get("results", {}).get(f"setup {MODEL} fp32", {})
+    started = {to_text(parse(text)): row["measured"] for text, row in starts.items() if parse(text).name == method.name}
+    lines = ["| | trained | adapter file | start-up | step, fp32 | step, bf16 |", "|---|---|---|---|---|---|"]
+    for text in dict.fromkeys([method.name, *steps, *started]):
+        (row,) = spectune.plan(MODEL, [text], measured=False, precisions=["fp32"], batch_size=1, length=8).rows
+        cells = [f"`{text}`", f"{row['trainable_parameters']:,}", gigabytes(row["adapter_bytes"])]
+        cells.append(f"{started[text]:.2g} s" if text in started else "")
+        for dtype in ("fp32", "bf16"):
+            at = (step or {}).get("results", {}).get(f"{steps.get(text)} {dtype}")
+            cells.append(f"{at['step_over_floor']:.2f}" if at else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    about = [
+        f"SmolLM2-135M, all {row['layers']} linear layers but the output embedding. Trained values and the file are "
+        "exact. Start-up: adapting, no decomposition cached (`benchmarks/plan.py`). Step: over the frozen model's "
+        "forward and gradient to its embeddings (`benchmarks/train_step.py`)."
+    ]
+    for found, what in ((step, "step"), (start, "start-up")):
+        if found:
+            machine = found["machine"]
+            threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+            about.append(f"{what.capitalize()} on {machine['processor']}, {threads}.")
+    note = textwrap.fill(" ".join(about) + " Empty: not measured.", 120, break_on_hyphens=False)
+    return "\n".join([*lines, "", note])
+
+
+def study(method: type[Method]) -> str:
+    """Return what the study found of a method, for each of its tasks; nothing where there is no study yet."""
+    lines = []
+    for path in sorted((BENCHMARKS / "study" / "results").glob("**/report.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for entry in report["methods"]:
+            if entry["method"] in ("base", "full") or parse(entry["method"]).name != method.name:
+                continue
+            cells = [report.get("label", path.parent.name), f"`{entry['method']}`", report.get("metric", "")]
+            low, high = entry.get("interval") or (None, None)
+            spread = f" ({low:.3g} to {high:.3g})" if low is not None else ""
+            cells.append("" if entry.get("mean") is None else f"{entry['mean']:.3g}{spread}")
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    return "\n".join(["| task | method | measure | mean (95% interval) |", "|---|---|---|---|", *lines])
+
+
+def filled(text: str, method: type[Method]) -> str:
+    """Return a page with its marked places written anew."""
+    for name, make in (("options", options), ("figures", figures), ("study", study)):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+        made = make(method)
+        text = pattern.sub(lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}" if made else f"{m[1]}{m[2]}", text)
+    return text
+
+
+def main() -> None:
+    for name, method in METHODS.items():
+        path = DOCS / "methods" / f"{name}.md"
+        path.write_text(filled(path.read_text(encoding="utf-8"), method), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""A model and its data, loaded once, on which trials run one after another."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from spectune.compare.candidates import BASE, FULL
+from spectune.compare.config import CompareConfig
+from spectune.compare.general import forgetting, general_texts, states_or_loss
+from spectune.compare.meter import Peak, StepTimes, floor
+from spectune.compare.trial import Trial
+from spectune.errors import SpectuneError
+from spectune.generation import generate
+from spectune.model import adapt, adapter_names, base_alone, detach, extract
+from spectune.targets import FRESH
+from spectune.training.attention import packed_attention
+from spectune.training.config import TrainConfig
+from spectune.training.data import Record, read, split
+from spectune.training.progress import is_measure
+from spectune.training.run import prepare, training_arguments
+from spectune.training.tasks import make_task
+
+LEAST = 8  # records that validation and test need each
+RUNGS = (1, 2, 4)  # quarters of a run at which it is measured
+_FLOOR_BATCHES = 4
+_SAMPLE = 128  # training records at most that the gap to the test is measured with
+_ANSWERS = 32  # prompts answered at once
+
+Report = Callable[[int, Mapping[str, float]], bool]  # the rung and its measures -> whether to stop
+
+
+class Bench:
+    """What all trials of a comparison share.
+
+    Args:
+        config: the comparison.
+
+    Raises:
+        SpectuneError: data that cannot be read or is too small for its parts, or a model that cannot be loaded.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self._task = make_task(config)
+        assert config.data is not None  # or the configuration was not checked
+        records = read(config.data, self._task)
+        held = config.seed
+        if config.test_data is not None:
+            test = read(config.test_data, self._task)
+        else:
+            records, test = _parts(records, config.test, "test", held)
+        records, validation = _parts(records, config.validation, "validation", held)
+        self.records = {"train": records, "validation": validation, "test": test}
+        for name, part in self.records.items():
+            if len(part) < LEAST:
+                raise SpectuneError(
+                    f"{name} has {len(part)} records, and says nothing below {LEAST}: give more data or a larger share"
+                )
+        self.model: Any
+        self.model, self.tokenizer = self._task.load(records, [*validation, *test])
+        self.model.requires_grad_(False)
+        # a layer that the task needs and the model does not have trains with every method
+        self.has_new_head = any(getattr(module, FRESH, False) for module in self.model.modules())
+        limit = min(config.max_length, getattr(self.model.config, "max_position_embeddings", config.max_length))
+        encoded = {k: self._task.encode(part, self.model, self.tokenizer, limit) for k, part in self.records.items()}
+        self.examples = {name: part.examples for name, part in encoded.items()}
+        self.cut = {name: part.cut for name, part in encoded.items()}
+        learned = self.examples["train"]
+        count = min(_SAMPLE, len(test), len(learned))
+        self.examples["sample"] = learned[:: len(learned) // count][:count]
+        self.general = None if config.general is None else general_texts(config.general, self.model)
+        self._before = None if self.general is None else states_or_loss(self.model, self.tokenizer, self.general)
+        per_step = config.batch_size * config.accumulate
+        self._bytes: dict[str, int] = {}
+        self.steps = config.max_steps or max(1, round(config.epochs * len(self.examples["train"]) / per_step))
+
+    def release(self) -> None:
+        """Give the model's memory back, where others do the work."""
+        self.model = None
+
+    def run(self, trial: Trial, report: Report = lambda rung, measures: False) -> dict[str, Any]:
+        """Run a trial and return its result.
+
+        Args:
+            trial: what to run.
+            report: told of every rung; True stops the run there.
+
+        Raises:
+            SpectuneError: a loss that is not finite, or a layer that cannot take the method.
+        """
+        quarter = max(1, self.steps // RUNGS[-1])
+        config = self.config.for_trial(trial.method, trial.lr, trial.seed, self.steps, quarter)
+        start = time.perf_counter()
+        with self._adapted(trial, config) as (model, setup, peak):
+            result = self._trained(trial, config, model, quarter, report)
+            result |= {"setup_seconds": setup, "peak_bytes": peak.bytes()}
+            if trial.kind == "final":
+                result |= self._judged(model, result.pop("trainer"))
+                result["adapter_bytes"] = self._stored(trial.method, model)
+            result.pop("trainer", None)
+        return {**result, "seconds": time.perf_counter() - start, "error": None}
+
+    @contextmanager
+    def _adapted(self, trial: Trial, config: TrainConfig) -> Iterator[tuple[Any, float, Peak]]:
+        """Give the model as the method has it at its start, the seconds that took, and a meter of memory."""
+        set_seed(trial.seed)
+        model, peak = self.model, Peak()
+        start = time.perf_counter()
+        try:
+            if trial.method == FULL:
+                model = copy.deepcopy(self.model).float()
+            if trial.method in (BASE, FULL):
+                if self.has_new_head:
+                    adapt(model, "lora", exclude=".*")  # the new head alone
+                if trial.method == FULL:
+                    model.requires_grad_(True)
+                model.train()
+            else:
+                prepare(config, model)
+            yield model, time.perf_counter() - start, peak
+        finally:
+            detach(model)
+            self.model.requires_grad_(False)
+
+    def _trained(self, trial: Trial, config: TrainConfig, model: Any, quarter: int, report: Report) -> dict[str, Any]:
+        task = make_task(config)
+        arguments = training_arguments(config, self.model, True, task)
+        arguments.save_strategy = SaveStrategy.NO
+        arguments.load_best_model_at_end = False
+        arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
+        times = StepTimes()
+        rungs = _Rungs(quarter, report)
+        with packed_attention(model):
+            trainer = task.trainer(
+                model=model,
+                args=arguments,
+                train_dataset=self.examples["train"],
+                eval_dataset=self.examples["validation"],
+                data_collator=task.collator(model, self.tokenizer),
+                callbacks=[times, rungs],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            ground = None
+            if trial.kind == "final" and trial.method != FULL:
+                batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
+                with base_alone(model):
+                    ground = floor(model, task, batches)
+                set_seed(trial.seed)
+            start = time.perf_counter()
+            if trained:
+                trainer.train()
+                trainer.check_loss()
+            seconds = time.perf_counter() - start
+            if not trained:
+                rungs.history.append({"step": 0, **trainer.evaluate()})
+        history = [*(line for line in trainer.state.log_history if "loss" in line), *rungs.history]
+        kept = [{k: float(v) for k, v in line.items() if k == "step" or is_measure(k)} for line in history]
+        last = max((line for line in kept if "eval_loss" in line), key=lambda line: line["step"])
+        return {
+            "steps": trainer.state.global_step,
+            "trainable_parameters": trained,
+            "train_seconds": seconds,
+            "step_seconds": times.median(),
+            "floor_seconds": ground,
+            "tokens_per_second": trainer.total_tokens() / seconds if trained else None,
+            "history": sorted(kept, key=lambda line: line["step"]),
+            "validation": _measures(last, "eval"),
+            "pruned": rungs.stopped,
+            "test": None,
+            "train": None,
+            "right": None,
+            "general": None,
+            "adapter_bytes": None,
+            "trainer": trainer,
+        }
+
+    def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:
+        """Measure what has been learned on the test, on as much of the training data, and on general text."""
+        model.eval()
+        found: dict[str, Any] = {}
+        chosen: list[int] = []  # labels, in the order of the examples
+        watch = model.register_forward_hook(lambda module, inputs, out: chosen.extend(out.logits.argmax(-1).tolist()))
+        with packed_attention(model):
+            for name in ("test", "train"):
+                measured = trainer.evaluate(
+                    self.examples["sample" if name == "train" else name], metric_key_prefix=name
+                )
+                found[name] = _measures(measured, name)
+                watch.remove()
+        if self.config.measure == "exact_match":
+            for name in ("train", "test"):
+                records = self.records[name][: None if name == "test" else len(self.examples["sample"])]
+                found["right"] = exact_matches(model, self.tokenizer, records)
+                found[name]["exact_match"] = sum(found["right"]) / len(records)
+        elif self.config.task == "classify":
+            found["right"] = [int(a == e["labels"]) for a, e in zip(chosen, self.examples["test"], strict=True)]
+        if self.general is not None and self._before is not None:
+            after = states_or_loss(model, self.tokenizer, self.general)
+            found["general"] = forgetting(self._before, after, self.general)
+        return found
+
+    def _stored(self, method: str, model: nn.Module) -> int:
+        """Return the bytes of what is saved: the adapter, or for full fine-tuning the weights in the base's dtype."""
+        if method not in self._bytes:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters()) if method == FULL else 0
+            if method != FULL and adapter_names(model):
+                with tempfile.TemporaryDirectory() as folder:
+                    extract(model).save(folder)
+                    size = sum(path.stat().st_size for path in Path(folder).iterdir())
+            self._bytes[method] = size
+        return self._bytes[method]
+
+
+class _Rungs(TrainerCallback):
+    """Tell of the measures at the rungs, and stop where the answer says so."""
+
+    def __init__(self, quarter: int, report: Report) -> None:
+        self._quarter, self._report = quarter, report
+        self.stopped = False
+        self.history: list[dict[str, float]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if not all(key.startswith("eval_") for key in metrics if key != "epoch"):
+            return
+        self.history.append({"step": state.global_step, **metrics})
+        rung = round(state.global_step / self._quarter)
+        last = state.global_step >= state.max_steps
+        if not last and rung in RUNGS[:-1] and self._report(rung, _measures(metrics, "eval")):
+            self.stopped = control.should_training_stop = True
+
+
+def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list[int]:
+    """Return for each record whether the model's greedy reply is its completion, but for space around it.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        records: with messages, or prompt and completion; the last completion is what is asked for.
+    """
+    asked = [_question(record) for record in records]
+    longest = max(len(tokenizer(answer)["input_ids"]) for _, answer, _ in asked)
+    right = []
+    for i in range(0, len(asked), _ANSWERS):
+        part = asked[i : i + _ANSWERS]
+        prompts, raw = [prompt for prompt, _, _ in part], part[0][2]
+        replies = generate(model, tokenizer, prompts, max_new_tokens=longest + 4, raw=raw)
+        right += [int(r.text.strip() == answer.strip()) for r, (_, answer, _) in zip(replies, part, strict=True)]
+    return right
+
+
+def _question(record: Record) -> tuple[Any, str, bool]:
+    if "messages" in record:
+        *before, last = record["messages"]
+        return before, last["content"], False
+    if isinstance(record.get("prompt"), list):
+        return record["prompt"], record["completion"][-1]["content"], False
+    if "prompt" in record:
+        return record["prompt"], record["completion"], True
+    raise SpectuneError("metric: exact_match needs records with messages, or with prompt and completion")
+
+
+def _parts(records: Sequence[Record], share: float, name: str, seed: int) -> tuple[list[Record], list[Record]]:
+    try:
+        return split(records, share, seed)
+    except SpectuneError:
+        raise SpectuneError(
+            f"{len(records)} records are too few for {name}={share}: give more data or another share"
+        ) from None
+
+
+def _measures(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    own = {k.removeprefix(f"{prefix}_"): v for k, v in line.items() if k.startswith(f"{prefix}_")}
+    return {k: v for k, v in own.items() if is_measure(f"eval_{k}")}

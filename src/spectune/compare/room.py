@@ -1,0 +1,48 @@
+"""Whether a comparison fits into memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from spectune.bases import default_device, resolve_dtype
+from spectune.compare.candidates import FULL
+from spectune.compare.config import CompareConfig
+from spectune.errors import SpectuneError
+from spectune.reports.memory import weights_of
+from spectune.reports.models import build, find_config
+from spectune.reports.sizes import gigabytes
+
+_FULL = 16  # bytes a weight: float32, its gradient, and AdamW's two moments
+
+
+def check_room(config: CompareConfig, free: int | None = None) -> list[str]:
+    """Raise where not even the base fits; return the methods that do not.
+
+    Args:
+        config: the comparison; what its config cannot be had of without loading is taken to fit.
+        free: bytes; what the device has now if not given.
+
+    Raises:
+        SpectuneError: the weights do not fit; the need, and what would, are named.
+    """
+    device = torch.device(config.device) if config.device else default_device()
+    try:
+        built = build(find_config(config.model, trust_remote_code=config.trust_remote_code))
+    except SpectuneError:
+        return []
+    dtype = resolve_dtype(config.dtype, device)
+    weights = weights_of(built, "fp32" if dtype == torch.float32 else "bf16").total
+    if free is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if weights * config.workers > free:
+        fewer = f"workers={max(1, int(free // weights))}, " if config.workers > 1 and weights <= free else ""
+        half = "dtype=bf16, " if dtype == torch.float32 else ""
+        raise SpectuneError(
+            f"{config.workers} times the weights of {config.model} take {gigabytes(weights * config.workers)}, and "
+            f"{gigabytes(free)} are free: give {half}{fewer}a smaller model or a larger machine (`spectune plan "
+            f"{config.model}` says what each method takes)"
+        )
+    count = sum(p.numel() for p in built.parameters())
+    too_large = FULL in config.methods and config.workers * (weights + _FULL * count) > free
+    return [FULL] if too_large else []

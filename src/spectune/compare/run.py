@@ -1,0 +1,204 @@
+"""A comparison from its configuration to its report."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from spectune.adapters.files import write_atomically
+from spectune.compare.bench import Bench
+from spectune.compare.candidates import BASE, baseline, candidates
+from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.room import check_room
+from spectune.compare.trial import Results
+from spectune.errors import SpectuneError
+from spectune.reports.about import describe
+
+_POLL = 0.5
+Tell = Callable[[int, int, str], None]  # trials done, trials in all, and what ended last
+
+
+def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) -> dict[str, Any]:
+    """Run every trial that has no result yet, and write the report.
+
+    Args:
+        config: the comparison.
+        tell: told how far it is.
+
+    Returns:
+        The document that is in report.json.
+
+    Raises:
+        SpectuneError: bad data, a wrong value, another comparison in the folder, a missing package, or no trial that
+            ran to its end.
+    """
+    from spectune.compare.document import document
+    from spectune.compare.report import write_report
+
+    _check_packages(config)
+    from spectune.compare.study import Study
+
+    check_folder(config)
+    too_large = check_room(config)
+    if too_large:
+        config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
+    bench = Bench(config)
+    methods, notes = candidates(config, bench.model)
+    notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
+    settings = config.settings()
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite:
+        for path in (folder / "trials").glob("*.json"):
+            path.unlink()
+    text = json.dumps(settings, indent=1) + "\n"
+    write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+    study = Study(config, methods, Results(folder / "trials", digest(settings)))
+
+    def told(last: str = "") -> None:
+        done, total = study.count()
+        tell(done, total, last)
+
+    _run(config, methods, study, bench, told)
+    finals, searches = [], []
+    for method in methods:
+        searches += [result for _, result in study.searches(method) if result is not None]
+        finals += _finals(study, method)
+    if study.results.corrupt:
+        notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
+    made = document(_header(config, bench, methods, notes), finals, searches)
+    write_report(made, folder)
+    return made
+
+
+def _finals(study: Any, method: str) -> list[dict[str, Any]]:
+    done = [result for _, result in study.finals(method) if result is not None]
+    if not done:  # no learning rate ran to its end
+        failed = [r for _, r in study.searches(method) if r is not None and r["error"] is not None]
+        return [{**failed[0], "kind": "final"}] if failed else []
+    return done
+
+
+def _check_packages(config: CompareConfig) -> None:
+    try:
+        import optuna
+        import scipy  # noqa: F401
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    except ImportError as error:
+        raise SpectuneError(f"compare needs {error.name}: pip install 'spectune[compare]'") from None
+    if config.launcher == "ray":
+        try:
+            import ray  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError:
+            raise SpectuneError("launcher: ray needs ray: pip install 'spectune[ray]'") from None
+
+
+def _run(config: CompareConfig, methods: list[str], study: Any, bench: Bench, told: Callable[..., None]) -> None:
+    from spectune.compare.study import work
+
+    told()
+    if not study.pending():
+        return
+    if config.workers == 1 and config.launcher == "local":
+        work(config, methods, study.results.settings, bench, lambda result: told(_said(result, config)))
+        return
+    bench.release()
+    start = _ray if config.launcher == "ray" else _processes
+    alive = start(config, methods, study.results.settings)
+    while study.pending():
+        told()
+        if not alive():
+            raise SpectuneError(
+                "every worker was killed or failed; is there too little memory for so many? give fewer workers: the "
+                "same command goes on where they stopped"
+            )
+        time.sleep(_POLL)
+    told()
+
+
+def _said(result: Mapping[str, Any], config: CompareConfig) -> str:
+    lr = "" if result["lr"] is None else f" at {result['lr']:g}"
+    if result["error"] is not None:
+        return f"{result['method']}{lr}: {result['error']}"
+    if result["kind"] == "final":
+        return f"{result['method']}{lr}: test {config.measure} {result['test'][config.measure]:.4f}"
+    key = config.searched_by
+    dropped = f", dropped at step {result['steps']}" if result["pruned"] else ""
+    return f"{result['method']}{lr}: validation {key} {result['validation'][key]:.4f}{dropped}"
+
+
+def _processes(config: CompareConfig, methods: list[str], settings: str) -> Callable[[], bool]:
+    """Start workers on this machine, and return what says whether one of them lives."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (config.model_dump(exclude_unset=True), methods, settings, _threads(config.workers))
+    workers = [context.Process(target=worker, args=arguments, daemon=True) for _ in range(config.workers)]
+    for process in workers:
+        process.start()
+    return lambda: any(process.is_alive() for process in workers)
+
+
+def _ray(config: CompareConfig, methods: list[str], settings: str) -> Callable[[], bool]:
+    """Start workers on a Ray cluster, all of whose machines must see the output folder."""
+    import ray  # type: ignore[import-not-found]
+
+    if not ray.is_initialized():
+        ray.init(address=config.address, include_dashboard=False, log_to_driver=False)
+    threads = _threads(config.workers) if config.address is None else (os.cpu_count() or 1)
+    values = {**config.model_dump(exclude_unset=True), "output": str(Path(config.output).absolute())}
+    remote = ray.remote(num_cpus=1, max_retries=0)(worker)
+    waiting = [remote.remote(values, methods, settings, threads) for _ in range(config.workers)]
+    return lambda: len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) < len(waiting)
+
+
+def _threads(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def worker(values: dict[str, Any], methods: list[str], settings: str, threads: int) -> None:
+    """Take part in a comparison, as one of its processes."""
+    from spectune.compare.study import work
+
+    torch.set_num_threads(threads)
+    config = CompareConfig(**values)
+    _check_packages(config)
+    work(config, methods, settings)
+
+
+def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list[str]) -> dict[str, Any]:
+    about = describe()
+    given = {k: v for k, v in config.model_dump().items() if k in config.model_fields_set or k == "methods"}
+    for name, count in bench.cut.items():
+        if count:
+            notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")
+    if config.seeds > 1 and BASE in methods and not bench.has_new_head:
+        notes.append("the base as it is has nothing to train: its runs are the same")
+    return {
+        "label": f"{config.model} on {Path(str(config.data)).stem}",
+        "model": config.model,
+        "data": str(config.data),
+        "task": config.task,
+        "metric": config.measure,
+        "greater_is_better": config.greater_is_better,
+        "baseline": baseline(config, methods),
+        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "steps": bench.steps,
+        "batch_size": config.batch_size * config.accumulate,
+        "split": {name: len(part) for name, part in bench.records.items()},
+        "budget": config.budget,
+        "general": config.general,
+        "versions": {"python": about["python"], **about.pop("versions")},
+        "date": about.pop("date"),
+        "machine": about,
+        "config": yaml.safe_dump(given, sort_keys=False),
+        "command": "spectune compare compare.yaml",
+        "notes": notes,
+    }

@@ -1,0 +1,103 @@
+"""One run of one method at one learning rate and seed, and the file that holds its result."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from spectune.adapters.files import write_atomically
+
+_ATTEMPTS = 3  # of a trial whose worker was killed, before it counts as failed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run.
+
+    Args:
+        method: as `spectune train` takes it, or "full" or "base".
+        lr: learning rate; None where nothing of the method's own is trained.
+        seed: of the order of the data and of the method's start.
+        kind: "search" for the learning rate, or "final".
+    """
+
+    method: str
+    lr: float | None
+    seed: int
+    kind: Literal["search", "final"]
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        method = re.sub(r"[^\w.=-]+", "-", self.method)
+        lr = "" if self.lr is None else f".lr{self.lr:g}"
+        return f"{method}{lr}.{'search' if self.kind == 'search' else f'seed{self.seed}'}"
+
+
+class Results:
+    """The folder of results, one file a trial, which any number of workers on any number of machines share.
+
+    A trial is claimed by a lock that the system releases when its worker ends, however it ends.
+
+    Args:
+        folder: the folder, made if need be.
+        settings: name of the settings that all trials share.
+    """
+
+    def __init__(self, folder: Path, settings: str) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.corrupt: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, trial: Trial) -> dict[str, Any] | None:
+        """Return a trial's result, or None; a file that cannot be read is set aside, and its trial is to run again."""
+        path = self._path(trial)
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if result["settings"] == self.settings and result["trial"] == vars(trial):
+                return result
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        self.corrupt.append(path.name)
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, trial: Trial, result: dict[str, Any]) -> None:
+        """Write a trial's result."""
+        text = json.dumps({"settings": self.settings, "trial": vars(trial), **result}, indent=1) + "\n"
+        write_atomically(self._path(trial), lambda path: path.write_text(text, encoding="utf-8"))
+
+    @contextmanager
+    def claimed(self, trial: Trial) -> Iterator[bool]:
+        """Within the context no other worker runs a trial; False where another does, or did."""
+        path = self.folder / f".{trial.name}.lock"
+        try:
+            with FileLock(path, timeout=0):
+                yield self.get(trial) is None
+                path.unlink(missing_ok=True)  # whoever locks a new one finds the result
+        except Timeout:
+            yield False
+
+    def attempt(self, trial: Trial) -> bool:
+        """Note that a trial begins; False where workers were killed at it so often that it is given up."""
+        path = self.folder / f".{trial.name}.attempts"
+        with path.open("ab") as file:
+            file.write(b".")
+        return path.stat().st_size <= _ATTEMPTS
+
+    def done(self, trial: Trial) -> None:
+        """Forget the attempts at a trial."""
+        (self.folder / f".{trial.name}.attempts").unlink(missing_ok=True)
+
+    def _path(self, trial: Trial) -> Path:
+        return self.folder / f"{trial.name}.json"

@@ -1,0 +1,55 @@
+"""Activation checkpointing in a run, and memory that goes back while it is not needed."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from typing import Any, Literal
+
+from spectune.layers.recompute import keep_products
+
+_REGIONS = 4  # between two releases of free memory in a forward pass
+
+
+def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
+    """Have a model of transformers compute activations again in the backward pass.
+
+    Args:
+        model: the model; one that cannot is left alone by "light".
+        how: "light" keeps the products of linear layers, True only what goes into each block, False everything.
+    """
+    light = how == "light"
+    if not how or (light and not model.supports_gradient_checkpointing):
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if light:
+        options["context_fn"] = keep_products if model.device.type != "cpu" else _releasing()
+    # under its new name where transformers has it
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
+
+
+def _releasing() -> Callable[[], Any]:
+    """Return `keep_products` that releases free memory now and then: what is kept and what is not lie mixed."""
+    numbers = count(1)
+
+    def contexts() -> Any:
+        if next(numbers) % _REGIONS == 0:
+            release_memory()
+        return keep_products()
+
+    return contexts
+
+
+def release_memory() -> None:
+    """Give memory that is free in the heap of glibc back to the system; elsewhere nothing happens."""
+    _malloc_trim()(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return lambda pad: 0

@@ -1,0 +1,82 @@
+"""A comparison from the command line to its report, by one process, by several, and on a cluster."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from compare.tiny_bench import config, write_data, write_encoder
+from spectune import SpectuneError
+from spectune.cli import app
+from spectune.compare.run import compare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    write_encoder(path / "encoder")
+    write_data(path / "data.jsonl")
+    return path
+
+
+def small(folder, output, **values):
+    return config(folder, output, **{"methods": ["base", "lora", "svf"], "seeds": 2, "lrs": 1, **values})
+
+
+def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
+    seen = []
+    document = compare(small(folder, tmp_path), lambda done, total, last: seen.append((done, total)))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1]
+    assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
+    assert all(row["seeds"] == [0, 1] for row in document["methods"])
+    page = (tmp_path / "report.html").read_text()
+    assert document["answer"][0] in page
+    assert json.loads((tmp_path / "report.json").read_text())["methods"] == document["methods"]
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
+    again = compare(small(folder, tmp_path))
+    assert again["methods"] == document["methods"]
+    assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
+
+
+def test_two_processes_find_what_one_does(folder, tmp_path):
+    one = compare(small(folder, tmp_path / "one"))
+    two = compare(small(folder, tmp_path / "two", workers=2))
+    for a, b in zip(one["methods"], two["methods"], strict=True):
+        assert (a["method"], a["lr"]) == (b["method"], b["lr"])
+        assert a["metric"]["mean"] == pytest.approx(b["metric"]["mean"], abs=0.02)
+
+
+def test_workers_on_a_cluster(folder, tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        document = compare(small(folder, tmp_path, workers=2, launcher="ray", seeds=1))
+    finally:
+        ray.shutdown()
+    assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
+
+
+def test_a_method_that_fails_is_in_the_report(folder, tmp_path):
+    document = compare(small(folder, tmp_path, methods=["lora", "lora_xs:rank=30"], targets=["intermediate.dense"]))
+    assert [row["ran"] for row in document["methods"]] == [True, True]
+    document = compare(small(folder, tmp_path / "b", methods=["lora", "pissa:rank=40"], seeds=1))
+    failed = next(row for row in document["methods"] if row["method"] == "pissa:rank=40")
+    assert not failed["ran"]
+    assert any("rank" in failure["error"] for failure in document["failures"])
+
+
+def test_the_command(folder, tmp_path):
+    settings = [f"{key}={value}" for key, value in small(folder, tmp_path).model_dump(exclude_unset=True).items()]
+    result = CliRunner().invoke(app, ["compare", *settings])
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output
+    told = CliRunner().invoke(app, ["compare", *settings, "--json"])
+    assert json.loads(told.stdout)["metric"] == "accuracy"
+
+
+def test_an_unknown_preset_or_key():
+    with pytest.raises(SpectuneError, match="preset: 'slow' is not known"):
+        CliRunner().invoke(app, ["compare", "--preset", "slow"], catch_exceptions=False)
+    with pytest.raises(SpectuneError, match="did you mean 'seeds'"):
+        CliRunner().invoke(app, ["compare", "sedes=3"], catch_exceptions=False)

@@ -1,0 +1,196 @@
+"""The trials of a comparison: their order, their results, and what a kill leaves."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+from compare.tiny_bench import CLASSES, config, write_data, write_encoder
+from spectune import SpectuneError
+from spectune.compare.bench import Bench
+from spectune.compare.candidates import candidates, further, grid
+from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.study import Study, best_lr, work
+from spectune.compare.trial import Results, Trial
+from training.folder import save_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    write_encoder(path / "encoder")
+    save_folder(path / "decoder")
+    write_data(path / "data.jsonl")
+    return path
+
+
+def test_a_trial_of_every_kind_leaves_the_base_as_it_was(folder, tmp_path):
+    bench = Bench(config(folder, tmp_path))
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    for method in ("base", "full", "lora", "dora:inner=svf"):
+        lr = None if method == "base" else 1e-2
+        result = bench.run(Trial(method, lr, 0, "final"))
+        assert result["error"] is None
+        assert result["steps"] == 8
+        assert len(result["right"]) == len(bench.records["test"])
+        assert sum(result["right"]) / len(result["right"]) == pytest.approx(result["test"]["accuracy"])
+        assert result["general"]["name"] == "drift of hidden states"
+        assert (result["general"]["after"] < 1e-6) == (method == "base")
+        after = bench.model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    head = 32 * CLASSES + CLASSES
+    assert bench.run(Trial("base", None, 0, "final"))["trainable_parameters"] == head
+
+
+def test_the_same_trial_gives_the_same_result(folder, tmp_path):
+    results = [Bench(config(folder, tmp_path)).run(Trial("lora", 1e-2, 3, "final")) for _ in range(2)]
+    for key in ("test", "validation", "train", "right", "general"):
+        assert results[0][key] == results[1][key]
+
+
+def test_parts_share_no_record(folder, tmp_path):
+    bench = Bench(config(folder, tmp_path))
+    texts = [record["text"] for part in bench.records.values() for record in part]
+    assert len(texts) == len(set(texts)) == 120
+
+
+def test_a_language_model_is_judged_by_exact_matches(folder, tmp_path):
+    rows = [{"prompt": f"say {w}", "completion": " " + w} for w in ("one", "two", "three") for _ in range(30)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = {"task": "sft", "model": str(folder / "decoder"), "data": str(path), "metric": "exact_match"}
+    bench = Bench(config(folder, tmp_path, **values, max_steps=60))
+    result = bench.run(Trial("lora", 2e-2, 0, "final"))
+    assert result["general"]["name"] == "loss on general text"
+    assert result["general"]["before"] != result["general"]["after"]
+    assert result["test"]["exact_match"] == 1.0
+    assert bench.run(Trial("base", None, 0, "final"))["test"]["exact_match"] < 1.0
+
+
+def test_a_study_ends_and_nothing_runs_twice(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["base", "lora", "svf"], seeds=2, lrs=3)
+    bench = Bench(chosen)
+    methods, _ = candidates(chosen, bench.model)
+    ran = []
+    work(
+        chosen,
+        methods,
+        "s",
+        bench,
+        lambda result: ran.append((result["method"], result["lr"], result["kind"], result["seed"])),
+    )
+    study = Study(chosen, methods, Results(tmp_path / "trials", "s"))
+    assert study.pending() == []
+    assert len(ran) == len(set(ran))
+    assert sum(kind == "final" for _, _, kind, _ in ran) == 6
+    for method in ("lora", "svf"):
+        searched = {trial.lr: result for trial, result in study.searches(method)}
+        assert {trial.lr for trial, _ in study.finals(method)} == {best_lr(searched, chosen)}
+        assert {trial.seed for trial, _ in study.searches(method)}.isdisjoint({0, 1})
+    again = []
+    work(chosen, methods, "s", bench, again.append)
+    assert again == []
+
+
+def test_a_corrupt_result_is_named_and_runs_again(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["base"], seeds=1)
+    work(chosen, ["base"], "s", Bench(chosen))
+    results = Results(tmp_path / "trials", "s")
+    [path] = (tmp_path / "trials").glob("*.json")
+    path.write_text(path.read_text()[:100])
+    assert Study(chosen, ["base"], results).pending() == [Trial("base", None, 0, "final")]
+    assert results.corrupt == [path.name]
+    work(chosen, ["base"], "s", Bench(chosen))
+    assert Study(chosen, ["base"], Results(tmp_path / "trials", "s")).pending() == []
+
+
+def _hold(folder, ready):
+    with Results(folder, "s").claimed(Trial("lora", 0.1, 0, "final")) as mine:
+        ready.put(mine)
+        ready.get()
+
+
+def test_a_claim_ends_with_its_worker_however_it_ends(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Queue()
+    process = context.Process(target=_hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.get(timeout=60) is True
+    results, trial = Results(tmp_path, "s"), Trial("lora", 0.1, 0, "final")
+    with results.claimed(trial) as mine:
+        assert not mine
+    process.kill()
+    process.join()
+    with results.claimed(trial) as mine:
+        assert mine
+
+
+def test_a_trial_whose_workers_are_killed_again_and_again_is_given_up(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["lora"], seeds=1, lrs=1)
+    results = Results(tmp_path / "trials", "s")
+    [trial] = Study(chosen, ["lora"], results).pending()
+    for _ in range(3):
+        assert results.attempt(trial)
+    work(chosen, ["lora"], "s", Bench(chosen))
+    assert "killed" in results.get(trial)["error"]
+
+
+def test_learning_rates_go_outwards_from_the_methods_own_and_on_where_the_end_is_best():
+    chosen = CompareConfig(model="m", data="d", lrs=5)
+    tried = grid(chosen, "lora")
+    assert tried[0] == 1e-3
+    assert sorted(tried) == [1e-4, 0.00032, 1e-3, 0.0032, 0.01]
+    assert grid(chosen, "base") == []
+    assert further(chosen, "lora", tried, 1e-3) is None
+    assert further(chosen, "lora", tried, 0.01) == 0.032
+    assert further(chosen, "lora", [*tried, 0.032, 0.1], 0.1) is None
+
+
+def test_the_last_learning_rate_that_fell_behind_is_dropped(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["lora"], lrs=3, metric="accuracy")
+    results = Results(tmp_path / "trials", "s")
+    study = Study(chosen, ["lora"], results)
+    for trial, losses in zip(study.pending(), ([1.0, 0.9], [0.5, 0.4], [2.0, 1.9]), strict=True):
+        stop = study.pruner(trial)
+        stopped = [stop(rung, {"loss": loss}) for rung, loss in zip((1, 2), losses, strict=True)]
+        assert stopped[0] == (losses[0] == 2.0)
+        result = {"error": None, "pruned": any(stopped), "validation": {"loss": losses[1]}, **study.reported()}
+        results.put(trial, {"lr": trial.lr, **result})
+
+
+def test_what_cannot_be_compared(folder, tmp_path):
+    for key, value in {"lr": 1e-3, "method": "lora", "held_out": 0.1, "resume": True}.items():
+        with pytest.raises(SpectuneError, match=f"{key} is not a key of compare"):
+            config(folder, tmp_path, **{key: value})
+    with pytest.raises(SpectuneError, match="metric: exact_match does not fit task: classify"):
+        config(folder, tmp_path, metric="exact_match")
+    with pytest.raises(SpectuneError, match="leave nothing to train on"):
+        config(folder, tmp_path, validation=0.5, test=0.5)
+    with pytest.raises(SpectuneError, match="validation has 3 records"):
+        Bench(config(folder, tmp_path, validation=0.03))
+    chosen = config(folder, tmp_path, methods=["lora", "lora:rank=8"])
+    with pytest.raises(SpectuneError, match="is there twice"):
+        candidates(chosen, Bench(chosen).model)
+
+
+def test_another_comparison_in_the_folder_is_refused(folder, tmp_path):
+    chosen = config(folder, tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps(chosen.settings()))
+    check_folder(config(folder, tmp_path, seeds=7, methods=["svf"]))
+    with pytest.raises(SpectuneError, match="max_steps: 8, not 9"):
+        check_folder(config(folder, tmp_path, max_steps=9))
+    assert digest(chosen.settings()) == digest(config(folder, tmp_path, workers=2).settings())
+
+
+def test_a_budget_sets_ranks(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["lora", "svf"], budget="4k")
+    bench = Bench(chosen)
+    methods, notes = candidates(chosen, bench.model)
+    assert methods[0].startswith("lora:rank=")
+    assert methods[1] == "svf"
+    assert bench.run(Trial(methods[0], 1e-2, 0, "search"))["trainable_parameters"] < 4000 + 200
+    tight, notes = candidates(config(folder, tmp_path, methods=["svf"], budget="10"), bench.model)
+    assert tight == ["svf"]
+    assert "cannot be made as small as 10" in notes[0]

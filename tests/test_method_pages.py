@@ -1,0 +1,41 @@
+"""The pages of docs/methods say what the code does."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from spectune.methods import METHODS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_with_its_options_and_a_picture(name, figures):
+    text = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    assert figures.options(METHODS[name]) in text
+    assert METHODS[name].paper.removeprefix("arXiv:") in text
+    assert (DOCS / "images" / "methods" / f"{name}.svg").is_file()
+    assert f"methods/{name}.md" in (DOCS / "methods.md").read_text(encoding="utf-8")
+
+
+def test_every_option_is_described(figures):
+    for method in METHODS.values():
+        assert "|  |" not in figures.options(method)
+
+
+def test_what_is_between_the_marks_is_written_anew(figures, monkeypatch):
+    monkeypatch.setattr(figures, "figures", lambda method: "new")
+    monkeypatch.setattr(figures, "study", lambda method: "")
+    page = "a\n<!-- figures -->\nold\n<!-- end -->\n<!-- study -->\n<!-- end -->\nb\n"
+    once = figures.filled(page, METHODS["svf"])
+    assert once == "a\n<!-- figures -->\n\nnew\n\n<!-- end -->\n<!-- study -->\n<!-- end -->\nb\n"
+    assert figures.filled(once, METHODS["svf"]) == once
