@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -125,7 +126,11 @@ def main() -> None:
                 key = f"{name} {n_in}x{n_out} {str(dtype).removeprefix('torch.')}"
                 results[key] = ratio_of(sides, arguments.rounds)
                 print(key, results[key], flush=True)
-    save("kernels", {"rows": arguments.rows, "rank": RANK, "rounds": arguments.rounds, "results": results})
+    versions = {"triton": metadata.version("triton")}
+    save(
+        "kernels",
+        {"versions": versions, "rows": arguments.rows, "rank": RANK, "rounds": arguments.rounds, "results": results},
+    )
 
 
 if __name__ == "__main__":

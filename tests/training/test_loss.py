@@ -1,5 +1,8 @@
 """The chunked cross-entropy against the model's own logits."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,3 +91,87 @@ def test_no_logits_of_all_positions_are_made(monkeypatch):
         cross_entropy_sum(model, inputs, labels)
     assert labels.numel() > 2
     assert not [shape for shape in largest if shape[-1:] == (40,) and shape[:-1].numel() >= labels.numel()]
+
+
+def cut_cross_entropy(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False):
+    """What the package of this name computes, with its signature's names."""
+    return F.cross_entropy((e @ c.T).float(), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def liger(input, weight, target, bias=None, ce_weight=None, ignore_index=-100, reduction="mean"):
+    return F.cross_entropy((input @ weight.T).float(), target, ignore_index=ignore_index, reduction=reduction)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Take the CPU for a GPU, with neither package; return how to install one that notes what it is given."""
+    calls = []
+
+    def install(name, true):
+        def function(*args, **kwargs):
+            calls.append((name, args, kwargs))
+            return true(*args, **kwargs)
+
+        module = ModuleType(name)
+        setattr(module, FUNCTIONS[name], function)
+        monkeypatch.setitem(sys.modules, name, module)
+        loss_module._installed.cache_clear()
+        return calls
+
+    for name in FUNCTIONS:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(loss_module, "_takes_kernels", lambda hidden: True)
+    loss_module._installed.cache_clear()
+    yield install
+    loss_module._installed.cache_clear()
+
+
+CUT, LIGER = "cut_cross_entropy", "liger_kernel.transformers.functional"
+FUNCTIONS = {CUT: "linear_cross_entropy", LIGER: "liger_fused_linear_cross_entropy"}
+
+
+@pytest.mark.parametrize(("names", "dtype", "taken"), [
+    ((CUT, LIGER), torch.bfloat16, CUT),
+    ((CUT, LIGER), torch.float32, LIGER),
+    ((LIGER,), torch.bfloat16, LIGER),
+    ((CUT,), torch.float32, None),
+    ((), torch.bfloat16, None),
+])  # fmt: skip
+def test_which_package_sums_the_loss(names, dtype, taken, as_on_a_gpu):
+    calls = []
+    for name in names:
+        calls = as_on_a_gpu(name, cut_cross_entropy if name == CUT else liger)
+    model = spectune.adapt(make_model().to(dtype), "lora:rank=2").train()
+    inputs, labels = batch(model)
+    ours, theirs = cross_entropy_sum(model, inputs, labels), reference(model, inputs, labels)
+    close = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours, theirs, **close)
+    torch.testing.assert_close(gradients(model, 3 * ours), gradients(model, 3 * theirs), atol=0.1, rtol=0.1)
+    assert [name for name, *_ in calls] == ([taken] if taken else [])
+    for _, (hidden, weight, targets), options in calls:
+        wanted = labels[labels != IGNORE]
+        assert torch.equal(targets, wanted)
+        assert hidden.shape == (len(wanted), weight.shape[1])
+        assert weight is model.lm_head.weight
+        assert options == {"reduction": "sum"}
+
+
+@pytest.mark.parametrize("make", [granite, with_an_adapted_head, all_trained])
+def test_no_package_is_asked_where_the_product_is_not_the_models_answer(make, as_on_a_gpu):
+    calls = as_on_a_gpu(LIGER, liger)
+    model = make().train()
+    inputs, labels = batch(model)
+    torch.testing.assert_close(cross_entropy_sum(model, inputs, labels), reference(model, inputs, labels))
+    assert not calls
+
+
+def test_no_package_is_asked_about_nothing(as_on_a_gpu):
+    calls = as_on_a_gpu(LIGER, liger)
+    model = spectune.adapt(make_model(), "lora:rank=2").train()
+    inputs, labels = batch(model)
+    assert cross_entropy_sum(model, inputs, torch.full_like(labels, IGNORE)) == 0
+    assert not calls
+
+
+def test_the_cpu_keeps_to_its_own_sum():
+    assert not loss_module._takes_kernels(torch.zeros(1))

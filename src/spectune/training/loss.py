@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
 from typing import Any
 from weakref import WeakSet
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spectune.layers.kernels import switched_off
 from spectune.training.batches import IGNORE
 
 _CHUNK = 1 << 22  # logits held at once: 16 MiB of float32, and 16 times that on an accelerator
@@ -22,8 +25,9 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
     """Return the sum over positions of -log p(label).
 
     Where the output embedding is frozen and the model returns its product as it is, logits are made, and their gradient
-    taken, a few positions at a time; only the gradient of the hidden states is kept.  Elsewhere (soft-capped or scaled
-    logits, an adapter or a shard in that place) the model's own logits are used.
+    taken, a few positions at a time; only the gradient of the hidden states is kept.  On a GPU cut_cross_entropy, or
+    else liger_kernel, does that where it is installed.  Elsewhere (soft-capped or scaled logits, an adapter or a shard
+    in that place) the model's own logits are used.
 
     Args:
         model: a causal language model.
@@ -35,7 +39,7 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
     if isinstance(hidden, Tensor):
         wanted = targets != IGNORE
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        return _Chunked.apply(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])  # type: ignore[return-value]
+        return _summed(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, -2)
     return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
 
@@ -64,6 +68,30 @@ def _unchanged(hidden: Tensor) -> Tensor:
     marked = hidden.view(hidden.shape)
     marked._spectune_hidden = True  # type: ignore[attr-defined]
     return marked
+
+
+def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of -log p(target) for hidden states (n x size) and a frozen weight (words x size)."""
+    if len(hidden) and hidden.dtype == weight.dtype and _takes_kernels(hidden):
+        half = hidden.dtype in (torch.bfloat16, torch.float16)  # all that cut_cross_entropy differentiates
+        if half and (cut := _installed("cut_cross_entropy", "linear_cross_entropy")):
+            return cut(hidden, weight, targets, reduction="sum")
+        if liger := _installed("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"):
+            return liger(hidden, weight, targets, reduction="sum")
+    return _Chunked.apply(hidden, weight, targets)  # type: ignore[return-value]
+
+
+def _takes_kernels(hidden: Tensor) -> bool:
+    return hidden.is_cuda and not switched_off() and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+
+
+@cache
+def _installed(module: str, name: str) -> Callable[..., Tensor] | None:
+    """Return a function of a package, or None where it is not installed or does not load."""
+    try:
+        return getattr(import_module(module), name, None)
+    except Exception:  # whatever a broken installation raises
+        return None
 
 
 class _Chunked(torch.autograd.Function):

@@ -22,6 +22,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 1024  # sums over rows are split until there are about so many programs
 
 
+def switched_off() -> bool:
+    """Whether the user keeps to PyTorch: `SPECTUNE_KERNELS=off`."""
+    return os.environ.get("SPECTUNE_KERNELS") == "off"
+
+
 def kernels(name: str, *tensors: Tensor) -> Any | None:
     """Return the module `name` of this package if its kernels answer for these tensors, else None.
 
@@ -30,7 +35,7 @@ def kernels(name: str, *tensors: Tensor) -> Any | None:
         tensors: all operands, on one device.
     """
     device = tensors[0].device
-    if not (device.type == "cuda" or INTERPRETED) or os.environ.get("SPECTUNE_KERNELS") == "off":
+    if not (device.type == "cuda" or INTERPRETED) or switched_off():
         return None
     plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype in _DTYPES and t.device == device for t in tensors)
     return _working(name, device) if plain and not torch.compiler.is_compiling() else None
