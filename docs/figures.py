@@ -8,6 +8,7 @@ Between `<!-- options -->`, `<!-- figures -->` or `<!-- study -->` and its `<!--
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -45,9 +46,7 @@ def load(name: str) -> dict[str, Any] | None:
 def timed() -> dict[str, str]:
     """Return the methods that benchmarks/train_step.py runs, by the name that its results have."""
     sys.path.insert(0, str(BENCHMARKS))
-    from train_step import OURS
-
-    return OURS
+    return importlib.import_module("train_step").OURS
 
 
 def figures(method: type[Method]) -> str:
