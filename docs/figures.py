@@ -86,14 +86,18 @@ def study(method: type[Method]) -> str:
         for entry in report["methods"]:
             if entry["method"] in ("base", "full") or parse(entry["method"]).name != method.name:
                 continue
-            cells = [report.get("label", path.parent.name), f"`{entry['method']}`", report.get("metric", "")]
-            low, high = entry.get("interval") or (None, None)
-            spread = f" ({low:.3g} to {high:.3g})" if low is not None else ""
-            cells.append("" if entry.get("mean") is None else f"{entry['mean']:.3g}{spread}")
+            if not entry["ran"]:
+                continue
+            found = entry["metric"]
+            spread = "" if found["low"] is None else f" ({found['low']:.3g} to {found['high']:.3g})"
+            cells = [report["label"], f"`{entry['method']}`", report["metric"], f"{found['mean']:.3g}{spread}"]
+            cells.append(f"{entry['lr']:.2g}")
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return ""
-    return "\n".join(["| task | method | measure | mean (95% interval) |", "|---|---|---|---|", *lines])
+    return "\n".join(
+        ["| study | method | measure | mean (95% interval) | learning rate |", "|---|---|---|---|---|", *lines]
+    )
 
 
 def filled(text: str, method: type[Method]) -> str:
