@@ -1,6 +1,7 @@
 """The pages of docs/methods say what the code does."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_what_is_between_the_marks_is_written_anew(figures, monkeypatch):
     once = figures.filled(page, METHODS["svf"])
     assert once == "a\n<!-- figures -->\n\nnew\n\n<!-- end -->\n<!-- study -->\n<!-- end -->\nb\n"
     assert figures.filled(once, METHODS["svf"]) == once
+
+
+def test_the_study_is_read(figures, monkeypatch, tmp_path):
+    found = {"method": "svf", "ran": True, "lr": 0.02, "metric": {"mean": 0.75, "low": 0.7, "high": 0.8}}
+    report = {"label": "reviews", "metric": "accuracy", "methods": [found, {**found, "method": "full"}]}
+    path = tmp_path / "study" / "results" / "reviews" / "report.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(report), encoding="utf-8")
+    monkeypatch.setattr(figures, "BENCHMARKS", tmp_path)
+    assert figures.study(METHODS["svf"]).endswith("| reviews | `svf` | accuracy | 0.75 (0.7 to 0.8) | 0.02 |")
+    assert figures.study(METHODS["lora"]) == ""
