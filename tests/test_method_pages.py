@@ -44,10 +44,15 @@ def test_what_is_between_the_marks_is_written_anew(figures, monkeypatch):
 
 def test_the_study_is_read(figures, monkeypatch, tmp_path):
     found = {"method": "svf", "ran": True, "lr": 0.02, "metric": {"mean": 0.75, "low": 0.7, "high": 0.8}}
-    report = {"label": "reviews", "metric": "accuracy", "methods": [found, {**found, "method": "full"}]}
+    report = {
+        "label": "reviews",
+        "metric": "accuracy",
+        "percent": True,
+        "methods": [found, {**found, "method": "full"}],
+    }
     path = tmp_path / "study" / "results" / "reviews" / "report.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(report), encoding="utf-8")
     monkeypatch.setattr(figures, "BENCHMARKS", tmp_path)
-    assert figures.study(METHODS["svf"]).endswith("| reviews | `svf` | accuracy | 0.75 (0.7 to 0.8) | 0.02 |")
+    assert figures.study(METHODS["svf"]).endswith("| reviews | `svf` | 0.02 | accuracy, % | 75 (70 to 80) |")
     assert figures.study(METHODS["lora"]) == ""
