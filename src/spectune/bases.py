@@ -98,8 +98,12 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def model_path(name: str | os.PathLike[str]) -> str:
+def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> str:
     """Return what `from_pretrained` takes for an embedded name (converted once and cached), a folder or a hub id.
+
+    Args:
+        name: of the model.
+        dtype: to keep an embedded model's weights in, so that loading it there takes no more memory than it does.
 
     Raises:
         SpectuneError: a folder that is not there.
@@ -108,7 +112,7 @@ def model_path(name: str | os.PathLike[str]) -> str:
     if text in EMBEDDED:
         embedded = EMBEDDED[text]
         file = package_file(embedded.package, embedded.file)
-        return str(_converted(text, file) if embedded.gguf else file.parent)
+        return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
     if Path(text).is_dir():
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -147,8 +151,8 @@ def load_base(
     """
     import transformers
 
-    path = model_path(name)
     wanted = resolve_dtype(dtype, device or "cpu")
+    path = model_path(name, wanted)
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -203,13 +207,15 @@ def auto_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _converted(name: str, gguf: Path) -> Path:
-    """Return the folder of a GGUF model as safetensors, converting it the first time.
+def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
+    """Return the folder of a GGUF model as safetensors in a dtype, converting it the first time.
 
     Several processes may do so at once: each converts into a folder of its own, and the first to finish is kept.
     """
     version = metadata.version(EMBEDDED[name].package)
-    target = cache_dir() / "models" / f"{name}-{version}"
+    whole = dtype == torch.float32
+    suffix = "" if whole else f"-{str(dtype).rpartition('.')[2]}"
+    target = cache_dir() / "models" / f"{name}-{version}{suffix}"
     if (target / "config.json").is_file():
         return target
     import transformers
@@ -220,13 +226,16 @@ def _converted(name: str, gguf: Path) -> Path:
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
     except OSError:  # read-only cache: go without
         temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
+    source = gguf.parent if whole else _converted(name, gguf, torch.float32)
+    options: dict[str, Any] = {"gguf_file": gguf.name} if whole else {}
     with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         causal: Any = transformers.AutoModelForCausalLM
-        model = causal.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model = causal.from_pretrained(source, dtype=dtype, **options)
     model.config._name_or_path = name
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    if whole:
+        del model.config.quantization_config
+        model.hf_quantizer = None
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if temporary != target:
