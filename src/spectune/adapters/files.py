@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -169,30 +169,18 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         SpectuneError: the file cannot be made or locked.
     """
+    lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        lock.acquire()
     except OSError as error:
         raise SpectuneError(f"{path} cannot be written: {error.strerror}") from None
+    except NotImplementedError:
+        raise SpectuneError(f"{path} cannot be locked: use a file system that has locks") from None
     try:
-        _lock(handle, path)
         yield
     finally:
-        os.close(handle)
-
-
-def _lock(handle: int, path: Path) -> None:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        raise SpectuneError(f"{path} cannot be locked ({error.strerror}): use a file system that has locks") from None
+        lock.release()
 
 
 def publish(folder: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from spectune.training.attention import packed_attention
 from spectune.training.config import TrainConfig
 from spectune.training.data import Record, read, split
 from spectune.training.progress import is_measure
-from spectune.training.run import prepare, training_arguments
+from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
 
 LEAST = 8  # records that validation and test need each
@@ -53,15 +53,14 @@ class Bench:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
-        self._task = make_task(config)
+        task = make_task(config)
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, self._task)
-        held = config.seed
+        records = read(config.data, task)
         if config.test_data is not None:
-            test = read(config.test_data, self._task)
+            test = read(config.test_data, task)
         else:
-            records, test = _parts(records, config.test, "test", held)
-        records, validation = _parts(records, config.validation, "validation", held)
+            records, test = _parts(records, config.test, "test", config.seed)
+        records, validation = _parts(records, config.validation, "validation", config.seed)
         self.records = {"train": records, "validation": validation, "test": test}
         for name, part in self.records.items():
             if len(part) < LEAST:
@@ -69,12 +68,12 @@ class Bench:
                     f"{name} has {len(part)} records, and says nothing below {LEAST}: give more data or a larger share"
                 )
         self.model: Any
-        self.model, self.tokenizer = self._task.load(records, [*validation, *test])
+        self.model, self.tokenizer = task.load(records, [*validation, *test])
         self.model.requires_grad_(False)
         # a layer that the task needs and the model does not have trains with every method
         self.has_new_head = any(getattr(module, FRESH, False) for module in self.model.modules())
-        limit = min(config.max_length, getattr(self.model.config, "max_position_embeddings", config.max_length))
-        encoded = {k: self._task.encode(part, self.model, self.tokenizer, limit) for k, part in self.records.items()}
+        limit = token_limit(config, self.model)
+        encoded = {k: task.encode(part, self.model, self.tokenizer, limit) for k, part in self.records.items()}
         self.examples = {name: part.examples for name, part in encoded.items()}
         self.cut = {name: part.cut for name, part in encoded.items()}
         learned = self.examples["train"]
@@ -192,20 +191,17 @@ class Bench:
         model.eval()
         found: dict[str, Any] = {}
         chosen: list[int] = []  # labels, in the order of the examples
-        watch = model.register_forward_hook(lambda module, inputs, out: chosen.extend(out.logits.argmax(-1).tolist()))
+        classifies = self.config.task == "classify"
         with packed_attention(model):
-            for name in ("test", "train"):
-                measured = trainer.evaluate(
-                    self.examples["sample" if name == "train" else name], metric_key_prefix=name
-                )
-                found[name] = _measures(measured, name)
-                watch.remove()
+            with _labels(model, chosen) if classifies else nullcontext():
+                found["test"] = _measures(trainer.evaluate(self.examples["test"], metric_key_prefix="test"), "test")
+            found["train"] = _measures(trainer.evaluate(self.examples["sample"], metric_key_prefix="train"), "train")
         if self.config.measure == "exact_match":
             for name in ("train", "test"):
                 records = self.records[name][: None if name == "test" else len(self.examples["sample"])]
                 found["right"] = exact_matches(model, self.tokenizer, records)
                 found[name]["exact_match"] = sum(found["right"]) / len(records)
-        elif self.config.task == "classify":
+        elif classifies:
             found["right"] = [int(a == e["labels"]) for a, e in zip(chosen, self.examples["test"], strict=True)]
         if self.general is not None and self._before is not None:
             after = states_or_loss(model, self.tokenizer, self.general)
@@ -222,6 +218,16 @@ class Bench:
                     size = sum(path.stat().st_size for path in Path(folder).iterdir())
             self._bytes[method] = size
         return self._bytes[method]
+
+
+@contextmanager
+def _labels(model: nn.Module, chosen: list[int]) -> Iterator[None]:
+    """Within the context, add the labels that a classifier chooses to a list."""
+    watch = model.register_forward_hook(lambda module, inputs, out: chosen.extend(out.logits.argmax(-1).tolist()))
+    try:
+        yield
+    finally:
+        watch.remove()
 
 
 class _Rungs(TrainerCallback):

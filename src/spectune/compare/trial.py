@@ -55,15 +55,18 @@ class Results:
         self.folder = folder
         self.settings = settings
         self.corrupt: list[str] = []
+        self._known: dict[Trial, dict[str, Any]] = {}  # results do not change
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, trial: Trial) -> dict[str, Any] | None:
         """Return a trial's result, or None; a file that cannot be read is set aside, and its trial is to run again."""
+        if trial in self._known:
+            return self._known[trial]
         path = self._path(trial)
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["settings"] == self.settings and result["trial"] == vars(trial):
-                return result
+                return self._known.setdefault(trial, result)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):

@@ -128,7 +128,7 @@ def _train(
         checkpoint = _checkpoint(output, console) if config.resume else None
         if checkpoint is not None:
             _report_changes(config, output, console)
-    limit = min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
+    limit = token_limit(config, model)
     task = make_task(config)
     learned = task.encode(records, model, tokenizer, limit)
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
@@ -191,6 +191,11 @@ def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
             "method out to go on from it"
         )
     return config.model_copy(update={"method": to_text(methods[0])})
+
+
+def token_limit(config: TrainConfig, model: Any) -> int:
+    """Return how many tokens of an example are used: max_length, or the model's context if that is less."""
+    return min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
 
 
 def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) -> None:
