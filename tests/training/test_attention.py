@@ -43,6 +43,34 @@ def test_logits_and_gradients_are_those_of_the_mask(checkpointing, sharing):
     torch.testing.assert_close(tokens, model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_model_in_bf16_learns_through_attention_in_fp32(packs, monkeypatch):
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, mask=None, *args, **kwargs):
+        mask = kwargs.get("attn_mask", mask)
+        seen.append({t.dtype for t in (query, key, value, mask) if t is not None and t.dtype != torch.bool})
+        return attend(query, key, value, *(() if "attn_mask" in kwargs else (mask,)), *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = make_model().bfloat16().train()
+    collate = Packer(model, 0)
+    with packed_attention(model):
+        examples = encode(RECORDS, make_tokenizer(), 32).examples
+        inputs = collate(examples) if packs else collate._padded(examples)
+        inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits
+        assert seen and all(dtypes == {torch.float32} for dtypes in seen)
+        seen.clear()
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)  # answers cost no more for it
+    assert logits.dtype == torch.bfloat16
+    exact = model.float()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits.float(), exact, atol=0.1, rtol=0.05)
+
+
 def test_where_it_would_differ_nothing_changes():
     windowed = MistralForCausalLM(
         MistralConfig(

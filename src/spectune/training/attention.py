@@ -1,7 +1,7 @@
 """Attention within each example of a packed row, at the cost of the examples and not of the row.
 
 With a block-diagonal mask, attention on a CPU computes the whole square of the row.  Here each example attends to
-itself in a call of its own.
+itself in a call of its own, and where a model in bf16 learns, in fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "spectune_packed"
+_PROCESSOR = ("cpu", "meta")  # what stands on the meta device is counted as a processor's
+_SHORT = 512  # tokens; the backward pass of such attention in bf16 takes a CPU up to three times as long as in fp32
 
 
 def _attention(
@@ -42,16 +44,30 @@ def _attention(
         cu_seq_lens_q: (examples + 1), where each example begins, and the end.
         kwargs: what else models pass.
     """
-    if cu_seq_lens_q is None or len(query) != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    lengths = cu_seq_lens_q.diff().tolist() if cu_seq_lens_q is not None and len(query) == 1 else None
+    dtype = query.dtype
+    low = dtype in (torch.bfloat16, torch.float16) and query.device.type in _PROCESSOR
+    if low and query.requires_grad and max(lengths or query.shape[2:3]) <= _SHORT:
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+    if lengths is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    else:
+        out = _each(query, key, value, lengths, dropout, scaling)
+    return out.to(dtype), None
+
+
+def _each(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scaling: float | None
+) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    lengths = cu_seq_lens_q.diff().tolist()
     rest = query.shape[2] - sum(lengths)  # padding, which attends to nothing
     cut = [t.split([*lengths, rest], 2) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
     parts = list(zip(*cut, strict=True))[: len(lengths)]
     each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
     out = torch.cat(each, 2)
-    return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2), None
+    return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
@@ -74,7 +90,7 @@ def packed_attention(model: Any) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa" and is_full(config) and model.device.type in ("cpu", "meta"):
+    if before == "sdpa" and is_full(config) and model.device.type in _PROCESSOR:
         config._attn_implementation = NAME
     try:
         yield
