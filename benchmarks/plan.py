@@ -36,6 +36,7 @@ from _machine import save
 from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.plan import plan
 from spectune.reports.probe import clock
+from spectune.training.recompute import checkpoint_activations
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]
@@ -53,6 +54,8 @@ def model_for(name: str, method: str, dtype: str) -> Any:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     elif method != "full":
         spectune.adapt(model, method, factored=True)
+    if method != "floor":
+        checkpoint_activations(model, BATCH.gradient_checkpointing)
     return model.train()
 
 

@@ -1,6 +1,7 @@
 """A step that is counted on the meta device does what the real one does."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from spectune.reports.batch import Batch, loss_of, make_inputs, training_attenti
 from spectune.reports.machine import Machine
 from spectune.reports.step import _pass, measure
 from spectune.targets import resolve
+from spectune.training.recompute import checkpoint_activations
 
 
 def addmm_flop(out, a, b, **_):
@@ -22,7 +24,7 @@ def addmm_flop(out, a, b, **_):
 
 METHODS = ["lora:rank=2", "svf", "svft:pattern=banded,width=2", "svft:pattern=top_k,width=2", "pissa:rank=4"]
 METHODS += ["lora_xs:rank=4", "dora:rank=2", "dora:inner=svf", "adalora:rank=2", "vera:rank=8"]
-BATCH = Batch(2, 8)
+BATCH = Batch(2, 8, gradient_checkpointing=False)
 
 
 def llama(layers=2):
@@ -40,14 +42,17 @@ def methods_of(model, text):
 
 
 @pytest.mark.parametrize("text", METHODS)
-def test_flops_are_those_of_a_real_step(text):
+@pytest.mark.parametrize("again", [False, "light", True])
+def test_flops_are_those_of_a_real_step(text, again):
     real = spectune.adapt(llama(), text, factored=True).train()
+    checkpoint_activations(real, again)
     in_place = {torch.ops.aten.addmm_: lambda *shapes, out_shape=None, **_: addmm_flop(*shapes)}
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter, training_attention(real):
         loss_of(real, make_inputs(real, BATCH)).backward()
     meta = llama().to("meta")
-    assert cost(meta, methods_of(meta, text)).flops == counter.get_total_flops()
+    batch = replace(BATCH, gradient_checkpointing=again)
+    assert cost(meta, methods_of(meta, text), batch).flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("text", ["floor", "full", *METHODS])
@@ -75,11 +80,24 @@ def test_what_is_held_is_at_least_what_autograd_saves(text):
     assert least <= found <= 2 * least
 
 
-@pytest.mark.parametrize("text", ["floor", "full", "lora:rank=2", "svf", "dora:rank=2"])
-def test_two_short_models_tell_of_a_deep_one(text):
+def test_what_is_computed_again_is_not_held():
     model = llama(7).to("meta")
+    chosen = methods_of(model, "lora:rank=2")
+    everything, light, blocks = (
+        cost(model, chosen, Batch(4, 64, gradient_checkpointing=how)) for how in (False, "light", True)
+    )
+    assert everything.saved > 1.5 * light.saved > 3 * blocks.saved
+    assert everything.flops < light.flops < 1.1 * everything.flops < blocks.flops  # attention alone is computed again
+    assert everything.seconds < light.seconds < blocks.seconds
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("again", [False, "light", True])
+@pytest.mark.parametrize("text", ["floor", "full", "lora:rank=2", "svf", "dora:rank=2"])
+def test_two_short_models_tell_of_a_deep_one(text, again):
+    model, batch = llama(7).to("meta"), replace(BATCH, gradient_checkpointing=again)
     chosen = text if text in ("floor", "full") else methods_of(model, text)
-    short, whole = cost(model, chosen), _pass(model, chosen, BATCH, torch.float32, Machine())
+    short, whole = cost(model, chosen, batch), _pass(model, chosen, batch, torch.float32, Machine())
     assert short.flops == pytest.approx(whole.flops)
     assert short.activations == pytest.approx(whole.activations, rel=0.02)
     assert short.seconds == pytest.approx(whole.seconds, rel=0.02)
@@ -94,7 +112,8 @@ def test_blocks_that_differ_are_all_passed():
 def test_cost_is_affine_in_the_rows():
     model = llama().to("meta")
     # padding of the rows that the loss takes at once is in steps of 32
-    two, three, five = (cost(model, methods_of(model, "lora:rank=2"), Batch(4 * n, 9)) for n in (2, 3, 5))
+    chosen, batches = methods_of(model, "lora:rank=2"), [replace(BATCH, rows=4 * n, length=9) for n in (2, 3, 5)]
+    two, three, five = (cost(model, chosen, batch) for batch in batches)
     assert two.extended(three, 3).activations == pytest.approx(five.activations, rel=0.02)
     assert two.extended(three, 3).flops == pytest.approx(five.flops)
 
@@ -119,7 +138,7 @@ def test_the_model_comes_back_as_it_was():
 def test_logits_where_the_loss_is_hold_less():
     model = llama().to("meta")
     chosen = methods_of(model, "lora:rank=2")
-    assert cost(model, chosen, Batch(2, 8, 0.25)).activations < cost(model, chosen).activations
+    assert cost(model, chosen, replace(BATCH, supervised=0.25)).activations < cost(model, chosen).activations
 
 
 @pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a not in ("clip", "mixtral")])

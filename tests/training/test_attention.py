@@ -61,11 +61,13 @@ def test_a_model_in_bf16_learns_through_attention_in_fp32(packs, monkeypatch):
         inputs = collate(examples) if packs else collate._padded(examples)
         inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
-        assert seen and all(dtypes == {torch.float32} for dtypes in seen)
+        assert seen
+        assert all(dtypes == {torch.float32} for dtypes in seen)
         seen.clear()
         with torch.no_grad():
             model(**inputs, use_cache=False)
-    assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)  # answers cost no more for it
+    assert seen
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
     assert logits.dtype == torch.bfloat16
     exact = model.float()(**inputs, use_cache=False).logits
     torch.testing.assert_close(logits.float(), exact, atol=0.1, rtol=0.05)

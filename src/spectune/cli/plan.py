@@ -23,6 +23,9 @@ def plan(
     batch_size: int = typer.Option(8, min=1, help="Sequences on each device."),
     length: int = typer.Option(512, min=1, help="Tokens of a sequence."),
     supervised: float = typer.Option(1.0, help="Share of the positions with a loss, in (0, 1]."),
+    gradient_checkpointing: str = typer.Option(
+        "light", metavar="light|true|false", help="What the backward pass computes again, as in train."
+    ),
     precision: list[str] = typer.Option(
         [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."
     ),
@@ -37,6 +40,7 @@ def plan(
     from spectune.reports.plan import PRECISIONS, parse_devices
     from spectune.reports.plan import plan as make
 
+    again: Any = {"true": True, "false": False}.get(gradient_checkpointing, gradient_checkpointing)
     found = make(
         model,
         method,
@@ -46,6 +50,7 @@ def plan(
         batch_size=batch_size,
         length=length,
         supervised=supervised,
+        gradient_checkpointing=again,
         precisions=precision or PRECISIONS,
         devices=parse_devices(devices),
         memory=memory,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from spectune.training.attention import packed_attention
 from spectune.training.batches import Packer
@@ -20,17 +19,19 @@ from spectune.training.loss import cross_entropy_sum
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model in a step, on each device.
+    """What goes through the model in a step, on each device, and how.
 
     Args:
         rows: sequences.
         length: tokens of each; for an image model it has no meaning.
         supervised: share of the positions that a causal model computes logits and the loss at.
+        gradient_checkpointing: what the backward pass computes again, as in `spectune train`.
     """
 
     rows: int = 8
     length: int = 512
     supervised: float = 1.0
+    gradient_checkpointing: bool | Literal["light"] = "light"
 
 
 def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
@@ -80,7 +81,7 @@ def training_attention(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(packed_attention(model))
         if model.device.type == "meta":
-            stack.enter_context(_Fused())
+            stack.enter_context(_whole_attention())
         try:
             yield
         finally:
@@ -88,17 +89,27 @@ def training_attention(model: Any) -> Iterator[None]:
                 del module.__dict__[looks]
 
 
-class _Fused(TorchFunctionMode):
-    """On the meta device PyTorch takes attention apart; a CPU does so with dropout or a trained mask only."""
+@contextmanager
+def _whole_attention() -> Iterator[None]:
+    """On the meta device PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-            if dropout == 0 and (mask is None or not mask.requires_grad):
-                return _fused(*args, **kwargs)
-        return func(*args, **kwargs)
+    The function is replaced, since what handles calls (TorchFunctionMode) sees none of those that a checkpointed block
+    makes in the backward pass.
+    """
+    attend = F.scaled_dot_product_attention
+
+    def attend_whole(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
+        dropout = kwargs.get("dropout_p", args[3] if len(args) > 3 else 0.0)
+        if query.is_meta and dropout == 0 and (mask is None or not mask.requires_grad):
+            return _fused(query, *args, **kwargs)
+        return attend(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attend_whole  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attend
 
 
 def _fused(

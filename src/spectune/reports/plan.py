@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from spectune.errors import SpectuneError
 from spectune.methods import METHODS, Method
@@ -44,7 +44,7 @@ class Plan:
         return {
             "model": self.model,
             "parameters": self.parameters,
-            "batch": {"rows": self.batch.rows, "length": self.batch.length, "supervised": self.batch.supervised},
+            "batch": asdict(self.batch),
             "times": timed,
             "threads": self.machine.threads,
             "floor_seconds": self.floor_seconds,
@@ -63,6 +63,7 @@ def plan(
     batch_size: int = 8,
     length: int = 512,
     supervised: float = 1.0,
+    gradient_checkpointing: bool | Literal["light"] = "light",
     precisions: Sequence[str] = PRECISIONS,
     devices: Iterable[int] = (1,),
     memory: str | int | None = None,
@@ -86,6 +87,7 @@ def plan(
         batch_size: sequences on each device.
         length: tokens of a sequence.
         supervised: share of the positions that a causal model computes logits and the loss at, in (0, 1].
+        gradient_checkpointing: what the backward pass computes again, as in `spectune train`.
         precisions: of "fp32", "bf16" and "4bit" (NF4 with doubly quantized scales; adapters in float32).
         devices: numbers of devices, with FSDP2.
         memory: of a device, such as "24GB": adds the largest batch that fits.
@@ -98,7 +100,8 @@ def plan(
         SpectuneError: an unknown model or method, a layer that cannot take one that was asked for, a malformed size,
             a budget that nothing keeps, or a memory that does not hold the weights.
     """
-    batch, devices = _checked(batch_size, length, supervised, precisions), _checked_devices(devices)
+    batch, devices = Batch(batch_size, length, supervised, gradient_checkpointing), _checked_devices(devices)
+    _check(batch, precisions)
     room = None if memory is None else parse_bytes(memory)
     limit = None if budget is None else parse_count(budget)
     config = find_config(model, trust_remote_code=trust_remote_code)
@@ -129,15 +132,16 @@ def plan(
     return Plan(model, total, batch, machine, planner.floors(), rows, planner.notes)
 
 
-def _checked(rows: int, length: int, supervised: float, precisions: Sequence[str]) -> Batch:
-    if rows < 1 or length < 1:
-        raise SpectuneError(f"batch_size and length must be at least 1, not {rows} and {length}")
-    if not 0 < supervised <= 1:
-        raise SpectuneError(f"supervised must be a share in (0, 1], not {supervised}")
+def _check(batch: Batch, precisions: Sequence[str]) -> None:
+    if batch.rows < 1 or batch.length < 1:
+        raise SpectuneError(f"batch_size and length must be at least 1, not {batch.rows} and {batch.length}")
+    if not 0 < batch.supervised <= 1:
+        raise SpectuneError(f"supervised must be a share in (0, 1], not {batch.supervised}")
+    if batch.gradient_checkpointing not in (True, False, "light"):
+        raise SpectuneError(f"gradient_checkpointing must be light, true or false, not {batch.gradient_checkpointing}")
     for precision in precisions:
         if precision not in DTYPES:
             raise SpectuneError(f"unknown precision {precision!r} (known: {', '.join(PRECISIONS)})")
-    return Batch(rows, length, supervised)
 
 
 def parse_devices(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from spectune.reports.batch import Batch, loss_of, make_inputs, training_attenti
 from spectune.reports.machine import Machine
 from spectune.reports.tally import Tally
 from spectune.spectral import SVD, OneSided, Request
+from spectune.training.recompute import checkpoint_activations, keep_activations
 
 _ADAM = 7  # times that a fused AdamW reads or writes the size of a tensor
 _SCORES = 24  # and AdaLoRA's scores more
@@ -86,8 +87,10 @@ def measure(
         first, second = passed(few), passed(few + 1)
         grown, saved = second.activations - first.activations, second.saved - first.saved
         # a short model may hold most elsewhere than a deep one, which does where the backward pass begins
-        if abs(grown - saved) <= 0.02 * saved or few + 1 >= len(blocks):
-            return first.extended(second, len(blocks) - few)
+        whole = first.extended(second, len(blocks) - few)
+        elsewhere = grown == 0 and whole.activations > 2 * whole.saved  # at the logits, say, however deep it is
+        if elsewhere or abs(grown - saved) <= 0.02 * saved or few + 1 >= len(blocks):
+            return whole
         few = min(3 * few, len(blocks) - 1)
 
 
@@ -119,6 +122,7 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
     before = next(model.parameters()).dtype
     model.to(dtype).train()
     hooks = []
+    recomputes = methods != "floor" and model.supports_gradient_checkpointing
     try:
         if not isinstance(methods, str):
             _adapt(model, methods)
@@ -128,6 +132,8 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
             hooks = [
                 e.register_forward_hook(lambda module, inputs, out: out.requires_grad_()) for e in _inputs_of(model)
             ]
+        if recomputes:
+            checkpoint_activations(model, batch.gradient_checkpointing)
         with training_attention(model):
             return _step(model, batch, machine)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -138,6 +144,8 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
     finally:
         for hook in hooks:
             hook.remove()
+        if recomputes:
+            keep_activations(model)
         if adapted_layers(model):
             detach(model)
         model.to(before).requires_grad_(True)

@@ -26,8 +26,18 @@ def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if light:
         options["context_fn"] = keep_products if model.device.type != "cpu" else _releasing()
-    # under its new name where transformers has it
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(options)
+    _named(model, "enable")(options)
+
+
+def keep_activations(model: Any) -> None:
+    """Undo `checkpoint_activations`."""
+    _named(model, "disable")()
+
+
+def _named(model: Any, action: str) -> Callable[..., None]:
+    """Return the model's own method, under its new name where transformers has it."""
+    new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
+    return getattr(model, new, None) or getattr(model, old)
 
 
 def _releasing() -> Callable[[], Any]:
