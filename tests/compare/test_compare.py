@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 from compare.tiny_bench import config, write_data, write_encoder
 from spectune import SpectuneError
 from spectune.cli import app
+from spectune.compare.config import CompareConfig
 from spectune.compare.run import compare
+from spectune.training.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
     assert document["answer"][0] in page
     assert json.loads((tmp_path / "report.json").read_text())["methods"] == document["methods"]
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
-    again = compare(small(folder, tmp_path))
+    assert document["command"] == f"spectune compare {tmp_path / 'compare.yaml'}"
+    again = compare(load_config(str(tmp_path / "compare.yaml"), [], CompareConfig))
     assert again["methods"] == document["methods"]
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,6 +76,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
     made = document(_header(config, bench, methods, notes), finals, searches)
+    given: str = made["config"]
+    write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
     return made
 
@@ -199,6 +202,6 @@ def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list
         "date": about.pop("date"),
         "machine": about,
         "config": yaml.safe_dump(given, sort_keys=False),
-        "command": "spectune compare compare.yaml",
+        "command": f"spectune compare {shlex.quote(str(Path(config.output) / 'compare.yaml'))}",
         "notes": notes,
     }
