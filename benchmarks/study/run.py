@@ -63,21 +63,21 @@ def spam() -> list[dict[str, str]]:
 
 
 def sums() -> list[dict[str, Any]]:
-    """Return sums and differences of numbers of one and two digits, as questions with a number as the answer."""
+    """Return sums and differences of numbers of one and two digits, such as "48 - 13 =", and their results."""
     drawn = reasoning_gym.create_dataset("chain_sum", size=4000, seed=5, min_terms=2, max_terms=2, max_digits=2)
-    rows = {entry["question"]: entry["answer"] for entry in drawn}
-    return [_turns(question, answer) for question, answer in list(rows.items())[:1000]]
+    rows = {entry["question"].rpartition(": ")[2]: entry["answer"] for entry in drawn}
+    return [_answered(question, answer) for question, answer in list(rows.items())[:1000]]
 
 
 def dialogue() -> list[dict[str, Any]]:
     """Return pairs of lines of film dialogue."""
     pairs = [(line.strip(), reply.strip()) for line, reply in sources.dialogue()]
     kept = {a: b for a, b in pairs if 4 <= len(a.split()) <= 25 and 4 <= len(b.split()) <= 25}
-    return _some([_turns(a, b) for a, b in kept.items()], 1000)
+    return _some([_answered(f"{a}\n", b) for a, b in kept.items()], 1000)
 
 
-def _turns(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+def _answered(prompt: str, answer: str) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": f" {answer}"}
 
 
 def _some(records: list[Any], count: int) -> list[Any]:
@@ -89,7 +89,7 @@ TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "film-reviews": (lambda: film_reviews(1000), ENCODER),
     "question-types": (lambda: question_types(1000), ENCODER),
     "spam": (spam, {**ENCODER, "metric": "macro_f1"}),
-    "sums": (sums, {**DECODER, "metric": "exact_match"}),
+    "sums": (sums, {**DECODER, "batch_size": 16, "metric": "exact_match"}),
     "dialogue": (dialogue, {**DECODER, "metric": "loss"}),
 }
 

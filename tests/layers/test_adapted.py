@@ -1,5 +1,6 @@
 """The adapted layer: the weights of its updates, alone, mixed and by row."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,6 +44,37 @@ def test_the_weight_of_an_update_multiplies_that_of_its_adapter(method):
     torch.testing.assert_close(routed, torch.stack(expected))
     merged = spectune.activate(model, {"a": 2.0, "b": 0.5})
     torch.testing.assert_close(spectune.merge(merged)(x), plain + 2 * parts["a"] + 0.5 * parts["b"])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_norm_is_computed_once_until_something_is_written(context, monkeypatch):
+    model, x = layer("dora:rank=2"), torch.randn(4, 6)
+    update = model[0].adapters["a"][0]
+    computed, ratio = [], type(update.method).ratio
+    monkeypatch.setattr(type(update.method), "ratio", lambda *args: computed.append(1) or ratio(*args))
+
+    def expected():
+        return x @ (model[0].weight + update.method.delta(model[0].tensors(update), model[0].weight)).T + model[0].bias
+
+    def answers(times):
+        before = len(computed)
+        with context():
+            for _ in range(3):
+                torch.testing.assert_close(model(x), expected())
+        assert len(computed) - before == times
+
+    answers(1)
+    answers(0)
+    for parameter in update.parameters():
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        answers(1)
+    model(x).sum().backward()  # as optimizers may write past the counter of writes
+    update.magnitude.data.mul_(2.0)
+    answers(1)
+    update.magnitude.data = 3 * update.magnitude.data
+    answers(1)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected())
 
 
 def test_the_class_is_a_subclass_made_once():

@@ -83,6 +83,7 @@ class Bench:
         self._before = None if self.general is None else states_or_loss(self.model, self.tokenizer, self.general)
         per_step = config.batch_size * config.accumulate
         self._bytes: dict[str, int] = {}
+        self._base: dict[str, Any] | None = None
         self.steps = config.max_steps or max(1, round(config.epochs * len(self.examples["train"]) / per_step))
 
     def release(self) -> None:
@@ -99,6 +100,8 @@ class Bench:
         Raises:
             SpectuneError: a loss that is not finite, or a layer that cannot take the method.
         """
+        if trial.method == BASE and self._base is not None:
+            return self._base
         quarter = max(1, self.steps // RUNGS[-1])
         config = self.config.for_trial(trial.method, trial.lr, trial.seed, self.steps, quarter)
         start = time.perf_counter()
@@ -109,7 +112,10 @@ class Bench:
                 result |= self._judged(model, result.pop("trainer"))
                 result["adapter_bytes"] = self._stored(trial.method, model)
             result.pop("trainer", None)
-        return {**result, "seconds": time.perf_counter() - start, "error": None}
+        result = {**result, "seconds": time.perf_counter() - start, "error": None}
+        if trial.method == BASE and not self.has_new_head:  # nothing trains, so that no seed makes a difference
+            self._base = result
+        return result
 
     @contextmanager
     def _adapted(self, trial: Trial, config: TrainConfig) -> Iterator[tuple[Any, float, Peak]]:

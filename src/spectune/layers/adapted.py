@@ -58,6 +58,7 @@ class Update(nn.Module):
     def __init__(self, method: Method, trained: Mapping[str, Tensor], weight: float = 1.0) -> None:
         super().__init__()
         self.method, self.weight = method, weight
+        self._kept: tuple[Any, Tensor | None] | None = None
         self.basis_key = method.basis_key
         for name, tensor in trained.items():
             self.register_parameter(name, nn.Parameter(tensor))
@@ -65,6 +66,18 @@ class Update(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """Return the trained tensors by name."""
         return dict(self._parameters)  # type: ignore[arg-type]
+
+    def ratio(self, tensors: dict[str, Tensor], base: Base) -> Tensor | None:
+        """Return the method's ratio; without gradients it is kept until a parameter is written to."""
+        trained: list[Any] = list(self._parameters.values())
+        if self.method.additive or torch.is_grad_enabled() or any(p.is_inference() for p in trained):
+            self._kept = None
+            return self.method.ratio(tensors, base)
+        state = [(p.data_ptr(), p._version) for p in trained]
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = state, self.method.ratio(tensors, base)
+        return self._kept[1]
 
     def extra_repr(self) -> str:
         return repr(self.method)
@@ -207,7 +220,7 @@ class Adapted(nn.Module):
             effective_weight(self) if whole is None else None,
             self.bias,
             whole or method.factors(tensors),
-            method.ratio(tensors, self.base()),
+            update.ratio(tensors, self.base()),
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
