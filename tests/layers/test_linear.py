@@ -70,6 +70,16 @@ def test_a_ratio_of_zero_still_learns():
     torch.testing.assert_close(m.grad, (x @ W.T).sum(0))
 
 
+def test_a_ratio_near_one_is_not_lost_in_bf16():
+    ratio = torch.full((8,), 1.0055)  # bf16 has nothing between 1 and 1.0078
+    x, W = torch.randn(4000, 8).bfloat16().requires_grad_(), torch.eye(8).bfloat16()
+    y = adapted_linear(x, W, None, Factors(torch.zeros(8, 1), torch.zeros(1, 8)), ratio)
+    y.backward(grad := torch.randn(4000, 8).bfloat16())
+    for after, before in ((y, x), (x.grad, grad)):
+        gain = (after.double().abs().sum() / before.double().abs().sum() - 1).item()
+        assert gain == pytest.approx(0.0055, rel=0.1)  # rounding is to either side
+
+
 @pytest.mark.parametrize("method", ["lora:rank=2", "svf", "svft:pattern=banded,width=1", "dora:inner=lora_xs,rank=2"])
 @pytest.mark.parametrize("case", ["weight", "bias", "autocast", "other class"])
 def test_where_the_weight_is_not_plain_the_layers_own_product_is_used(method, case):

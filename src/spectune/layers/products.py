@@ -31,9 +31,16 @@ def add(
 
 def finish(y: Tensor, ratio: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return y, which becomes ratio * y + bias."""
-    if ratio is not None:
+    if ratio is not None and ratio.dtype == y.dtype:
         y.mul_(ratio)
+    elif ratio is not None:
+        y.addcmul_(y, _more(ratio, y))
     return y if bias is None else y.add_(bias)
+
+
+def _more(ratio: Tensor, like: Tensor) -> Tensor:
+    """Return ratio - 1, which has digits left in a shorter dtype where a ratio near one has none."""
+    return (ratio - 1).to(like.dtype)
 
 
 def over_rows(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -48,4 +55,6 @@ def through_ratio(grad: Tensor, y: Tensor | None, bias: Tensor | None, ratio: Te
     if y is not None:
         product = grad * (y if bias is None else y - bias)
         to_ratio = product.sum(0).to(ratio.dtype) / ratio  # summed in float32 whatever the dtype
-    return grad * ratio.to(grad.dtype), to_ratio
+    if ratio.dtype == grad.dtype:
+        return grad * ratio, to_ratio
+    return torch.addcmul(grad, grad, _more(ratio, grad)), to_ratio
