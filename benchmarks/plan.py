@@ -14,7 +14,6 @@ written to results/plan.json, and a part, unless --output names another file, to
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["SPECTUNE_CACHE"] = "off"
@@ -32,11 +30,11 @@ import torch
 import transformers  # noqa: F401 - part of the libraries that memory is counted above
 
 import spectune
-from _machine import save
+from _machine import forget_peak, resident, save
 from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.plan import plan
 from spectune.reports.probe import clock
-from spectune.training.recompute import checkpoint_activations
+from spectune.training.recompute import checkpoint_activations, release_memory
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]
@@ -64,12 +62,11 @@ def stepper(model: Any) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, fused=True) if trained else None
     with training_attention(model):
         inputs = make_inputs(model, BATCH)
-    give_back = ctypes.CDLL(None).malloc_trim
 
     def step() -> None:
         with training_attention(model):
             loss_of(model, inputs).backward()
-        give_back(0)
+        release_memory()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -77,14 +74,9 @@ def stepper(model: Any) -> Callable[[], None]:
     return step
 
 
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def released() -> None:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    release_memory()
 
 
 def peak(connection: Any, name: str, method: str, dtype: str) -> None:
@@ -100,7 +92,7 @@ def peak(connection: Any, name: str, method: str, dtype: str) -> None:
         parameter.sum()  # a file that is mapped counts as held only where it was read
     step = stepper(model)
     released()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading and decomposing
+    forget_peak()  # of loading and decomposing
     step()
     step()
     connection.send(resident("VmHWM") - before)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import _machine
+from _machine import forget_peak, resident, save
 from spectune.reports.checkpoint import open_checkpoint
 from spectune.reports.collect import collect
 from spectune.reports.spectrum_run import report
@@ -32,17 +32,6 @@ CASES = {  # (out, in), dtype
     "tall, bf16": ((6144, 1536), torch.bfloat16),
     "wide, fp32": ((1536, 6144), torch.float32),
 }
-
-
-def resident(field: str) -> int:
-    """Return VmRSS, the resident size now, or VmHWM, its peak since `forget_peak`, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def forget_peak() -> None:
-    """Start VmHWM anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def child(folder: str) -> None:
@@ -101,7 +90,7 @@ def main() -> None:
     if "--child" in sys.argv:
         child(sys.argv[-1])
         return
-    _machine.save("spectrum", {"memory": memory(), "models": spectra()})
+    save("spectrum", {"memory": memory(), "models": spectra()})
 
 
 if __name__ == "__main__":
