@@ -144,13 +144,13 @@ def main() -> None:
     parser.add_argument("--name", default="many")
     given = parser.parse_args()
     results: dict[str, Any] = {}
-    for dtype in given.dtype:
-        for method in given.methods:
-            for large in sorted({count > given.rows for count in given.counts}):
-                counts = [count for count in given.counts if (count > given.rows) == large]
+    about = {key: getattr(given, key) for key in ("length", "layers", "rounds", "decode_rounds")}
+    for large in sorted({count > given.rows for count in given.counts}):
+        counts = [count for count in given.counts if (count > given.rows) == large]
+        for dtype in given.dtype:
+            for method in given.methods:
                 measure(given, dtype, method, counts, results)
-    about = {"length": given.length, "rounds": given.rounds, "decode_rounds": given.decode_rounds}
-    print(save(given.name, {**about, "results": results}))
+                save(given.name, {**about, "results": results})
 
 
 def measure(given: Any, dtype: str, method: str, counts: list[int], results: dict[str, Any]) -> None:
