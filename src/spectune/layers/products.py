@@ -31,16 +31,16 @@ def add(
 
 def finish(y: Tensor, ratio: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return y, which becomes ratio * y + bias."""
-    if ratio is not None and ratio.dtype == y.dtype:
-        y.mul_(ratio)
-    elif ratio is not None:
-        y.addcmul_(y, _more(ratio, y))
+    if ratio is not None:
+        _times(y, ratio, out=y)
     return y if bias is None else y.add_(bias)
 
 
-def _more(ratio: Tensor, like: Tensor) -> Tensor:
-    """Return ratio - 1, which has digits left in a shorter dtype where a ratio near one has none."""
-    return (ratio - 1).to(like.dtype)
+def _times(y: Tensor, ratio: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ratio * y; in a shorter dtype ratio - 1 has digits left where a ratio near one has none."""
+    if ratio.dtype == y.dtype:
+        return torch.mul(y, ratio, out=out)
+    return torch.addcmul(y, y, (ratio - 1).to(y.dtype), out=out)
 
 
 def over_rows(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -55,6 +55,4 @@ def through_ratio(grad: Tensor, y: Tensor | None, bias: Tensor | None, ratio: Te
     if y is not None:
         product = grad * (y if bias is None else y - bias)
         to_ratio = product.sum(0).to(ratio.dtype) / ratio  # summed in float32 whatever the dtype
-    if ratio.dtype == grad.dtype:
-        return grad * ratio, to_ratio
-    return torch.addcmul(grad, grad, _more(ratio, grad)), to_ratio
+    return _times(grad, ratio), to_ratio
