@@ -57,9 +57,11 @@ DECODER: dict[str, Any] = {
 
 
 def spam() -> list[dict[str, str]]:
-    """Return messages, each once."""
-    rows = {text.strip(): "spam" if spam else "ham" for text, spam in sources.messages()}
-    return _some([{"text": text, "label": label} for text, label in rows.items() if text], 1000)
+    """Return messages, each once and as many of one kind as of the other: of 48 steps most would go by at 87% ham."""
+    rows = {text.strip(): "spam" if spam else "ham" for text, spam in sources.messages() if text.strip()}
+    records = [{"text": text, "label": label} for text, label in rows.items()]
+    halves = [_some([record for record in records if record["label"] == label], 500) for label in ("ham", "spam")]
+    return _some(halves[0] + halves[1], 1000)
 
 
 def sums() -> list[dict[str, Any]]:
