@@ -51,6 +51,20 @@ def test_add_ls_and_rm(library, runs, model):
     assert json.loads(run("library", "rm", library, "third", "--json").stdout)["left"] == ["ahoy", "plus"]
 
 
+def test_descriptions_are_shown_as_they_are(library, runs):
+    added = run("library", "add", library, str(runs / "plus"), "--name", "llama", "--description", "llama [/INST] text")
+    assert "added llama" in added.stdout
+    assert "[/INST]" in run("library", "ls", library).stdout
+    assert "removed llama: 2" in run("library", "rm", library, "llama", "llama").stdout
+
+
+def test_an_adapter_that_cannot_know_its_base_is_told(runs, tmp_path, model):
+    path = str(tmp_path / "loras")
+    assert "with --base NAME" in run("library", "add", path, str(runs / "plus")).stdout
+    run("library", "add", path, str(runs / "plus"), "--name", "other", "--base", model)
+    assert "with --base NAME" not in run("library", "add", path, str(runs / "plus"), "--name", "third").stdout
+
+
 def test_generate_and_chat_say_who_answers(library, model):
     command = ["generate", model, "ahoy one two", "--library", library, "--max-new-tokens", "3"]
     (reply,) = json.loads(run(*command, "--json").stdout)
@@ -104,9 +118,12 @@ def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, library, runs
     assert "belong together" in says("generate", model, "say", "--library", library, "--strategy", "few-shot")
     both = ("--library", library, "-a", str(runs / "ahoy"))
     assert "not both" in says("chat", model, *both)
-    other = save_folder(tmp_path / "other")
+    for command in (("generate", model, "say"), ("chat", model)):
+        assert "--strategy say how a library's adapters" in says(*command, "--strategy", "prompt")
+        assert "--strategy must be one of prompt, classifier, few-shot" in says(
+            *command, "--library", library, "--strategy", "clasifier"
+        )
     assert "there is no adapter folder" in says("library", "add", str(tmp_path / "new"), str(tmp_path / "gone"))
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert "holds no prompts" in says("library", "train-classifier", library, "--none", str(empty))
-    assert str(other)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import spectune
 from spectune import SpectuneError, Transformer2
 from spectune.transformer2.calibration import best, calibrate, calibration_error
 from spectune.transformer2.classifier import Classifier, hidden_states, regress
@@ -127,6 +128,22 @@ def test_an_adapter_can_be_trained_to_label(tmp_path):
     two.pool.activate(None)
     with torch.no_grad():
         torch.testing.assert_close(two.model(cases.ids(1)).logits, expected)  # what labelled does not answer
+
+
+def test_the_models_own_default_adapter_is_safe(tmp_path):
+    model = cases.tiny()
+    spectune.adapt(model, "svf")
+    pool = Pool(model, cases.library(tmp_path, prompts=PROMPTS))
+    with pytest.raises(SpectuneError, match=r"carries an adapter 'default'.*: detach it first"):
+        train_classifier(pool, cases.tokenizer(), "adapter")
+    assert spectune.adapter_names(model) == ["default"]
+
+
+def test_a_method_that_does_not_fit_is_told(tmp_path):
+    pool = Pool(cases.tiny(), cases.library(tmp_path, prompts=PROMPTS))
+    with pytest.raises(SpectuneError, match="rank 100000 is above"):
+        train_classifier(pool, cases.tokenizer(), "adapter", method="pissa:rank=100000")
+    assert spectune.adapter_names(pool.model) == []
 
 
 def test_it_is_bound_to_the_librarys_names(tmp_path):

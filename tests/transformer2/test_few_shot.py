@@ -139,6 +139,28 @@ def test_a_reward_decides_and_likelihood_breaks_ties(tmp_path):
     assert len(calls) == 6 * len(wanted) * len(found.history)
 
 
+def test_a_reward_may_be_named(tmp_path, monkeypatch):
+    (tmp_path / "graded.py").write_text(
+        "def exact(completions, completion, prompts):\n"
+        "    assert prompts[0][0]['role'] == 'user'\n"
+        "    return [float(a == b) for a, b in zip(completions, completion)]\n"
+        "def needs(completions, level):\n    return level\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = cases.pool(tmp_path)
+    wanted = from_mixture(pool, {"say": 1.0})
+    options = {"population": 6, "elites": 2, "iterations": 1, "max_new_tokens": 5}
+    assert FewShot(wanted, reward="graded:exact", **options).find(pool, cases.tokenizer()).score == 1.0
+    with pytest.raises(SpectuneError, match="takes 'level', which is no column"):
+        FewShot(wanted, reward="graded:needs", **options).find(pool, cases.tokenizer())
+
+
+def test_a_name_given_twice_counts_once(tmp_path):
+    pool = cases.pool(tmp_path)
+    found = FewShot(SHOTS, names=["ahoy", "ahoy"], population=3, elites=1, iterations=1).find(pool, cases.tokenizer())
+    assert found.names == ("ahoy",)
+
+
 def test_the_seed_decides(tmp_path):
     pool = cases.pool(tmp_path)
     runs = [
@@ -169,6 +191,9 @@ def test_bad_shots_are_told(tmp_path):
         ({"search": "grid"}, "search must be cem or gradient"),
         ({"search": "gradient", "reward": lambda *_: 1.0}, "a reward has no gradient"),
         ({"elites": 40}, "elites must be from 1 to population"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"std": 0.0}, "std must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
     ],
 )
 def test_options_out_of_range_are_told(options, message):

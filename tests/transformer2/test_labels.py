@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from spectune import SpectuneError
+from spectune.transformer2 import labels
 from spectune.transformer2.labels import label_scores, label_tokens, labelling_prompt, opened, prompt_scores
 from transformer2 import cases
 
@@ -18,12 +19,21 @@ def by_hand(model, prefix, answer):
     return sum(float(log[len(prefix) - 1 + i, token]) for i, token in enumerate(answer))
 
 
-@pytest.mark.parametrize("labels", [["ahoy", "one plus two", "say hello"], ["one", "two"]], ids=["long", "single"])
-def test_scores_are_those_of_the_whole_sequence(labels):
+@pytest.mark.parametrize("names", [["ahoy", "one plus two", "say hello"], ["one", "two"]], ids=["long", "single"])
+def test_scores_are_those_of_the_whole_sequence(names):
     model, tokenizer = cases.tiny(), cases.tokenizer()
-    scores = label_scores(model, tokenizer, PREFIXES, labels)
-    expected = [[by_hand(model, p, answer) for answer in label_tokens(tokenizer, labels)] for p in PREFIXES]
+    scores = label_scores(model, tokenizer, PREFIXES, names)
+    expected = [[by_hand(model, p, answer) for answer in label_tokens(tokenizer, names)] for p in PREFIXES]
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 40])
+def test_scores_do_not_depend_on_how_many_are_read_at_once(monkeypatch, tokens):
+    model, tokenizer = cases.tiny(), cases.tokenizer()
+    names = ["ahoy", "one plus two", "one", "say hello", "two"]
+    at_once = label_scores(model, tokenizer, PREFIXES, names)
+    monkeypatch.setattr(labels, "_TOKENS", tokens)
+    torch.testing.assert_close(label_scores(model, tokenizer, PREFIXES, names), at_once, rtol=1e-4, atol=1e-4)
 
 
 def test_a_prompt_without_content_favours_no_label(tmp_path):

@@ -40,6 +40,25 @@ def test_removing_takes_the_files_too(tmp_path):
     assert "plus" in Library.open(library.path)
 
 
+def test_an_empty_library_takes_another_base(tmp_path):
+    library = cases.library(tmp_path, ("svf",), ("ahoy",))
+    library.remove("ahoy")
+    library.add("stranger", cases.adapter(model=other_base()))
+    assert Library.open(library.path).names == ["stranger"]
+
+
+def test_a_full_disk_leaves_the_library_as_it_was(tmp_path, monkeypatch):
+    library = cases.library(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spectune.Adapter, "save", full)
+    with pytest.raises(SpectuneError, match=r"cannot be written \(No space left on device\); the library is as it was"):
+        library.add("more", cases.adapter())
+    assert Library.open(library.path).names == list(cases.NAMES)
+
+
 def test_a_folder_of_an_adapter_can_be_added(tmp_path):
     cases.adapter().save(tmp_path / "made")
     library = Library(tmp_path / "library")
@@ -143,7 +162,7 @@ def test_a_write_that_was_cut_off_leaves_the_library_as_it_was(tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(Library, "_write", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SpectuneError, match="disk full"):
             library.add("new", cases.adapter())
     again = Library.open(library.path)
     assert again.names == list(cases.NAMES)

@@ -63,6 +63,7 @@ def test_slots_take_turns(tmp_path):
             together = pool.model(tokens.expand(6, -1)).logits
         torch.testing.assert_close(together, torch.cat([expected[name] for name in names]), rtol=1e-4, atol=1e-4)
         pool.activate({"a2": 1.0})
+        assert len(adapter_names(pool.model)) <= 2  # what the wide batch needed is gone
         torch.testing.assert_close(pool.model(tokens).logits, expected["a2"], rtol=1e-4, atol=1e-4)
         pool.activate(None)
         torch.testing.assert_close(pool.model(tokens).logits, cases.logits_of(None, tokens))
@@ -102,7 +103,7 @@ def test_memory_holds_the_values_alone_and_forgets_the_least_recently_used(tmp_p
     pool.max_bytes = 2 * one.bytes
     pool.load("ahoy")
     pool.load("say")
-    assert list(pool._packed) == ["ahoy", "say"]
+    assert [record.name for record in pool._packed] == ["ahoy", "say"]
     assert pool.bytes == 2 * one.bytes
     tiny_memory = Pool(cases.tiny(), pool.library, max_bytes=1, slots=1)
     for name in (*cases.NAMES, "ahoy"):  # a limit below one adapter keeps one
@@ -147,14 +148,50 @@ def test_the_models_own_adapters_stay(tmp_path):
     torch.testing.assert_close(model(cases.ids(1)).logits, expected)
 
 
-def test_another_base_is_refused(tmp_path):
+def test_what_trains_goes_on_training(tmp_path):
+    model = cases.tiny()
+    spectune.adapt(model, "svf", name="own", factored=True)
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    pool = Pool(model, cases.library(tmp_path, ("svf", "lora:rank=2", "svf")), slots=1)
+    for name in cases.NAMES:
+        pool.activate({name: 1.0})
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == training
+    assert all(layer.selection.factored for layer in adapted_layers(model).values())
+
+
+def test_an_adapter_that_was_replaced_answers_as_the_new_one(tmp_path):
+    pool = cases.pool(tmp_path)
+    pool.activate({"ahoy": 1.0})
+    pool.library.remove("ahoy")
+    new = cases.adapter(seed=9)
+    pool.library.add("ahoy", new)
+    pool.activate({"ahoy": 1.0})
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pool.model(cases.ids(1)).logits, cases.logits_of(new, cases.ids(1)), rtol=1e-4, atol=1e-4
+        )
+    pool.library.remove("ahoy")
+    with pytest.raises(SpectuneError, match="has no adapter 'ahoy'"):
+        pool.activate({"ahoy": 1.0})
+
+
+def test_a_weight_that_is_no_number_is_told_by_the_adapters_name(tmp_path):
+    with pytest.raises(SpectuneError, match="weight of adapter 'plus' must be a finite number"):
+        cases.pool(tmp_path).activate({"ahoy": 1.0, "plus": float("nan")})
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2"])
+def test_another_base_is_refused_by_its_weights(tmp_path, method):
     other = cases.tiny()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(SpectuneError, match=r"the library .* belongs to another base: .*up_proj.* differs"):
-        Pool(other, cases.library(tmp_path))
+        Pool(other, cases.library(tmp_path, (method,) * 3))
+
+
+def test_a_base_without_the_layers_is_refused(tmp_path):
     with pytest.raises(SpectuneError, match="belongs to another base: the model has no linear layer"):
-        Pool(models.gpt2(), cases.library(tmp_path / "again"))
+        Pool(models.gpt2(), cases.library(tmp_path))
 
 
 def test_an_adapter_that_another_base_took_the_place_of_is_refused(tmp_path):

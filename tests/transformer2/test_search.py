@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spectune import SpectuneError
 from spectune.transformer2.search import cross_entropy_method, gradient_ascent
 
 TARGET = torch.tensor([[0.2, 0.9, 0.5], [1.0, 0.0, 0.4]])
@@ -56,6 +57,19 @@ def test_ties_are_broken_by_the_second_score():
 def test_it_stops_when_the_distribution_has_narrowed():
     found = cross_entropy_method(lambda w: closeness(w)[:, None], (2, 3), iterations=1000, tolerance=0.2)
     assert len(found.history) < 100
+
+
+def test_what_is_not_a_number_never_wins():
+    def evaluate(weights):
+        scores = closeness(weights)[:, None]
+        scores[weights.sum((1, 2)) < 1.5] = torch.nan
+        scores[0] = torch.nan
+        return scores
+
+    found = cross_entropy_method(evaluate, (2, 3), population=64, elites=12, iterations=60)
+    torch.testing.assert_close(found.weights, TARGET, atol=0.05, rtol=0)
+    with pytest.raises(SpectuneError, match="the likelihood of the shots became nan"):
+        gradient_ascent(lambda w: w.sum() * torch.nan, (2, 3))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

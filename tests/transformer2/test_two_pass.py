@@ -58,6 +58,41 @@ def test_the_prompt_strategy_answers_with_a_label_of_the_library(tmp_path):
         assert again.scores == pytest.approx(decision.scores, rel=1e-4)  # what answered leaves no trace
 
 
+def test_the_models_own_adapter_answers_again_afterwards(tmp_path):
+    model, tokens = cases.tiny(), cases.ids(1)
+    spectune.attach(model, cases.adapter("lora:rank=2", seed=7), "own")
+    two = Transformer2(model, cases.library(tmp_path), strategy=Given({"ahoy": 1.0}), tokenizer=cases.tokenizer())
+    with torch.no_grad():
+        before = model(tokens).logits
+        two.generate(PROMPTS[:1], max_new_tokens=2)
+        torch.testing.assert_close(model(tokens).logits, before)
+        two.close()
+        torch.testing.assert_close(model(tokens).logits, before)
+
+
+def test_after_an_answer_a_plain_model_is_the_base(tmp_path):
+    two = Transformer2(cases.tiny(), cases.library(tmp_path), strategy={"ahoy": 1.0}, tokenizer=cases.tokenizer())
+    two.generate(PROMPTS[:1], max_new_tokens=2)
+    with torch.no_grad():
+        torch.testing.assert_close(two.model(cases.ids(1)).logits, cases.logits_of(None, cases.ids(1)))
+
+
+def test_a_library_may_grow_while_it_answers(tmp_path):
+    two = Transformer2(cases.tiny(), cases.library(tmp_path), tokenizer=cases.tokenizer())
+    two.choose(PROMPTS)
+    two.library.add("more", cases.adapter(seed=9), "is for more")
+    grown = two.choose(PROMPTS)
+    assert set(grown[0].scores) == {*cases.NAMES, "more", "none"}
+    fresh = Transformer2(cases.tiny(), two.library, tokenizer=cases.tokenizer()).choose(PROMPTS)
+    assert [d.scores for d in grown] == [pytest.approx(d.scores, rel=1e-4) for d in fresh]
+
+
+def test_decisions_must_be_as_many_as_prompts(tmp_path):
+    two = Transformer2(cases.tiny(), cases.library(tmp_path), tokenizer=cases.tokenizer())
+    with pytest.raises(SpectuneError, match="1 decisions were given for 2 prompts"):
+        two.generate(PROMPTS[:2], decisions=[Decision("none", {})])
+
+
 def test_a_fixed_mixture_and_a_found_one(tmp_path):
     library = cases.library(tmp_path)
     weights = {"ahoy": 0.7, "plus": 0.3}

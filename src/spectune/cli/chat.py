@@ -20,6 +20,7 @@ from spectune.cli.shared import (
     decision_text,
     load_transformer2,
     load_with_adapters,
+    need_library,
 )
 from spectune.errors import SpectuneError
 
@@ -49,6 +50,7 @@ def chat(
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         loaded, tokenizer = two.model, two.tokenizer
     else:
+        need_library(strategy=strategy, shots=shots)
         loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
     console = Console(stderr=True)
     start = [{"role": "system", "content": system}] if system else []

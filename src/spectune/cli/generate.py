@@ -20,6 +20,7 @@ from spectune.cli.shared import (
     decision_text,
     load_transformer2,
     load_with_adapters,
+    need_library,
     print_json,
 )
 from spectune.errors import SpectuneError
@@ -56,6 +57,7 @@ def generate(
         for reply in replies:
             typer.echo(f"[{decision_text(reply.decision)}]", err=True)
     else:
+        need_library(strategy=strategy, shots=shots)
         loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
         replies = generation.generate(loaded, tokenizer, asked, **settings)
     if json:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spectune.cli.shared import DEVICE, DTYPE, JSON, REMOTE_CODE, print_json
@@ -62,7 +63,9 @@ def add(
     if json:
         print_json(record._asdict())
         return
-    Console().print(f"added {record.name} to {library}: {len(opened)} adapters", highlight=False, soft_wrap=True)
+    _say(f"added {record.name} to {library}: {len(opened)} adapters")
+    if not opened.sketches():
+        _say("its files do not say which weights it belongs to; with --base NAME the library knows and checks them")
 
 
 @app.command()
@@ -77,10 +80,9 @@ def ls(library: Path = LIBRARY, json: bool = JSON) -> None:
     table = Table("name", "method", "parameters", "bytes", "prompts", "description")
     for record in opened.records:
         numbers = (f"{number:,}" for number in (record.parameters, record.bytes, record.prompts))
-        table.add_row(record.name, record.method, *numbers, record.description)
-    console = Console()
-    console.print(table)
-    console.print(f"{len(opened)} adapters for {opened.base_model or 'a base without a name'}", highlight=False)
+        table.add_row(record.name, record.method, *numbers, escape(record.description))
+    Console().print(table)
+    _say(f"{len(opened)} adapters for {opened.base_model or 'a base without a name'}")
 
 
 @app.command()
@@ -91,6 +93,7 @@ def rm(
     from spectune.transformer2.library import Library
 
     opened = Library.open(library)
+    names = list(dict.fromkeys(names))
     for name in names:
         opened.record(name)
     for name in names:
@@ -98,7 +101,7 @@ def rm(
     if json:
         print_json({"removed": names, "left": opened.names})
         return
-    Console().print(f"removed {', '.join(names)}: {len(opened)} adapters left", highlight=False, soft_wrap=True)
+    _say(f"removed {', '.join(names)}: {len(opened)} adapters left")
 
 
 @app.command("train-classifier")
@@ -108,6 +111,9 @@ def train_classifier(
     kind: Kind = typer.Option(Kind.hidden, help="A regression on the base's hidden states, or a trained adapter."),
     none: Path | None = typer.Option(None, help="Prompts that are for no adapter, as for `add --prompts`."),
     held: float = typer.Option(0.3, help="Share of the prompts held out, to calibrate and to report."),
+    layer: int | None = typer.Option(
+        None, min=0, help="For the regression: which hidden state; two thirds of the way up if not given."
+    ),
     method: str = typer.Option("svf", help="For the adapter: name or name:field=value,..."),
     lr: float | None = typer.Option(None, help="For the adapter: its learning rate."),
     epochs: float = typer.Option(3.0, help="For the adapter: passes over the prompts."),
@@ -131,6 +137,7 @@ def train_classifier(
         kind.value,
         none=others,
         held=held,
+        layer=layer,
         method=method,
         lr=lr,
         epochs=epochs,
@@ -141,11 +148,9 @@ def train_classifier(
         print_json({"labels": list(classifier.labels), **classifier.calibration._asdict(), **classifier.report})
         return
     report = classifier.report
-    Console().print(
+    _say(
         f"{report['accuracy']:.1%} of {report['held_out']} held-out prompts go to their adapter "
-        f"({report['none']:.1%} to none, calibration error {report['calibration_error']:.3f})",
-        highlight=False,
-        soft_wrap=True,
+        f"({report['none']:.1%} to none, calibration error {report['calibration_error']:.3f})"
     )
 
 
@@ -160,6 +165,7 @@ def mix(
     iterations: int | None = typer.Option(None, min=1, help="At most; 100, or 30 gradient steps."),
     population: int = typer.Option(32, min=1, help="Mixtures in an iteration of the cross-entropy method."),
     elites: int = typer.Option(6, min=1, help="The best of them, from which the next are drawn."),
+    reward: str | None = typer.Option(None, help="module:function as for `train`, instead of the log-likelihood."),
     only: list[str] = typer.Option([], help="An adapter to mix; may be repeated. All if not given."),
     seed: int = typer.Option(0, min=0, help="Of the draws."),
     dtype: str | None = DTYPE,
@@ -177,6 +183,7 @@ def mix(
         read_records(shots),
         by=by.value,
         search=search.value,
+        reward=reward,
         names=only or None,
         population=population,
         elites=elites,
@@ -193,8 +200,11 @@ def mix(
     table = Table(by.value, *found.names)
     for kind, row in zip(found.kinds, found.weights.tolist(), strict=True):
         table.add_row(kind, *(f"{weight:.2f}" for weight in row))
-    console = Console()
-    console.print(table)
-    console.print(
-        f"log-likelihood of the shots {found.score:.3f} a token; saved in {out}", highlight=False, soft_wrap=True
-    )
+    Console().print(table)
+    scored = "log-likelihood of the shots, a token:" if reward is None else "mean reward of the shots:"
+    _say(f"{scored} {found.score:.3f}; saved in {out}")
+
+
+def _say(text: str) -> None:
+    """Print a line as it is."""
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)

@@ -31,6 +31,7 @@ STRATEGY = typer.Option(
 SHOTS = typer.Option(None, "--shots", help="Examples of the task for few-shot, as for `train`.")
 DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
+STRATEGIES = ("prompt", "classifier", "few-shot")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
 REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the model.")
 
@@ -70,6 +71,13 @@ def weighted(text: str) -> tuple[Path, float]:
         return Path(folder), float(weight)
     except ValueError:
         raise SpectuneError(f"{text!r} is not FOLDER or FOLDER:WEIGHT") from None
+
+
+def need_library(**options: Any) -> None:
+    """Raise where options that say how a library answers are given without one."""
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise SpectuneError(f"{' and '.join(given)} say how a library's adapters are chosen: give --library too")
 
 
 def load_with_adapters(
@@ -131,6 +139,8 @@ def load_transformer2(
     from spectune.transformer2.prompts import read_records
     from spectune.transformer2.two_pass import Transformer2, default_strategy
 
+    if strategy not in (None, *STRATEGIES):
+        raise SpectuneError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
     if adapters:
         raise SpectuneError("give --library or -a, not both: `spectune library add` adds an adapter to a library")
     if (strategy == "few-shot" and shots is None) or (shots is not None and strategy not in (None, "few-shot")):

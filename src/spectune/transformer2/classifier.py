@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from spectune.adapters.files import Entry, write_atomically
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import effective_weight, find_linear
@@ -100,7 +101,7 @@ class Classifier:
         data = save({key: tensor.contiguous() for key, tensor in self.tensors.items()})
         write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(data))
         values = ("spectune", 1, self.kind, list(self.labels), self.layer, *self.calibration, dict(self.report))
-        config = dict(zip(_KEYS, (*values, hashlib.sha256(data).hexdigest()), strict=True))
+        config = dict(zip(_KEYS, (*values, _digest(data, folder, self.kind)), strict=True))
         write_json(folder / CONFIG, config)
         return folder
 
@@ -127,8 +128,8 @@ class Classifier:
             tensors = load(data)
         except (OSError, SafetensorError, ValueError) as error:
             raise SpectuneError(f"{folder / WEIGHTS} is damaged or missing ({error}): train it again") from None
-        if hashlib.sha256(data).hexdigest() != entry.take("sha256", str):
-            raise SpectuneError(f"{folder / CONFIG} and {WEIGHTS} do not belong together: train it again")
+        if _digest(data, folder, kind) != entry.take("sha256", str):
+            raise SpectuneError(f"{folder / CONFIG} and the files beside it do not belong together: train it again")
         needed = ("mean", "scale", "weight", "bias") if kind == "hidden" else ()
         for key in needed:
             if key not in tensors or (key in ("weight", "bias") and len(tensors[key]) != len(labels)):
@@ -137,6 +138,13 @@ class Classifier:
         adapter = Adapter.load(folder / ADAPTER) if kind == "adapter" else None
         report = entry.inside("report").values
         return Classifier(kind, tuple(labels), calibration, entry.take("layer", int), tensors, report, adapter)
+
+
+def _digest(data: bytes, folder: Path, kind: str) -> str:
+    """Return the SHA-256 of the tensors and, for the kind "adapter", of the adapter's values."""
+    values = folder / ADAPTER / ADAPTER_WEIGHTS
+    more = values.read_bytes() if kind == "adapter" and values.exists() else b""
+    return hashlib.sha256(data + more).hexdigest()
 
 
 def adapter_scores(pool: Pool, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.generation import generate
+from spectune.training.rewards import load_reward
 from spectune.transformer2.mix import By, Mix, layer_groups
 from spectune.transformer2.pool import Mixture, Pool
 from spectune.transformer2.search import Found, Progress, cross_entropy_method, gradient_ascent
 from spectune.transformer2.shots import TOKENS, Shot, as_shot, batches, mean_likelihood, population_likelihood
 
-Reward = Callable[[str, Mapping[str, Any]], float]
+Judge = Callable[[Sequence[Shot], Sequence[str]], Sequence[float]]
 _LIMIT = 64  # adapters that can be mixed: a population says little about more weights
 
 
@@ -29,8 +30,8 @@ class FewShot:
         shots: records with `messages`, or `prompt` and `completion`; never those that the result is judged by.
         by: one weight an adapter, or one for each of the model's blocks ("layer"), or kinds of projection.
         search: "cem", the paper's cross-entropy method, or "gradient" (for the likelihood alone).
-        reward: reward(reply, record) of a greedy reply; None maximises the completions' log-likelihood, a token's
-            mean for each shot.
+        reward: reward(reply, record) of a greedy reply, or "module:function" of one that takes lists, as for
+            `train`; None maximises the completions' log-likelihood, a token's mean for each shot.
         names: the adapters to mix; all of the library if not given.
         population: of the cross-entropy method.
         elites: of them that the next generation is drawn around.
@@ -47,7 +48,7 @@ class FewShot:
     shots: Sequence[Mapping[str, Any]] = field(repr=False)
     by: By = "global"
     search: Literal["cem", "gradient"] = "cem"
-    reward: Reward | None = None
+    reward: Callable[[str, Mapping[str, Any]], float] | str | None = None
     names: Sequence[str] | None = None
     population: int = 32
     elites: int = 6
@@ -66,6 +67,11 @@ class FewShot:
             raise SpectuneError(f"search must be cem or gradient, not {self.search!r}")
         if self.search == "gradient" and self.reward is not None:
             raise SpectuneError("a reward has no gradient: use search='cem', or the likelihood")
+        least = {"iterations": 1, "std": 0, "lr": 0, "max_new_tokens": 1}
+        for key, low in least.items():
+            value = getattr(self, key)
+            if value is not None and not (low <= value < float("inf") and value > 0):
+                raise SpectuneError(f"{key} must be {'at least 1' if low else 'above 0'}, not {value!r}")
         if not 1 <= self.elites <= self.population:
             raise SpectuneError(f"elites must be from 1 to population ({self.population}), not {self.elites}")
 
@@ -78,9 +84,10 @@ class FewShot:
             progress: called as progress(iteration, iterations, best score).
 
         Raises:
-            SpectuneError: shots that all have the same completion, or more adapters than can be mixed.
+            SpectuneError: shots that all have the same completion, more adapters than can be mixed, or a reward
+                that is not there or failed.
         """
-        names = list(self.names or pool.library.names)
+        names = list(dict.fromkeys(self.names or pool.library.names))
         if len(names) > _LIMIT:
             raise SpectuneError(f"{len(names)} adapters are too many to mix (at most {_LIMIT}): name those to use")
         shots = [as_shot(record, tokenizer) for record in self.shots]
@@ -110,12 +117,14 @@ class FewShot:
     def _evolve(
         self, pool: Pool, tokenizer: Any, blank: Mix, shots: Sequence[Shot], progress: Progress | None
     ) -> Found:
+        judge = self._judge(shots)
+
         def evaluate(population: Tensor) -> Tensor:
             mixtures = [blank.mixture(weights) for weights in population]
             likelihood = population_likelihood(pool, mixtures, shots)
-            if self.reward is None:
+            if judge is None:
                 return likelihood[:, None]
-            rewards = self._rewards(pool, tokenizer, mixtures, shots, self.reward)
+            rewards = self._rewards(pool, tokenizer, mixtures, shots, judge)
             return torch.stack([rewards, likelihood], dim=1)
 
         return cross_entropy_method(
@@ -123,14 +132,25 @@ class FewShot:
             (len(blank.kinds), len(blank.names)),
             population=self.population,
             elites=self.elites,
-            iterations=self.iterations or 100,
+            iterations=100 if self.iterations is None else self.iterations,
             std=self.std,
             seed=self.seed,
             progress=progress,
         )
 
+    def _judge(self, shots: Sequence[Shot]) -> Judge | None:
+        """Return the reward as a function of shots and a reply to each."""
+        reward = self.reward
+        if reward is None:
+            return None
+        if not isinstance(reward, str):
+            return lambda of, replies: [reward(r, shot.record) for r, shot in zip(replies, of, strict=True)]
+        loaded = load_reward(reward)
+        loaded.check_columns([shot.record for shot in shots])
+        return lambda of, replies: loaded([{**shot.record, "prompt": shot.prompt} for shot in of], replies)
+
     def _rewards(
-        self, pool: Pool, tokenizer: Any, mixtures: Sequence[Mixture], shots: Sequence[Shot], reward: Reward
+        self, pool: Pool, tokenizer: Any, mixtures: Sequence[Mixture], shots: Sequence[Shot], judge: Judge
     ) -> Tensor:
         total = torch.zeros(len(mixtures))
         step = max(1, TOKENS // (len(mixtures) * (max(len(s.example.tokens) for s in shots) + self.max_new_tokens)))
@@ -139,9 +159,7 @@ class FewShot:
             prompts = [shot.prompt for _ in mixtures for shot in part]
             with pool.route([mixture for mixture in mixtures for _ in part]):
                 replies = generate(pool.model, tokenizer, prompts, max_new_tokens=self.max_new_tokens)
-            rewards = [
-                reward(reply.text, shot.record) for reply, shot in zip(replies, part * len(mixtures), strict=True)
-            ]
+            rewards = judge(part * len(mixtures), [reply.text for reply in replies])
             total += torch.tensor(rewards, dtype=torch.float32).view(len(mixtures), len(part)).sum(1)
         return total / len(shots)
 
@@ -158,7 +176,7 @@ class FewShot:
             return gradient_ascent(
                 objective,
                 (len(blank.kinds), len(blank.names)),
-                iterations=self.iterations or 30,
+                iterations=30 if self.iterations is None else self.iterations,
                 lr=self.lr,
                 progress=progress,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from spectune.generation import prompt_tokens
 from spectune.transformer2.library import NONE, Library
 
 CONTENT_FREE = ("N/A", "...", "")  # prompts that are for nothing (arXiv 2102.09690)
-_ROWS = 16  # prompts labelled at once
+_TOKENS = 1 << 14  # tokens that lie in caches at once, over prompts and labels
+_ROWS = 16  # prompts labelled at once, at most
 _OPENING = "The best skill for this message is:"
 
 
@@ -74,8 +76,9 @@ def label_scores(model: Any, tokenizer: Any, prefixes: Sequence[Sequence[int]], 
         )
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     scores = torch.zeros(len(prefixes), len(labels))
-    for start in range(0, len(order), _ROWS):
-        rows = order[start : start + _ROWS]
+    step = max(1, min(_ROWS, _TOKENS // (longest * len(labels))))
+    for start in range(0, len(order), step):
+        rows = order[start : start + step]
         scores[rows] = _scores(model, [prefixes[i] for i in rows], answers)
     return scores
 
@@ -90,13 +93,23 @@ def _scores(model: Any, prefixes: Sequence[Sequence[int]], answers: Sequence[Seq
     total = torch.stack([first[:, answer[0]] for answer in answers], dim=1)
     if most == 1:
         return total.cpu()
-    count = len(answers)
-    cache = out.past_key_values
+    step = max(1, _TOKENS // (longest * len(prefixes)))
+    parts = [answers[start : start + step] for start in range(0, len(answers), step)]
+    rest = []
+    for i, part in enumerate(parts):
+        cache = out.past_key_values if i == len(parts) - 1 else copy.deepcopy(out.past_key_values)
+        rest.append(_rest(model, cache, mask, part))
+    return (total + torch.cat(rest, dim=1)).cpu()
+
+
+def _rest(model: Any, cache: Any, mask: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log-likelihood of all but the first token of each answer, (prefixes x answers), behind a cache."""
+    (rows, count), device = (len(mask), len(answers)), mask.device
+    most = max(2, *map(len, answers))
     cache.batch_repeat_interleave(count)
     given = torch.tensor([[*a[:-1], *[0] * (most - len(a))] for a in answers], device=device)
     there = torch.tensor([[1] * (len(a) - 1) + [0] * (most - len(a)) for a in answers], device=device)
     following = torch.tensor([[*a[1:], *[0] * (most - len(a))] for a in answers], device=device)
-    rows = len(prefixes)
     given, there, following = (t.repeat(rows, 1) for t in (given, there, following))
     lengths = mask.sum(1).repeat_interleave(count)
     out = model(
@@ -107,7 +120,7 @@ def _scores(model: Any, prefixes: Sequence[Sequence[int]], answers: Sequence[Seq
         use_cache=True,
     )
     log = F.log_softmax(out.logits.float(), dim=-1).gather(-1, following[..., None])[..., 0]
-    return (total + (log * there).sum(1).view(rows, count)).cpu()
+    return (log * there).sum(1).view(rows, count)
 
 
 def prompt_scores(

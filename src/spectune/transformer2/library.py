@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, Entry, locked, write_atomically
+from spectune.adapters.files import CONFIG, WEIGHTS, Entry, locked, telling_of_full_disks, write_atomically
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import effective_weight, find_linear
 
@@ -38,6 +39,7 @@ class Record(NamedTuple):
         parameters: trained values.
         bytes: of its two files.
         prompts: how many example prompts are kept beside it.
+        sha256: of its two files, by which a replacement is known.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Record(NamedTuple):
     parameters: int
     bytes: int
     prompts: int
+    sha256: str
 
 
 class Library:
@@ -169,7 +172,7 @@ class Library:
                 f"{name!r} cannot be an adapter's name in a library; use letters, digits, '-' and '_', not {NONE!r}"
             )
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        with self._alone():
+        with self._alone(), telling_of_full_disks(self.path, "the library is as it was; free some space"):
             taken = next((other for other in self._records if other.lower() == name.lower()), None)
             if taken is not None:
                 raise SpectuneError(
@@ -184,8 +187,9 @@ class Library:
             if kept:
                 write_json(folder / PROMPTS, kept)
             methods = dict.fromkeys(term.method.name for layer in loaded.layers.values() for term in layer.terms)
-            size = sum((folder / file).stat().st_size for file in (CONFIG, WEIGHTS))
-            record = Record(name, description, "+".join(methods), loaded.parameter_count(), size, len(kept))
+            data = b"".join((folder / file).read_bytes() for file in (CONFIG, WEIGHTS))
+            told = (name, description, "+".join(methods), loaded.parameter_count(), len(data), len(kept))
+            record = Record(*told, hashlib.sha256(data).hexdigest())
             if base.keys() - self.sketches().keys():
                 self._base = {**base, **self.sketches()}
                 sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
@@ -204,7 +208,12 @@ class Library:
         with self._alone():
             folder = self.folder(name)
             del self._records[name]
+            if not self._records:  # the next adapter says which base it is
+                self.base_model = None
             self._write()
+            if not self._records:
+                self._base = {}
+                (self.path / BASE).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
@@ -222,7 +231,7 @@ class Library:
             adapter.check_base(weights)
             base = {layer: fingerprint.sketch_weight(weight) for layer, weight in weights.items()}
         else:
-            found = {layer: adapter.base_sketch(layer) for layer in adapter.layers}
+            found = {layer: update.base() for layer, update in adapter.layers.items()}
             base = {layer: sketch for layer, sketch in found.items() if sketch is not None}
         known = self.sketches()
         for layer in base.keys() & known.keys():
@@ -251,8 +260,8 @@ class Library:
         for i, values in enumerate(entry.take("adapters", list)):
             one = Entry(values, f"adapter {i} in {where}")
             one.check_keys(*Record._fields)
-            texts = (one.take(key, str) for key in Record._fields[:3])
-            record = Record(*texts, *(one.take(key, int) for key in Record._fields[3:]))
+            numbers = ("parameters", "bytes", "prompts")
+            record = Record(*(one.take(key, int if key in numbers else str) for key in Record._fields))
             if not re.fullmatch(r"[A-Za-z0-9_-]+", record.name) or record.name in records:
                 raise SpectuneError(f"{one.where} has the name {record.name!r}, which is in use or cannot be one")
             records[record.name] = record

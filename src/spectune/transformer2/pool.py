@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -16,10 +17,10 @@ from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.install import install
+from spectune.install import install, selections
 from spectune.layers.adapted import adapted_layers, effective_weight, find_linear
 from spectune.model import activate, adapter_names, attach, detach, route
-from spectune.transformer2.library import EMPTY, Library
+from spectune.transformer2.library import EMPTY, Library, Record
 from spectune.transformer2.packed import Packed, Structure, pack, structure_of
 
 Mixture = Mapping[str, Any]  # a weight for each name: a number, or one for each layer
@@ -47,10 +48,11 @@ class Pool:
             raise SpectuneError(EMPTY.format(str(library.path)))
         self.model, self.library = model, library
         self.max_bytes, self.slots = max_bytes, slots
-        self._packed: OrderedDict[str, Packed] = OrderedDict()
+        # by record, which is another one when an adapter is replaced under its name; the least recently used first
+        self._packed: OrderedDict[Record, Packed] = OrderedDict()
+        self._slots: OrderedDict[Record, str] = OrderedDict()
+        self._verified: set[Record] = set()  # those in memory that came out as trained over the bases here
         self._structures: dict[Structure, Structure] = {}
-        self._verified: set[str] = set()  # those in memory that came out as trained over the bases here
-        self._slots: OrderedDict[str, str] = OrderedDict()  # the adapter's name -> its slot, least recently used first
         self._slot_structures: dict[str, Structure] = {}
         self._parameters: dict[str, list[Tensor]] = {}
         self._sketches: dict[str, Tensor] = {}
@@ -72,9 +74,10 @@ class Pool:
         Raises:
             SpectuneError: no such adapter, damaged files, or another base.
         """
-        if name in self._packed:
-            self._packed.move_to_end(name)
-            return self._packed[name]
+        record = self.library.record(name)
+        if record in self._packed:
+            self._packed.move_to_end(record)
+            return self._packed[record]
         adapter = self.library.adapter(name)
         for layer_name, layer in adapter.layers.items():
             if layer.base_sketch is not None:
@@ -82,8 +85,8 @@ class Pool:
         structure = structure_of(adapter)
         packed = pack(adapter, self._structures.setdefault(structure, structure))
         if self._twin(packed) is not None:
-            self._verify(name, adapter)
-        self._packed[name] = packed
+            self._verify(record, adapter)
+        self._packed[record] = packed
         while self.bytes > self.max_bytes and len(self._packed) > 1:
             self._verified.discard(self._packed.popitem(last=False)[0])
         return packed
@@ -92,7 +95,7 @@ class Pool:
         """Return a slot of an adapter's structure, whose bases are its own."""
         return next((s for s, structure in self._slot_structures.items() if structure is packed.structure), None)
 
-    def _verify(self, name: str, adapter: Adapter) -> None:
+    def _verify(self, record: Record, adapter: Adapter) -> None:
         """Raise unless an adapter comes out as it was trained over the bases that are on the model."""
         layers = adapted_layers(self.model)
         for layer_name, layer in adapter.layers.items():
@@ -100,7 +103,7 @@ class Pool:
             for term in layer.terms:
                 tensors: Any = getattr(layers[layer_name].bases._modules.get(term.method.basis_key), "_buffers", None)
                 replace(term, basis=tensors).check(layer_name, weight, layer.base_sketch)
-        self._verified.add(name)
+        self._verified.add(record)
 
     def _check_layer(self, layer: str, sketch: Tensor, whose: str) -> None:
         if layer not in self._sketches:
@@ -121,27 +124,29 @@ class Pool:
         Raises:
             SpectuneError: as `load`.
         """
-        wanted = list(dict.fromkeys(names))
-        for name in wanted:
-            if name in self._slots:
-                self._slots.move_to_end(name)
-        for name in wanted:
-            if name not in self._slots:
-                self._slots[name] = self._fill(name, wanted)
-        return {name: self._slots[name] for name in wanted}
+        wanted = {self.library.record(name): name for name in names}
+        for record in wanted:
+            if record in self._slots:
+                self._slots.move_to_end(record)
+        for record in wanted:
+            if record not in self._slots:
+                self._slots[record] = self._fill(record, wanted)
+        idle = [record for record in self._slots if record not in wanted]
+        for record in idle[: max(0, len(self._slots) - self.slots)]:
+            self._empty(record)
+        return {name: self._slots[record] for record, name in wanted.items()}
 
-    def _fill(self, name: str, keep: Sequence[str]) -> str:
-        packed = self.load(name)
-        idle = [other for other in self._slots if other not in keep]
+    def _fill(self, record: Record, keep: Container[Record]) -> str:
+        packed = self.load(record.name)
         if self._twin(packed) is None:
             slot = self._new_slot()
-            attach(self.model, self.library.adapter(name), slot)  # makes the bases, and checks everything
-            self._verified.add(name)
+            self._attach(self.library.adapter(record.name), slot)  # makes the bases, and checks everything
+            self._verified.add(record)
         else:
-            if name not in self._verified:
-                self._verify(name, self.library.adapter(name))
+            if record not in self._verified:
+                self._verify(record, self.library.adapter(record.name))
             if len(self._slots) >= self.slots:
-                for other in idle:
+                for other in [other for other in self._slots if other not in keep]:
                     if self._slot_structures[self._slots[other]] is packed.structure:
                         slot = self._slots.pop(other)
                         with torch.no_grad():
@@ -154,21 +159,25 @@ class Pool:
         parameters = [layers[p.layer].adapters[slot][p.term]._parameters[p.key] for p in packed.structure]
         self._parameters[slot] = [parameter.requires_grad_(False) for parameter in parameters]
         self._slot_structures[slot] = packed.structure
-        self._trim(idle)
         return slot
+
+    def _attach(self, adapter: Adapter, slot: str) -> None:
+        """Attach an adapter, and leave what trains and how to the model's own adapters."""
+        shared = selections(adapted_layers(self.model))
+        factored = [selection.factored for selection in shared]
+        training = [p for p in self.model.parameters() if p.requires_grad] if shared else []
+        attach(self.model, adapter, slot)
+        for selection, before in zip(shared, factored, strict=True):
+            selection.factored = before
+        for parameter in training:
+            parameter.requires_grad_(True)
 
     def _new_slot(self) -> str:
         taken = set(adapter_names(self.model))
         return next(slot for i in count() if (slot := f"{_PREFIX}{i}") not in taken)
 
-    def _trim(self, idle: Iterable[str]) -> None:
-        for other in list(idle):
-            if len(self._slots) < self.slots:
-                break
-            self._empty(other)
-
-    def _empty(self, name: str) -> None:
-        slot = self._slots.pop(name)
+    def _empty(self, record: Record) -> None:
+        slot = self._slots.pop(record)
         detach(self.model, slot)
         self._stacks.clear()
         del self._parameters[slot], self._slot_structures[slot]
@@ -179,20 +188,36 @@ class Pool:
             if adapted_layers(self.model):
                 activate(self.model, None)
             return
-        slots = self.place(mixture)
-        activate(self.model, {slots[name]: weight for name, weight in mixture.items()})
+        activate(self.model, self._placed([mixture])[0])
 
     @contextmanager
     def route(self, rows: Sequence[Mixture]) -> Iterator[None]:
         """Within the context, give each row of a batch a mixture of the library's adapters; empty is the base."""
-        slots = self.place(name for row in rows for name in row)
-        if not slots:
+        if not any(rows):
             self.activate(None)
             yield
             return
-        routed = [{slots[name]: weight for name, weight in row.items()} for row in rows]
-        with route(self.model, routed, stacks=self._stacks):
+        with route(self.model, self._placed(rows), stacks=self._stacks):
             yield
+
+    def _placed(self, rows: Sequence[Mixture]) -> list[Mixture]:
+        """Return mixtures of slots for mixtures of names."""
+        for row in rows:
+            for name, weight in row.items():
+                if isinstance(weight, float) and not math.isfinite(weight):
+                    raise SpectuneError(f"the weight of adapter {name!r} must be a finite number, not {weight!r}")
+        slots = self.place(name for row in rows for name in row)
+        return [{slots[name]: weight for name, weight in row.items()} for row in rows]
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within the context what answers may change; afterwards the model's own adapters answer as before."""
+        before = {id(s): s.mixture for s in selections(adapted_layers(self.model))}
+        try:
+            yield
+        finally:
+            for selection in selections(adapted_layers(self.model)):
+                selection.mixture = before.get(id(selection), {})
 
     @torch.inference_mode(False)
     def activate_other(self, adapter: Adapter) -> None:
@@ -200,14 +225,14 @@ class Pool:
         slot = next((slot for slot, other in self._others.items() if other is adapter), None)
         if slot is None:
             slot = self._new_slot()
-            attach(self.model, adapter, slot)
+            self._attach(adapter, slot)
             self._others[slot] = adapter
         activate(self.model, slot)
 
     def close(self) -> None:
         """Take off the model what was put on it."""
-        for name in list(self._slots):
-            self._empty(name)
+        for record in list(self._slots):
+            self._empty(record)
         for slot in self._others:
             detach(self.model, slot)
         self._others.clear()

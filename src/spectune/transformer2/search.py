@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectune.errors import SpectuneError
+
 Progress = Callable[[int, int, float], None]
 
 
@@ -68,7 +70,7 @@ def cross_entropy_method(
             tried[: len(kept)] = kept
         else:
             tried[0] = mean
-        scores = evaluate(tried)
+        scores = evaluate(tried).nan_to_num(nan=-torch.inf)  # what overflows is the worst, not the best
         evaluations += len(tried)
         order = sorted(range(len(tried)), key=lambda i: tuple(scores[i].tolist()), reverse=True)
         top = order[0]
@@ -109,6 +111,8 @@ def gradient_ascent(
         optimizer.param_groups[0]["lr"] = lr * (1 - iteration / iterations)
         optimizer.zero_grad()
         score = objective(weights)
+        if not score.isfinite():
+            raise SpectuneError(f"the likelihood of the shots became {score.item()}: load the model in bf16 or fp32")
         if best_score is None or float(score) > best_score:
             best, best_score = weights.detach().clone(), float(score)
         optimizer.step()

@@ -48,10 +48,14 @@ class PromptStrategy:
     def __init__(self, pool: Pool, tokenizer: Any) -> None:
         self.pool, self.tokenizer = pool, tokenizer
         self._bias: Tensor | None = None
+        self._asked: list[Any] = []  # what the bias is of
 
     def choose(self, prompts: Sequence[str]) -> list[Decision]:
         """Return the likeliest label of each prompt."""
         self.pool.activate(None)
+        asked = [(record.name, record.description) for record in self.pool.library.records]
+        if asked != self._asked:  # adapters came or went
+            self._asked, self._bias = asked, None
         scores, self._bias = prompt_scores(self.pool.model, self.tokenizer, self.pool.library, prompts, self._bias)
         labels = [*self.pool.library.names, NONE]
         return [

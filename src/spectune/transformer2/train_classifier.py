@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.model import detach
+from spectune.model import adapter_names, detach
 from spectune.transformer2.calibration import Calibration, best, calibrate, calibration_error
 from spectune.transformer2.classifier import Classifier, Kind, base_sketches, hidden_states
 from spectune.transformer2.labels import answer_text, labelling_prompt
@@ -24,6 +24,7 @@ from spectune.transformer2.library import NONE, Library
 from spectune.transformer2.pool import Pool
 
 _LEAST = 10  # example prompts of an adapter
+_NAME = "default"  # of the adapter that trains
 _PENALTY = 1.0  # on the squared weights of the regression, beside the sum of the losses
 
 
@@ -188,6 +189,8 @@ def _train_adapter(
         return [_record(pool.library, tokenizer, p, labels[i]) for p, i in zip(part.prompts, part.labels, strict=True)]
 
     pool.close()
+    if _NAME in adapter_names(pool.model):
+        raise SpectuneError(f"the model carries an adapter {_NAME!r}, the name that training needs: detach it first")
     with tempfile.TemporaryDirectory(prefix="spectune-classifier-") as folder:
         name = str(getattr(pool.model.config, "_name_or_path", "") or "the base")
         settings = {"model": name, "data": "(example prompts)", "output": str(Path(folder) / "run"), "method": method}
@@ -197,7 +200,8 @@ def _train_adapter(
             result = train_model(config, pool.model, tokenizer, records(split.learn), records(split.calibrate), console)
         finally:
             pool.model.eval()
-            detach(pool.model, "default")
+            if _NAME in adapter_names(pool.model):
+                detach(pool.model, _NAME)
     return result.adapter
 
 

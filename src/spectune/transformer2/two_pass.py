@@ -62,11 +62,13 @@ class Transformer2:
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else _tokenizer(model)
         self.pool = Pool(model, self.library, max_bytes)
-        self.strategy = make_strategy(strategy, self.pool, self.tokenizer, progress)
+        with self.pool.restoring():
+            self.strategy = make_strategy(strategy, self.pool, self.tokenizer, progress)
 
     def choose(self, prompts: Sequence[str | Sequence[Message]]) -> list[Decision]:
         """Return what is to answer each prompt; of a conversation the last message of the user decides."""
-        return self.strategy.choose([_asked(prompt) for prompt in prompts])
+        with self.pool.restoring():
+            return self.strategy.choose([_asked(prompt) for prompt in prompts])
 
     def generate(
         self,
@@ -83,18 +85,21 @@ class Transformer2:
             settings: as for `spectune.generation.generate`: max_new_tokens, temperature, streamer, ...
 
         Raises:
-            SpectuneError: no prompts, or one longer than the model's context.
+            SpectuneError: no prompts, another number of decisions, or a prompt longer than the model's context.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise SpectuneError("generate takes a list of prompts, at least one")
         decisions = self.choose(prompts) if decisions is None else decisions
+        if len(decisions) != len(prompts):
+            raise SpectuneError(f"{len(decisions)} decisions were given for {len(prompts)} prompts: give one for each")
         rows = [decision.weights for decision in decisions]
-        if all(row == rows[0] for row in rows):
-            self.pool.activate(rows[0])
-            replies = generate(self.model, self.tokenizer, prompts, **settings)
-        else:
-            with self.pool.route(rows):
+        with self.pool.restoring():
+            if all(row == rows[0] for row in rows):
+                self.pool.activate(rows[0])
                 replies = generate(self.model, self.tokenizer, prompts, **settings)
+            else:
+                with self.pool.route(rows):
+                    replies = generate(self.model, self.tokenizer, prompts, **settings)
         return [Answer(*reply, decision) for reply, decision in zip(replies, decisions, strict=True)]
 
     def close(self) -> None:
