@@ -113,6 +113,7 @@ class AdapterCheckpoints:
                         publish(partial, place)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
+        self.state.best_model_checkpoint = processes.gather(self.state.best_model_checkpoint)[0]  # all go back to it
         self.last_checkpoint = str(place)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))  # type: ignore[attr-defined]
