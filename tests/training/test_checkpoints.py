@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 import spectune
+from spectune.errors import SpectuneError
 from training.folder import make_model, make_tokenizer, save_folder
 
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")  # since transformers 5.23 or so
@@ -116,6 +117,14 @@ def test_transformers_trainer_resumes_bit_for_bit(tmp_path, method):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     ours, theirs = tensors(resumed.model), tensors(whole.model)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_optimizer_with_other_groups_is_refused(tmp_path):
+    plain(tmp_path, max_steps=2).train()
+    other = plain(tmp_path)
+    other.optimizer = torch.optim.AdamW([p for p in other.model.parameters() if p.requires_grad])
+    with pytest.raises(SpectuneError, match=r"checkpoint-2 was made with other groups of parameters .*; resume with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_the_best_checkpoint_is_loaded_again(tmp_path):

@@ -150,6 +150,28 @@ def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, 
     assert "resuming with changed lr, max_steps" in capsys.readouterr().err
 
 
+def test_a_resumed_run_trains_with_the_rates_that_it_is_given(settings, tmp_path):
+    more = [f"output={tmp_path / 'out'}", "method=dora:inner=lora,rank=2", "schedule=linear", "warmup=0"]
+    groups = []
+    original = trainer_module.AdapterTrainer.training_step
+
+    def look(self, *args, **kwargs):
+        groups.append({g["lr"]: g["weight_decay"] for g in self.optimizer.param_groups})
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.AdapterTrainer, "training_step", look)
+        run(settings, *more, "max_steps=5", "group_lr={magnitude: 1e-3}", "lr=1e-2")
+        changed = ["group_lr={magnitude: 1e-2}", "lr=4e-2", "weight_decay=0.5", "max_steps=10", "resume=true"]
+        result = run(settings, *more, *changed)
+    assert groups[:2] == [{1e-2: 0, 1e-3: 0}, {8e-3: 0, 8e-4: 0}]
+    assert groups[5] == {2e-2: 0.5, 5e-3: 0.5}  # of the middle of the schedule
+    rates = [line["learning_rate"] for line in result.history if "learning_rate" in line]
+    assert rates[5:7] == pytest.approx([5e-3, 4e-3])
+    with pytest.raises(SpectuneError, match="with another group_lr"):
+        run(settings, *more, *changed, "group_lr={}")
+
+
 def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatch):
     original = trainer_module.AdapterTrainer.training_step
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -24,6 +25,7 @@ from spectune.training import processes
 
 STATE = "adapter_state.safetensors"
 _OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+_OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
 _PARTIAL = ".{}.partial"
 T = TypeVar("T")
 
@@ -179,8 +181,27 @@ class AdapterCheckpoints:
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                     values[key] = as_part(value, parameters[index])
-        self.optimizer.load_state_dict(optimizer)
+        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except ValueError as error:
+            raise SpectuneError(
+                f"{checkpoint} was made with other groups of parameters ({error}); resume with the configuration of "
+                "the run"
+            ) from None
         self.lr_scheduler.load_state_dict(schedule)
+        self._keep_rates(own)
+
+    def _keep_rates(self, own: list[dict[str, Any]]) -> None:
+        """Train with this run's learning rates and decay, where the schedule is, and not with those of before."""
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        for group, values in zip(groups, own, strict=True):
+            group.update(values)
+        if isinstance(schedule, LambdaLR):  # as all of transformers' are that do not look at the loss
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
 
 def checkpoints(output: Path, console: Console | None = None) -> list[Path]:

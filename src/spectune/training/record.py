@@ -73,6 +73,8 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     now = {**config.model_dump(), "processes": processes.count()}
     examples = [math.prod(int(run.get(key) or 1) for key in _STEP) for run in (before, now)]
     meaning = _MEANING if examples[0] == examples[1] else (*_MEANING, *_STEP)
+    if set(before.get("group_lr") or ()) != set(config.group_lr):  # the optimizer has a group for each
+        meaning += ("group_lr",)
     keys = [key for key in now if key not in _INCIDENTAL and before.get(key) != now[key]]
     named = {
         key: f"number of processes ({now[key]}, not {before.get(key)})" if key == "processes" else key for key in keys

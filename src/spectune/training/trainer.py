@@ -70,12 +70,13 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         for name in self.group_lr:
             if name not in tails.values():
                 raise SpectuneError(f"group_lr: no trained tensor is named {name!r}{nearest(name, tails.values())}")
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[str | None, list[Tensor]] = {}  # by name and not by rate, so that a resumed run may change rates
         for name, parameter in trained.items():
-            groups.setdefault(self.group_lr.get(tails[name], self.args.learning_rate), []).append(parameter)  # type: ignore[arg-type]
+            groups.setdefault(tails[name] if tails[name] in self.group_lr else None, []).append(parameter)
+        rates: dict[str | None, float] = {None: self.args.learning_rate, **self.group_lr}
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
         options |= {"weight_decay": self.args.weight_decay}
-        self.optimizer = kind([{"params": p, "lr": lr} for lr, p in groups.items()], **options)
+        self.optimizer = kind([{"params": p, "lr": rates[name]} for name, p in groups.items()], **options)
         return self.optimizer  # type: ignore[return-value]
 
     def compute_loss(
