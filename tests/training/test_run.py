@@ -2,6 +2,7 @@
 
 import json
 import signal
+from datetime import datetime
 
 import pandas
 import pytest
@@ -12,6 +13,7 @@ from spectune.errors import SpectuneError
 from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
+from spectune.training.record import digest
 from spectune.training.run import train
 from training.folder import save_folder
 
@@ -148,6 +150,23 @@ def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, 
         run(settings, output, "max_steps=10", "resume=true", "seed=1", "batch_size=4")
     run(settings, output, "max_steps=6", "resume=true", "lr=0.5")
     assert "resuming with changed lr, max_steps" in capsys.readouterr().err
+
+
+def test_resuming_with_other_data_is_refused(settings, tmp_path):
+    output, data = f"output={tmp_path / 'out'}", tmp_path / "data.jsonl"
+    run(settings, output, "max_steps=5")
+    text = data.read_text()
+    data.write_text(text.replace("ahoy three", "ahoy four"))
+    with pytest.raises(SpectuneError, match=r"out: the data changed since its run began; .*overwrite=true or another"):
+        run(settings, output, "max_steps=6", "resume=true")
+    data.write_text(text + "\n")
+    assert run(settings, output, "max_steps=6", "resume=true").steps == 6
+
+
+def test_rows_with_dates_have_a_digest():
+    day = {"text": "ahoy", "said": datetime(2020, 1, 1)}
+    assert digest([day]) == digest([dict(day)]) != digest([{**day, "said": datetime(2020, 1, 2)}])
+    assert digest([{"text": "ahoy", "picture": object()}]) == digest([{"text": "ahoy", "picture": object()}])
 
 
 def test_a_resumed_run_trains_with_the_rates_that_it_is_given(settings, tmp_path):

@@ -26,7 +26,7 @@ from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.recompute import checkpoint_activations
-from spectune.training.record import changed, read_run, write_run
+from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
 
@@ -127,7 +127,7 @@ def _train(
             config = _with_its_method(config, start_from)
         checkpoint = _checkpoint(output, console) if config.resume else None
         if checkpoint is not None:
-            _report_changes(config, output, console)
+            _report_changes(config, output, [*records, *held], console)
     limit = token_limit(config, model)
     task = make_task(config)
     learned = task.encode(records, model, tokenizer, limit)
@@ -290,14 +290,20 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _report_changes(config: TrainConfig, output: Path, console: Console) -> None:
-    """Refuse to resume a run whose meaning changed, and say what else did."""
-    fatal, other = changed(read_run(output), config)
+def _report_changes(config: TrainConfig, output: Path, records: Sequence[Record], console: Console) -> None:
+    """Refuse to resume a run whose meaning or data changed, and say what else did."""
+    before = read_run(output)
+    fatal, other = changed(before, config)
     if fatal:
         raise SpectuneError(
             f"cannot resume {output} with another {', '.join(fatal)}; give the values of {output / 'config.yaml'} "
             "(batch_size and accumulate may change where a step keeps its number of examples), or start anew with "
             "overwrite=true"
+        )
+    if before["digest"] != digest(records):
+        raise SpectuneError(
+            f"cannot resume {output}: the data changed since its run began; give the data as it was, or start anew "
+            "with overwrite=true or another output"
         )
     if other:
         console.print(f"resuming with changed {', '.join(other)}", style="yellow", highlight=False)
