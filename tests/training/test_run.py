@@ -15,6 +15,7 @@ from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
 from spectune.training.record import digest
 from spectune.training.run import train
+from spectune.training.tasks.sft import Sft
 from training.folder import save_folder
 
 
@@ -214,6 +215,31 @@ def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path):
     losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]
     assert result.steps < 60
     assert result.loss_after == pytest.approx(min(losses[1:]))
+
+
+def test_a_resumed_run_is_as_patient_as_a_whole_one(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sft, "metrics", lambda self, sums: {"loss": -float(sums["loss"])})  # rises as it learns
+    more = [*settings, "eval_steps=5", "patience=2", "max_steps=30", "lr=5e-2", "schedule=constant"]
+    whole = run(more, f"output={tmp_path / 'whole'}")
+    assert whole.steps == 15
+    part = [*more, f"output={tmp_path / 'part'}"]
+    interrupt(part, at=13)  # after the first evaluation that is not better
+    assert run(part, "resume=true").steps == 15
+    assert run(part, "resume=true").steps == 15  # there is nothing left to do
+    assert run(part, "resume=true", "patience=3").steps == 20
+
+
+def test_an_interrupt_names_what_it_saved_and_not_the_best_checkpoint(settings, tmp_path, monkeypatch):
+    original = trainer_module.AdapterTrainer.training_step
+
+    def interrupt_once(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", interrupt_once)
+    with pytest.raises(Interrupted, match=r"at step 8; saved .*checkpoint-8, go on with resume=true"):
+        run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "best=true", "eval_steps=5")
 
 
 def test_a_tensor_can_have_its_own_learning_rate(settings, tmp_path):

@@ -147,24 +147,27 @@ class AdapterCheckpoints:
         return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._load_adapter(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load_adapter(resume_from_checkpoint, model)
+        self.last_checkpoint = resume_from_checkpoint
+
+    def _load_adapter(self, checkpoint: str, model: Any = None) -> None:
         try:
-            state = load_file(Path(resume_from_checkpoint) / STATE)
+            state = load_file(Path(checkpoint) / STATE)
         except (OSError, SafetensorError) as error:
-            raise _damaged(resume_from_checkpoint, error) from None
+            raise _damaged(checkpoint, error) from None
         target = adapter_state(model if model is not None else self.model)
         if state.keys() != target.keys():
             differing = min(state.keys() ^ target.keys())
             raise SpectuneError(
-                f"{resume_from_checkpoint} was made with other settings (it differs in {differing!r}); "
+                f"{checkpoint} was made with other settings (it differs in {differing!r}); "
                 "resume with the configuration of the run"
             )
         with torch.no_grad():
             for key, tensor in state.items():
                 target[key].copy_(as_part(tensor, target[key]))
-        self.last_checkpoint = resume_from_checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -179,8 +179,18 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             sampler = self._order = EvenSampler(sampler, self._even, self.args.seed)
         return sampler
 
+    def _load_callback_state(self) -> None:
+        """Go on counting evaluations without a better one; with transformers' own the patience would be the old one."""
+        for callback in self._stoppers():
+            saved = self.state.stateful_callbacks.get(type(callback).__name__, {"attributes": {}})
+            vars(callback).update(saved["attributes"])
+
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where transformers takes one step more
+        ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._stoppers())
+        if ended or self.state.global_step >= self.state.max_steps:  # resumed there, where transformers would go on
             self.control.should_training_stop = True
             return
         if self._order is not None:  # accelerate does not find it behind the batches that a resumed run skips
