@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer, TrainingArguments
 
 import spectune
 from spectune.errors import SpectuneError
+from spectune.training import checkpoints as checkpoints_module
 from training.folder import make_model, make_tokenizer, save_folder
 
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")  # since transformers 5.23 or so
@@ -149,6 +151,32 @@ def test_a_push_uploads_the_adapter_and_not_the_base(tmp_path, monkeypatch):
     trainer.push_to_hub()
     assert {"adapter_config.json", "adapter_model.safetensors"} <= pushed.keys()
     assert not [name for name in pushed if name.startswith(BASE_FILES)]
+
+
+def test_pushing_as_it_trains_uploads_the_adapter_and_no_pickles(tmp_path, monkeypatch):
+    pushed = []
+
+    def upload_folder(folder_path, ignore_patterns, path_in_repo, **kwargs):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        pushed.append((path_in_repo, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        return SimpleNamespace(done=lambda: True)
+
+    def create_repo(name, **kwargs):
+        return SimpleNamespace(repo_id=name)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(create_repo=create_repo))
+    monkeypatch.setattr(transformers.trainer, "is_peft_available", lambda: False)
+    monkeypatch.setattr(checkpoints_module, "upload_folder", upload_folder)
+    more = {"push_to_hub": True, "hub_model_id": "someone/something", "max_steps": 2, "logging_strategy": "no"}
+    plain(tmp_path / "every", hub_strategy="every_save", **more).train()
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert pushed == [(None, adapter)]
+    assert not (tmp_path / "every" / "training_args.bin").exists()
+    spectune.Adapter.load(tmp_path / "every")
+    plain(tmp_path / "whole", hub_strategy="checkpoint", **more).train()
+    assert pushed[1] == (None, adapter)
+    assert pushed[2][0] == "last-checkpoint"
+    assert {*adapter, "adapter_state.safetensors", "optimizer.pt", "trainer_state.json"} <= pushed[2][1]
 
 
 def test_the_reference_is_the_base_and_leaves_the_model_as_it_was():

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import upload_folder
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 
-from spectune.adapters.files import publish, telling_of_full_disks
+from spectune.adapters.files import CONFIG, WEIGHTS, publish, telling_of_full_disks
 from spectune.errors import SpectuneError
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model import extract
@@ -26,6 +28,7 @@ from spectune.training import processes
 STATE = "adapter_state.safetensors"
 _OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 _OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
+_NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
 _PARTIAL = ".{}.partial"
 T = TypeVar("T")
 
@@ -65,6 +68,8 @@ class AdapterCheckpoints:
     processing_class: Any
     optimizer: Any
     lr_scheduler: Any
+    hub_model_id: Any
+    push_in_progress: Any = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter to a folder."""
@@ -118,13 +123,45 @@ class AdapterCheckpoints:
         self.state.best_model_checkpoint = processes.gather(self.state.best_model_checkpoint)[0]  # all go back to it
         self.last_checkpoint = str(place)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))  # type: ignore[attr-defined]
+            with processes.together(), telling_of_full_disks(output, remedy):
+                self._push_from_checkpoint(str(place))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(output),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's adapter; transformers' own needs peft to find it, and pickles the arguments."""
+        strategy, before = self.args.hub_strategy, self.push_in_progress or PushInProgress()
+        if not processes.is_main() or strategy == HubStrategy.END:
+            return
+        if not before.is_done() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[attr-defined]
+        checkpoint, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        for name in (CONFIG, WEIGHTS):  # the checkpoint may be gone before it is uploaded
+            shutil.copy(checkpoint / name, output / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output)
+        folders: list[tuple[Path, str | None]] = [(output, None)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            folders.append((checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name))
+        jobs = [
+            upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                path_in_repo=place,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=_NOT_UPLOADED,
+                run_as_future=True,
+            )
+            for folder, place in folders
+        ]
+        self.push_in_progress = PushInProgress([*before.jobs, *jobs])  # type: ignore[arg-type]
 
     def _rng_files(self) -> dict[str, bytes]:
         """Return the file in which transformers keeps this process' random states, by its name."""
