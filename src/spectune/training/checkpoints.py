@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
@@ -187,6 +187,10 @@ class AdapterCheckpoints:
         self._load_adapter(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / _TRAINER))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(resume_from_checkpoint, error) from None
         self._load_adapter(resume_from_checkpoint, model)
         self.last_checkpoint = resume_from_checkpoint
 
@@ -205,6 +209,13 @@ class AdapterCheckpoints:
         with torch.no_grad():
             for key, tensor in state.items():
                 target[key].copy_(as_part(tensor, target[key]))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with processes.together():
+            try:
+                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            except Exception as error:  # whatever a damaged file makes of the reader
+                raise _damaged(str(checkpoint), error) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -254,11 +265,18 @@ def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
     found: dict[int, Path] = {}
     for path in output.glob("*checkpoint-*"):
         named = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if named and all((path / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER)):
+        if named and _is_whole(path):
             found[int(named[1])] = path
         elif console is not None and (named or re.fullmatch(r"\.checkpoint-\d+\.partial", path.name)):
             console.print(f"{path.name} was not written to its end and is left out", style="yellow", highlight=False)
     return [found[step] for step in sorted(found)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    rngs = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    of_each = {f"rng_state_{number}.pth" for number in range(len(rngs))}
+    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER))
+    return files and bool(rngs) and rngs in ({"rng_state.pth"}, of_each)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
