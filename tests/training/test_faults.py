@@ -140,6 +140,24 @@ def test_a_checkpoint_has_the_random_states_of_each_process(tmp_path, rngs, whol
     assert len(checkpoints(tmp_path)) == whole
 
 
+def test_overwriting_leaves_nothing_of_the_run_before(settings, tmp_path, monkeypatch):
+    run(settings, "max_steps=1")
+    (tmp_path / "out" / "outcomes").mkdir()
+    monkeypatch.setattr(AdapterTrainer, "training_step", full)
+    with pytest.raises(OSError, match="No space"):
+        run(settings, "max_steps=1", "overwrite=true", "seed=1")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"config.yaml", "run.json", "README.md", "log.jsonl"}
+
+
+def test_overwriting_keeps_the_adapter_that_the_run_goes_on_from(settings, tmp_path, monkeypatch):
+    run(settings, "max_steps=1")
+    monkeypatch.setattr(AdapterTrainer, "training_step", full)
+    with pytest.raises(OSError, match="No space"):
+        run(settings, "max_steps=1", "overwrite=true", f"adapter={tmp_path / 'out'}")
+    spectune.Adapter.load(tmp_path / "out")
+
+
 def test_an_unfinished_run_is_not_overwritten_unasked(settings, tmp_path):
     run(settings, "max_steps=5")
     (tmp_path / "out" / "adapter_config.json").unlink()

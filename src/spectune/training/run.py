@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, telling_of_full_disks
+from spectune.adapters.files import CONFIG, WEIGHTS, telling_of_full_disks
 from spectune.errors import SpectuneError
 from spectune.methods import to_text
 from spectune.model import adapt, attach, extract
@@ -29,6 +29,8 @@ from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
+
+_CURVE = "curve.png"
 
 
 @dataclass
@@ -139,8 +141,7 @@ def _train(
     with processes.together(), telling_of_full_disks(output, "free some space and start again"):
         if processes.is_main():
             if checkpoint is None:
-                for old in output.glob("*checkpoint-*"):  # of a run that this one replaces
-                    shutil.rmtree(old, ignore_errors=True)
+                _clear(config, output)
             write_run(config, output, [*records, *held], task.files(model))
         log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
@@ -178,8 +179,17 @@ def _train(
             with telling_of_full_disks(output, f"{trainer.kept()}; free some space and go on with resume=true"):
                 adapter.save(output)
                 title = f"{config.model}, {config.method}"
-                plot_curve(log.history, output / "curve.png", title, task.unit, task.shown, task.curve)
+                plot_curve(log.history, output / _CURVE, title, task.unit, task.shown, task.curve)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
+
+
+def _clear(config: TrainConfig, output: Path) -> None:
+    """Take away what a run that this one replaces made of its own settings, but not the adapter to go on from."""
+    goes_on = config.adapter is not None and Path(config.adapter).resolve() == output.resolve()
+    for old in (*output.glob("*checkpoint-*"), output / "outcomes"):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in ("labels.json", _CURVE, *(() if goes_on else (CONFIG, WEIGHTS))):
+        (output / name).unlink(missing_ok=True)
 
 
 def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
