@@ -158,6 +158,19 @@ def test_overwriting_keeps_the_adapter_that_the_run_goes_on_from(settings, tmp_p
     spectune.Adapter.load(tmp_path / "out")
 
 
+def test_a_loss_that_rises_is_told_once(settings, monkeypatch, capsys):
+    original = AdapterTrainer.log
+
+    def log(self, logs, *args, **kwargs):
+        original(self, logs | ({"loss": 2.0**self.state.global_step} if "loss" in logs else {}), *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "log", log)
+    run(settings, "max_steps=12")
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("the training loss rose from 2.000 to ") == 1
+    assert "to 6.892" in told  # smoothed
+
+
 def test_an_unfinished_run_is_not_overwritten_unasked(settings, tmp_path):
     run(settings, "max_steps=5")
     (tmp_path / "out" / "adapter_config.json").unlink()
