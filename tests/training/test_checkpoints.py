@@ -110,6 +110,13 @@ def test_trl_saves_and_resumes_the_adapter_alone(tmp_path, folder, make):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_spectunes_trainer_is_transformers_own_with_such_checkpoints(tmp_path):
+    assert issubclass(spectune.Trainer, Trainer)
+    trainer = spectune.Trainer(model=adapted(), args=TrainingArguments(**settings(tmp_path)))
+    trainer.save_model()
+    assert_adapter_only(tmp_path, state=False)
+
+
 @pytest.mark.parametrize("method", ["svf", "dora:inner=lora,rank=2", "adalora:rank=2,interval=1"])
 def test_transformers_trainer_resumes_bit_for_bit(tmp_path, method):
     whole = plain(tmp_path / "whole", method, max_steps=6, save_steps=3)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from huggingface_hub import upload_folder
 from rich.console import Console
 from safetensors import SafetensorError
@@ -37,6 +38,7 @@ def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
     """Return a trainer's class that saves, resumes from and pushes the adapter alone, and never the base.
 
     Works for transformers.Trainer and what is built on it, TRL's SFTTrainer, DPOTrainer and GRPOTrainer among them.
+    `spectune.Trainer` is `trainer_for(transformers.Trainer)`.
 
     Args:
         kind: the trainer's class.
@@ -253,6 +255,9 @@ class AdapterCheckpoints:
             for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in groups]
+
+
+Trainer = trainer_for(transformers.Trainer)
 
 
 def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
