@@ -13,7 +13,7 @@ from spectune.compare.candidates import candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
-from training.folder import save_folder
+from training.folder import NUMBERS, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,13 @@ def test_a_budget_sets_ranks(folder, tmp_path):
     tight, notes = candidates(config(folder, tmp_path, methods=["svf"], budget="10"), bench.model)
     assert tight == ["svf"]
     assert "cannot be made as small as 10" in notes[0]
+
+
+def test_preferences_are_measured_against_the_base_where_every_weight_trains(folder, tmp_path):
+    rows = [{"prompt": f"say {w}", "chosen": " hello", "rejected": " ahoy"} for w in NUMBERS for _ in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = {"task": "dpo", "model": str(folder / "decoder"), "data": str(path), "methods": ["full"], "general": None}
+    result = Bench(config(folder, tmp_path, **values)).run(Trial("full", 1e-2, 0, "final"))
+    assert result["test"]["reward_accuracy"] == 1.0
+    assert result["test"]["loss"] < 0.6

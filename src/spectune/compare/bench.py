@@ -31,6 +31,7 @@ from spectune.training.data import Record, read, split
 from spectune.training.progress import is_measure
 from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
+from spectune.training.tasks.dpo import Dpo
 
 LEAST = 8  # records that validation and test need each
 RUNGS = (1, 2, 4)  # quarters of a run at which it is measured
@@ -141,13 +142,15 @@ class Bench:
 
     def _trained(self, trial: Trial, config: TrainConfig, model: Any, quarter: int, report: Report) -> dict[str, Any]:
         task = make_task(config)
+        if isinstance(task, Dpo) and trial.method == FULL:  # whose own weights move away from the base's
+            task.reference = self.model
         arguments = training_arguments(config, self.model, True, task)
         arguments.save_strategy = SaveStrategy.NO
         arguments.load_best_model_at_end = False
         arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
         times = StepTimes()
         rungs = _Rungs(quarter, report)
-        with packed_attention(model):
+        with packed_attention(self.model), packed_attention(model):
             trainer = task.trainer(
                 model=model,
                 args=arguments,
@@ -198,7 +201,7 @@ class Bench:
         found: dict[str, Any] = {}
         chosen: list[int] = []  # labels, in the order of the examples
         classifies = self.config.task == "classify"
-        with packed_attention(model):
+        with packed_attention(self.model), packed_attention(model):
             with _labels(model, chosen) if classifies else nullcontext():
                 found["test"] = _measures(trainer.evaluate(self.examples["test"], metric_key_prefix="test"), "test")
             found["train"] = _measures(trainer.evaluate(self.examples["sample"], metric_key_prefix="train"), "train")
