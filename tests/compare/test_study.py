@@ -96,6 +96,24 @@ def test_a_study_ends_and_nothing_runs_twice(folder, tmp_path):
     assert again == []
 
 
+def test_seeds_can_be_added(folder, tmp_path):
+    chosen = config(folder, tmp_path, seeds=1, lrs=2)
+    bench = Bench(chosen)
+    work(chosen, ["lora"], "s", bench)
+    results = Results(tmp_path / "trials", "s")
+    pending = Study(config(folder, tmp_path, seeds=3, lrs=2), ["lora"], results).pending()
+    assert [(trial.kind, trial.seed) for trial in pending] == [("final", 1), ("final", 2)]
+    assert results.corrupt == []
+
+
+def test_a_result_of_another_comparison_is_kept_and_refused(tmp_path):
+    trial = Trial("base", None, 0, "final")
+    Results(tmp_path, "s").put(trial, {"error": None})
+    with pytest.raises(SpectuneError, match="base.seed0.json is of another comparison: give another output"):
+        Results(tmp_path, "t").get(trial)
+    assert Results(tmp_path, "s").get(trial) is not None
+
+
 def test_a_corrupt_result_is_named_and_runs_again(folder, tmp_path):
     chosen = config(folder, tmp_path, methods=["base"], seeds=1)
     work(chosen, ["base"], "s", Bench(chosen))
