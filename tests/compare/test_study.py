@@ -109,7 +109,7 @@ def test_seeds_can_be_added(folder, tmp_path):
 def test_a_result_of_another_comparison_is_kept_and_refused(tmp_path):
     trial = Trial("base", None, 0, "final")
     Results(tmp_path, "s").put(trial, {"error": None})
-    with pytest.raises(SpectuneError, match="base.seed0.json is of another comparison: give another output"):
+    with pytest.raises(SpectuneError, match=r"base\.seed0\.json is of another comparison: give another output"):
         Results(tmp_path, "t").get(trial)
     assert Results(tmp_path, "s").get(trial) is not None
 
@@ -155,6 +155,22 @@ def test_a_trial_whose_workers_are_killed_again_and_again_is_given_up(folder, tm
         assert results.attempt(trial)
     work(chosen, ["lora"], "s", Bench(chosen))
     assert "killed" in results.get(trial)["error"]
+
+
+def test_an_interrupted_trial_is_no_killed_one(folder, tmp_path, monkeypatch):
+    chosen = config(folder, tmp_path, methods=["base"], seeds=1)
+    bench = Bench(chosen)
+
+    def interrupt(trial):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "run", interrupt)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                work(chosen, ["base"], "s", bench)
+    work(chosen, ["base"], "s", bench)
+    assert Results(tmp_path / "trials", "s").get(Trial("base", None, 0, "final"))["error"] is None
 
 
 def test_learning_rates_go_outwards_from_the_methods_own_and_on_where_the_end_is_best():

@@ -34,7 +34,8 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "fsdp": "give workers",
 }
 # keys that say how much is compared or how it is run, and not what a trial is
-_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline", "overwrite", "columns")
+_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline", "columns")
+ONCE = ("overwrite", "retry")  # keys that say what becomes of the results there are
 METHODS = [
     *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
     *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
@@ -69,6 +70,7 @@ class CompareConfig(TrainConfig):
         description="texts to see what was forgotten: data with text, python-docs (the documentation that comes with "
         "Python), or null",
     )
+    retry: bool = Field(False, description="run trials that failed again")
     workers: int = Field(1, ge=1, description="processes that share the trials")
     launcher: Literal["local", "ray"] = Field("local", description="where the workers run")
     address: str | None = Field(None, description="ray: of the cluster; one on this machine if not given")
@@ -121,7 +123,7 @@ class CompareConfig(TrainConfig):
         """Return what the trials depend on, but for defaults; only equals can be compared."""
         fields = type(self).model_fields
         given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
-        return {k: v for k, v in given.items() if k not in _EXTENT and k not in _CHOSEN}
+        return {k: v for k, v in given.items() if k not in (*_EXTENT, *ONCE, *_CHOSEN)}
 
 
 def digest(settings: Mapping[str, Any]) -> str:

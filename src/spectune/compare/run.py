@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import yaml
 from spectune.adapters.files import write_atomically
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
-from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.config import ONCE, CompareConfig, check_folder, digest
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
@@ -57,12 +59,12 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     settings = config.settings()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.overwrite:
-        for path in (folder / "trials").glob("*.json"):
-            path.unlink()
+    results = Results(folder / "trials", digest(settings))
+    if config.overwrite or config.retry:
+        results.clear(failed=not config.overwrite)
     text = json.dumps(settings, indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
-    study = Study(config, methods, Results(folder / "trials", digest(settings)))
+    study = Study(config, methods, results)
 
     def told(last: str = "") -> None:
         done, total = study.count()
@@ -143,10 +145,17 @@ def _processes(config: CompareConfig, methods: list[str], settings: str) -> Call
     """Start workers on this machine, and return what says whether one of them lives."""
     context = multiprocessing.get_context("spawn")
     arguments = (config.model_dump(exclude_unset=True), methods, settings, _threads(config.workers))
-    workers = [context.Process(target=worker, args=arguments, daemon=True) for _ in range(config.workers)]
+    workers = [context.Process(target=_process, args=arguments, daemon=True) for _ in range(config.workers)]
     for process in workers:
         process.start()
     return lambda: any(process.is_alive() for process in workers)
+
+
+def _process(*arguments: Any) -> None:
+    """Take part as a process that ends in peace where it is interrupted, or terminated with the one that started it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        worker(*arguments)
 
 
 def _ray(config: CompareConfig, methods: list[str], settings: str) -> Callable[[], bool]:
@@ -178,7 +187,8 @@ def worker(values: dict[str, Any], methods: list[str], settings: str, threads: i
 
 def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list[str]) -> dict[str, Any]:
     about = describe()
-    given = {k: v for k, v in config.model_dump().items() if k in config.model_fields_set or k == "methods"}
+    kept = (config.model_fields_set | {"methods"}) - set(ONCE)
+    given = {k: v for k, v in config.model_dump().items() if k in kept}
     for name, count in bench.cut.items():
         if count:
             notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")

@@ -172,5 +172,8 @@ def _run(study: Study, bench: Bench, trial: Trial) -> dict[str, Any]:
             return result
         except (SpectuneError, RuntimeError, MemoryError, ValueError) as failed:
             error = " ".join(str(failed).split()) or type(failed).__name__
+        except KeyboardInterrupt:  # stopped, and not killed
+            study.results.done(trial)
+            raise
     study.results.done(trial)
     return {**about, "error": error, "pruned": False, "history": [], "seconds": time.perf_counter() - start}

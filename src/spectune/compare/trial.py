@@ -108,5 +108,20 @@ class Results:
         """Forget the attempts at a trial."""
         (self.folder / f".{trial.name}.attempts").unlink(missing_ok=True)
 
+    def clear(self, *, failed: bool = False) -> None:
+        """Forget every attempt and result, or those alone that failed."""
+        for path in self.folder.glob("*.json"):
+            if not failed or _failed(path):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob(".*.attempts"):
+            path.unlink(missing_ok=True)
+
     def _path(self, trial: Trial) -> Path:
         return self.folder / f"{trial.name}.json"
+
+
+def _failed(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["error"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # its trial runs again anyway
