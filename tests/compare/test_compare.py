@@ -99,6 +99,12 @@ def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
     assert "overwrite" not in (tmp_path / "compare.yaml").read_text()  # or the command to reproduce it would wipe it
 
 
+def test_a_baseline_that_does_not_fit_is_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("spectune.compare.run.check_room", lambda config: ["full"])
+    with pytest.raises(SpectuneError, match="baseline: full takes more memory than there is"):
+        compare(small(folder, tmp_path, model="nowhere", methods=["full", "lora"], baseline="full"))
+
+
 def test_an_interrupted_comparison_says_how_it_goes_on(folder, tmp_path, monkeypatch):
     def interrupt(bench, trial, *rest):
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ import torch
 from compare.tiny_bench import CLASSES, config, write_data, write_encoder
 from spectune import SpectuneError
 from spectune.compare.bench import Bench
-from spectune.compare.candidates import candidates, further, grid
+from spectune.compare.candidates import baseline, candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
@@ -240,3 +240,25 @@ def test_preferences_are_measured_against_the_base_where_every_weight_trains(fol
     result = Bench(config(folder, tmp_path, **values)).run(Trial("full", 1e-2, 0, "final"))
     assert result["test"]["reward_accuracy"] == 1.0
     assert result["test"]["loss"] < 0.6
+
+
+def test_the_baseline_is_sized_as_the_methods_are(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["lora:rank=16", "svf"], baseline="lora:rank=16", budget="4k")
+    model = Bench(chosen).model
+    methods, _ = candidates(chosen, model)
+    assert methods[0] not in ("lora", "lora:rank=16")
+    assert baseline(chosen, methods, model) == methods[0]
+    other = config(folder, tmp_path, methods=["svf"], baseline="lora:rank=16")
+    with pytest.raises(SpectuneError, match=r"baseline: lora:rank=16 is not among what is compared \(svf\)"):
+        baseline(other, ["svf"], model)
+    assert baseline(config(folder, tmp_path, methods=["svf"]), ["svf"], model) is None
+
+
+def test_the_peak_leaves_out_what_the_trial_before_held():
+    before: list = [torch.ones(2**24)]
+    before.append(before)
+    del before
+    peak = Peak()
+    gc.collect()
+    held = torch.ones(2**24)
+    assert peak.bytes() is None or peak.bytes() > 0.8 * held.nbytes

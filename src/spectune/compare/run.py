@@ -51,10 +51,13 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
 
     check_folder(config)
     too_large = check_room(config)
+    if config.baseline in too_large:
+        raise SpectuneError(f"baseline: {config.baseline} takes more memory than there is: give another")
     if too_large:
         config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
     methods, notes = candidates(config, bench.model)
+    against = baseline(config, methods, bench.model)
     notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
     settings = config.settings()
     folder = Path(config.output)
@@ -77,7 +80,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         finals += _finals(study, method)
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
-    made = document(_header(config, bench, methods, notes), finals, searches)
+    made = document(_header(config, bench, methods, against, notes), finals, searches)
     given: str = made["config"]
     write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
@@ -185,7 +188,9 @@ def worker(values: dict[str, Any], methods: list[str], settings: str, threads: i
     work(config, methods, settings)
 
 
-def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list[str]) -> dict[str, Any]:
+def _header(
+    config: CompareConfig, bench: Bench, methods: list[str], against: str | None, notes: list[str]
+) -> dict[str, Any]:
     about = describe()
     kept = (config.model_fields_set | {"methods"}) - set(ONCE)
     given = {k: v for k, v in config.model_dump().items() if k in kept}
@@ -201,7 +206,7 @@ def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list
         "task": config.task,
         "metric": config.measure,
         "greater_is_better": config.greater_is_better,
-        "baseline": baseline(config, methods),
+        "baseline": against,
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "steps": bench.steps,
         "batch_size": config.batch_size * config.accumulate,
