@@ -1,7 +1,9 @@
 """The trials of a comparison: their order, their results, and what a kill leaves."""
 
+import gc
 import json
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from spectune import SpectuneError
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import baseline, candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.meter import Peak, StepTimes
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
 from training.folder import NUMBERS, save_folder
@@ -252,6 +255,37 @@ def test_the_baseline_is_sized_as_the_methods_are(folder, tmp_path):
     with pytest.raises(SpectuneError, match=r"baseline: lora:rank=16 is not among what is compared \(svf\)"):
         baseline(other, ["svf"], model)
     assert baseline(config(folder, tmp_path, methods=["svf"]), ["svf"], model) is None
+
+
+def test_every_trial_keeps_the_same_activations(folder, tmp_path, monkeypatch):
+    bench = Bench(config(folder, tmp_path))
+    trained, seen, floors = bench._trained, [], []
+
+    def checkpoints(model):
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    def look(trial, config, model, *rest):
+        seen.append(checkpoints(model))
+        return trained(trial, config, model, *rest)
+
+    monkeypatch.setattr(bench, "_trained", look)
+    monkeypatch.setattr("spectune.compare.bench.floor", lambda model, *rest: floors.append(checkpoints(model)) or 1.0)
+    for method in ("full", "base", "lora", "full", "base"):
+        bench.run(Trial(method, None if method == "base" else 1e-3, 0, "final"))
+        assert not checkpoints(bench.model)
+    assert seen == [True] * 5
+    assert floors == [False] * 3  # of base and lora; full has none
+
+
+def test_a_step_is_measured_until_the_device_has_done_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        times = StepTimes()
+        times.on_step_begin(SimpleNamespace(device=device), None, None)
+        times.on_step_end(SimpleNamespace(device=device), None, None)
+        assert len(times.seconds) == 1
+    assert waited == [torch.device("cuda")] * 2
 
 
 def test_the_peak_leaves_out_what_the_trial_before_held():

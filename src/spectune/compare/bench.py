@@ -29,6 +29,7 @@ from spectune.training.attention import packed_attention
 from spectune.training.config import TrainConfig
 from spectune.training.data import Record, read, split
 from spectune.training.progress import is_measure
+from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
 from spectune.training.tasks.dpo import Dpo
@@ -109,10 +110,11 @@ class Bench:
         with self._adapted(trial, config) as (model, setup, peak):
             result = self._trained(trial, config, model, quarter, report)
             result |= {"setup_seconds": setup, "peak_bytes": peak.bytes()}
+            trainer = result.pop("trainer")
             if trial.kind == "final":
-                result |= self._judged(model, result.pop("trainer"))
+                result["floor_seconds"] = None if trial.method == FULL else self._floor(model, trainer)
+                result |= self._judged(model, trainer)
                 result["adapter_bytes"] = self._stored(trial.method, model)
-            result.pop("trainer", None)
         result = {**result, "seconds": time.perf_counter() - start, "error": None}
         if trial.method == BASE and not self.has_new_head:  # nothing trains, so that no seed makes a difference
             self._base = result
@@ -132,12 +134,14 @@ class Bench:
                     adapt(model, "lora", exclude=".*")  # the new head alone
                 if trial.method == FULL:
                     model.requires_grad_(True)
+                checkpoint_activations(model, config.gradient_checkpointing)
                 model.train()
             else:
                 prepare(config, model)
             yield model, time.perf_counter() - start, peak
         finally:
             detach(model)
+            keep_activations(self.model)
             self.model.requires_grad_(False)
 
     def _trained(self, trial: Trial, config: TrainConfig, model: Any, quarter: int, report: Report) -> dict[str, Any]:
@@ -161,12 +165,6 @@ class Bench:
             )
             trainer.remove_callback(PrinterCallback)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            ground = None
-            if trial.kind == "final" and trial.method != FULL:
-                batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
-                with base_alone(model):
-                    ground = floor(model, task, batches)
-                set_seed(trial.seed)
             start = time.perf_counter()
             if trained:
                 trainer.train()
@@ -182,7 +180,7 @@ class Bench:
             "trainable_parameters": trained,
             "train_seconds": seconds,
             "step_seconds": times.median(),
-            "floor_seconds": ground,
+            "floor_seconds": None,
             "tokens_per_second": trainer.total_tokens() / seconds if trained else None,
             "history": sorted(kept, key=lambda line: line["step"]),
             "validation": _measures(last, "eval"),
@@ -194,6 +192,13 @@ class Bench:
             "adapter_bytes": None,
             "trainer": trainer,
         }
+
+    def _floor(self, model: Any, trainer: Any) -> float:
+        """Return the seconds of the base's passes, once the peak of training is known: they keep every activation."""
+        batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
+        keep_activations(model)
+        with packed_attention(self.model), packed_attention(model), base_alone(model):
+            return floor(model, trainer.task, batches)
 
     def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:
         """Measure what has been learned on the test, on as much of the training data, and on general text."""
