@@ -99,6 +99,26 @@ def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
     assert "overwrite" not in (tmp_path / "compare.yaml").read_text()  # or the command to reproduce it would wipe it
 
 
+def test_another_data_set_is_another_comparison(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["other"] = row["text"].split()[-1]
+    rows[5]["text"] = ""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = {"data": str(path), "methods": ["base"], "seeds": 1}
+    document = compare(small(folder, tmp_path / "out", **values))
+    assert any(note.startswith("1 records of ") and "nothing to learn from" in note for note in document["notes"])
+    with pytest.raises(SpectuneError, match=r"holds trials of other settings \(columns: None, not"):
+        compare(small(folder, tmp_path / "out", **values, columns={"label": "other"}))
+    rows[7]["label"] = rows[8]["label"] = "many"
+    rows[7]["text"] = rows[8]["text"] = "ten nine"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SpectuneError, match=r"other settings \(the data changed\): give another output"):
+        compare(small(folder, tmp_path / "out", **values))
+    assert len(list((tmp_path / "out" / "trials").glob("*.json"))) == 1
+
+
 def test_a_baseline_that_does_not_fit_is_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("spectune.compare.run.check_room", lambda config: ["full"])
     with pytest.raises(SpectuneError, match="baseline: full takes more memory than there is"):

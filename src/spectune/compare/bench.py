@@ -78,6 +78,7 @@ class Bench:
         encoded = {k: task.encode(part, self.model, self.tokenizer, limit) for k, part in self.records.items()}
         self.examples = {name: part.examples for name, part in encoded.items()}
         self.cut = {name: part.cut for name, part in encoded.items()}
+        self.dropped = {name: part.dropped for name, part in encoded.items()}
         learned = self.examples["train"]
         count = min(_SAMPLE, len(test), len(learned))
         self.examples["sample"] = learned[:: len(learned) // count][:count]

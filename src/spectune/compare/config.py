@@ -34,8 +34,9 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "fsdp": "give workers",
 }
 # keys that say how much is compared or how it is run, and not what a trial is
-_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline", "columns")
+_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline")
 ONCE = ("overwrite", "retry")  # keys that say what becomes of the results there are
+RECORDS = "records"  # of settings.json: the digest of the data
 METHODS = [
     *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
     *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
@@ -126,13 +127,17 @@ class CompareConfig(TrainConfig):
         return {k: v for k, v in given.items() if k not in (*_EXTENT, *ONCE, *_CHOSEN)}
 
 
-def digest(settings: Mapping[str, Any]) -> str:
-    """Return a short name of settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def digest(values: Mapping[str, Any]) -> str:
+    """Return a short name of settings or records."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def check_folder(config: CompareConfig) -> None:
-    """Raise if the output folder holds trials of other settings.
+def check_folder(config: CompareConfig, records: str | None = None) -> None:
+    """Raise if the output folder holds trials of other settings, or on other data.
+
+    Args:
+        config: the comparison.
+        records: their digest, once they are read.
 
     Raises:
         SpectuneError: it does; what differs is named.
@@ -145,8 +150,11 @@ def check_folder(config: CompareConfig) -> None:
     except ValueError:
         before = {}
     now = json.loads(json.dumps(config.settings()))
+    was = before.pop(RECORDS, None)  # folders of earlier versions do not say
     keys = sorted({*before, *now})
     differing = [f"{k}: {before.get(k)!r}, not {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+    if None not in (was, records) and was != records:
+        differing.append("the data changed")
     if differing:
         raise SpectuneError(
             f"{config.output} holds trials of other settings ({'; '.join(differing[:3])}): give another output, or "

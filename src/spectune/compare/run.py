@@ -19,7 +19,7 @@ import yaml
 from spectune.adapters.files import write_atomically
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
-from spectune.compare.config import ONCE, CompareConfig, check_folder, digest
+from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
@@ -56,6 +56,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if too_large:
         config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
+    records = digest(bench.records)
+    check_folder(config, records)
     methods, notes = candidates(config, bench.model)
     against = baseline(config, methods, bench.model)
     notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
@@ -65,7 +67,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     results = Results(folder / "trials", digest(settings))
     if config.overwrite or config.retry:
         results.clear(failed=not config.overwrite)
-    text = json.dumps(settings, indent=1) + "\n"
+    text = json.dumps({**settings, RECORDS: records}, indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
     study = Study(config, methods, results)
 
@@ -197,6 +199,9 @@ def _header(
     for name, count in bench.cut.items():
         if count:
             notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")
+    for name, count in bench.dropped.items():
+        if count:
+            notes.append(f"{count} records of {name} had nothing to learn from and were left out")
     if config.seeds > 1 and BASE in methods and not bench.has_new_head:
         notes.append("the base as it is has nothing to train: its runs are the same")
     return {
