@@ -10,13 +10,14 @@ import torch
 
 from compare.tiny_bench import CLASSES, config, write_data, write_encoder
 from spectune import SpectuneError
-from spectune.compare.bench import Bench
+from spectune.compare.bench import Bench, exact_matches
 from spectune.compare.candidates import baseline, candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
 from spectune.compare.meter import Peak, StepTimes
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
-from training.folder import NUMBERS, save_folder
+from spectune.generation import Reply
+from training.folder import NUMBERS, make_tokenizer, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +287,29 @@ def test_a_step_is_measured_until_the_device_has_done_it(monkeypatch):
         times.on_step_end(SimpleNamespace(device=device), None, None)
         assert len(times.seconds) == 1
     assert waited == [torch.device("cuda")] * 2
+
+
+def test_exact_matches_need_completions_before_anything_is_loaded(folder, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "one two"}) for _ in range(90)))
+    values = {"task": "sft", "model": "nowhere", "data": str(path), "metric": "exact_match"}
+    with pytest.raises(SpectuneError, match="metric: exact_match needs records with messages"):
+        Bench(config(folder, tmp_path, **values))
+
+
+def test_records_of_both_forms_are_asked_each_in_its_own(monkeypatch):
+    def echo(model, tokenizer, prompts, *, max_new_tokens, raw):
+        assert all(isinstance(prompt, str) == raw for prompt in prompts)
+        return [Reply(prompt if raw else prompt[-1]["content"], []) for prompt in prompts]
+
+    monkeypatch.setattr("spectune.compare.bench.generate", echo)
+    records, right = [], []
+    for i in range(80):
+        question, answer = f"say {i}", "ahoy" if i % 3 else f"say {i}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        records.append({"messages": turns} if i % 2 else {"prompt": question, "completion": f" {answer}"})
+        right.append(int(answer == question))
+    assert exact_matches(None, make_tokenizer(), records) == right
 
 
 def test_the_peak_leaves_out_what_the_trial_before_held():

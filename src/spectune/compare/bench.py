@@ -50,7 +50,8 @@ class Bench:
         config: the comparison.
 
     Raises:
-        SpectuneError: data that cannot be read or is too small for its parts, or a model that cannot be loaded.
+        SpectuneError: data that cannot be read, is too small for its parts or does not fit the metric, or a model that
+            cannot be loaded.
     """
 
     def __init__(self, config: CompareConfig) -> None:
@@ -69,6 +70,9 @@ class Bench:
                 raise SpectuneError(
                     f"{name} has {len(part)} records, and says nothing below {LEAST}: give more data or a larger share"
                 )
+        if config.measure == "exact_match":
+            for record in [*records, *validation, *test]:
+                _question(record)
         self.model: Any
         self.model, self.tokenizer = task.load(records, [*validation, *test])
         self.model.requires_grad_(False)
@@ -273,12 +277,14 @@ def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list
     """
     asked = [_question(record) for record in records]
     longest = max(len(tokenizer(answer)["input_ids"]) for _, answer, _ in asked)
-    right = []
-    for i in range(0, len(asked), _ANSWERS):
-        part = asked[i : i + _ANSWERS]
-        prompts, raw = [prompt for prompt, _, _ in part], part[0][2]
-        replies = generate(model, tokenizer, prompts, max_new_tokens=longest + 4, raw=raw)
-        right += [int(r.text.strip() == answer.strip()) for r, (_, answer, _) in zip(replies, part, strict=True)]
+    right = [0] * len(asked)
+    for raw in (False, True):
+        places = [i for i, question in enumerate(asked) if question[2] == raw]
+        for start in range(0, len(places), _ANSWERS):
+            part = places[start : start + _ANSWERS]
+            replies = generate(model, tokenizer, [asked[i][0] for i in part], max_new_tokens=longest + 4, raw=raw)
+            for i, reply in zip(part, replies, strict=True):
+                right[i] = int(reply.text.strip() == asked[i][1].strip())
     return right
 
 
