@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         route,
     )
     from spectune.reports.plan import plan
-    from spectune.training.checkpoints import trainer_for
+    from spectune.training.checkpoints import Trainer, trainer_for
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.library import Library
     from spectune.transformer2.two_pass import Transformer2
@@ -55,6 +55,7 @@ _HOMES = {
     "Head": "methods.head",
     "FewShot": "transformer2.few_shot",
     "Library": "transformer2.library",
+    "Trainer": "training.checkpoints",
     "Transformer2": "transformer2.two_pass",
     "Method": "methods",
     "Reference": "model",
@@ -97,6 +98,7 @@ __all__ = [
     "PiSSA",
     "Reference",
     "SpectuneError",
+    "Trainer",
     "Transformer2",
     "activate",
     "adapt",

@@ -1,6 +1,8 @@
 """A comparison from the command line to its report, by one process, by several, and on a cluster."""
 
 import json
+import multiprocessing
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -8,8 +10,9 @@ from typer.testing import CliRunner
 from compare.tiny_bench import config, write_data, write_encoder
 from spectune import SpectuneError
 from spectune.cli import app
-from spectune.compare.config import CompareConfig
-from spectune.compare.run import compare
+from spectune.compare.bench import Bench
+from spectune.compare.config import CompareConfig, digest
+from spectune.compare.run import _process, compare
 from spectune.training.config import load_config
 
 
@@ -67,6 +70,109 @@ def test_a_method_that_fails_is_in_the_report(folder, tmp_path):
     failed = next(row for row in document["methods"] if row["method"] == "pissa:rank=40")
     assert not failed["ran"]
     assert any("rank" in failure["error"] for failure in document["failures"])
+
+
+def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
+    values = {"methods": ["base"], "seeds": 2}
+    run = Bench.run
+
+    def full_disk(bench, trial, *rest):
+        if trial.seed == 1:
+            raise RuntimeError("no space left")
+        return run(bench, trial, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "run", full_disk)
+        compare(small(folder, tmp_path, **values))
+    (tmp_path / "trials" / ".base.seed1.attempts").write_bytes(b"..")
+    failed = compare(small(folder, tmp_path, **values))
+    assert [failure["error"] for failure in failed["failures"]] == ["no space left"]
+    ran = []
+    again = compare(small(folder, tmp_path, **values, retry=True), lambda done, total, last: ran.append(last))
+    assert again["failures"] == []
+    assert len([last for last in ran if last]) == 1
+    assert "retry" not in (tmp_path / "compare.yaml").read_text()
+    (tmp_path / "trials" / ".base.seed1.attempts").write_bytes(b"...")
+    compare(small(folder, tmp_path, **values, overwrite=True), lambda done, total, last: ran.append(last))
+    assert len([last for last in ran if last]) == 3
+    assert not list((tmp_path / "trials").glob(".*.attempts"))
+    assert "overwrite" not in (tmp_path / "compare.yaml").read_text()  # or the command to reproduce it would wipe it
+
+
+def test_another_data_set_is_another_comparison(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["other"] = row["text"].split()[-1]
+    rows[5]["text"] = ""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = {"data": str(path), "methods": ["base"], "seeds": 1}
+    document = compare(small(folder, tmp_path / "out", **values))
+    assert any(note.startswith("1 records of ") and "nothing to learn from" in note for note in document["notes"])
+    with pytest.raises(SpectuneError, match=r"holds trials of other settings \(columns: None, not"):
+        compare(small(folder, tmp_path / "out", **values, columns={"label": "other"}))
+    rows[7]["label"] = rows[8]["label"] = "many"
+    rows[7]["text"] = rows[8]["text"] = "ten nine"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SpectuneError, match=r"other settings \(the data changed\): give another output"):
+        compare(small(folder, tmp_path / "out", **values))
+    assert len(list((tmp_path / "out" / "trials").glob("*.json"))) == 1
+
+
+def test_a_baseline_that_does_not_fit_is_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("spectune.compare.run.check_room", lambda config: ["full"])
+    with pytest.raises(SpectuneError, match="baseline: full takes more memory than there is"):
+        compare(small(folder, tmp_path, model="nowhere", methods=["full", "lora"], baseline="full"))
+
+
+def test_an_interrupted_comparison_says_how_it_goes_on(folder, tmp_path, monkeypatch):
+    def interrupt(bench, trial, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "run", interrupt)
+    settings = [f"{key}={value}" for key, value in small(folder, tmp_path).model_dump(exclude_unset=True).items()]
+    result = CliRunner().invoke(app, ["compare", *settings])
+    assert result.exit_code == 130
+    assert "the same command goes on from here" in result.output
+    assert not list((tmp_path / "trials").glob(".*.attempts"))
+
+
+def _stays(values, methods, settings, there):
+    """Work as a process of a comparison does, but stay at the second trial."""
+    run = Bench.run
+
+    def stay(bench, trial, *rest):
+        if trial.seed == 1:
+            there.set()
+            time.sleep(600)
+        return run(bench, trial, *rest)
+
+    Bench.run = stay
+    _process(values, methods, settings, 1)
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_another_process_goes_on_where_one_ended(end, folder, tmp_path):
+    chosen = small(folder, tmp_path, methods=["base", "lora"])
+    context = multiprocessing.get_context("spawn")
+    there = context.Event()
+    values = chosen.model_dump(exclude_unset=True)
+    process = context.Process(target=_stays, args=(values, chosen.methods, digest(chosen.settings()), there))
+    process.start()
+    assert there.wait(120)
+    getattr(process, end)()
+    process.join()
+    trials = tmp_path / "trials"
+    assert [path.name for path in trials.glob("*.json")] == ["base.seed0.json"]
+    before = (trials / "base.seed0.json").stat().st_mtime_ns
+    # whatever stops a comparison on purpose does not count against the trial
+    assert [path.name for path in trials.glob(".*.attempts")] == [".base.seed1.attempts"] * (end == "kill")
+    ran = []
+    document = compare(chosen, lambda done, total, last: ran.append(last))
+    assert len([last for last in ran if last]) == 4  # base at seed 1; a learning rate of lora and its two seeds
+    assert (trials / "base.seed0.json").stat().st_mtime_ns == before
+    assert document["failures"] == []
+    assert not list(trials.glob(".*.attempts"))
 
 
 def test_the_command(folder, tmp_path):

@@ -178,6 +178,14 @@ def test_no_baseline(baseline, more, why):
     assert all(row["difference"] is None for row in found["methods"])
 
 
+def test_methods_without_a_seed_in_common_are_named():
+    finals, _ = results(methods=("lora", "svf", "pissa"), seeds=(0, 1, 2))
+    kept = [r for r in finals if r["method"] == "pissa" or (r["seed"] == 0) == (r["method"] == "svf")]
+    found = made(kept)
+    assert at(found, "svf")["difference"] is None
+    assert "SVF and LoRA ran at no seed together, so that nothing says how they differ." in found["answer"]
+
+
 def test_one_seed_is_judged_over_records():
     finals, _ = results(seeds=(0,), methods=("lora", "svf", "base"))
     found = made(finals)

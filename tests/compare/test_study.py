@@ -1,19 +1,23 @@
 """The trials of a comparison: their order, their results, and what a kill leaves."""
 
+import gc
 import json
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from compare.tiny_bench import CLASSES, config, write_data, write_encoder
 from spectune import SpectuneError
-from spectune.compare.bench import Bench
-from spectune.compare.candidates import candidates, further, grid
+from spectune.compare.bench import Bench, exact_matches
+from spectune.compare.candidates import baseline, candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.meter import Peak, StepTimes
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
-from training.folder import save_folder
+from spectune.generation import Reply
+from training.folder import NUMBERS, make_tokenizer, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,24 @@ def test_a_study_ends_and_nothing_runs_twice(folder, tmp_path):
     assert again == []
 
 
+def test_seeds_can_be_added(folder, tmp_path):
+    chosen = config(folder, tmp_path, seeds=1, lrs=2)
+    bench = Bench(chosen)
+    work(chosen, ["lora"], "s", bench)
+    results = Results(tmp_path / "trials", "s")
+    pending = Study(config(folder, tmp_path, seeds=3, lrs=2), ["lora"], results).pending()
+    assert [(trial.kind, trial.seed) for trial in pending] == [("final", 1), ("final", 2)]
+    assert results.corrupt == []
+
+
+def test_a_result_of_another_comparison_is_kept_and_refused(tmp_path):
+    trial = Trial("base", None, 0, "final")
+    Results(tmp_path, "s").put(trial, {"error": None})
+    with pytest.raises(SpectuneError, match=r"base\.seed0\.json is of another comparison: give another output"):
+        Results(tmp_path, "t").get(trial)
+    assert Results(tmp_path, "s").get(trial) is not None
+
+
 def test_a_corrupt_result_is_named_and_runs_again(folder, tmp_path):
     chosen = config(folder, tmp_path, methods=["base"], seeds=1)
     work(chosen, ["base"], "s", Bench(chosen))
@@ -137,6 +159,22 @@ def test_a_trial_whose_workers_are_killed_again_and_again_is_given_up(folder, tm
         assert results.attempt(trial)
     work(chosen, ["lora"], "s", Bench(chosen))
     assert "killed" in results.get(trial)["error"]
+
+
+def test_an_interrupted_trial_is_no_killed_one(folder, tmp_path, monkeypatch):
+    chosen = config(folder, tmp_path, methods=["base"], seeds=1)
+    bench = Bench(chosen)
+
+    def interrupt(trial):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "run", interrupt)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                work(chosen, ["base"], "s", bench)
+    work(chosen, ["base"], "s", bench)
+    assert Results(tmp_path / "trials", "s").get(Trial("base", None, 0, "final"))["error"] is None
 
 
 def test_learning_rates_go_outwards_from_the_methods_own_and_on_where_the_end_is_best():
@@ -196,3 +234,89 @@ def test_a_budget_sets_ranks(folder, tmp_path):
     tight, notes = candidates(config(folder, tmp_path, methods=["svf"], budget="10"), bench.model)
     assert tight == ["svf"]
     assert "cannot be made as small as 10" in notes[0]
+
+
+def test_preferences_are_measured_against_the_base_where_every_weight_trains(folder, tmp_path):
+    rows = [{"prompt": f"say {w}", "chosen": " hello", "rejected": " ahoy"} for w in NUMBERS for _ in range(12)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = {"task": "dpo", "model": str(folder / "decoder"), "data": str(path), "methods": ["full"], "general": None}
+    result = Bench(config(folder, tmp_path, **values)).run(Trial("full", 1e-2, 0, "final"))
+    assert result["test"]["reward_accuracy"] == 1.0
+    assert result["test"]["loss"] < 0.6
+
+
+def test_the_baseline_is_sized_as_the_methods_are(folder, tmp_path):
+    chosen = config(folder, tmp_path, methods=["lora:rank=16", "svf"], baseline="lora:rank=16", budget="4k")
+    model = Bench(chosen).model
+    methods, _ = candidates(chosen, model)
+    assert methods[0] not in ("lora", "lora:rank=16")
+    assert baseline(chosen, methods, model) == methods[0]
+    other = config(folder, tmp_path, methods=["svf"], baseline="lora:rank=16")
+    with pytest.raises(SpectuneError, match=r"baseline: lora:rank=16 is not among what is compared \(svf\)"):
+        baseline(other, ["svf"], model)
+    assert baseline(config(folder, tmp_path, methods=["svf"]), ["svf"], model) is None
+
+
+def test_every_trial_keeps_the_same_activations(folder, tmp_path, monkeypatch):
+    bench = Bench(config(folder, tmp_path))
+    trained, seen, floors = bench._trained, [], []
+
+    def checkpoints(model):
+        return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    def look(trial, config, model, *rest):
+        seen.append(checkpoints(model))
+        return trained(trial, config, model, *rest)
+
+    monkeypatch.setattr(bench, "_trained", look)
+    monkeypatch.setattr("spectune.compare.bench.floor", lambda model, *rest: floors.append(checkpoints(model)) or 1.0)
+    for method in ("full", "base", "lora", "full", "base"):
+        bench.run(Trial(method, None if method == "base" else 1e-3, 0, "final"))
+        assert not checkpoints(bench.model)
+    assert seen == [True] * 5
+    assert floors == [False] * 3  # of base and lora; full has none
+
+
+def test_a_step_is_measured_until_the_device_has_done_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        times = StepTimes()
+        times.on_step_begin(SimpleNamespace(device=device), None, None)
+        times.on_step_end(SimpleNamespace(device=device), None, None)
+        assert len(times.seconds) == 1
+    assert waited == [torch.device("cuda")] * 2
+
+
+def test_exact_matches_need_completions_before_anything_is_loaded(folder, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "one two"}) for _ in range(90)))
+    values = {"task": "sft", "model": "nowhere", "data": str(path), "metric": "exact_match"}
+    with pytest.raises(SpectuneError, match="metric: exact_match needs records with messages"):
+        Bench(config(folder, tmp_path, **values))
+
+
+def test_records_of_both_forms_are_asked_each_in_its_own(monkeypatch):
+    def echo(model, tokenizer, prompts, *, max_new_tokens, raw):
+        assert all(isinstance(prompt, str) == raw for prompt in prompts)
+        return [Reply(prompt if raw else prompt[-1]["content"], []) for prompt in prompts]
+
+    monkeypatch.setattr("spectune.compare.bench.generate", echo)
+    records, right = [], []
+    for i in range(80):
+        question, answer = f"say {i}", "ahoy" if i % 3 else f"say {i}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        records.append({"messages": turns} if i % 2 else {"prompt": question, "completion": f" {answer}"})
+        right.append(int(answer == question))
+    assert exact_matches(None, make_tokenizer(), records) == right
+
+
+def test_the_peak_leaves_out_what_the_trial_before_held():
+    before: list = [torch.ones(2**24)]
+    before.append(before)
+    del before
+    peak = Peak()
+    gc.collect()
+    held = torch.ones(2**24)
+    assert peak.bytes() is None or peak.bytes() > 0.8 * held.nbytes

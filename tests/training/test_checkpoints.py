@@ -6,9 +6,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer, TrainingArguments
 
 import spectune
+from spectune.errors import SpectuneError
+from spectune.training import checkpoints as checkpoints_module
 from training.folder import make_model, make_tokenizer, save_folder
 
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")  # since transformers 5.23 or so
@@ -107,6 +110,13 @@ def test_trl_saves_and_resumes_the_adapter_alone(tmp_path, folder, make):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_spectunes_trainer_is_transformers_own_with_such_checkpoints(tmp_path):
+    assert issubclass(spectune.Trainer, Trainer)
+    trainer = spectune.Trainer(model=adapted(), args=TrainingArguments(**settings(tmp_path)))
+    trainer.save_model()
+    assert_adapter_only(tmp_path, state=False)
+
+
 @pytest.mark.parametrize("method", ["svf", "dora:inner=lora,rank=2", "adalora:rank=2,interval=1"])
 def test_transformers_trainer_resumes_bit_for_bit(tmp_path, method):
     whole = plain(tmp_path / "whole", method, max_steps=6, save_steps=3)
@@ -116,6 +126,14 @@ def test_transformers_trainer_resumes_bit_for_bit(tmp_path, method):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     ours, theirs = tensors(resumed.model), tensors(whole.model)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_optimizer_with_other_groups_is_refused(tmp_path):
+    plain(tmp_path, max_steps=2).train()
+    other = plain(tmp_path)
+    other.optimizer = torch.optim.AdamW([p for p in other.model.parameters() if p.requires_grad])
+    with pytest.raises(SpectuneError, match=r"checkpoint-2 was made with other groups of parameters .*; resume with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_the_best_checkpoint_is_loaded_again(tmp_path):
@@ -140,6 +158,32 @@ def test_a_push_uploads_the_adapter_and_not_the_base(tmp_path, monkeypatch):
     trainer.push_to_hub()
     assert {"adapter_config.json", "adapter_model.safetensors"} <= pushed.keys()
     assert not [name for name in pushed if name.startswith(BASE_FILES)]
+
+
+def test_pushing_as_it_trains_uploads_the_adapter_and_no_pickles(tmp_path, monkeypatch):
+    pushed = []
+
+    def upload_folder(folder_path, ignore_patterns, path_in_repo, **kwargs):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        pushed.append((path_in_repo, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
+        return SimpleNamespace(done=lambda: True)
+
+    def create_repo(name, **kwargs):
+        return SimpleNamespace(repo_id=name)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(create_repo=create_repo))
+    monkeypatch.setattr(transformers.trainer, "is_peft_available", lambda: False)
+    monkeypatch.setattr(checkpoints_module, "upload_folder", upload_folder)
+    more = {"push_to_hub": True, "hub_model_id": "someone/something", "max_steps": 2, "logging_strategy": "no"}
+    plain(tmp_path / "every", hub_strategy="every_save", **more).train()
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert pushed == [(None, adapter)]
+    assert not (tmp_path / "every" / "training_args.bin").exists()
+    spectune.Adapter.load(tmp_path / "every")
+    plain(tmp_path / "whole", hub_strategy="checkpoint", **more).train()
+    assert pushed[1] == (None, adapter)
+    assert pushed[2][0] == "last-checkpoint"
+    assert {*adapter, "adapter_state.safetensors", "optimizer.pt", "trainer_state.json"} <= pushed[2][1]
 
 
 def test_the_reference_is_the_base_and_leaves_the_model_as_it_was():

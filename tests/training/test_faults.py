@@ -120,12 +120,55 @@ def test_half_written_checkpoints_are_left_out_with_a_notice(settings, tmp_path,
     assert resumed.before == whole.before
 
 
-def test_a_damaged_checkpoint_is_named(settings, tmp_path):
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named(settings, tmp_path, name):
     run(settings, "max_steps=5")
-    path = tmp_path / "out" / "checkpoint-5" / "optimizer.pt"
+    path = tmp_path / "out" / "checkpoint-5" / name
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SpectuneError, match=r"checkpoint-5 is damaged .*delete it to go on from the one before"):
         run(settings, "max_steps=10", "resume=true")
+
+
+@pytest.mark.parametrize(
+    ("rngs", "whole"),
+    [("", False), ("rng_state.pth", True), ("rng_state_0.pth rng_state_1.pth", True), ("rng_state_1.pth", False)],
+)
+def test_a_checkpoint_has_the_random_states_of_each_process(tmp_path, rngs, whole):
+    (tmp_path / "checkpoint-5").mkdir()
+    for name in ["adapter_state.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", *rngs.split()]:
+        (tmp_path / "checkpoint-5" / name).touch()
+    assert len(checkpoints(tmp_path)) == whole
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(settings, tmp_path, monkeypatch):
+    run(settings, "max_steps=1")
+    (tmp_path / "out" / "outcomes").mkdir()
+    monkeypatch.setattr(AdapterTrainer, "training_step", full)
+    with pytest.raises(OSError, match="No space"):
+        run(settings, "max_steps=1", "overwrite=true", "seed=1")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"config.yaml", "run.json", "README.md", "log.jsonl"}
+
+
+def test_overwriting_keeps_the_adapter_that_the_run_goes_on_from(settings, tmp_path, monkeypatch):
+    run(settings, "max_steps=1")
+    monkeypatch.setattr(AdapterTrainer, "training_step", full)
+    with pytest.raises(OSError, match="No space"):
+        run(settings, "max_steps=1", "overwrite=true", f"adapter={tmp_path / 'out'}")
+    spectune.Adapter.load(tmp_path / "out")
+
+
+def test_a_loss_that_rises_is_told_once(settings, monkeypatch, capsys):
+    original = AdapterTrainer.log
+
+    def log(self, logs, *args, **kwargs):
+        original(self, logs | ({"loss": 2.0**self.state.global_step} if "loss" in logs else {}), *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "log", log)
+    run(settings, "max_steps=12")
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("the training loss rose from 2.000 to ") == 1
+    assert "to 6.892" in told  # smoothed
 
 
 def test_an_unfinished_run_is_not_overwritten_unasked(settings, tmp_path):

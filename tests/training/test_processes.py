@@ -116,7 +116,7 @@ def test_one_process_says_what_went_wrong(settings, tmp_path):
 
 
 def test_signals_and_faults_reach_all(settings, tmp_path):
-    scenarios("interrupted,not_finite,full_disk,other_process_fails", tmp_path, settings)
+    scenarios("interrupted,not_finite,full_disk,other_process_fails,best", tmp_path, settings)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """task: reinforce on a tiny model: it learns what is rewarded, resumes bit for bit, and says what went wrong."""
 
+import errno
 import json
+import os
 import sys
 import warnings
 
@@ -9,6 +11,7 @@ import torch
 
 import spectune
 from spectune.errors import SpectuneError
+from spectune.training import policy_trainer
 from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
 from spectune.training.run import train
@@ -175,3 +178,12 @@ def test_records_of_another_form(settings, tmp_path):
         (tmp_path / "bad.jsonl").write_text(json.dumps(record))
         with pytest.raises(SpectuneError, match=message):
             run(settings, "output=out", "data=bad.jsonl")
+
+
+def test_a_full_disk_at_an_evaluation_is_one_sentence(settings, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(policy_trainer, "write_atomically", full)
+    with pytest.raises(SpectuneError, match=r"outcomes/step-0.jsonl cannot be written \(No space left.*no checkpoint"):
+        run(settings, f"output={tmp_path / 'out'}", "max_steps=1")

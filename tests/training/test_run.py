@@ -2,6 +2,7 @@
 
 import json
 import signal
+from datetime import datetime
 
 import pandas
 import pytest
@@ -12,7 +13,9 @@ from spectune.errors import SpectuneError
 from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
+from spectune.training.record import digest
 from spectune.training.run import train
+from spectune.training.tasks.sft import Sft
 from training.folder import save_folder
 
 
@@ -150,6 +153,45 @@ def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, 
     assert "resuming with changed lr, max_steps" in capsys.readouterr().err
 
 
+def test_resuming_with_other_data_is_refused(settings, tmp_path):
+    output, data = f"output={tmp_path / 'out'}", tmp_path / "data.jsonl"
+    run(settings, output, "max_steps=5")
+    text = data.read_text()
+    data.write_text(text.replace("ahoy three", "ahoy four"))
+    with pytest.raises(SpectuneError, match=r"out: the data changed since its run began; .*overwrite=true or another"):
+        run(settings, output, "max_steps=6", "resume=true")
+    data.write_text(text + "\n")
+    assert run(settings, output, "max_steps=6", "resume=true").steps == 6
+
+
+def test_rows_with_dates_have_a_digest():
+    day = {"text": "ahoy", "said": datetime(2020, 1, 1)}
+    assert digest([day]) == digest([dict(day)]) != digest([{**day, "said": datetime(2020, 1, 2)}])
+    assert digest([{"text": "ahoy", "picture": object()}]) == digest([{"text": "ahoy", "picture": object()}])
+
+
+def test_a_resumed_run_trains_with_the_rates_that_it_is_given(settings, tmp_path):
+    more = [f"output={tmp_path / 'out'}", "method=dora:inner=lora,rank=2", "schedule=linear", "warmup=0"]
+    groups = []
+    original = trainer_module.AdapterTrainer.training_step
+
+    def look(self, *args, **kwargs):
+        groups.append({g["lr"]: g["weight_decay"] for g in self.optimizer.param_groups})
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.AdapterTrainer, "training_step", look)
+        run(settings, *more, "max_steps=5", "group_lr={magnitude: 1e-3}", "lr=1e-2")
+        changed = ["group_lr={magnitude: 1e-2}", "lr=4e-2", "weight_decay=0.5", "max_steps=10", "resume=true"]
+        result = run(settings, *more, *changed)
+    assert groups[:2] == [{1e-2: 0, 1e-3: 0}, {8e-3: 0, 8e-4: 0}]
+    assert groups[5] == {2e-2: 0.5, 5e-3: 0.5}  # of the middle of the schedule
+    rates = [line["learning_rate"] for line in result.history if "learning_rate" in line]
+    assert rates[5:7] == pytest.approx([5e-3, 4e-3])
+    with pytest.raises(SpectuneError, match="with another group_lr"):
+        run(settings, *more, *changed, "group_lr={}")
+
+
 def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatch):
     original = trainer_module.AdapterTrainer.training_step
 
@@ -173,6 +215,31 @@ def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path):
     losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]
     assert result.steps < 60
     assert result.loss_after == pytest.approx(min(losses[1:]))
+
+
+def test_a_resumed_run_is_as_patient_as_a_whole_one(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sft, "metrics", lambda self, sums: {"loss": -float(sums["loss"])})  # rises as it learns
+    more = [*settings, "eval_steps=5", "patience=2", "max_steps=30", "lr=5e-2", "schedule=constant"]
+    whole = run(more, f"output={tmp_path / 'whole'}")
+    assert whole.steps == 15
+    part = [*more, f"output={tmp_path / 'part'}"]
+    interrupt(part, at=13)  # after the first evaluation that is not better
+    assert run(part, "resume=true").steps == 15
+    assert run(part, "resume=true").steps == 15  # there is nothing left to do
+    assert run(part, "resume=true", "patience=3").steps == 20
+
+
+def test_an_interrupt_names_what_it_saved_and_not_the_best_checkpoint(settings, tmp_path, monkeypatch):
+    original = trainer_module.AdapterTrainer.training_step
+
+    def interrupt_once(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", interrupt_once)
+    with pytest.raises(Interrupted, match=r"at step 8; saved .*checkpoint-8, go on with resume=true"):
+        run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "best=true", "eval_steps=5")
 
 
 def test_a_tensor_can_have_its_own_learning_rate(settings, tmp_path):

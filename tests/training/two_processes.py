@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.training import checkpoints, processes
 from spectune.training.config import load_config
@@ -76,6 +77,21 @@ def not_finite(folder, settings):
         with pytest.raises(SpectuneError, match=r"loss became nan at step 4: .*checkpoint-2"):
             run(settings, f"output={output}", "accumulate=2", "batch_size=2", "save_steps=2", "log_steps=100")
     assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+
+
+def best(folder, settings):
+    """Every process ends with the best checkpoint, sharded or not."""
+    more = ["eval_steps=2", "save_steps=2", "best=true", "lr=3", "schedule=constant"]
+    for sharding in ("false", "true"):
+        output = folder / f"best-{sharding}"
+        result = run([*settings, *more], f"output={output}", f"fsdp={sharding}")
+        losses = [line["eval_loss"] for line in result.history if "eval_loss" in line][1:-1]
+        assert losses[-1] > min(losses)  # or the last is the best
+        assert result.loss_after == pytest.approx(min(losses), rel=1e-5)
+        step = 2 * (losses.index(min(losses)) + 1)
+        ours, saved = tensors(result), Adapter.load(output / f"checkpoint-{step}")
+        for (name, key), tensor in ours.items():
+            torch.testing.assert_close(saved.layers[name].terms[0].trained[key], tensor, atol=1e-6, rtol=1e-5)
 
 
 def full_disk(folder, settings):

@@ -29,8 +29,10 @@ from spectune.training.attention import packed_attention
 from spectune.training.config import TrainConfig
 from spectune.training.data import Record, read, split
 from spectune.training.progress import is_measure
+from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
+from spectune.training.tasks.dpo import Dpo
 
 LEAST = 8  # records that validation and test need each
 RUNGS = (1, 2, 4)  # quarters of a run at which it is measured
@@ -48,7 +50,8 @@ class Bench:
         config: the comparison.
 
     Raises:
-        SpectuneError: data that cannot be read or is too small for its parts, or a model that cannot be loaded.
+        SpectuneError: data that cannot be read, is too small for its parts or does not fit the metric, or a model that
+            cannot be loaded.
     """
 
     def __init__(self, config: CompareConfig) -> None:
@@ -67,6 +70,9 @@ class Bench:
                 raise SpectuneError(
                     f"{name} has {len(part)} records, and says nothing below {LEAST}: give more data or a larger share"
                 )
+        if config.measure == "exact_match":
+            for record in [*records, *validation, *test]:
+                _question(record)
         self.model: Any
         self.model, self.tokenizer = task.load(records, [*validation, *test])
         self.model.requires_grad_(False)
@@ -76,6 +82,7 @@ class Bench:
         encoded = {k: task.encode(part, self.model, self.tokenizer, limit) for k, part in self.records.items()}
         self.examples = {name: part.examples for name, part in encoded.items()}
         self.cut = {name: part.cut for name, part in encoded.items()}
+        self.dropped = {name: part.dropped for name, part in encoded.items()}
         learned = self.examples["train"]
         count = min(_SAMPLE, len(test), len(learned))
         self.examples["sample"] = learned[:: len(learned) // count][:count]
@@ -108,10 +115,11 @@ class Bench:
         with self._adapted(trial, config) as (model, setup, peak):
             result = self._trained(trial, config, model, quarter, report)
             result |= {"setup_seconds": setup, "peak_bytes": peak.bytes()}
+            trainer = result.pop("trainer")
             if trial.kind == "final":
-                result |= self._judged(model, result.pop("trainer"))
+                result["floor_seconds"] = None if trial.method == FULL else self._floor(model, trainer)
+                result |= self._judged(model, trainer)
                 result["adapter_bytes"] = self._stored(trial.method, model)
-            result.pop("trainer", None)
         result = {**result, "seconds": time.perf_counter() - start, "error": None}
         if trial.method == BASE and not self.has_new_head:  # nothing trains, so that no seed makes a difference
             self._base = result
@@ -131,23 +139,27 @@ class Bench:
                     adapt(model, "lora", exclude=".*")  # the new head alone
                 if trial.method == FULL:
                     model.requires_grad_(True)
+                checkpoint_activations(model, config.gradient_checkpointing)
                 model.train()
             else:
                 prepare(config, model)
             yield model, time.perf_counter() - start, peak
         finally:
             detach(model)
+            keep_activations(self.model)
             self.model.requires_grad_(False)
 
     def _trained(self, trial: Trial, config: TrainConfig, model: Any, quarter: int, report: Report) -> dict[str, Any]:
         task = make_task(config)
+        if isinstance(task, Dpo) and trial.method == FULL:  # whose own weights move away from the base's
+            task.reference = self.model
         arguments = training_arguments(config, self.model, True, task)
         arguments.save_strategy = SaveStrategy.NO
         arguments.load_best_model_at_end = False
         arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
         times = StepTimes()
         rungs = _Rungs(quarter, report)
-        with packed_attention(model):
+        with packed_attention(self.model), packed_attention(model):
             trainer = task.trainer(
                 model=model,
                 args=arguments,
@@ -158,12 +170,6 @@ class Bench:
             )
             trainer.remove_callback(PrinterCallback)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            ground = None
-            if trial.kind == "final" and trial.method != FULL:
-                batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
-                with base_alone(model):
-                    ground = floor(model, task, batches)
-                set_seed(trial.seed)
             start = time.perf_counter()
             if trained:
                 trainer.train()
@@ -179,7 +185,7 @@ class Bench:
             "trainable_parameters": trained,
             "train_seconds": seconds,
             "step_seconds": times.median(),
-            "floor_seconds": ground,
+            "floor_seconds": None,
             "tokens_per_second": trainer.total_tokens() / seconds if trained else None,
             "history": sorted(kept, key=lambda line: line["step"]),
             "validation": _measures(last, "eval"),
@@ -192,13 +198,20 @@ class Bench:
             "trainer": trainer,
         }
 
+    def _floor(self, model: Any, trainer: Any) -> float:
+        """Return the seconds of the base's passes, once the peak of training is known: they keep every activation."""
+        batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
+        keep_activations(model)
+        with packed_attention(self.model), packed_attention(model), base_alone(model):
+            return floor(model, trainer.task, batches)
+
     def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:
         """Measure what has been learned on the test, on as much of the training data, and on general text."""
         model.eval()
         found: dict[str, Any] = {}
         chosen: list[int] = []  # labels, in the order of the examples
         classifies = self.config.task == "classify"
-        with packed_attention(model):
+        with packed_attention(self.model), packed_attention(model):
             with _labels(model, chosen) if classifies else nullcontext():
                 found["test"] = _measures(trainer.evaluate(self.examples["test"], metric_key_prefix="test"), "test")
             found["train"] = _measures(trainer.evaluate(self.examples["sample"], metric_key_prefix="train"), "train")
@@ -264,12 +277,14 @@ def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list
     """
     asked = [_question(record) for record in records]
     longest = max(len(tokenizer(answer)["input_ids"]) for _, answer, _ in asked)
-    right = []
-    for i in range(0, len(asked), _ANSWERS):
-        part = asked[i : i + _ANSWERS]
-        prompts, raw = [prompt for prompt, _, _ in part], part[0][2]
-        replies = generate(model, tokenizer, prompts, max_new_tokens=longest + 4, raw=raw)
-        right += [int(r.text.strip() == answer.strip()) for r, (_, answer, _) in zip(replies, part, strict=True)]
+    right = [0] * len(asked)
+    for raw in (False, True):
+        places = [i for i, question in enumerate(asked) if question[2] == raw]
+        for start in range(0, len(places), _ANSWERS):
+            part = places[start : start + _ANSWERS]
+            replies = generate(model, tokenizer, [asked[i][0] for i in part], max_new_tokens=longest + 4, raw=raw)
+            for i, reply in zip(part, replies, strict=True):
+                right[i] = int(reply.text.strip() == asked[i][1].strip())
     return right
 
 

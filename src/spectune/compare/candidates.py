@@ -31,16 +31,21 @@ def candidates(config: CompareConfig, model: Any) -> tuple[list[str], list[str]]
     notes: list[str] = []
     chosen: dict[str, None] = {}
     for text in config.methods:
-        name = text if text in (BASE, FULL) else to_text(parse(text))
-        if name not in (BASE, FULL) and config.budget is not None:
-            name, note = _at_budget(name, config, model)
-            notes += note
+        name, note = _as_compared(text, config, model)
+        notes += note
         if name in chosen:
             raise SpectuneError(f"methods: {text!r} is there twice")
         chosen[name] = None
     if not chosen:
         raise SpectuneError("methods: nothing is given to compare")
     return list(chosen), notes
+
+
+def _as_compared(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
+    if text in (BASE, FULL):
+        return text, []
+    name = to_text(parse(text))
+    return (name, []) if config.budget is None else _at_budget(name, config, model)
 
 
 def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
@@ -58,13 +63,24 @@ def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[
     return text, [f"{text} cannot be made as small as {config.budget} parameters; it is compared at {least:,}"]
 
 
-def baseline(config: CompareConfig, methods: Sequence[str]) -> str | None:
-    """Return the compared method that differences are taken against, or None where it is not among them."""
-    name = config.baseline
-    if name not in (BASE, FULL):
-        name = to_text(parse(name))
-    of_kind = [m for m in methods if m == name or m.partition(":")[0] == name]
-    return name if name in methods else of_kind[0] if of_kind else None
+def baseline(config: CompareConfig, methods: Sequence[str], model: Any) -> str | None:
+    """Return the compared method that differences are taken against, or None where the default is not among them.
+
+    Args:
+        config: the comparison.
+        methods: as `candidates` returned them.
+        model: the base, without adapters.
+
+    Raises:
+        SpectuneError: a baseline that is given is not among them.
+    """
+    name, _ = _as_compared(config.baseline, config, model)
+    if name in methods:
+        return name
+    of_kind = [method for method in methods if method.partition(":")[0] == config.baseline]
+    if not of_kind and "baseline" in config.model_fields_set:
+        raise SpectuneError(f"baseline: {config.baseline} is not among what is compared ({', '.join(methods)})")
+    return of_kind[0] if of_kind else None
 
 
 def grid(config: CompareConfig, method: str) -> list[float]:

@@ -34,7 +34,9 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "fsdp": "give workers",
 }
 # keys that say how much is compared or how it is run, and not what a trial is
-_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline", "overwrite", "columns")
+_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline")
+ONCE = ("overwrite", "retry")  # keys that say what becomes of the results there are
+RECORDS = "records"  # of settings.json: the digest of the data
 METHODS = [
     *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
     *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
@@ -69,6 +71,7 @@ class CompareConfig(TrainConfig):
         description="texts to see what was forgotten: data with text, python-docs (the documentation that comes with "
         "Python), or null",
     )
+    retry: bool = Field(False, description="run trials that failed again")
     workers: int = Field(1, ge=1, description="processes that share the trials")
     launcher: Literal["local", "ray"] = Field("local", description="where the workers run")
     address: str | None = Field(None, description="ray: of the cluster; one on this machine if not given")
@@ -121,16 +124,20 @@ class CompareConfig(TrainConfig):
         """Return what the trials depend on, but for defaults; only equals can be compared."""
         fields = type(self).model_fields
         given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
-        return {k: v for k, v in given.items() if k not in _EXTENT and k not in _CHOSEN}
+        return {k: v for k, v in given.items() if k not in (*_EXTENT, *ONCE, *_CHOSEN)}
 
 
-def digest(settings: Mapping[str, Any]) -> str:
-    """Return a short name of settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def digest(values: Mapping[str, Any]) -> str:
+    """Return a short name of settings or records."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def check_folder(config: CompareConfig) -> None:
-    """Raise if the output folder holds trials of other settings.
+def check_folder(config: CompareConfig, records: str | None = None) -> None:
+    """Raise if the output folder holds trials of other settings, or on other data.
+
+    Args:
+        config: the comparison.
+        records: their digest, once they are read.
 
     Raises:
         SpectuneError: it does; what differs is named.
@@ -143,8 +150,11 @@ def check_folder(config: CompareConfig) -> None:
     except ValueError:
         before = {}
     now = json.loads(json.dumps(config.settings()))
+    was = before.pop(RECORDS, None)  # folders of earlier versions do not say
     keys = sorted({*before, *now})
     differing = [f"{k}: {before.get(k)!r}, not {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+    if None not in (was, records) and was != records:
+        differing.append("the data changed")
     if differing:
         raise SpectuneError(
             f"{config.output} holds trials of other settings ({'; '.join(differing[:3])}): give another output, or "

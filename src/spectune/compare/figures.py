@@ -51,7 +51,7 @@ class Cost(NamedTuple):
 COSTS = (
     Cost("trainable_parameters", "trained parameters", log=True),
     Cost("step_seconds", "time of a step, ms", scale=1e3),
-    Cost("peak_bytes", "peak memory, MB", scale=1e-6),
+    Cost("peak_bytes", "peak memory above the base, MB", scale=1e-6),
     Cost("forgetting", "forgetting"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from spectune.training.recompute import release_memory
 from spectune.training.tasks import Task
 
 _RESET = Path("/proc/self/clear_refs")  # "5" there sets the peak back to what is resident now
@@ -23,6 +25,8 @@ class Peak:
     """The most memory that this process, or its CUDA device, has taken since this was made, above what it had then."""
 
     def __init__(self) -> None:
+        gc.collect()  # a trainer holds itself, and the trial before must not give back within this one
+        release_memory()
         self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -52,9 +56,11 @@ class StepTimes(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(args.device)
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _wait(args.device)
         self.seconds.append(time.perf_counter() - self._start)
 
     def median(self) -> float | None:
@@ -78,9 +84,14 @@ def floor(model: Any, task: Task, batches: Iterable[Mapping[str, Any]]) -> float
             start = time.perf_counter()
             inputs = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
             task.sums(model, inputs)["loss"].backward()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            _wait(model.device)
             seconds.append(time.perf_counter() - start)
     finally:
         model.disable_input_require_grads()
     return median(seconds[1:] or seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

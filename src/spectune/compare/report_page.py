@@ -90,7 +90,7 @@ def _table(document: Row) -> str:
         Column("gap", "+.3f", f"{spoken(document['gap_of'])} on training data minus on the test"),
         Column("step", ",.0f", "median milliseconds of an optimizer step"),
         Column("step / floor", ".2f", "over the frozen model's forward and gradient to its input"),
-        Column("memory", ".0f", "peak while training"),
+        Column("memory", ".0f", "peak memory above the loaded base; full holds a copy of it"),
         Column("start", ".2f", "seconds to prepare the model"),
         Column("file", ".0f", "what is saved"),
         Column("lr", "g", "chosen on validation"),

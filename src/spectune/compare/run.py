@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import yaml
 from spectune.adapters.files import write_atomically
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
-from spectune.compare.config import CompareConfig, check_folder, digest
+from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
@@ -49,20 +51,25 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
 
     check_folder(config)
     too_large = check_room(config)
+    if config.baseline in too_large:
+        raise SpectuneError(f"baseline: {config.baseline} takes more memory than there is: give another")
     if too_large:
         config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
+    records = digest(bench.records)
+    check_folder(config, records)
     methods, notes = candidates(config, bench.model)
+    against = baseline(config, methods, bench.model)
     notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
     settings = config.settings()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.overwrite:
-        for path in (folder / "trials").glob("*.json"):
-            path.unlink()
-    text = json.dumps(settings, indent=1) + "\n"
+    results = Results(folder / "trials", digest(settings))
+    if config.overwrite or config.retry:
+        results.clear(failed=not config.overwrite)
+    text = json.dumps({**settings, RECORDS: records}, indent=1) + "\n"
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
-    study = Study(config, methods, Results(folder / "trials", digest(settings)))
+    study = Study(config, methods, results)
 
     def told(last: str = "") -> None:
         done, total = study.count()
@@ -75,7 +82,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         finals += _finals(study, method)
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
-    made = document(_header(config, bench, methods, notes), finals, searches)
+    made = document(_header(config, bench, methods, against, notes), finals, searches)
     given: str = made["config"]
     write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
@@ -143,10 +150,17 @@ def _processes(config: CompareConfig, methods: list[str], settings: str) -> Call
     """Start workers on this machine, and return what says whether one of them lives."""
     context = multiprocessing.get_context("spawn")
     arguments = (config.model_dump(exclude_unset=True), methods, settings, _threads(config.workers))
-    workers = [context.Process(target=worker, args=arguments, daemon=True) for _ in range(config.workers)]
+    workers = [context.Process(target=_process, args=arguments, daemon=True) for _ in range(config.workers)]
     for process in workers:
         process.start()
     return lambda: any(process.is_alive() for process in workers)
+
+
+def _process(*arguments: Any) -> None:
+    """Take part as a process that ends in peace where it is interrupted, or terminated with the one that started it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        worker(*arguments)
 
 
 def _ray(config: CompareConfig, methods: list[str], settings: str) -> Callable[[], bool]:
@@ -176,12 +190,18 @@ def worker(values: dict[str, Any], methods: list[str], settings: str, threads: i
     work(config, methods, settings)
 
 
-def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list[str]) -> dict[str, Any]:
+def _header(
+    config: CompareConfig, bench: Bench, methods: list[str], against: str | None, notes: list[str]
+) -> dict[str, Any]:
     about = describe()
-    given = {k: v for k, v in config.model_dump().items() if k in config.model_fields_set or k == "methods"}
+    kept = (config.model_fields_set | {"methods"}) - set(ONCE)
+    given = {k: v for k, v in config.model_dump().items() if k in kept}
     for name, count in bench.cut.items():
         if count:
             notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")
+    for name, count in bench.dropped.items():
+        if count:
+            notes.append(f"{count} records of {name} had nothing to learn from and were left out")
     if config.seeds > 1 and BASE in methods and not bench.has_new_head:
         notes.append("the base as it is has nothing to train: its runs are the same")
     return {
@@ -191,7 +211,7 @@ def _header(config: CompareConfig, bench: Bench, methods: list[str], notes: list
         "task": config.task,
         "metric": config.measure,
         "greater_is_better": config.greater_is_better,
-        "baseline": baseline(config, methods),
+        "baseline": against,
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "steps": bench.steps,
         "batch_size": config.batch_size * config.accumulate,

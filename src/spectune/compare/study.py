@@ -18,6 +18,7 @@ from spectune.compare.trial import Results, Trial
 from spectune.errors import SpectuneError
 
 _WAIT = 0.5  # seconds between looks at what other workers have done
+_SEARCH_SEED = 10**6  # from the comparison's own: another order of the data than those that are judged, however many
 Tell = Callable[[Mapping[str, Any]], None]
 
 
@@ -79,8 +80,7 @@ class Study:
         return done, total
 
     def _search(self, method: str, lr: float) -> Trial:
-        # another order of the data than those that are judged
-        return Trial(method, lr, self.config.seed + self.config.seeds, "search")
+        return Trial(method, lr, self.config.seed + _SEARCH_SEED, "search")
 
     def pruner(self, trial: Trial) -> Callable[[int, Mapping[str, float]], bool]:
         """Return what says at each rung whether a learning rate's loss falls behind those already tried."""
@@ -172,5 +172,8 @@ def _run(study: Study, bench: Bench, trial: Trial) -> dict[str, Any]:
             return result
         except (SpectuneError, RuntimeError, MemoryError, ValueError) as failed:
             error = " ".join(str(failed).split()) or type(failed).__name__
+        except KeyboardInterrupt:  # stopped, and not killed
+            study.results.done(trial)
+            raise
     study.results.done(trial)
     return {**about, "error": error, "pruned": False, "history": [], "seconds": time.perf_counter() - start}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from spectune.adapters.files import write_atomically
+from spectune.errors import SpectuneError
 
 _ATTEMPTS = 3  # of a trial whose worker was killed, before it counts as failed
 
@@ -38,7 +39,7 @@ class Trial:
         """The name of its file."""
         method = re.sub(r"[^\w.=-]+", "-", self.method)
         lr = "" if self.lr is None else f".lr{self.lr:g}"
-        return f"{method}{lr}.{'search' if self.kind == 'search' else f'seed{self.seed}'}"
+        return f"{method}{lr}.{'search.' if self.kind == 'search' else ''}seed{self.seed}"
 
 
 class Results:
@@ -59,21 +60,26 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, trial: Trial) -> dict[str, Any] | None:
-        """Return a trial's result, or None; a file that cannot be read is set aside, and its trial is to run again."""
+        """Return a trial's result, or None; a file that cannot be read goes, and its trial is to run again.
+
+        Raises:
+            SpectuneError: the file is the result of something else.
+        """
         if trial in self._known:
             return self._known[trial]
         path = self._path(trial)
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["settings"] == self.settings and result["trial"] == vars(trial):
-                return self._known.setdefault(trial, result)
+            found = result["settings"], result["trial"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            pass
-        self.corrupt.append(path.name)
-        path.unlink(missing_ok=True)
-        return None
+            self.corrupt.append(path.name)
+            path.unlink(missing_ok=True)
+            return None
+        if found != (self.settings, vars(trial)):
+            raise SpectuneError(f"{path} is of another comparison: give another output, or overwrite=true")
+        return self._known.setdefault(trial, result)
 
     def put(self, trial: Trial, result: dict[str, Any]) -> None:
         """Write a trial's result."""
@@ -102,5 +108,20 @@ class Results:
         """Forget the attempts at a trial."""
         (self.folder / f".{trial.name}.attempts").unlink(missing_ok=True)
 
+    def clear(self, *, failed: bool = False) -> None:
+        """Forget every attempt and result, or those alone that failed."""
+        for path in self.folder.glob("*.json"):
+            if not failed or _failed(path):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob(".*.attempts"):
+            path.unlink(missing_ok=True)
+
     def _path(self, trial: Trial) -> Path:
         return self.folder / f"{trial.name}.json"
+
+
+def _failed(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["error"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # its trial runs again anyway

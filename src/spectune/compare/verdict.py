@@ -80,7 +80,7 @@ def answer(document: Row) -> list[str]:
         reasons = "; ".join(sorted({failure["error"] for failure in document["failures"]}))
         return [f"No method ran to its end, so there is nothing to compare{': ' if reasons else ''}{reasons}."]
     sentences = [_verdict(document, ran), _economy(document, ran), _untrained(document, ran)]
-    sentences += [_resolution(document, ran), _other_records(document, ran)]
+    sentences += [_unpaired(document, ran), _resolution(document, ran), _other_records(document, ran)]
     if failed:
         sentences.append(
             f"{_names(failed)} failed in every run, and {'is' if len(failed) == 1 else 'are'} in no picture."
@@ -112,7 +112,8 @@ def _verdict(document: Row, ran: Sequence[Row]) -> str:
             f"{best['label']} has the {superlative} test {reached}, but with {seeds} nothing says whether its "
             f"difference from {name} is more than chance."
         )
-    judged_by = "at " + seeds if any(row["difference"]["over"] == "seeds" for row in others) else "on these records"
+    over_seeds = any(row["difference"] and row["difference"]["over"] == "seeds" for row in others)
+    judged_by = "at " + seeds if over_seeds else "on these records"
     if best is baseline and len(behind) == len(others):
         return f"{name} is ahead of every other method beyond chance {judged_by}."
     if not behind:
@@ -149,6 +150,17 @@ def _untrained(document: Row, ran: Sequence[Row]) -> str:
     if base is ran[0]:
         return "No method improves on the model without an adapter (base), which has the best mean."
     return "The model without an adapter (base) is no further from the best." if _near_best(base, ran[0]) else ""
+
+
+def _unpaired(document: Row, ran: Sequence[Row]) -> str:
+    """Say which methods have no run at a seed at which the baseline has one."""
+    if not document["baseline_ran"]:
+        return ""
+    alone = [row for row in ran if row["difference"] is None and row["method"] != document["baseline"]]
+    if not alone:
+        return ""
+    baseline = next(row["label"] for row in ran if row["method"] == document["baseline"])
+    return f"{_names(alone)} and {baseline} ran at no seed together, so that nothing says how they differ."
 
 
 def _resolution(document: Row, ran: Sequence[Row]) -> str:

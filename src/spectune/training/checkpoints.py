@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
+from huggingface_hub import upload_folder
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 
-from spectune.adapters.files import publish, telling_of_full_disks
+from spectune.adapters.files import CONFIG, WEIGHTS, publish, telling_of_full_disks
 from spectune.errors import SpectuneError
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model import extract
@@ -24,6 +28,8 @@ from spectune.training import processes
 
 STATE = "adapter_state.safetensors"
 _OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+_OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
+_NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
 _PARTIAL = ".{}.partial"
 T = TypeVar("T")
 
@@ -32,6 +38,7 @@ def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
     """Return a trainer's class that saves, resumes from and pushes the adapter alone, and never the base.
 
     Works for transformers.Trainer and what is built on it, TRL's SFTTrainer, DPOTrainer and GRPOTrainer among them.
+    `spectune.Trainer` is `trainer_for(transformers.Trainer)`.
 
     Args:
         kind: the trainer's class.
@@ -63,6 +70,8 @@ class AdapterCheckpoints:
     processing_class: Any
     optimizer: Any
     lr_scheduler: Any
+    hub_model_id: Any
+    push_in_progress: Any = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter to a folder."""
@@ -113,15 +122,48 @@ class AdapterCheckpoints:
                         publish(partial, place)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
+        self.state.best_model_checkpoint = processes.gather(self.state.best_model_checkpoint)[0]  # all go back to it
         self.last_checkpoint = str(place)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(place))  # type: ignore[attr-defined]
+            with processes.together(), telling_of_full_disks(output, remedy):
+                self._push_from_checkpoint(str(place))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(output),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's adapter; transformers' own needs peft to find it, and pickles the arguments."""
+        strategy, before = self.args.hub_strategy, self.push_in_progress or PushInProgress()
+        if not processes.is_main() or strategy == HubStrategy.END:
+            return
+        if not before.is_done() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[attr-defined]
+        checkpoint, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        for name in (CONFIG, WEIGHTS):  # the checkpoint may be gone before it is uploaded
+            shutil.copy(checkpoint / name, output / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output)
+        folders: list[tuple[Path, str | None]] = [(output, None)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            folders.append((checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name))
+        jobs = [
+            upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                path_in_repo=place,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=_NOT_UPLOADED,
+                run_as_future=True,
+            )
+            for folder, place in folders
+        ]
+        self.push_in_progress = PushInProgress([*before.jobs, *jobs])  # type: ignore[arg-type]
 
     def _rng_files(self) -> dict[str, bytes]:
         """Return the file in which transformers keeps this process' random states, by its name."""
@@ -144,24 +186,38 @@ class AdapterCheckpoints:
         return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        self._load_adapter(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         try:
-            state = load_file(Path(resume_from_checkpoint) / STATE)
-        except (OSError, SafetensorError) as error:
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / _TRAINER))
+        except (OSError, ValueError, TypeError) as error:
             raise _damaged(resume_from_checkpoint, error) from None
+        self._load_adapter(resume_from_checkpoint, model)
+        self.last_checkpoint = resume_from_checkpoint
+
+    def _load_adapter(self, checkpoint: str, model: Any = None) -> None:
+        try:
+            state = load_file(Path(checkpoint) / STATE)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(checkpoint, error) from None
         target = adapter_state(model if model is not None else self.model)
         if state.keys() != target.keys():
             differing = min(state.keys() ^ target.keys())
             raise SpectuneError(
-                f"{resume_from_checkpoint} was made with other settings (it differs in {differing!r}); "
+                f"{checkpoint} was made with other settings (it differs in {differing!r}); "
                 "resume with the configuration of the run"
             )
         with torch.no_grad():
             for key, tensor in state.items():
                 target[key].copy_(as_part(tensor, target[key]))
-        self.last_checkpoint = resume_from_checkpoint
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with processes.together():
+            try:
+                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            except Exception as error:  # whatever a damaged file makes of the reader
+                raise _damaged(str(checkpoint), error) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -178,8 +234,30 @@ class AdapterCheckpoints:
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                     values[key] = as_part(value, parameters[index])
-        self.optimizer.load_state_dict(optimizer)
+        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except ValueError as error:
+            raise SpectuneError(
+                f"{checkpoint} was made with other groups of parameters ({error}); resume with the configuration of "
+                "the run"
+            ) from None
         self.lr_scheduler.load_state_dict(schedule)
+        self._keep_rates(own)
+
+    def _keep_rates(self, own: list[dict[str, Any]]) -> None:
+        """Train with this run's learning rates and decay, where the schedule is, and not with those of before."""
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        for group, values in zip(groups, own, strict=True):
+            group.update(values)
+        if isinstance(schedule, LambdaLR):  # as all of transformers' are that do not look at the loss
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
+
+
+Trainer = trainer_for(transformers.Trainer)
 
 
 def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
@@ -192,11 +270,18 @@ def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
     found: dict[int, Path] = {}
     for path in output.glob("*checkpoint-*"):
         named = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if named and all((path / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER)):
+        if named and _is_whole(path):
             found[int(named[1])] = path
         elif console is not None and (named or re.fullmatch(r"\.checkpoint-\d+\.partial", path.name)):
             console.print(f"{path.name} was not written to its end and is left out", style="yellow", highlight=False)
     return [found[step] for step in sorted(found)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    rngs = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    of_each = {f"rng_state_{number}.pth" for number in range(len(rngs))}
+    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER))
+    return files and bool(rngs) and rngs in ({"rng_state.pth"}, of_each)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ _OF_TASK = {
         *("temperature", "kl", "normalize_rewards"),
     ),
 }
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainConfig(BaseModel):
@@ -45,8 +46,8 @@ class TrainConfig(BaseModel):
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
     overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
     adapter: str | None = Field(None, description="folder of an adapter to go on from; its method and layers are kept")
-    lr: float | None = Field(None, gt=0, description="learning rate; the method's own if not given")
-    group_lr: dict[str, float] = Field(
+    lr: _Rate | None = Field(None, description="learning rate; the method's own if not given")
+    group_lr: dict[str, _Rate] = Field(
         {}, description="name of a trained tensor (magnitude, z, ...): its learning rate"
     )
     epochs: float = Field(1.0, gt=0, description="passes over the data")

@@ -10,8 +10,9 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from spectune.adapters.files import write_atomically
+from spectune.adapters.files import telling_of_full_disks, write_atomically
 from spectune.errors import SpectuneError
+from spectune.training import processes
 from spectune.training.rewards import RewardError
 from spectune.training.trainer import AdapterTrainer
 
@@ -55,16 +56,21 @@ class PolicyTrainer(AdapterTrainer):
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate with greedy completions, and write what became of each problem to outcomes/step-N.jsonl."""
+        """Evaluate with greedy completions, and write what became of each problem to outcomes/step-N.jsonl.
+
+        Raises:
+            SpectuneError: that cannot be written; the last checkpoint is named and kept.
+        """
         self.task.outcomes.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.pop(f"{metric_key_prefix}_loss", None)  # type: ignore[union-attr]
         lines = "".join(json.dumps(outcome) + "\n" for outcome in gather_object(self.task.outcomes))
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir or ".") / "outcomes"
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / f"step-{self.state.global_step}.jsonl"
-            write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
+        file = Path(self.args.output_dir or ".") / "outcomes" / f"step-{self.state.global_step}.jsonl"
+        with processes.together():
+            if processes.is_main():
+                with telling_of_full_disks(file, self.kept()):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
         return output
 
     def _listen(self, signal: int) -> None:

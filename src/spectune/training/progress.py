@@ -30,6 +30,7 @@ from spectune.training import processes
 from spectune.training.curve import spoken
 from spectune.training.trainer import AdapterTrainer
 
+_RISE, _SMOOTHED = 3, 10  # times what the loss was at first, and lines of the log that it is smoothed over
 _PACE = ("_runtime", "_per_second", "_time")
 
 
@@ -60,6 +61,9 @@ class RunLog(TrainerCallback):
             write_atomically(self._path, lambda path: path.write_text(text, encoding="utf-8"))
         self.interrupted = False  # as all processes agree at the end of a step
         self._signalled = False
+        self._first: float | None = None  # the loss, at first and smoothed
+        self._smooth = 0.0
+        self._warned = False
         self.tokens_per_second = 0.0
         self._memory = 0
         self._handlers: dict[int, Any] = {}
@@ -125,12 +129,27 @@ class RunLog(TrainerCallback):
             if measured:
                 shown["measures"] = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in measured)
             self._progress.update(self._task, **shown)
+        if self._curve == "loss" and "loss" in line:
+            self._watch_loss(line["loss"])
         self.history.append(line)
         with processes.together():
             if processes.is_main():
                 kept = self._trainer.kept() if self._trainer is not None else ""
                 with telling_of_full_disks(self._path, kept), self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+
+    def _watch_loss(self, loss: float) -> None:
+        """Warn once where the loss goes up and up; one that is not finite is the trainer's to see."""
+        if self._first is None:
+            self._first = self._smooth = loss
+        self._smooth += (loss - self._smooth) / _SMOOTHED
+        if self._smooth > _RISE * max(self._first, 0.1) and not self._warned:
+            self._warned = True
+            self._console.print(
+                f"the training loss rose from {self._first:.3f} to {self._smooth:.3f}: lower the learning rate",
+                style="yellow",
+                highlight=False,
+            )
 
     def close(self) -> None:
         """Take the bar away, also after an error."""

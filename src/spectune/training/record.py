@@ -34,7 +34,7 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
     packages = ("spectune", "torch", "transformers", "safetensors")
     run = {
         "processes": processes.count(),
-        "data": {"examples": len(records), "sha256": _digest(records)},
+        "data": {"examples": len(records), "sha256": digest(records)},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
     front = {"base_model": config.model, "library_name": "spectune", "tags": ["spectune", config.parsed_method().name]}
@@ -54,7 +54,7 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
 
 
 def read_run(output: Path) -> Mapping[str, Any]:
-    """Return the configuration that a run folder holds, and the number of "processes".
+    """Return the configuration that a run folder holds, the number of "processes" and the "digest" of its data.
 
     Raises:
         SpectuneError: there is none that can be read.
@@ -63,7 +63,8 @@ def read_run(output: Path) -> Mapping[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         path = output / "run.json"
-        return {**config, "processes": json.loads(path.read_text(encoding="utf-8"))["processes"]}
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {**config, "processes": run["processes"], "digest": run["data"]["sha256"]}
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise SpectuneError(f"cannot read {path} of the run to resume: {error}") from None
 
@@ -73,6 +74,8 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     now = {**config.model_dump(), "processes": processes.count()}
     examples = [math.prod(int(run.get(key) or 1) for key in _STEP) for run in (before, now)]
     meaning = _MEANING if examples[0] == examples[1] else (*_MEANING, *_STEP)
+    if set(before.get("group_lr") or ()) != set(config.group_lr):  # the optimizer has a group for each
+        meaning += ("group_lr",)
     keys = [key for key in now if key not in _INCIDENTAL and before.get(key) != now[key]]
     named = {
         key: f"number of processes ({now[key]}, not {before.get(key)})" if key == "processes" else key for key in keys
@@ -80,5 +83,7 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     return [named[key] for key in keys if key in meaning], [named[key] for key in keys if key not in meaning]
 
 
-def _digest(records: Sequence[Record]) -> str:
-    return hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+def digest(records: Sequence[Record]) -> str:
+    """Return what tells records from others: a sum over all their columns."""
+    text = json.dumps(list(records), sort_keys=True, default=lambda value: str(value).partition(" at 0x")[0])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, telling_of_full_disks
+from spectune.adapters.files import CONFIG, WEIGHTS, telling_of_full_disks
 from spectune.errors import SpectuneError
 from spectune.methods import to_text
 from spectune.model import adapt, attach, extract
@@ -26,9 +26,11 @@ from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.recompute import checkpoint_activations
-from spectune.training.record import changed, read_run, write_run
+from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
+
+_CURVE = "curve.png"
 
 
 @dataclass
@@ -127,7 +129,7 @@ def _train(
             config = _with_its_method(config, start_from)
         checkpoint = _checkpoint(output, console) if config.resume else None
         if checkpoint is not None:
-            _report_changes(config, output, console)
+            _report_changes(config, output, [*records, *held], console)
     limit = token_limit(config, model)
     task = make_task(config)
     learned = task.encode(records, model, tokenizer, limit)
@@ -139,8 +141,7 @@ def _train(
     with processes.together(), telling_of_full_disks(output, "free some space and start again"):
         if processes.is_main():
             if checkpoint is None:
-                for old in output.glob("*checkpoint-*"):  # of a run that this one replaces
-                    shutil.rmtree(old, ignore_errors=True)
+                _clear(config, output)
             write_run(config, output, [*records, *held], task.files(model))
         log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
@@ -178,8 +179,17 @@ def _train(
             with telling_of_full_disks(output, f"{trainer.kept()}; free some space and go on with resume=true"):
                 adapter.save(output)
                 title = f"{config.model}, {config.method}"
-                plot_curve(log.history, output / "curve.png", title, task.unit, task.shown, task.curve)
+                plot_curve(log.history, output / _CURVE, title, task.unit, task.shown, task.curve)
     return Result(adapter, before, after, trainer.state.global_step, seconds, speed, setup, log.history)
+
+
+def _clear(config: TrainConfig, output: Path) -> None:
+    """Take away what a run that this one replaces made of its own settings, but not the adapter to go on from."""
+    goes_on = config.adapter is not None and Path(config.adapter).resolve() == output.resolve()
+    for old in (*output.glob("*checkpoint-*"), output / "outcomes"):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in ("labels.json", _CURVE, *(() if goes_on else (CONFIG, WEIGHTS))):
+        (output / name).unlink(missing_ok=True)
 
 
 def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
@@ -290,14 +300,20 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _report_changes(config: TrainConfig, output: Path, console: Console) -> None:
-    """Refuse to resume a run whose meaning changed, and say what else did."""
-    fatal, other = changed(read_run(output), config)
+def _report_changes(config: TrainConfig, output: Path, records: Sequence[Record], console: Console) -> None:
+    """Refuse to resume a run whose meaning or data changed, and say what else did."""
+    before = read_run(output)
+    fatal, other = changed(before, config)
     if fatal:
         raise SpectuneError(
             f"cannot resume {output} with another {', '.join(fatal)}; give the values of {output / 'config.yaml'} "
             "(batch_size and accumulate may change where a step keeps its number of examples), or start anew with "
             "overwrite=true"
+        )
+    if before["digest"] != digest(records):
+        raise SpectuneError(
+            f"cannot resume {output}: the data changed since its run began; give the data as it was, or start anew "
+            "with overwrite=true or another output"
         )
     if other:
         console.print(f"resuming with changed {', '.join(other)}", style="yellow", highlight=False)

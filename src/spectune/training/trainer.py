@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -70,12 +70,13 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         for name in self.group_lr:
             if name not in tails.values():
                 raise SpectuneError(f"group_lr: no trained tensor is named {name!r}{nearest(name, tails.values())}")
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[str | None, list[Tensor]] = {}  # by name and not by rate, so that a resumed run may change rates
         for name, parameter in trained.items():
-            groups.setdefault(self.group_lr.get(tails[name], self.args.learning_rate), []).append(parameter)  # type: ignore[arg-type]
+            groups.setdefault(tails[name] if tails[name] in self.group_lr else None, []).append(parameter)
+        rates: dict[str | None, float] = {None: self.args.learning_rate, **self.group_lr}
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
         options |= {"weight_decay": self.args.weight_decay}
-        self.optimizer = kind([{"params": p, "lr": lr} for lr, p in groups.items()], **options)
+        self.optimizer = kind([{"params": p, "lr": rates[name]} for name, p in groups.items()], **options)
         return self.optimizer  # type: ignore[return-value]
 
     def compute_loss(
@@ -178,8 +179,18 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             sampler = self._order = EvenSampler(sampler, self._even, self.args.seed)
         return sampler
 
+    def _load_callback_state(self) -> None:
+        """Go on counting evaluations without a better one; with transformers' own the patience would be the old one."""
+        for callback in self._stoppers():
+            saved = self.state.stateful_callbacks.get(type(callback).__name__, {"attributes": {}})
+            vars(callback).update(saved["attributes"])
+
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where transformers takes one step more
+        ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._stoppers())
+        if ended or self.state.global_step >= self.state.max_steps:  # resumed there, where transformers would go on
             self.control.should_training_stop = True
             return
         if self._order is not None:  # accelerate does not find it behind the batches that a resumed run skips

@@ -37,6 +37,7 @@ class Dpo(Task):
     forms = "'prompt', 'chosen' and 'rejected', all text or all lists of messages (the prompt may be part of both)"
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
+    reference: Any = None  # another model as p0, where the base's own weights train
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         keys = [key for key in ("prompt", "chosen", "rejected") if key in record]
@@ -93,7 +94,7 @@ class Dpo(Task):
             return each.new_zeros(2 * count).index_add(0, owners.flatten(), each)
 
         with torch.no_grad():
-            reference = log_probabilities(Reference(getattr(model, "module", model)))
+            reference = log_probabilities(Reference(self.reference or getattr(model, "module", model)))
         ratios = log_probabilities(model) - reference
         chosen, rejected = ratios.chunk(2)
         if self.config.dpo_loss == "ipo":
