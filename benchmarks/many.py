@@ -5,7 +5,7 @@ of the same batch with one adapter activated on the same side, the two taking tu
 `prefill` is a pass over prompts, `decode` a pass over one more token with the prompts in the cache, both in a context
 that has been entered; `first` is the prefill that enters it, as the first of a new batch does, with stacks kept from
 others (PEFT has nothing to enter).  `floor_of_memory` is what reading the factors of every adapter once, at the speed
-measured here, would make of a step of decoding.
+measured here, would make of a step of decoding.  With one thread (OMP_NUM_THREADS=1) times are the processor's.
 
     python benchmarks/many.py [--dtype fp32 bf16] [--methods svf lora_xs lora peft_lora] [--counts 1 8 64 256]
         [--rows 64] [--length 16] [--layers 30] [--rounds 5] [--decode-rounds 15] [--name many]
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,6 +26,7 @@ from transformers import DynamicCache
 
 import spectune
 from _machine import save
+from spectune.reports.probe import clock
 
 METHODS = {"svf": "svf", "lora_xs": "lora_xs:rank=16", "lora": "lora:rank=16,alpha=32"}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,9 +81,9 @@ def change(parameters: Any) -> None:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def timed(

@@ -2,7 +2,8 @@
 
 The floor is the frozen model's forward and its gradient with respect to the embeddings.  Every side runs the same rows
 of 128 tokens without padding, with logits at the last quarter of the positions, and a fused AdamW step.  Sides take
-turns, and the median of each one's ratio to the floor of the same round is kept.
+turns, and the median of each one's ratio to the floor of the same round is kept.  With one thread (OMP_NUM_THREADS=1)
+times are the processor's, which other processes hardly lengthen.
 
     python benchmarks/train_step.py [--dtype fp32|bf16] [--batch 8] [--rounds 7] [--only NAME ...]
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import spectune
 from _machine import save
+from spectune.reports.probe import clock
 
 OURS = {
     "LoRA": "lora:rank=16,alpha=32",
@@ -108,9 +109,9 @@ def sides(dtype: str, inputs: dict[str, torch.Tensor], only: list[str]) -> Itera
 
 
 def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
@@ -138,7 +139,8 @@ def main() -> None:
                 f"{name:16s} {dtype}  {statistics.median(ratios):.3f} x the floor of {statistics.median(floors):.3f} s",
                 flush=True,
             )
-    save("train_step", {"batch": arguments.batch, "length": LENGTH, "rounds": arguments.rounds, "results": results})
+            about = {"batch": arguments.batch, "length": LENGTH, "rounds": arguments.rounds}
+            save("train_step", {**about, "results": results})
 
 
 if __name__ == "__main__":
