@@ -2,6 +2,7 @@
 
     python examples/transformer2/evidence.py                         SVF
     python examples/transformer2/evidence.py --method lora:rank=8    the same with another method
+    python examples/transformer2/evidence.py --addition --method svft:pattern=banded,width=8     a + b alone
     python examples/transformer2/evidence.py --quick                 everything tiny, to see that it runs
 
 Every adapter and every measured cell is kept in the output folder: run it again and it goes on where it stopped.
@@ -91,18 +92,22 @@ def train(setting: Setting, task: Task, data: Parts, model: Any, tokenizer: Any)
     return folder
 
 
-def build(setting: Setting, data: dict[str, Parts], model: Any, tokenizer: Any) -> Library:
-    """Return the library of the trained adapters, with their training prompts and a classifier."""
+def build(setting: Setting, data: dict[str, Parts], model: Any, tokenizer: Any, names: Sequence[str]) -> Library:
+    """Return the library of the trained adapters, with their training prompts."""
     library = Library(setting.out / "library")
-    for name in TRAINED:
+    for name in names:
         folder = train(setting, TASKS[name], data[name], model, tokenizer)
         if name not in library:
             library.add(name, folder, TASKS[name].description, [prompt for prompt, _ in data[name].train])
+    return library
+
+
+def with_classifier(setting: Setting, library: Library, model: Any, tokenizer: Any) -> None:
+    """Train the library's classifier, unless it is there."""
     if not (library.path / "classifier" / "classifier.json").exists():
         say("training the classifier")
         classifier = train_classifier(Pool(model, library), tokenizer, setting.classifier, console=Console(stderr=True))
         say(f"classifier on its own held-out prompts: {dict(classifier.report)}")
-    return library
 
 
 def measure(two: Transformer2, task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -271,9 +276,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8, help="of the cross-entropy method")
     parser.add_argument("--plot", type=int, default=48, help="held-out prompts a point of the plot")
     parser.add_argument("--steps", type=float, default=1.0, help="share of the full training")
+    parser.add_argument("--addition", action="store_true", help="only what the plot of the sums a + b needs")
     parser.add_argument("--quick", action="store_true", help="everything tiny: to see that it runs")
     given = vars(parser.parse_args())
     name = given["method"].replace(":", "-").replace("=", "").replace(",", "-")
+    addition = given.pop("addition")
     if given.pop("quick"):
         given |= {"held": 8, "population": 6, "elites": 2, "iterations": 2, "plot": 4, "steps": 0.02}
         name += "-quick"
@@ -293,21 +300,26 @@ def main() -> None:
         data[name] = parts(task, model, tokenizer, count, setting.shots, setting.held, file)
         sizes = (len(data[name].train), len(data[name].shots), len(data[name].held))
         say(f"{name}: {sizes[0]} prompts to learn from, {sizes[1]} shots, {sizes[2]} held out")
-    library = build(setting, data, model, tokenizer)
+    names = list(dict.fromkeys(name for pair in PAIRS for name in pair)) if addition else TRAINED
+    library = build(setting, data, model, tokenizer, names)
+    if not addition:
+        with_classifier(setting, library, model, tokenizer)
     two = Transformer2(model, library, strategy={}, tokenizer=tokenizer)
-    results = cells(setting, data, two)
+    results = {} if addition else cells(setting, data, two)
     curves = mixing(setting, data, two)
-    summary = summarize(setting, results, library)
+    summary: dict[str, Any] = {"method": setting.method, "steps": setting.steps}
+    if not addition:
+        summary = summarize(setting, results, library)
+        report = table(summary) + "\n"
+        write_atomically(setting.out / "summary.md", lambda path: path.write_text(report, encoding="utf-8"))
+        print(report)
     summary["mixing"] = {
         key: {"weights": cell["weights"], "accuracy": [sum(r) / len(r) for r in cell["right"]]}
         for key, cell in curves.items()
     }
     text = json.dumps(summary, indent=1) + "\n"
     write_atomically(setting.out / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
-    report = table(summary) + "\n"
-    write_atomically(setting.out / "summary.md", lambda path: path.write_text(report, encoding="utf-8"))
-    print(report)
-    say(f"{plot(curves, setting)}, {setting.out / 'summary.md'}; {time.perf_counter() - start:.0f} s in this run")
+    say(f"{plot(curves, setting)}, {setting.out / 'summary.json'}; {time.perf_counter() - start:.0f} s in this run")
 
 
 if __name__ == "__main__":
