@@ -50,6 +50,25 @@ def test_conversational_prompt_and_completion():
     assert encode_one(record, tokenizer) == encode_one({"messages": CHAT["messages"][:2]}, tokenizer)
 
 
+def test_the_assistants_turns_in_a_prompt_are_not_learned():
+    tokenizer = make_tokenizer()
+    record = {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}
+    assert SFT.problem(record) is None
+    assert "".join(learned(encode_one(record, tokenizer), tokenizer)) == "two</s>"
+    assert "completion: messages has no assistant turn" in SFT.problem({**record, "completion": CHAT["messages"][:1]})
+
+
+@pytest.mark.parametrize("other", ["one two three", None])
+def test_what_is_checked_is_what_is_learned(other):
+    tokenizer = make_tokenizer()
+    pair = {"prompt": "one plus one is", "completion": "two"}
+    for record in (CHAT, pair):
+        assert SFT.problem({**record, "text": other}) is None
+        assert encode_one({**record, "text": other}, tokenizer) == encode_one(record, tokenizer)
+    assert encode_one({"messages": None, **pair}, tokenizer) == encode_one(pair, tokenizer)
+    assert "has the keys 'prompt'; it needs" in SFT.problem({"prompt": "one", "completion": None, "text": None})
+
+
 def test_all_of_a_text_is_learned():
     tokenizer = make_tokenizer()
     assert all(encode_one({"text": "one two three"}, tokenizer).supervised)

@@ -127,14 +127,25 @@ def _problem(record: Any, task: Task) -> str | None:
     return task.problem(record) if isinstance(record, dict) else f"not a JSON object with {task.forms}"
 
 
-def message_problem(messages: Any) -> str | None:
-    """Return what is wrong with a conversation to learn from, or None."""
+def form(record: Record) -> str | None:
+    """Return which of the forms of `Sft` a record has, by the key that tells: messages, completion, text, or None.
+
+    A table has every column in every row, so that a key without a value is none.
+    """
+    there = {key for key, value in record.items() if value is not None}
+    if "messages" in there:
+        return "messages"
+    return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
+
+
+def message_problem(messages: Any, first: int = 0) -> str | None:
+    """Return what is wrong with a conversation to learn from, from the `first` message on, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of objects with role and content"
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             return "each message needs a role and a content, both text"
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == "assistant" for message in messages[first:]):
         return "messages has no assistant turn to learn from"
     return None
 
@@ -157,13 +168,15 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
 
 def encode_one(record: Record, tokenizer: Any) -> Example:
     """Tokenize one record."""
-    if "text" in record:
-        return _pieces(tokenizer, [(record["text"], True)])
-    if "messages" in record:
+    kind = form(record)
+    if kind == "messages":
         return encode_turns(record["messages"], tokenizer)
-    if isinstance(record["prompt"], list):
-        return encode_turns([*record["prompt"], *record["completion"]], tokenizer)
-    return _pieces(tokenizer, [(record["prompt"], False), (record["completion"], True)])
+    if kind == "text":
+        return _pieces(tokenizer, [(record["text"], True)])
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list):
+        return encode_turns([*prompt, *completion], tokenizer, len(prompt))
+    return _pieces(tokenizer, [(prompt, False), (completion, True)])
 
 
 def _pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Example:
