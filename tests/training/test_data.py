@@ -6,11 +6,13 @@ import pytest
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
-from spectune.training.data import encode_one, read_jsonl, split
+from spectune.training.data import encode_one, read, read_jsonl, split
+from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode
 from training.folder import make_tokenizer
 
 SFT = Sft(TrainConfig(model="m", data="d", output="o"))
+CLASSIFY = Classify(TrainConfig(model="m", data="d", output="o", task="classify"))
 CHAT = {
     "messages": [
         {"role": "user", "content": "say hello"},
@@ -121,6 +123,38 @@ def test_an_empty_file_and_a_missing_one(tmp_path):
         read_jsonl(write(tmp_path, "", ""), SFT)
     with pytest.raises(SpectuneError, match="cannot read"):
         read_jsonl(tmp_path / "none.jsonl", SFT)
+
+
+def test_the_fields_of_a_csv_file_are_text_as_they_stand(tmp_path):
+    path = tmp_path / "sums.csv"
+    path.write_text('\ufeffprompt,completion\n1+1=,2\n"one, two","None\nor ""null"""\n\nlong,' + "a" * 200_000 + "\n")
+    assert read(path, SFT) == [
+        {"prompt": "1+1=", "completion": "2"},
+        {"prompt": "one, two", "completion": 'None\nor "null"'},
+        {"prompt": "long", "completion": "a" * 200_000},
+    ]
+    path.write_text("text,label\nNone,007\nnull,1.0\n")
+    assert read(path, CLASSIFY) == [{"text": "None", "label": "007"}, {"text": "null", "label": "1.0"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"prompt,completion\none,two\none, two,three\n", "row 2: has other columns"),
+        (b"prompt,completion\none\n", "row 1: has other columns"),
+        (b'prompt,completion\none,"two\n', "not CSV in UTF-8"),
+        (b"prompt,completion\none,\xff\n", "not CSV in UTF-8"),
+        (b"prompt,completion\n", "holds no examples"),
+        (b"", "holds no examples"),
+    ],
+)
+def test_a_broken_csv_file(tmp_path, content, message):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    with pytest.raises(SpectuneError, match=message):
+        read(path, SFT)
+    with pytest.raises(SpectuneError, match=r"none\.csv: No such file"):
+        read(tmp_path / "none.csv", SFT)
 
 
 def test_split_is_disjoint_complete_and_seeded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -54,26 +55,14 @@ def read(source: str | Path, task: Task) -> list[Record]:
     Raises:
         SpectuneError: what cannot be read, or a record of another form, with its number.
     """
-    kinds = {".csv": "csv", ".parquet": "parquet"}
-    suffix = Path(source).suffix
-    if suffix not in kinds and (Path(source).exists() or suffix in (".jsonl", ".json")):
-        return read_jsonl(source, task)
-    import datasets
-
-    if suffix in kinds and not Path(source).is_file():
-        raise SpectuneError(f"cannot read {source}: no such file")
-    try:
-        if suffix in kinds:
-            table = datasets.load_dataset(kinds[suffix], data_files=str(source), split="train")
-        else:
-            table = datasets.load_dataset(str(source), split="train")
-    except Exception as error:  # whatever the many readers raise
-        raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
-    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
-    records: list[Record] = [
-        _renamed(row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None}, task)  # type: ignore
-        for row in table
-    ]
+    path = Path(source)
+    if path.suffix == ".csv":
+        rows = _csv_rows(path)
+    elif path.suffix != ".parquet" and (path.exists() or path.suffix in (".jsonl", ".json")):
+        return read_jsonl(path, task)
+    else:
+        rows = _table_rows(path if path.suffix == ".parquet" else str(source))
+    records: list[Record] = [_renamed(row, task) for row in rows]
     for number, record in enumerate(records, start=1):
         problem = _problem(record, task)
         if problem is not None:
@@ -81,6 +70,42 @@ def read(source: str | Path, task: Task) -> list[Record]:
     if not records:
         raise SpectuneError(f"{source} holds no examples; each row needs {task.forms}")
     return records
+
+
+def _csv_rows(path: Path) -> list[Record]:
+    """Read a CSV file, every field as the text that it is: neither 007 nor None means anything else."""
+    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[Any] = list(csv.DictReader(file, strict=True))
+    except OSError as error:
+        raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SpectuneError(f"cannot read {path}: it is not CSV in UTF-8 ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():  # what is too much, and what is missing
+            raise SpectuneError(f"{path}, row {number}: has other columns than the first line; quote commas in texts")
+    return rows
+
+
+def _table_rows(source: str | Path) -> list[Record]:
+    """Read a Parquet file, or the "train" split of a data set by its id, with the names of labels for their numbers."""
+    import datasets
+
+    if isinstance(source, Path) and not source.is_file():
+        raise SpectuneError(f"cannot read {source}: no such file")
+    try:
+        if isinstance(source, Path):
+            table = datasets.load_dataset("parquet", data_files=str(source), split="train")
+        else:
+            table = datasets.load_dataset(source, split="train")
+    except Exception as error:  # whatever the many readers raise
+        raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
+    return [
+        row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None}  # type: ignore[operator]
+        for row in table
+    ]
 
 
 def read_jsonl(path: str | Path, task: Task) -> list[Record]:
