@@ -70,9 +70,9 @@ class Task:
         device = processes.load_device(config.device, config.fsdp)
         trust = config.trust_remote_code
         model, tokenizer = load_base(config.model, config.dtype, device=device, trust_remote_code=trust)
-        if not model.can_generate():
+        if not model.can_generate() or model.config.is_encoder_decoder:  # whose target its decoder would be given
             raise SpectuneError(
-                f"task: {config.task} needs a language model, and {config.model} is a {type(model).__name__}; "
+                f"task: {config.task} needs a causal language model, and {config.model} is a {type(model).__name__}; "
                 "task: classify takes encoders too"
             )
         return model, tokenizer

@@ -81,10 +81,7 @@ class Reinforce(Task):
                 "fsdp does not go with task: reinforce, whose processes draw completions of different lengths; without "
                 "it every process holds the whole base"
             )
-        model, tokenizer = super().load(records, held)
-        if not (hasattr(model, "generate") and model.can_generate()) or model.config.is_encoder_decoder:
-            raise SpectuneError(f"task: reinforce needs a causal language model, and {self.config.model} is none")
-        return model, tokenizer
+        return super().load(records, held)
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         self._tokenizer = tokenizer
