@@ -2,11 +2,14 @@
 
 import json
 
+import datasets
 import pytest
+import yaml
 
 from spectune.errors import SpectuneError
-from spectune.training.config import TrainConfig
+from spectune.training.config import TrainConfig, load_config
 from spectune.training.data import encode_one, read, read_jsonl, split
+from spectune.training.tasks import make_task
 from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode
 from training.folder import make_tokenizer
@@ -155,6 +158,73 @@ def test_a_broken_csv_file(tmp_path, content, message):
         read(path, SFT)
     with pytest.raises(SpectuneError, match=r"none\.csv: No such file"):
         read(tmp_path / "none.csv", SFT)
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A folder of JSONL files, with two configurations."""
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    files = [{"split": "train", "path": "train.jsonl"}, {"split": "validation", "path": "dev.jsonl"}]
+    described = [{"config_name": "en", "data_files": files}, {"config_name": "de", "data_files": "de.jsonl"}]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n")
+    for part in ("train", "dev", "de"):
+        (folder / f"{part}.jsonl").write_text(json.dumps({"text": f"{part} one"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def label_set(tmp_path):
+    """A folder of Parquet files with named labels."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    for part, last in (("train", 1), ("validation", -1)):
+        rows = {"text": [f"{part} {i}" for i in range(3)], "label": [1, 0, last]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "labels" / f"{part}.parquet")
+    return tmp_path / "labels"
+
+
+def read_run(*more):
+    return make_task(load_config(None, ["model=m", "output=o", *more])).read()
+
+
+def test_a_data_set_by_configuration_and_split(data_set):
+    settings = [f"data={data_set}", "data_config=en"]
+    train, dev = [{"text": "train one"}], [{"text": "dev one"}]
+    assert read_run(*settings, "eval_split=validation") == (train, dev)
+    assert read_run(*settings, "data_split=validation", "eval_split=train") == (dev, train)
+    assert read_run(*settings, f"eval_data={data_set}", "eval_split=validation") == (train, dev)
+    assert read_run(*settings, f"eval_data={data_set / 'dev.jsonl'}") == (train, dev)
+
+
+def test_the_labels_of_a_data_set_have_names(label_set):
+    settings = [f"data={label_set}", "task=classify"]
+    records, held = read_run(*settings, "eval_split=validation")
+    assert [record["label"] for record in records] == ["good", "bad", "good"]
+    assert [record["label"] for record in held] == ["good", "bad", -1]
+    assert read_run(*settings, "data_split=train[:2]", "held_out=0") == (records[:2], [])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "Config name is missing"),
+        (["data_config=fr"], "'fr' not found"),
+        (["data_config=en", "data_split=valid"], 'Unknown split "valid"'),
+        (["data_config=en", "eval_split=train"], "on what is trained on"),
+        (["data_config=en", "eval_data={data}"], "on what is trained on"),
+        (["data={data}/de.jsonl", "eval_data={data}/../chats/de.jsonl"], "on what is trained on"),
+        (["data={data}/de.jsonl", "data_split=train"], "de.jsonl is a file; data_config, data_split and eval_split"),
+        (["data={data}/de.jsonl", "eval_split=test"], "de.jsonl is a file; data_config, data_split and eval_split"),
+        (["data={data}/none.parquet"], "none.parquet: no such file"),
+        (["task=reinforce", "environment=chain_sum", "data=null", "data_split=test"], "data_split and environment"),
+    ],
+)
+def test_data_sets_that_cannot_be_read(data_set, more, message):
+    more = [text.format(data=data_set) for text in more]
+    with pytest.raises(SpectuneError, match=message):
+        read_run(f"data={data_set}", "held_out=0", *more)
 
 
 def test_split_is_disjoint_complete_and_seeded():

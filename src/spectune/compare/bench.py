@@ -55,7 +55,7 @@ class Bench:
         self.config = config
         task = make_task(config)
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, task)
+        records = read(config.data, task, config.data_config, config.data_split)
         if config.test_data is not None:
             test = read(config.test_data, task)
         else:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spectune.training.tasks.base import Task
 
 Record = Mapping[str, Any]
+_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Example(NamedTuple):
@@ -45,23 +46,32 @@ class Encoded:
     dropped: int
 
 
-def read(source: str | Path, task: Task) -> list[Record]:
-    """Read the records of a JSONL, CSV or Parquet file, or of the "train" split of a data set by its id.
+def read(source: str | Path, task: Task, config_name: str | None = None, split_name: str | None = None) -> list[Record]:
+    """Read the records of a JSONL, CSV or Parquet file, or of a split of a data set.
 
     Args:
-        source: the file or the id.
+        source: the file; or the data set's folder or id.
         task: which says what each record must look like.
+        config_name: of the data set, where it has several configurations.
+        split_name: of the data set; train if not given.
 
     Raises:
         SpectuneError: what cannot be read, or a record of another form, with its number.
     """
     path = Path(source)
-    if path.suffix == ".csv":
-        rows = _csv_rows(path)
-    elif path.suffix != ".parquet" and (path.exists() or path.suffix in (".jsonl", ".json")):
-        return read_jsonl(path, task)
+    if not path.is_dir() and (path.exists() or path.suffix in _FILES):
+        if config_name is not None or split_name is not None:
+            raise SpectuneError(f"{source} is a file; data_config, data_split and eval_split are for data sets")
+        if path.suffix not in (".csv", ".parquet"):
+            return read_jsonl(path, task)
+        if path.suffix == ".csv":
+            rows = _csv_rows(path)
+        elif path.exists():
+            rows = _table_rows("parquet", data_files=str(path), split="train")
+        else:
+            raise SpectuneError(f"cannot read {path}: no such file")
     else:
-        rows = _table_rows(path if path.suffix == ".parquet" else str(source))
+        rows = _table_rows(str(source), name=config_name, split=split_name or "train")
     records: list[Record] = [_renamed(row, task) for row in rows]
     for number, record in enumerate(records, start=1):
         problem = _problem(record, task)
@@ -88,22 +98,18 @@ def _csv_rows(path: Path) -> list[Record]:
     return rows
 
 
-def _table_rows(source: str | Path) -> list[Record]:
-    """Read a Parquet file, or the "train" split of a data set by its id, with the names of labels for their numbers."""
+def _table_rows(source: str, **options: Any) -> list[Record]:
+    """Return what datasets.load_dataset reads, with the names of labels for their numbers."""
     import datasets
 
-    if isinstance(source, Path) and not source.is_file():
-        raise SpectuneError(f"cannot read {source}: no such file")
     try:
-        if isinstance(source, Path):
-            table = datasets.load_dataset("parquet", data_files=str(source), split="train")
-        else:
-            table = datasets.load_dataset(source, split="train")
+        table = datasets.load_dataset(source, **options)
     except Exception as error:  # whatever the many readers raise
-        raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
+        named, reason = options.get("data_files", source), " ".join(str(error.__cause__ or error).split())
+        raise SpectuneError(f"cannot read the data {named!r}: {reason[:200]}") from None
     names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
-    return [
-        row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None}  # type: ignore[operator]
+    return [  # what has no label has -1
+        row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}  # type: ignore
         for row in table
     ]
 

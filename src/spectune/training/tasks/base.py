@@ -51,9 +51,10 @@ class Task:
         """
         config = self.config
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, self)
-        if config.eval_data is not None:
-            return records, read(config.eval_data, self)
+        records = read(config.data, self, config.data_config, config.data_split)
+        other = config.evaluation()
+        if other is not None:
+            return records, read(other[0], self, *other[1:])
         return split(records, config.held_out, config.seed)
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
