@@ -169,13 +169,21 @@ def form(record: Record) -> str | None:
     return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, at least one, each with a role and a content."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in value)
+    )
+
+
 def message_problem(messages: Any, first: int = 0) -> str | None:
     """Return what is wrong with a conversation to learn from, from the `first` message on, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of objects with role and content"
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            return "each message needs a role and a content, both text"
+    if not is_conversation(messages):
+        return "each message needs a role and a content, both text"
     if not any(message["role"] == "assistant" for message in messages[first:]):
         return "messages has no assistant turn to learn from"
     return None

@@ -14,7 +14,7 @@ from spectune.generation import pad_token, prompt_tokens
 from spectune.model import base_alone
 from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data import Encoded, Record, split
+from spectune.training.data import Encoded, Record, is_conversation, split
 from spectune.training.environments import Environment
 from spectune.training.policy import advantages, policy_loss
 from spectune.training.rewards import Reward, load_reward
@@ -69,9 +69,7 @@ class Reinforce(Task):
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
         if isinstance(prompt, str):
             return None if prompt else "prompt is empty"
-        turns = prompt if isinstance(prompt, list) else []
-        keys = ("role", "content")
-        if not turns or not all(isinstance(t, dict) and all(isinstance(t.get(k), str) for k in keys) for t in turns):
+        if not is_conversation(prompt):
             return "prompt must be text, or a list of messages with role and content, both text"
         return None
 
