@@ -53,9 +53,9 @@ def test_a_model_in_bf16_learns_through_attention_in_fp32(packs, monkeypatch):
         seen.append({t.dtype for t in (query, key, value, mask) if t is not None and t.dtype != torch.bool})
         return attend(query, key, value, *(() if "attn_mask" in kwargs else (mask,)), *args, **kwargs)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model = make_model().bfloat16().train()
     collate = Packer(model, 0)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     with packed_attention(model):
         examples = encode(RECORDS, make_tokenizer(), 32).examples
         inputs = collate(examples) if packs else collate._padded(examples)

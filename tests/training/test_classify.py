@@ -181,7 +181,7 @@ def _updates(model):
 
 def test_an_encoder_is_no_language_model(settings, tmp_path, folders):
     data = write(tmp_path / "text.jsonl", [{"text": "say"}] * 8)
-    with pytest.raises(SpectuneError, match=r"task: sft needs a language model, and .* is a BertModel"):
+    with pytest.raises(SpectuneError, match=r"task: sft needs a causal language model, and .* is a BertModel"):
         run([s for s in settings if not s.startswith("task")], f"model={folders['encoder']}", f"data={data}")
 
 

@@ -2,15 +2,20 @@
 
 import json
 
+import datasets
 import pytest
+import yaml
 
 from spectune.errors import SpectuneError
-from spectune.training.config import TrainConfig
-from spectune.training.data import encode_one, read_jsonl, split
+from spectune.training.config import TrainConfig, load_config
+from spectune.training.data import encode_one, read, read_jsonl, split
+from spectune.training.tasks import make_task
+from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode
 from training.folder import make_tokenizer
 
 SFT = Sft(TrainConfig(model="m", data="d", output="o"))
+CLASSIFY = Classify(TrainConfig(model="m", data="d", output="o", task="classify"))
 CHAT = {
     "messages": [
         {"role": "user", "content": "say hello"},
@@ -48,6 +53,25 @@ def test_conversational_prompt_and_completion():
     tokenizer = make_tokenizer()
     record = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:2]}
     assert encode_one(record, tokenizer) == encode_one({"messages": CHAT["messages"][:2]}, tokenizer)
+
+
+def test_the_assistants_turns_in_a_prompt_are_not_learned():
+    tokenizer = make_tokenizer()
+    record = {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}
+    assert SFT.problem(record) is None
+    assert "".join(learned(encode_one(record, tokenizer), tokenizer)) == "two</s>"
+    assert "completion: messages has no assistant turn" in SFT.problem({**record, "completion": CHAT["messages"][:1]})
+
+
+@pytest.mark.parametrize("other", ["one two three", None])
+def test_what_is_checked_is_what_is_learned(other):
+    tokenizer = make_tokenizer()
+    pair = {"prompt": "one plus one is", "completion": "two"}
+    for record in (CHAT, pair):
+        assert SFT.problem({**record, "text": other}) is None
+        assert encode_one({**record, "text": other}, tokenizer) == encode_one(record, tokenizer)
+    assert encode_one({"messages": None, **pair}, tokenizer) == encode_one(pair, tokenizer)
+    assert "has the keys 'prompt'; it needs" in SFT.problem({"prompt": "one", "completion": None, "text": None})
 
 
 def test_all_of_a_text_is_learned():
@@ -102,6 +126,105 @@ def test_an_empty_file_and_a_missing_one(tmp_path):
         read_jsonl(write(tmp_path, "", ""), SFT)
     with pytest.raises(SpectuneError, match="cannot read"):
         read_jsonl(tmp_path / "none.jsonl", SFT)
+
+
+def test_the_fields_of_a_csv_file_are_text_as_they_stand(tmp_path):
+    path = tmp_path / "sums.csv"
+    path.write_text('\ufeffprompt,completion\n1+1=,2\n"one, two","None\nor ""null"""\n\nlong,' + "a" * 200_000 + "\n")
+    assert read(path, SFT) == [
+        {"prompt": "1+1=", "completion": "2"},
+        {"prompt": "one, two", "completion": 'None\nor "null"'},
+        {"prompt": "long", "completion": "a" * 200_000},
+    ]
+    path.write_text("text,label\nNone,007\nnull,1.0\n")
+    assert read(path, CLASSIFY) == [{"text": "None", "label": "007"}, {"text": "null", "label": "1.0"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"prompt,completion\none,two\none, two,three\n", "row 2: has other columns"),
+        (b"prompt,completion\none\n", "row 1: has other columns"),
+        (b'prompt,completion\none,"two\n', "not CSV in UTF-8"),
+        (b"prompt,completion\none,\xff\n", "not CSV in UTF-8"),
+        (b"prompt,completion\n", "holds no examples"),
+        (b"", "holds no examples"),
+    ],
+)
+def test_a_broken_csv_file(tmp_path, content, message):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    with pytest.raises(SpectuneError, match=message):
+        read(path, SFT)
+    with pytest.raises(SpectuneError, match=r"none\.csv: No such file"):
+        read(tmp_path / "none.csv", SFT)
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A folder of JSONL files, with two configurations."""
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    files = [{"split": "train", "path": "train.jsonl"}, {"split": "validation", "path": "dev.jsonl"}]
+    described = [{"config_name": "en", "data_files": files}, {"config_name": "de", "data_files": "de.jsonl"}]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': described})}---\n")
+    for part in ("train", "dev", "de"):
+        (folder / f"{part}.jsonl").write_text(json.dumps({"text": f"{part} one"}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def label_set(tmp_path):
+    """A folder of Parquet files with named labels."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    for part, last in (("train", 1), ("validation", -1)):
+        rows = {"text": [f"{part} {i}" for i in range(3)], "label": [1, 0, last]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "labels" / f"{part}.parquet")
+    return tmp_path / "labels"
+
+
+def read_run(*more):
+    return make_task(load_config(None, ["model=m", "output=o", *more])).read()
+
+
+def test_a_data_set_by_configuration_and_split(data_set):
+    settings = [f"data={data_set}", "data_config=en"]
+    train, dev = [{"text": "train one"}], [{"text": "dev one"}]
+    assert read_run(*settings, "eval_split=validation") == (train, dev)
+    assert read_run(*settings, "data_split=validation", "eval_split=train") == (dev, train)
+    assert read_run(*settings, f"eval_data={data_set}", "eval_split=validation") == (train, dev)
+    assert read_run(*settings, f"eval_data={data_set / 'dev.jsonl'}") == (train, dev)
+
+
+def test_the_labels_of_a_data_set_have_names(label_set):
+    settings = [f"data={label_set}", "task=classify"]
+    records, held = read_run(*settings, "eval_split=validation")
+    assert [record["label"] for record in records] == ["good", "bad", "good"]
+    assert [record["label"] for record in held] == ["good", "bad", -1]
+    assert read_run(*settings, "data_split=train[:2]", "held_out=0") == (records[:2], [])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "Config name is missing"),
+        (["data_config=fr"], "'fr' not found"),
+        (["data_config=en", "data_split=valid"], 'Unknown split "valid"'),
+        (["data_config=en", "eval_split=train"], "on what is trained on"),
+        (["data_config=en", "eval_data={data}"], "on what is trained on"),
+        (["data={data}/de.jsonl", "eval_data={data}/../chats/de.jsonl"], "on what is trained on"),
+        (["data={data}/de.jsonl", "data_split=train"], "de.jsonl is a file; data_config, data_split and eval_split"),
+        (["data={data}/de.jsonl", "eval_split=test"], "de.jsonl is a file; data_config, data_split and eval_split"),
+        (["data={data}/none.parquet"], "none.parquet: no such file"),
+        (["task=reinforce", "environment=chain_sum", "data=null", "data_split=test"], "data_split and environment"),
+    ],
+)
+def test_data_sets_that_cannot_be_read(data_set, more, message):
+    more = [text.format(data=data_set) for text in more]
+    with pytest.raises(SpectuneError, match=message):
+        read_run(f"data={data_set}", "held_out=0", *more)
 
 
 def test_split_is_disjoint_complete_and_seeded():

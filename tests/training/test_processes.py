@@ -14,6 +14,7 @@ from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.run import train
 from training.folder import NUMBERS, save_folder
+from training.two_processes import REINFORCE
 
 TESTS = Path(__file__).parents[1]
 
@@ -105,6 +106,13 @@ def test_every_task_learns_what_it_does_in_one_process(settings, tmp_path):
             assert {k: v for k, v in ours.items() if k not in pace} == pytest.approx(
                 {k: v for k, v in theirs.items() if k not in pace}, abs=1e-4
             )
+    train(load_config(None, [*settings, *REINFORCE, f"output={tmp_path / 'one-reinforce'}", "batch_size=8"]))
+    one, two = (tmp_path / f"{count}-reinforce" for count in ("one", "two"))
+    for key in ("eval_reward", "eval_length", "eval_exact_match"):  # before the first step, which draws at random
+        assert lines(two)[0][key] == pytest.approx(lines(one)[0][key])
+    outcomes, expected = ((folder / "outcomes" / "step-0.jsonl").read_text().splitlines() for folder in (two, one))
+    assert len(expected) == 5
+    assert sorted(outcomes) == sorted(expected)
 
 
 @pytest.mark.slow

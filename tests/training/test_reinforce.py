@@ -11,7 +11,7 @@ import torch
 
 import spectune
 from spectune.errors import SpectuneError
-from spectune.training import policy_trainer
+from spectune.training import policy_trainer, processes
 from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
 from spectune.training.run import train
@@ -171,6 +171,13 @@ def test_rewards_that_never_differ_are_told_once(settings):
 def test_mistakes(settings, more, message):
     with pytest.raises(SpectuneError, match=message):
         run(settings, "output=out", *more)
+
+
+def test_it_does_not_shard(settings, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    task = make_task(load_config(None, [*settings, "output=out", "fsdp=true"]))
+    with pytest.raises(SpectuneError, match="fsdp does not go with task: reinforce"):
+        task.load([], [])
 
 
 def test_records_of_another_form(settings, tmp_path):

@@ -7,6 +7,7 @@ from datetime import datetime
 import pandas
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 import spectune
 from spectune.errors import SpectuneError
@@ -16,7 +17,8 @@ from spectune.training.progress import Interrupted
 from spectune.training.record import digest
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
-from training.folder import save_folder
+from tiny import ARCHITECTURES
+from training.folder import make_tokenizer, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +253,23 @@ def test_a_tensor_can_have_its_own_learning_rate(settings, tmp_path):
     assert layer.terms[0].trained["B"].abs().max() > 1e-3
     with pytest.raises(SpectuneError, match="no trained tensor is named 'magnitud'; did you mean 'magnitude'"):
         run(settings, f"output={tmp_path / 'b'}", "method=dora:inner=lora,rank=2", "group_lr={magnitud: 1}")
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "reinforce"])
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_a_model_with_an_encoder_is_refused(settings, tmp_path, architecture, task):
+    folder = tmp_path / "seq2seq"
+    bart = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    small = BartConfig(vocab_size=96, encoder_attention_heads=4, decoder_attention_heads=4, **bart)
+    (ARCHITECTURES["t5"]() if architecture == "t5" else BartForConditionalGeneration(small)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps({"prompt": "say", "completion": "one", "chosen": "one", "rejected": "two"}) + "\n"
+    )
+    more = ["reward=training.two_processes:length"] if task == "reinforce" else []
+    with pytest.raises(SpectuneError, match=f"task: {task} needs a causal language model, and .*ForConditional"):
+        run(settings, f"model={folder}", f"task={task}", *more, "held_out=0", f"output={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -17,6 +17,14 @@ from spectune.training.progress import Interrupted
 from spectune.training.run import train
 from spectune.training.trainer import AdapterTrainer
 
+# so few problems are held out that one process has none
+REINFORCE = ["task=reinforce", "reward=training.two_processes:length", "samples=2", "max_new_tokens=4", "max_steps=1"]
+
+
+def length(completions):
+    """Reward words."""
+    return [float(len(completion.split())) for completion in completions]
+
 
 def run(settings, *more):
     return train(load_config(None, [*settings, *more]))
@@ -124,6 +132,7 @@ def tasks(folder, settings):
     """The tasks that have losses of their own; the test compares their logs with those of one process."""
     for name in ("classify", "dpo"):
         run(settings, f"task={name}", f"data={folder / f'{name}.jsonl'}", f"output={folder / f'two-{name}'}")
+    run(settings, *REINFORCE, f"output={folder / 'two-reinforce'}")
 
 
 def sharded(folder, settings):

@@ -27,7 +27,7 @@ from spectune.model import adapt, adapter_names, base_alone, detach, extract
 from spectune.targets import FRESH
 from spectune.training.attention import packed_attention
 from spectune.training.config import TrainConfig
-from spectune.training.data import Record, read, split
+from spectune.training.data import Record, form, read, split
 from spectune.training.progress import is_measure
 from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.run import prepare, token_limit, training_arguments
@@ -58,7 +58,7 @@ class Bench:
         self.config = config
         task = make_task(config)
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, task)
+        records = read(config.data, task, config.data_config, config.data_split)
         if config.test_data is not None:
             test = read(config.test_data, task)
         else:
@@ -289,12 +289,13 @@ def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list
 
 
 def _question(record: Record) -> tuple[Any, str, bool]:
-    if "messages" in record:
+    kind = form(record)
+    if kind == "messages":
         *before, last = record["messages"]
         return before, last["content"], False
-    if isinstance(record.get("prompt"), list):
+    if kind == "completion" and isinstance(record["prompt"], list):
         return record["prompt"], record["completion"][-1]["content"], False
-    if "prompt" in record:
+    if kind == "completion":
         return record["prompt"], record["completion"], True
     raise SpectuneError("metric: exact_match needs records with messages, or with prompt and completion")
 

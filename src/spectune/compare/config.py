@@ -23,6 +23,7 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "lr": "a learning rate is searched for each method: give lrs, their number",
     "held_out": "give validation and test",
     "eval_data": "give test_data",
+    "eval_split": "give validation and test",
     "adapter": "every method starts from the base",
     "resume": "the same command goes on where it stopped",
     "best": "the last step counts",

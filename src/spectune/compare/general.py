@@ -51,7 +51,7 @@ def general_texts(source: str, model: Any) -> General:
     else:
         values: dict[str, Any] = {"model": "", "output": "", "data": source}
         task = Sft(TrainConfig(**values))
-        texts = [record["text"] for record in read(source, task) if "text" in record]
+        texts = [record["text"] for record in read(source, task) if record.get("text")]
         if not texts:
             raise SpectuneError(f"general: {source} has no text; each record needs a text")
     texts = texts[:: max(1, len(texts) // _TEXTS)][:_TEXTS]

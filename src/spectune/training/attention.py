@@ -86,11 +86,13 @@ def is_full(config: Any) -> bool:
 def packed_attention(model: Any) -> Iterator[None]:
     """Within the context a causal language model on a CPU attends to each example of a packed row by itself.
 
-    Where that would not be the same, with sliding windows or another attention than PyTorch's, nothing changes.
+    Where that would not be the same, with sliding windows or another attention than PyTorch's, nothing changes, nor in
+    models that ask for attention by another name than transformers' (Falcon).
     """
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa" and is_full(config) and model.device.type in _PROCESSOR:
+    asks = getattr(model, "_supports_attention_backend", False)
+    if before == "sdpa" and asks and is_full(config) and model.device.type in _PROCESSOR:
         config._attn_implementation = NAME
     try:
         yield

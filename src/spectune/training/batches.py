@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
 STEP = 64  # tokens, whose multiples long packed rows are filled up to
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
+_PROBE = 8  # tokens of each example that a model is asked with
+_SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
+_APART: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # by the attention that answered
 
 
 class Packer:
@@ -26,25 +30,53 @@ class Packer:
 
     Where the model takes `logits_to_keep`, the examples lie end to end in one row: positions start anew with each,
     from which transformers builds a block-diagonal attention mask, and logits are computed at supervised positions
-    only.  Otherwise they are padded on the right.
+    only.  Otherwise, and where the model does not keep the examples of a row apart, they are padded on the right.
 
     Args:
         model: the model.
         pad: the token to pad with.
+
+    Attributes:
+        packs: whether it lays examples end to end.
     """
 
     def __init__(self, model: Any, pad: int) -> None:
         parameters = inspect.signature(type(model).forward).parameters
-        self._packs = {"logits_to_keep", "position_ids"} <= parameters.keys()
-        self._config = model.config.get_text_config() if self._packs and "kwargs" in parameters else None
+        takes = {"logits_to_keep", "position_ids"} <= parameters.keys()
+        self._config = model.config.get_text_config() if takes and "kwargs" in parameters else None
         # a CPU makes kernels of its own for each new shape of products in these dtypes, which takes time and memory
-        self._rounds = self._packs and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
+        self._rounds = takes and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
         self._pad = pad
+        self.packs = takes and self._keeps_apart(model)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the model's inputs, with `labels` shifted to the positions that predict them."""
         short = sum(len(e.tokens) for e in examples) <= PACKED_LIMIT
-        return self._packed(examples) if self._packs and short else self._padded(examples)
+        return self._packed(examples) if self.packs and short else self._padded(examples)
+
+    def _keeps_apart(self, model: Any) -> bool:
+        """Whether another first example in a row leaves the logits of the second as they are.
+
+        Attention under a block-diagonal mask does; what carries a state along the row does not, nor a model that makes
+        no such mask.  The model is asked, in evaluation mode, since no list of architectures is complete.
+        """
+        config = model.config.get_text_config()
+        known = _APART.setdefault(model, {})
+        key = config._attn_implementation
+        if model.device.type == "meta":  # where there are no numbers to compare
+            return True
+        if key not in known:
+            drawn = torch.randint(config.vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0))
+            first, other, second = (Example(tokens, [True] * _PROBE) for tokens in drawn.tolist())
+            training, said = model.training, []
+            model.eval()
+            for before in (first, other):
+                inputs = {k: v.to(model.device) for k, v in self._packed([before, second]).items() if k != "labels"}
+                with torch.no_grad():
+                    said.append(model(**inputs, use_cache=False).logits[0, 1 - _PROBE :].float())
+            model.train(training)
+            known[key] = bool((said[0] - said[1]).abs().max() <= _SAME * said[0].abs().max())
+        return known[key]
 
     def _packed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         tokens, positions, keep, labels = [], [], [], []

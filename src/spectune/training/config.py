@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -32,9 +33,11 @@ class TrainConfig(BaseModel):
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
     data: str | None = Field(
         None,
-        description="JSONL, CSV or Parquet file, or data set id, with what the task takes; needed unless there is an "
-        "environment",
+        description="JSONL, CSV or Parquet file, or a data set's folder or id, with what the task takes; needed unless "
+        "there is an environment",
     )
+    data_config: str | None = Field(None, description="configuration of a data set that has several (glue: sst2)")
+    data_split: str | None = Field(None, description="split of a data set to train on; train if not given")
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
     task: Literal["sft", "classify", "dpo", "reinforce"] = Field(
         "sft",
@@ -68,6 +71,9 @@ class TrainConfig(BaseModel):
     )
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
     eval_data: str | None = Field(None, description="data for evaluation, instead of held_out")
+    eval_split: str | None = Field(
+        None, description="split of a data set for evaluation, of eval_data or else of data; instead of held_out"
+    )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before the run stops")
     best: bool = Field(False, description="end with the checkpoint that is best on what is held out; needs eval_steps")
@@ -123,8 +129,8 @@ class TrainConfig(BaseModel):
         """Raise for keys that do not go together.
 
         Raises:
-            SpectuneError: no data, a key of another task, an adapter and what it has already, patience or best
-                without evaluations, or checkpoints at other steps than evaluations.
+            SpectuneError: no data, evaluation on what is trained on, a key of another task, an adapter and what it has
+                already, patience or best without evaluations, or checkpoints at other steps than evaluations.
         """
         for task, keys in _OF_TASK.items():
             for key in keys if task != self.task else ():
@@ -139,8 +145,8 @@ class TrainConfig(BaseModel):
             return
         if self.eval_steps is None:
             raise SpectuneError(f"{wanted} needs evaluations: give eval_steps")
-        if self.held_out == 0 and self.eval_data is None:
-            raise SpectuneError(f"{wanted} needs held-out data: give held_out or eval_data")
+        if self.held_out == 0 and self.evaluation() is None:
+            raise SpectuneError(f"{wanted} needs held-out data: give held_out, eval_data or eval_split")
         if self.save_steps % self.eval_steps:
             raise SpectuneError(
                 f"{wanted} needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
@@ -155,10 +161,24 @@ class TrainConfig(BaseModel):
                 raise SpectuneError(f"data is not given: {type(self).model_fields['data'].description}")
             if self.task == "reinforce" and self.reward is None:
                 raise SpectuneError("task: reinforce needs a reward: give reward (module:function) or environment")
+            other = self.evaluation()
+            if other is not None and (other[0], other[2] or "train") == (self.data, self.data_split or "train"):
+                raise SpectuneError(
+                    "the evaluation would be on what is trained on: give another eval_data or eval_split, or leave "
+                    "both out for a held_out share"
+                )
             return
-        for key in ("data", "eval_data"):
+        for key in ("data", "data_config", "data_split", "eval_data", "eval_split"):
             if getattr(self, key) is not None:
                 raise SpectuneError(f"{key} and environment are both given; the problems come from one of them")
+
+    def evaluation(self) -> tuple[str, str | None, str | None] | None:
+        """Return the data, configuration and split to evaluate on, or None where it is a share of the training data."""
+        if self.data is None or (self.eval_data is None and self.eval_split is None):
+            return None
+        if self.eval_data is None or _place(self.eval_data) == _place(self.data):
+            return self.data, self.data_config, self.eval_split
+        return self.eval_data, None, self.eval_split
 
     def learning_rate(self) -> float:
         """Return lr, or the method's own."""
@@ -217,6 +237,10 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         if text is not None:
             parse(text)
     return config
+
+
+def _place(data: str) -> str:
+    return os.path.abspath(data)  # an id, too, is then equal to itself only
 
 
 def _value(text: str) -> Any:

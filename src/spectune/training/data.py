@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from spectune.training.tasks.base import Task
 
 Record = Mapping[str, Any]
+_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Example(NamedTuple):
@@ -44,36 +46,33 @@ class Encoded:
     dropped: int
 
 
-def read(source: str | Path, task: Task) -> list[Record]:
-    """Read the records of a JSONL, CSV or Parquet file, or of the "train" split of a data set by its id.
+def read(source: str | Path, task: Task, config_name: str | None = None, split_name: str | None = None) -> list[Record]:
+    """Read the records of a JSONL, CSV or Parquet file, or of a split of a data set.
 
     Args:
-        source: the file or the id.
+        source: the file; or the data set's folder or id.
         task: which says what each record must look like.
+        config_name: of the data set, where it has several configurations.
+        split_name: of the data set; train if not given.
 
     Raises:
         SpectuneError: what cannot be read, or a record of another form, with its number.
     """
-    kinds = {".csv": "csv", ".parquet": "parquet"}
-    suffix = Path(source).suffix
-    if suffix not in kinds and (Path(source).exists() or suffix in (".jsonl", ".json")):
-        return read_jsonl(source, task)
-    import datasets
-
-    if suffix in kinds and not Path(source).is_file():
-        raise SpectuneError(f"cannot read {source}: no such file")
-    try:
-        if suffix in kinds:
-            table = datasets.load_dataset(kinds[suffix], data_files=str(source), split="train")
+    path = Path(source)
+    if not path.is_dir() and (path.exists() or path.suffix in _FILES):
+        if config_name is not None or split_name is not None:
+            raise SpectuneError(f"{source} is a file; data_config, data_split and eval_split are for data sets")
+        if path.suffix not in (".csv", ".parquet"):
+            return read_jsonl(path, task)
+        if path.suffix == ".csv":
+            rows = _csv_rows(path)
+        elif path.exists():
+            rows = _table_rows("parquet", data_files=str(path), split="train")
         else:
-            table = datasets.load_dataset(str(source), split="train")
-    except Exception as error:  # whatever the many readers raise
-        raise SpectuneError(f"cannot read the data {str(source)!r}: {' '.join(str(error).split())[:200]}") from None
-    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
-    records: list[Record] = [
-        _renamed(row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None}, task)  # type: ignore
-        for row in table
-    ]
+            raise SpectuneError(f"cannot read {path}: no such file")
+    else:
+        rows = _table_rows(str(source), name=config_name, split=split_name or "train")
+    records: list[Record] = [_renamed(row, task) for row in rows]
     for number, record in enumerate(records, start=1):
         problem = _problem(record, task)
         if problem is not None:
@@ -81,6 +80,38 @@ def read(source: str | Path, task: Task) -> list[Record]:
     if not records:
         raise SpectuneError(f"{source} holds no examples; each row needs {task.forms}")
     return records
+
+
+def _csv_rows(path: Path) -> list[Record]:
+    """Read a CSV file, every field as the text that it is: neither 007 nor None means anything else."""
+    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[Any] = list(csv.DictReader(file, strict=True))
+    except OSError as error:
+        raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SpectuneError(f"cannot read {path}: it is not CSV in UTF-8 ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():  # what is too much, and what is missing
+            raise SpectuneError(f"{path}, row {number}: has other columns than the first line; quote commas in texts")
+    return rows
+
+
+def _table_rows(source: str, **options: Any) -> list[Record]:
+    """Return what datasets.load_dataset reads, with the names of labels for their numbers."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source, **options)
+    except Exception as error:  # whatever the many readers raise
+        named, reason = options.get("data_files", source), " ".join(str(error.__cause__ or error).split())
+        raise SpectuneError(f"cannot read the data {named!r}: {reason[:200]}") from None
+    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
+    return [  # what has no label has -1
+        row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}  # type: ignore
+        for row in table
+    ]
 
 
 def read_jsonl(path: str | Path, task: Task) -> list[Record]:
@@ -127,14 +158,33 @@ def _problem(record: Any, task: Task) -> str | None:
     return task.problem(record) if isinstance(record, dict) else f"not a JSON object with {task.forms}"
 
 
-def message_problem(messages: Any) -> str | None:
-    """Return what is wrong with a conversation to learn from, or None."""
+def form(record: Record) -> str | None:
+    """Return which of the forms of `Sft` a record has, by the key that tells: messages, completion, text, or None.
+
+    A table has every column in every row, so that a key without a value is none.
+    """
+    there = {key for key, value in record.items() if value is not None}
+    if "messages" in there:
+        return "messages"
+    return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, at least one, each with a role and a content."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in value)
+    )
+
+
+def message_problem(messages: Any, first: int = 0) -> str | None:
+    """Return what is wrong with a conversation to learn from, from the `first` message on, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of objects with role and content"
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            return "each message needs a role and a content, both text"
-    if not any(message["role"] == "assistant" for message in messages):
+    if not is_conversation(messages):
+        return "each message needs a role and a content, both text"
+    if not any(message["role"] == "assistant" for message in messages[first:]):
         return "messages has no assistant turn to learn from"
     return None
 
@@ -157,13 +207,15 @@ def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Reco
 
 def encode_one(record: Record, tokenizer: Any) -> Example:
     """Tokenize one record."""
-    if "text" in record:
-        return _pieces(tokenizer, [(record["text"], True)])
-    if "messages" in record:
+    kind = form(record)
+    if kind == "messages":
         return encode_turns(record["messages"], tokenizer)
-    if isinstance(record["prompt"], list):
-        return encode_turns([*record["prompt"], *record["completion"]], tokenizer)
-    return _pieces(tokenizer, [(record["prompt"], False), (record["completion"], True)])
+    if kind == "text":
+        return _pieces(tokenizer, [(record["text"], True)])
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list):
+        return encode_turns([*prompt, *completion], tokenizer, len(prompt))
+    return _pieces(tokenizer, [(prompt, False), (completion, True)])
 
 
 def _pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Example:

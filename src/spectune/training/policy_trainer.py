@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from spectune.adapters.files import telling_of_full_disks, write_atomically
 from spectune.errors import SpectuneError
 from spectune.training import processes
+from spectune.training.batches import BLANK
 from spectune.training.rewards import RewardError
 from spectune.training.trainer import AdapterTrainer
 
@@ -46,6 +47,13 @@ class PolicyTrainer(AdapterTrainer):
                 self._since_log[key] = self._since_log.get(key, 0) + value.detach()
             self._listen(int(sums["signal"]))
         return (loss, sums) if return_outputs else loss
+
+    def _sums(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        known = len(self.task.outcomes)
+        sums = super()._sums(model, inputs)
+        if inputs.get(BLANK):  # what came of the stand-in is of no problem that was held out
+            del self.task.outcomes[known:]
+        return sums
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means over the completions since the last line."""

@@ -21,6 +21,7 @@ from spectune.training.data import Record
 
 # a resumed run would not be the same run with another of these
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
+_MEANING += ("data_config", "data_split", "eval_split")
 _MEANING += ("max_length", "completion_only", "seed", "dtype", "adapter")
 _MEANING += ("beta", "dpo_loss", "label_smoothing", "columns")
 _MEANING += ("environment", "environment_options", "problems", "raw", "reward", "samples", "max_new_tokens")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectune.generation import left_padded
 from spectune.training import attention
+from spectune.training.batches import Packer
 
 Tokens = Sequence[int]
 
@@ -35,7 +36,8 @@ class Rollout(NamedTuple):
 def shares_prompts(model: Any) -> bool:
     """Whether the completions of a prompt can lie behind it in one row, so that the prompt is computed once.
 
-    It takes an attention mask of our own, which only full attention without biases of its own understands.
+    It takes an attention mask of our own, which only full attention without biases of its own understands, and layers
+    that carry nothing from one completion to the next.
     """
     config = model.config.get_text_config()
     parameters = inspect.signature(type(model).forward).parameters
@@ -43,6 +45,7 @@ def shares_prompts(model: Any) -> bool:
         {"logits_to_keep", "position_ids"} <= parameters.keys()
         and config._attn_implementation in ("eager", "sdpa", attention.NAME)
         and attention.is_full(config)
+        and Packer(model, 0).packs
     )
 
 

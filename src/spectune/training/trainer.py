@@ -176,7 +176,9 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         if grouped:  # by the examples of an optimizer step, which are those of all processes
             sampler.batch_size *= self.args.world_size
         if grouped or self.args.world_size > 1:  # accelerate sees to the order of the other one
-            sampler = self._order = EvenSampler(sampler, self._even, self.args.seed)
+            sampler = self._order = EvenSampler(
+                sampler, self._even(self.args.per_device_train_batch_size), self.args.seed
+            )
         return sampler
 
     def _load_callback_state(self) -> None:
@@ -198,12 +200,12 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return EvenSampler(SequentialSampler(eval_dataset), self._even)
+        return EvenSampler(SequentialSampler(eval_dataset), self._even(self.args.per_device_eval_batch_size))
 
-    @property
-    def _even(self) -> int:
+    def _even(self, batch: int) -> int:
+        """Return the examples in a forward pass of all processes; what one process has need not be filled up."""
         processes = self.args.world_size
-        return self.args.per_device_train_batch_size * processes if processes > 1 else 1
+        return batch * processes if processes > 1 else 1
 
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any

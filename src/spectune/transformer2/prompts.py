@@ -8,8 +8,22 @@ from typing import Any
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
-from spectune.training.data import read
-from spectune.training.tasks import make_task
+from spectune.training.data import is_conversation, read
+from spectune.training.tasks import Task, make_task
+
+
+class _Prompts(Task):
+    """What asks something, in the records of any task."""
+
+    forms = "'messages', 'prompt' or 'text'"
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        asked = _asked(record)
+        if asked is None:
+            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+        if isinstance(asked, str) or is_conversation(asked):
+            return None
+        return "a prompt must be text, or a list of messages with role and content, both text"
 
 
 def read_records(path: str | Path) -> list[Mapping[str, Any]]:
@@ -18,18 +32,17 @@ def read_records(path: str | Path) -> list[Mapping[str, Any]]:
     Raises:
         SpectuneError: a file that cannot be read, or a record of another form.
     """
-    values: dict[str, Any] = {"model": "", "data": str(path), "output": ""}
-    return read(path, make_task(TrainConfig(**values)))
+    return read(path, make_task(_config(path)))
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Return the prompts of training data, or the lines of a text file.
+    """Return the prompts of training data for any task, or the lines of a text file.
 
     Raises:
         SpectuneError: a file that cannot be read or holds none.
     """
     if Path(path).suffix != ".txt":
-        return [prompt_of(record) for record in read_records(path)]
+        return [prompt_of(record) for record in read(path, _Prompts(_config(path)))]
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +55,16 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def prompt_of(record: Mapping[str, Any]) -> str:
     """Return what the user asks in a record: the last user's message before the last reply, the prompt, or the text."""
-    messages = record.get("messages", record.get("prompt", record.get("text")))
-    if isinstance(messages, str):
-        return messages
-    return next((m["content"] for m in reversed(messages or []) if m["role"] == "user"), "")
+    asked = _asked(record)
+    if isinstance(asked, str):
+        return asked
+    return next((m["content"] for m in reversed(asked or []) if m["role"] == "user"), "")
+
+
+def _asked(record: Mapping[str, Any]) -> Any:
+    return next((record[key] for key in ("messages", "prompt", "text") if record.get(key) is not None), None)
+
+
+def _config(path: str | Path) -> TrainConfig:
+    values: dict[str, Any] = {"model": "", "data": str(path), "output": ""}
+    return TrainConfig(**values)

@@ -39,7 +39,7 @@ def as_shot(record: Mapping[str, Any], tokenizer: Any) -> Shot:
     Raises:
         SpectuneError: a record without a prompt or without a completion.
     """
-    if "messages" in record:
+    if record.get("messages"):
         turns = list(record["messages"])
         prompt: Any = turns[:-1]
         wrong = len(turns) < 2 or turns[-1].get("role") != "assistant"

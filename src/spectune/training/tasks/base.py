@@ -51,9 +51,10 @@ class Task:
         """
         config = self.config
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, self)
-        if config.eval_data is not None:
-            return records, read(config.eval_data, self)
+        records = read(config.data, self, config.data_config, config.data_split)
+        other = config.evaluation()
+        if other is not None:
+            return records, read(other[0], self, *other[1:])
         return split(records, config.held_out, config.seed)
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
@@ -70,9 +71,9 @@ class Task:
         device = processes.load_device(config.device, config.fsdp)
         trust = config.trust_remote_code
         model, tokenizer = load_base(config.model, config.dtype, device=device, trust_remote_code=trust)
-        if not model.can_generate():
+        if not model.can_generate() or model.config.is_encoder_decoder:  # whose target its decoder would be given
             raise SpectuneError(
-                f"task: {config.task} needs a language model, and {config.model} is a {type(model).__name__}; "
+                f"task: {config.task} needs a causal language model, and {config.model} is a {type(model).__name__}; "
                 "task: classify takes encoders too"
             )
         return model, tokenizer

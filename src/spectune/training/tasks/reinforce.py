@@ -12,8 +12,9 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.generation import pad_token, prompt_tokens
 from spectune.model import base_alone
+from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data import Encoded, Record, split
+from spectune.training.data import Encoded, Record, is_conversation, split
 from spectune.training.environments import Environment
 from spectune.training.policy import advantages, policy_loss
 from spectune.training.rewards import Reward, load_reward
@@ -47,6 +48,7 @@ class Reinforce(Task):
         super().__init__(config)
         self._tokenizer: Any = None
         self.outcomes: list[dict[str, Any]] = []  # of an evaluation, problem by problem
+        self._has_answers = False  # of what is held out, in every process alike
         self.environment: Environment | None = None
         if config.environment is not None:
             self.environment = Environment(config.environment, config.environment_options, config.problems, config.seed)
@@ -67,17 +69,17 @@ class Reinforce(Task):
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
         if isinstance(prompt, str):
             return None if prompt else "prompt is empty"
-        turns = prompt if isinstance(prompt, list) else []
-        keys = ("role", "content")
-        if not turns or not all(isinstance(t, dict) and all(isinstance(t.get(k), str) for k in keys) for t in turns):
+        if not is_conversation(prompt):
             return "prompt must be text, or a list of messages with role and content, both text"
         return None
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
-        model, tokenizer = super().load(records, held)
-        if not (hasattr(model, "generate") and model.can_generate()) or model.config.is_encoder_decoder:
-            raise SpectuneError(f"task: reinforce needs a causal language model, and {self.config.model} is none")
-        return model, tokenizer
+        if processes.wants_shards(self.config.fsdp):
+            raise SpectuneError(
+                "fsdp does not go with task: reinforce, whose processes draw completions of different lengths; without "
+                "it every process holds the whole base"
+            )
+        return super().load(records, held)
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         self._tokenizer = tokenizer
@@ -148,6 +150,7 @@ class Reinforce(Task):
         kwargs["args"].per_device_eval_batch_size *= self.config.samples  # as many completions at once as in training
         if kwargs["eval_dataset"] is not None:  # prompts of about one length, for little padding
             kwargs["eval_dataset"] = sorted(kwargs["eval_dataset"], key=lambda problem: len(problem.tokens))
+            self._has_answers = any(_answer(problem.record) is not None for problem in kwargs["eval_dataset"])
         return PolicyTrainer(task=self, **kwargs)
 
     def _greedy(self, model: Any, problems: Sequence[Problem]) -> dict[str, Tensor]:
@@ -157,7 +160,7 @@ class Reinforce(Task):
         total = torch.tensor(sum(rewards))
         sums = {"loss": -total, "items": torch.tensor(len(problems)), "reward": total, "length": torch.tensor(length)}
         answers = [_answer(problem.record) for problem in problems]
-        if any(answer is not None for answer in answers):
+        if self._has_answers:
             right = [text == answer for text, answer in zip(texts, answers, strict=True)]
             sums["exact_match"] = torch.tensor(sum(right))
         prompts = [problem.record["prompt"] for problem in problems]

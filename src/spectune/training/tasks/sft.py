@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.training.batches import IGNORE, Packer
-from spectune.training.data import Encoded, Example, Record, encode_one, message_problem
+from spectune.training.data import Encoded, Example, Record, encode_one, form, message_problem
 from spectune.training.loss import cross_entropy_sum
 from spectune.training.tasks.base import Task
 
@@ -21,20 +21,21 @@ class Sft(Task):
     unit = "token"
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
-        if "messages" in record:
+        kind = form(record)
+        if kind is None:
+            there = [repr(key) for key, value in record.items() if value is not None]
+            return f"has the keys {', '.join(there) or 'none'}; it needs {self.forms}"
+        if kind == "messages":
             return message_problem(record["messages"])
-        if "prompt" in record and "completion" in record:
-            both = (record["prompt"], record["completion"])
-            if all(isinstance(part, str) for part in both):
-                return None
-            return (
-                message_problem([*both[0], *both[1]])
-                if all(isinstance(p, list) for p in both)
-                else ("prompt and completion must both be text, or both be lists of messages")
-            )
-        if "text" in record:
+        if kind == "text":
             return None if isinstance(record["text"], str) else "text must be a string"
-        return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return None
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            return "prompt and completion must both be text, or both be lists of messages"
+        problem = message_problem([*prompt, *completion], len(prompt))
+        return None if problem is None else f"completion: {problem}"
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         return encode(records, tokenizer, limit, self.config.completion_only)
