@@ -123,7 +123,7 @@ def stand_in(out: int, into: int) -> Tensor:
     W = torch.randn(out, into, generator=generator) / max(out, into) ** 0.5
     U = torch.randn(out, head, generator=generator) / out**0.5
     V = torch.randn(head, into, generator=generator) / into**0.5
-    return W + (U * (12 * torch.arange(1, head + 1) ** -0.6)) @ V
+    return W + (U * (6 * torch.arange(1, head + 1) ** -0.6)) @ V
 
 
 def decomposition(kind: Any, rank: int | None, out: int, into: int) -> float:
