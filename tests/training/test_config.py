@@ -65,7 +65,6 @@ def test_files_that_cannot_be_read(tmp_path):
         (["patience=2"], "patience needs evaluations"),
         (["best=true", "eval_steps=5", "held_out=0"], "best needs held-out data"),
         (["beta=0.3"], "beta is a key of task: dpo, and this is task: sft"),
-        (["best=true", "eval_steps=3", "save_steps=10"], "multiple of eval_steps"),
     ],
 )
 def test_keys_that_do_not_go_together(settings, message):

@@ -231,6 +231,14 @@ def test_a_resumed_run_is_as_patient_as_a_whole_one(settings, tmp_path, monkeypa
     assert run(part, "resume=true", "patience=3").steps == 20
 
 
+def test_the_best_evaluation_has_a_checkpoint(settings, tmp_path):
+    given = ("best=true", "eval_steps=1", "max_steps=5", "lr=3", "schedule=constant")  # save_steps is 5
+    result = run(settings, f"output={tmp_path / 'out'}", *given)
+    *losses, after = (line["eval_loss"] for line in result.history if "eval_loss" in line and line["step"])
+    assert losses[4] > min(losses)
+    assert after == result.loss_after == pytest.approx(min(losses))
+
+
 def test_an_interrupt_names_what_it_saved_and_not_the_best_checkpoint(settings, tmp_path, monkeypatch):
     original = trainer_module.AdapterTrainer.training_step
 

@@ -77,7 +77,7 @@ class TrainConfig(BaseModel):
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before the run stops")
     best: bool = Field(False, description="end with the checkpoint that is best on what is held out; needs eval_steps")
-    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints; with best or patience eval_steps")
     log_steps: int = Field(1, ge=1, description="steps between lines of the log")
     environment: str | None = Field(None, description="reinforce: reasoning-gym environment, such as chain_sum")
     environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
@@ -147,10 +147,6 @@ class TrainConfig(BaseModel):
             raise SpectuneError(f"{wanted} needs evaluations: give eval_steps")
         if self.held_out == 0 and self.evaluation() is None:
             raise SpectuneError(f"{wanted} needs held-out data: give held_out, eval_data or eval_split")
-        if self.save_steps % self.eval_steps:
-            raise SpectuneError(
-                f"{wanted} needs save_steps ({self.save_steps}) to be a multiple of eval_steps ({self.eval_steps})"
-            )
 
     def _given(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default

@@ -253,6 +253,7 @@ def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: T
     on_cpu = model.device.type == "cpu"
     skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())
     schedule = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[config.schedule]
+    goes_back = config.best or config.patience is not None
     arguments = TrainingArguments(
         output_dir=config.output,
         learning_rate=config.learning_rate(),
@@ -267,9 +268,9 @@ def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: T
         max_grad_norm=config.max_grad_norm,
         eval_strategy="steps" if evaluates and config.eval_steps else "no",
         eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
+        save_steps=config.eval_steps if goes_back else config.save_steps,  # or the best might not be there
         save_total_limit=2,
-        load_best_model_at_end=config.best or config.patience is not None,
+        load_best_model_at_end=goes_back,
         metric_for_best_model=task.best_metric,  # the greater the better, unless it ends in "loss"
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,  # which would wait for the device, and hide what the trainer looks for
