@@ -2,10 +2,15 @@
 
     python benchmarks/study/claims.py
 
-Writes results/claims.md, results/study.png and the part of README.md that shows them.  A claim that one method is
-better than another is tested on every task by the paired differences over seeds, corrected for the number of tasks
-(Holm): supported where some task shows it and none the opposite, refuted the other way round, mixed with both,
-undecided with neither.
+Writes results/claims.md, results/study.png and the part of README.md that shows them (run.py does this at its end).
+
+* That one method is better than another, or overfits more (the gap between training and test), is tested on every task
+  by the paired differences over the seeds at which both ran, corrected for the number of tasks (Holm): supported where
+  some task shows it and none the opposite, refuted the other way round, undecided with neither or both.
+* That a method is no worse than another is refuted where a task shows that it is, supported where one shows that it is
+  better and none the opposite, and else undecided: what is not seen is not shown to be absent.
+* That it needs some number of times fewer parameters is supported where it needs at most a half more than that.
+* That adapters add is supported where each pair's sum keeps both skills within 5 points, refuted where none does.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from run import TASKS
 
 from spectune.compare.statistics import holm, paired_difference
 
@@ -25,9 +32,9 @@ ALT = "The metric of each task over the number of trained parameters, method by 
 
 
 def reports() -> dict[str, Any]:
-    """Return the report of each task that has one."""
-    paths = sorted((HERE / "results").glob("*/report.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    """Return the report of each task that has one, and not those of runs with other settings."""
+    paths = {name: HERE / "results" / name / "report.json" for name in sorted(TASKS)}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
 
 
 def row(report: Any, method: str) -> Any:
@@ -35,53 +42,49 @@ def row(report: Any, method: str) -> Any:
     return next((row for row in report["methods"] if row["method"] == method and row["ran"]), None)
 
 
-def ratio(found: dict[str, Any], method: str, other: str) -> str:
-    """Return how many times fewer parameters a method trains, by model, new heads included."""
-    said = {}
+def fewer(found: dict[str, Any], method: str, other: str, times: float) -> tuple[str, str]:
+    """Return whether a method trains so many times fewer parameters, and how many by model, new heads included."""
+    ratios = {}
     for report in found.values():
         pair = [row(report, name) for name in (other, method)]
         if all(pair):
             counts = [each["trainable_parameters"] for each in pair]
-            said.setdefault(report["model"], f"{counts[0] / counts[1]:.0f}x on {report['model']}")
-    return ", ".join(said.values())
+            ratios.setdefault(report["model"], counts[0] / counts[1])
+    verdict = "supported" if min(ratios.values()) >= times / 1.5 else "refuted"
+    return verdict, ", ".join(f"{ratio:.0f}x on {model}" for model, ratio in ratios.items()) + ", at rank 16"
 
 
-def versus(found: dict[str, Any], method: str, other: str) -> tuple[str, str]:
-    """Return whether a method is better than another, and its differences by task (the better the larger)."""
+def versus(found: dict[str, Any], method: str, other: str, of: str = "metric") -> tuple[str, str]:
+    """Return whether a method has more of a measure than another, and its differences by task.
+
+    Args:
+        found: the reports.
+        method, other: the methods.
+        of: "metric", the better the larger, or "gap", how much better it is on training data than on the test.
+    """
     tests = []
     for task, report in found.items():
         pair = [row(report, name) for name in (method, other)]
-        if not all(pair) or not pair[0]["metric"]["values"]:
+        if not all(each and each[of] for each in pair):
             continue
-        sign = 1 if report["greater_is_better"] else -1
-        values = [[sign * value for value in each["metric"]["values"]] for each in pair]
-        if len(values[0]) != len(values[1]):
-            continue
-        tests.append((task, report, paired_difference(*values)))
+        falls = report["gap_of"] == "loss" if of == "gap" else not report["greater_is_better"]
+        by_seed = [dict(zip(each["seeds"], each[of]["values"], strict=True)) for each in pair]
+        seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
+        values = [[-each[seed] if falls else each[seed] for seed in seeds] for each in by_seed]
+        if seeds:
+            tests.append((task, report["percent"], paired_difference(values[0], values[1])))
     corrected = iter(holm([test.p for _, _, test in tests if test.p is not None]))
     ahead = behind = 0
     said = []
-    for task, report, test in tests:
+    for task, percent, test in tests:
         sure = test.p is not None and next(corrected) < LEVEL
         ahead += sure and test.mean > 0
         behind += sure and test.mean < 0
-        scale, unit = (100, " points") if report["percent"] else (1, "")
+        scale, unit = (100, " points") if percent else (1, "")
         interval = "" if test.low is None else f" ({scale * test.low:+.2g} to {scale * test.high:+.2g})"
         said.append(f"{task} {scale * test.mean:+.2g}{unit}{interval}{'*' if sure else ''}")
-    verdict = "mixed" if ahead and behind else "supported" if ahead else "refuted" if behind else "undecided"
+    verdict = "undecided" if bool(ahead) == bool(behind) else "supported" if ahead else "refuted"
     return verdict, "; ".join(said)
-
-
-def overfits(found: dict[str, Any]) -> str:
-    """Return the gaps between training and test of full fine-tuning and LoRA."""
-    said = []
-    for task, report in found.items():
-        pair = [row(report, name) for name in (FULL, LORA)]
-        if all(pair) and all(each["gap"] for each in pair):
-            scale, unit = (100, " points") if report["gap_of"] != "loss" else (1, "")
-            gaps = [f"{scale * each['gap']['mean']:.2g}" for each in pair]
-            said.append(f"{task} {gaps[0]} against {gaps[1]}{unit}")
-    return "; ".join(said)
 
 
 def addition() -> tuple[str, str]:
@@ -90,16 +93,16 @@ def addition() -> tuple[str, str]:
     if not path.is_file():
         return "undecided", "examples/transformer2 has not been run"
     mixing = json.loads(path.read_text(encoding="utf-8"))["mixing"]
-    said, kept = [], []
+    said, kept = [], {}
     for name, cell in mixing.items():
         pair, _, task = name.partition(" on ")
         by = {tuple(weights): accuracy for weights, accuracy in zip(cell["weights"], cell["accuracy"], strict=True)}
         alone = by[1.0, 0.0] if pair.partition("+")[0] == task else by[0.0, 1.0]
         together = by[1.0, 1.0]
-        kept.append(together >= alone - 0.05)
+        kept.setdefault(pair, []).append(together >= alone - 0.05)
         said.append(f"{pair} on {task} {together:.0%} ({task} alone {alone:.0%})")
-    verdict = "supported" if all(kept) else "mixed" if any(kept) else "refuted"
-    return verdict, "; ".join(said)
+    pairs = [all(skills) for skills in kept.values()]
+    return "supported" if all(pairs) else "undecided" if any(pairs) else "refuted", "; ".join(said)
 
 
 def spectrum() -> tuple[str, str]:
@@ -108,40 +111,28 @@ def spectrum() -> tuple[str, str]:
     said = [
         f"{name}: {about['answer'][0].partition(';')[0].partition(' of the ')[0]}" for name, about in models.items()
     ]
-    return "not seen here (Gemma-2 9B was not measured)", "; ".join(said)
+    return "undecided", f"{'; '.join(said)} (the claim's Gemma-2 9B was not measured)"
 
 
 def claims(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return each claim, the verdict, and the numbers."""
-    fewer, worse = ratio(found, SVF, LORA), versus(found, SVF, LORA)
-    svft, pissa, full = (versus(found, *pair) for pair in ((SVFT, SVF), (PISSA, MILORA), (FULL, LORA)))
-    lora_xs = versus(found, XS, LORA)
+
+    def compared(claim: str, method: str, other: str, said: str, of: str = "metric") -> tuple[str, str, str]:
+        verdict, numbers = versus(found, method, other, of)
+        return claim, verdict, f"{said}: {numbers}"
+
     return [
-        ("SVF needs about ten times fewer parameters than LoRA", "supported", f"{fewer}, at rank 16"),
-        ("... and is no worse for it", _no_worse(worse[0]), f"SVF - LoRA: {worse[1]}"),
+        ("SVF needs about ten times fewer parameters than LoRA", *fewer(found, SVF, LORA, 10)),
+        compared("... and is no worse for it", SVF, LORA, "SVF - LoRA"),
         ("Two SVF adapters combine by addition", *addition()),
-        ("More trained values than the diagonal help (SVFT)", svft[0], f"banded SVFT - SVF: {svft[1]}"),
-        ("PiSSA (top) or MiLoRA (bottom)?", _winner(pissa[0]), f"PiSSA - MiLoRA: {pissa[1]}"),
-        ("LoRA-XS needs far fewer parameters", "supported", ratio(found, XS, LORA)),
-        ("... and is no worse for it", _no_worse(lora_xs[0]), f"LoRA-XS - LoRA: {lora_xs[1]}"),
+        compared("More trained values than the diagonal help (SVFT)", SVFT, SVF, "banded SVFT - SVF"),
+        compared("The top is better to train (PiSSA) than the bottom (MiLoRA)", PISSA, MILORA, "PiSSA - MiLoRA"),
+        ("LoRA-XS needs far fewer parameters, at least ten times", *fewer(found, XS, LORA, 10)),
+        compared("... and is no worse for it", XS, LORA, "LoRA-XS - LoRA"),
         ("99% of singular values lie from 0.1 to 1.1", *spectrum()),
-        ("Full fine-tuning overfits", "see the gaps", f"training minus test, full against LoRA: {overfits(found)}"),
-        ("Low rank may score higher than full", _low_rank(full[0]), f"full - LoRA: {full[1]}"),
+        compared("Full fine-tuning overfits more than LoRA", FULL, LORA, "gap of full - gap of LoRA", "gap"),
+        compared("Low rank may score higher than full", LORA, FULL, "LoRA - full"),
     ]
-
-
-def _no_worse(verdict: str) -> str:
-    return {"supported": "supported (better)", "undecided": "no difference shown", "refuted": "refuted"}.get(
-        verdict, verdict
-    )
-
-
-def _winner(verdict: str) -> str:
-    return {"supported": "PiSSA", "refuted": "MiLoRA", "undecided": "no difference shown"}.get(verdict, verdict)
-
-
-def _low_rank(verdict: str) -> str:
-    return {"supported": "refuted", "refuted": "supported", "undecided": "no difference shown"}.get(verdict, verdict)
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

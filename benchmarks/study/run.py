@@ -4,7 +4,8 @@
     python benchmarks/study/run.py film-reviews           one task
     python benchmarks/study/run.py film-reviews seeds=1   with other settings, in a folder of their own
 
-Trials are kept in runs/study, so that a stopped study goes on; reports go to benchmarks/study/results.
+Trials are kept in runs/study, so that a stopped study goes on; reports go to benchmarks/study/results.  At the end
+claims.py writes what the reports say of the claims, here and in README.md, and docs/figures.py the methods' pages.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -127,6 +129,8 @@ def main() -> None:
             if (Path(config.output) / picture).is_file():
                 shutil.copy(Path(config.output) / picture, results)
         print(json.dumps({"task": name, "answer": document["answer"]}, indent=1))
+    for script in (HERE / "claims.py", HERE.parent.parent / "docs/figures.py"):
+        subprocess.run([sys.executable, script], check=True)
 
 
 def say(done: int, total: int, last: str) -> None:
