@@ -3,7 +3,8 @@
     python examples/transformer2/search.py runs/transformer2/svf
 
 Takes the folder that evidence.py left.  For each task and each kind of grouping both searches start from the uniform
-mixture; what they found is judged by the log-likelihood of held-out answers, which neither has seen.
+mixture; what they found is judged by the log-likelihood of held-out answers, which neither has seen.  With one thread
+(OMP_NUM_THREADS=1) seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tasks import TASKS, records
 import spectune
 from spectune import FewShot, Library
 from spectune.adapters.files import write_atomically
+from spectune.reports.probe import clock
 from spectune.transformer2.pool import Pool
 from spectune.transformer2.shots import as_shot, population_likelihood
 
@@ -33,10 +35,13 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 def compare(pool: Pool, tokenizer: Any, options: dict[str, Any], shots: list[Any], held: list[Any]) -> dict[str, Any]:
     """Run one search and return what it found, and the held-out log-likelihood a token under it."""
+    start = clock()
     found = FewShot(records(shots), **options).find(pool, tokenizer)
+    seconds = clock() - start
     judged = population_likelihood(pool, [found.mixture()], [as_shot(r, tokenizer) for r in records(held)])
     summary = found.summary()
-    return {**{k: v for k, v in summary.items() if k != "weights"}, "held_out": float(judged[0])}
+    rest = {k: v for k, v in summary.items() if k != "weights"}
+    return {**rest, "seconds": seconds, "held_out": float(judged[0])}
 
 
 def main() -> None:
