@@ -36,7 +36,11 @@ def settings(tmp_path, model_folder):
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+    return launched("torch.distributed.run", "--nproc-per-node", "2", *arguments)
+
+
+def launched(*arguments):
+    command = [sys.executable, "-m", *map(str, arguments)]
     paths = os.pathsep.join([str(TESTS), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False, timeout=300
@@ -50,6 +54,20 @@ def scenarios(names, folder, settings):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["--multi_gpu", pytest.param("--use_fsdp", marks=pytest.mark.slow)])
+def test_accelerate_launches_it_too(settings, tmp_path, kind):
+    settings += ["method=lora:rank=2", "max_steps=4"]
+    one = train(load_config(None, [*settings, f"output={tmp_path / 'one'}", "batch_size=8"]))
+    options = [kind, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--fsdp_version", "2"] if kind == "--use_fsdp" else []
+    two = [*settings, f"output={tmp_path / 'two'}", "batch_size=4", "--json"]
+    done = launched("accelerate.commands.launch", *options, "-m", "spectune", "train", *two)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["held_out_loss_after"] == pytest.approx(one.loss_after, abs=1e-5)
+    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tmp_path):
