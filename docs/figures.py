@@ -82,8 +82,10 @@ def figures(method: type[Method]) -> str:
 def study(method: type[Method]) -> str:
     """Return what the study found of a method, for each of its tasks; nothing where there is no study yet."""
     lines = []
-    for path in sorted((BENCHMARKS / "study" / "results").glob("**/report.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+    sys.path.insert(0, str(BENCHMARKS / "study"))
+    from claims import reports
+
+    for report in reports().values():
         for entry in report["methods"]:
             if not entry["ran"] or entry["method"] in ("base", "full") or parse(entry["method"]).name != method.name:
                 continue

@@ -9,7 +9,7 @@ Writes results/claims.md, results/study.png and the part of README.md that shows
   some task shows it and none the opposite, refuted the other way round, undecided with neither or both.
 * That a method is no worse than another is refuted where a task shows that it is, supported where one shows that it is
   better and none the opposite, and else undecided: what is not seen is not shown to be absent.
-* That it needs some number of times fewer parameters is supported where it needs at most a half more than that.
+* That it needs some number of times fewer parameters is supported from two thirds of that number on, however many more.
 * That adapters add is supported where each pair's sum keeps both skills within 5 points, refuted where none does.
 """
 
@@ -50,7 +50,9 @@ def fewer(found: dict[str, Any], method: str, other: str, times: float) -> tuple
         if all(pair):
             counts = [each["trainable_parameters"] for each in pair]
             ratios.setdefault(report["model"], counts[0] / counts[1])
-    verdict = "supported" if min(ratios.values()) >= times / 1.5 else "refuted"
+    if not ratios:
+        return "undecided", "not run"
+    verdict = "supported" if min(ratios.values()) >= times * 2 / 3 else "refuted"
     return verdict, ", ".join(f"{ratio:.0f}x on {model}" for model, ratio in ratios.items()) + ", at rank 16"
 
 
@@ -68,11 +70,14 @@ def versus(found: dict[str, Any], method: str, other: str, of: str = "metric") -
         if not all(each and each[of] for each in pair):
             continue
         falls = report["gap_of"] == "loss" if of == "gap" else not report["greater_is_better"]
+        if any(len(each["seeds"]) != len(each[of]["values"]) for each in pair):  # which seed lacks it is not said
+            continue
         by_seed = [dict(zip(each["seeds"], each[of]["values"], strict=True)) for each in pair]
         seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
         values = [[-each[seed] if falls else each[seed] for seed in seeds] for each in by_seed]
         if seeds:
-            tests.append((task, report["percent"], paired_difference(values[0], values[1])))
+            percent = report["percent"] and not (of == "gap" and report["gap_of"] == "loss")
+            tests.append((task, percent, paired_difference(values[0], values[1])))
     corrected = iter(holm([test.p for _, _, test in tests if test.p is not None]))
     ahead = behind = 0
     said = []
