@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import spectune
 from spectune.cli import app, main
 
 runner = CliRunner()
@@ -35,6 +36,19 @@ def test_the_answer_is_shown(model, tmp_path):
     words = " ".join(result.stdout.split())
     assert "of the 60 singular values of model.safetensors lie between 0.1 and 1.1" in words
     assert f"saved {tmp_path / 'out' / 'spectrum.html'}" in words
+
+
+def test_layers_of_an_adapter_that_have_no_matrix_are_told(model, tmp_path):
+    blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(20, 30)}) for _ in range(3))
+    adapted = spectune.adapt(torch.nn.ModuleDict({"layers": blocks}), "lora:rank=1")
+    for parameter in adapted.parameters():
+        torch.nn.init.ones_(parameter)
+    spectune.extract(adapted).save(tmp_path / "adapter")
+    arguments = ["spectrum", model, "--out", str(tmp_path / "out"), "--adapter", str(tmp_path / "adapter")]
+    result = runner.invoke(app, [*arguments, "--exclude", "1.up"])
+    assert result.exit_code == 0, result.output
+    says = "1 of the adapter's layers left out, the first layers.1.up: not among the measured matrices"
+    assert says in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,35 @@ def test_bin_only_when_allowed_and_never_code(tmp_path):
 
     (tmp_path / "evil.bin").write_bytes(pickle.dumps({"a.weight": Evil()}))
     torch.save({"a.weight": Evil()}, tmp_path / "evil.pt")
-    for file in ("evil.bin", "evil.pt"):
+    torch.save({"a.weight": Evil()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=False)
+    for file in ("evil.bin", "evil.pt", "evil.pth"):
         with pytest.raises(SpectuneError, match="cannot be read"):
             open_checkpoint(str(tmp_path / file), allow_bin=True)
     assert not ran.exists()
+
+
+def test_a_bin_in_the_format_before_zip_files(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors(), path, _use_new_zipfile_serialization=False)
+    same(read_all(open_checkpoint(str(tmp_path), allow_bin=True)), {name: tensors()[name] for name in LINEAR})
+    whole = path.read_bytes()
+    for size in (0, 7, 40, 400, len(whole) - 10):  # in the header, the pickle and the values
+        path.write_bytes(whole[:size])
+        with pytest.raises(SpectuneError, match=r"pytorch_model\.bin cannot be read"):
+            open_checkpoint(str(tmp_path), allow_bin=True)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_the_weights_of_a_bin_may_lie_one_level_down(tmp_path, key):
+    torch.save({"epoch": 3, "loss": torch.ones(1), key: tensors()}, tmp_path / "a.bin")
+    checkpoint = open_checkpoint(str(tmp_path / "a.bin"), allow_bin=True)
+    same(read_all(checkpoint), {name: tensors()[name] for name in LINEAR})
+
+
+def test_a_bin_without_tensors_says_what_it_holds(tmp_path):
+    torch.save({"epoch": 3, "net": tensors()}, tmp_path / "a.bin")
+    with pytest.raises(SpectuneError, match="holds 'epoch', 'net' and no tensors by name"):
+        open_checkpoint(str(tmp_path / "a.bin"), allow_bin=True)
 
 
 def test_the_fingerprint_changes_with_the_file(tmp_path):

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import gguf, matrix, saved, tensors
+from checkpoints import gguf, matrix, saved, sharded, tensors
 from test_page import check_page
+from transformers import BertConfig, BertForSequenceClassification
 
 import spectune
 import tiny
@@ -153,9 +154,38 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     trained("svf", tmp_path / "svf", other)
     with pytest.raises(SpectuneError, match=r"another base: the weight of 'model\.layers\.0\.mlp\.up_proj'"):
         report(base, tmp_path / "out", adapter=tmp_path / "svf")
-    trained("lora:rank=1", tmp_path / "lora", make_model(num_hidden_layers=3))
-    with pytest.raises(SpectuneError, match=r"layer 'model\.layers\.2\..*' is not among the measured matrices"):
-        report(base, tmp_path / "out", adapter=tmp_path / "lora")
+    trained("lora:rank=1", tmp_path / "bert", tiny.bert())
+    with pytest.raises(SpectuneError, match=r"no layer of the adapter .*'bert\..*': not among the measured matrices"):
+        report(base, tmp_path / "out", adapter=tmp_path / "bert")
+
+
+@pytest.mark.parametrize("without", ["exclude", "not finite", "unreadable"])
+def test_layers_of_the_adapter_without_a_matrix_are_named(base, tmp_path, without):
+    trained("lora:rank=2", tmp_path / "adapter")
+    lost, held = "model.layers.1.mlp.up_proj", make_model().state_dict()
+    if without == "not finite":
+        held[f"{lost}.weight"][0, 0] = torch.nan
+    folder, files = sharded(tmp_path / "model", {name: t for name, t in held.items() if name != "lm_head.weight"})
+    if without == "unreadable":
+        (folder / files[f"{lost}.weight"]).write_bytes(b"")
+    exclude = r".*\.1\.mlp\.up_proj" if without == "exclude" else ""
+    document = report(str(folder), tmp_path / "out", adapter=tmp_path / "adapter", exclude=exclude)
+    assert len(document["adapter"]["matrices"]) == 13
+    assert document["adapter"]["skipped"] == {lost: "not among the measured matrices"}
+    page = (tmp_path / "out" / "spectrum.html").read_text()
+    check_page(page)
+    assert "Layers left out" in page
+
+
+def test_a_new_head_is_left_out(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**tiny.BERT)).eval()
+    model.bert.save_pretrained(tmp_path / "base")
+    spectune.adapt(model, "lora:rank=2", overrides={"classifier": spectune.Head()})
+    spectune.extract(model).save(tmp_path / "adapter")
+    document = report(str(tmp_path / "base"), tmp_path / "out", adapter=tmp_path / "adapter")
+    assert len(document["adapter"]["matrices"]) == 2 * 6 + 1
+    assert list(document["adapter"]["skipped"]) == ["classifier"]
+    assert "trained whole" in document["adapter"]["skipped"]["classifier"]
 
 
 def test_two_groups_are_found_where_there_are(tmp_path):

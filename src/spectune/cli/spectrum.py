@@ -96,10 +96,12 @@ def _show(document: dict[str, Any]) -> None:
     console.print(table)
     for sentence in document["answer"]:
         console.print(sentence, highlight=False, markup=False)
-    if document["skipped"]:
-        name, why = next(iter(document["skipped"].items()))
-        count = len(document["skipped"])
-        console.print(f"{count} not measured, the first {name}: {why}", style="yellow", highlight=False, markup=False)
+    layers = document["adapter"]["skipped"] if "adapter" in document else {}
+    for what, skipped in (("not measured", document["skipped"]), ("of the adapter's layers left out", layers)):
+        if skipped:
+            name, why = next(iter(skipped.items()))
+            text = f"{len(skipped)} {what}, the first {name}: {why}"
+            console.print(text, style="yellow", highlight=False, markup=False)
     console.print(f"saved {document['files']['page']}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -21,6 +21,7 @@ from spectune.spectral import shards
 from spectune.targets import matching
 
 _FLOATING = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+_NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights of a .bin
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # whose linears are stored (in x out)
 _CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
 
@@ -240,13 +241,19 @@ def _gguf(file: Path) -> Iterator[Stored]:
 
 def _bin(file: Path) -> Iterator[Stored]:
     import pickle
+    import zipfile
 
-    try:
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:  # torch before 1.6 wrote no zip files, and they cannot be mapped
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise SpectuneError(f"{file} holds more than weights and is not loaded: {_first_line(error)}") from None
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise SpectuneError(_first_line(error)) from None
     if not isinstance(held, dict):
         raise SpectuneError(f"{file} holds a {type(held).__name__}, not tensors by name")
+    held = next((held[key] for key in _NESTED if isinstance(held.get(key), dict)), held)
+    if held and not any(isinstance(value, Tensor) for value in held.values()):
+        raise SpectuneError(f"{file} holds {', '.join(map(repr, list(held)[:5]))} and no tensors by name")
 
     def read(tensor: Tensor, index: int | None) -> Tensor:
         return tensor if index is None else tensor[index]

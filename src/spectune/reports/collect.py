@@ -66,11 +66,13 @@ def collect_movement(
     epsilon: float = 0.5,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Return what an adapter did to each matrix that it is on, by the matrix's name; resumable as `collect`.
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return what an adapter did to each matrix that it is on, by name, and why its other layers are left out.
+
+    A run that is stopped goes on as one of `collect` does.
 
     Args:
-        checkpoint: the adapter's base.
+        checkpoint: the adapter's base, with the matrices that `collect` has values of.
         adapter_folder: the adapter, in spectune's or PEFT's format.
         folder: for the file of results.
         top: see `movement`.
@@ -79,10 +81,10 @@ def collect_movement(
         progress: as in `collect`.
 
     Raises:
-        SpectuneError: the adapter is of another base, or its layers are not among the matrices.
+        SpectuneError: the adapter is of another base, or none of its layers is among the matrices.
     """
     adapter = Adapter.load(adapter_folder)
-    pairs = match_layers(adapter, checkpoint)
+    pairs, skipped = match_layers(adapter, checkpoint)
     files = b"".join((adapter_folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
     print_ = hashlib.sha256(files).hexdigest()
     header = {
@@ -95,39 +97,44 @@ def collect_movement(
     ledger = Ledger(folder / f"moved-{checkpoint.fingerprint[:6]}-{print_[:6]}.jsonl", header)
     matrices = [matrix for matrix in checkpoint.matrices if matrix.name in pairs]
     for matrix in _remaining(matrices, ledger, progress):
-        name = pairs[matrix.name]
-        try:
-            W = matrix.read()
-        except _UNREADABLE:
-            continue  # `collect` says so
+        name, W = pairs[matrix.name], matrix.read()
         one = Adapter({name: replace(adapter.layers[name], weight=W)}, adapter.base_model)
         one.check_base({name: W})
         moved = movement(W.to(device), one.delta(name).to(device), top, epsilon)
         ledger.add(matrix.name, {**as_entry(moved), "after": packed(moved.after)})
-    return {matrix.name: ledger.done[matrix.name] for matrix in matrices if matrix.name in ledger.done}
+    return {matrix.name: ledger.done[matrix.name] for matrix in matrices}, skipped
 
 
-def match_layers(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for each matrix that the adapter is on the adapter's name of its layer.
+def match_layers(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Return for each matrix that the adapter is on the adapter's name of its layer, and why other layers have none.
 
     Names are equal, or one ends with the other: a checkpoint of a bare model lacks the prefix of a whole one.
 
     Raises:
-        SpectuneError: a layer of the adapter that is not among the checkpoint's matrices.
+        SpectuneError: no layer of the adapter is among the checkpoint's matrices.
     """
     modules = {matrix.place.module: matrix.name for matrix in checkpoint.matrices if not matrix.place.stacked}
-    pairs = {}
-    for name in adapter.layers:
+    pairs, skipped = {}, {}
+    for name, layer in adapter.layers.items():
+        if all(term.method.replaces for term in layer.terms):
+            skipped[name] = "trained whole, and no update of what the base has there"
+            continue
         found = [m for m in modules if m == name] or [
             m for m in modules if m.endswith("." + name) or name.endswith("." + m)
         ]
-        if len(found) != 1:
-            raise SpectuneError(
-                f"the adapter's layer {name!r} is not among the measured matrices of {checkpoint.model!r}"
-                f"{nearest(name, modules)}; is this its base, in safetensors, with all its --targets?"
-            )
-        pairs[modules[found[0]]] = name
-    return pairs
+        if len(found) == 1:
+            pairs[modules[found[0]]] = name
+        elif found:
+            skipped[name] = f"may be {' or '.join(map(repr, found[:3]))} of the base"
+        else:
+            skipped[name] = "not among the measured matrices"
+    if not pairs:
+        name, why = next(iter(skipped.items()))
+        raise SpectuneError(
+            f"no layer of the adapter can be compared with {checkpoint.model!r}; {name!r}: {why}"
+            f"{nearest(name, modules)}; is this its base, in safetensors, with all its --targets?"
+        )
+    return pairs, skipped
 
 
 def _remaining(matrices: list[Matrix], ledger: Ledger, progress: Progress | None) -> Iterator[Matrix]:

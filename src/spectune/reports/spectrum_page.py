@@ -61,7 +61,7 @@ def spectrum_page(document: Row, values: Mapping[str, np.ndarray], other: Any = 
         *([("What the adapter moved", _adapter(document["adapter"]))] if "adapter" in document else []),
         ("A rank for each layer", _ranks(document)),
         ("Every matrix", _matrices(document["matrices"])),
-        *([("Not measured", _skipped(document["skipped"]))] if document["skipped"] else []),
+        *([("Not measured", _skipped("tensor", document["skipped"]))] if document["skipped"] else []),
         ("How it was measured", _how(document)),
     ]
     first, *rest = document["answer"]
@@ -216,8 +216,6 @@ def _compare(document: Row) -> str:
 
 def _adapter(adapter: Row) -> str:
     rows, s = adapter["matrices"], adapter["summary"]
-    if not rows:
-        return page.paragraphs(["None of the adapter's layers could be measured."])
     text = [
         f"{adapter['folder']} changes {s['matrices']} matrices, at the median by {s['relative_norm']:.2%} of ||W||. "
         f"Among the first {adapter['top']} left singular vectors of each changed matrix, {s['intruders']} in "
@@ -252,7 +250,8 @@ def _adapter(adapter: Row) -> str:
     keys = ("kind", "layer", "relative_norm", "update_rank", "intruders", "top_overlap", "bottom_overlap", "chance")
     lines = [[*(row[key] for key in keys), row["shift"][0], row["shift"][-1]] for row in rows]
     table = page.table("Press a heading to sort", columns, lines)
-    return page.paragraphs(text) + page.figures(pictures) + page.details(f"Show the {len(rows)} rows", table)
+    html = page.paragraphs(text) + page.figures(pictures) + page.details(f"Show the {len(rows)} rows", table)
+    return html + (_skipped("layer", adapter["skipped"]) if adapter["skipped"] else "")
 
 
 def _over_chance(end: str) -> Callable[[Row], float | None]:
@@ -280,8 +279,9 @@ def _ranks(document: Row) -> str:
     return html + (page.code(command) if command else "")
 
 
-def _skipped(skipped: Mapping[str, str]) -> str:
-    return page.table("Tensors left out", [Column("tensor"), Column("why")], [[n, why] for n, why in skipped.items()])
+def _skipped(what: str, skipped: Mapping[str, str]) -> str:
+    columns = [Column(what), Column("why")]
+    return page.table(f"{what.capitalize()}s left out", columns, [[name, why] for name, why in skipped.items()])
 
 
 def _how(document: Row) -> str:

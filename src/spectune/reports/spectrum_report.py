@@ -238,8 +238,8 @@ def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any
 
     Args:
         spectra: its base.
-        found: what `collect_movement` returned.
-        about: folder, top and epsilon, kept in the document.
+        found: what `collect_movement` found.
+        about: folder, top, epsilon and skipped, kept in the document.
     """
     rows = []
     for matrix in spectra.checkpoint.matrices:
@@ -252,7 +252,7 @@ def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any
         "matrices": rows,
         "summary": {
             "matrices": len(rows),
-            "relative_norm": float(np.median([row["relative_norm"] for row in rows])) if rows else None,
+            "relative_norm": float(np.median([row["relative_norm"] for row in rows])),
             "intruders": sum(row["intruders"] for row in rows),
             "matrices_with_intruders": sum(row["intruders"] > 0 for row in rows),
             **{key: _median(with_update, key) for key in ("update_rank", "top_overlap", "bottom_overlap", "chance")},

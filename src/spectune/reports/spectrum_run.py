@@ -79,9 +79,10 @@ def report(
         other = (document["compare"], theirs.values)
     if adapter is not None:
         tell = progress("adapter") if progress else None
-        where = Path(adapter)
-        found = collect_movement(spectra.checkpoint, where, out, top=top, epsilon=epsilon, device=device, progress=tell)
-        document["adapter"] = moved(spectra, found, folder=str(adapter), top=top, epsilon=epsilon)
+        measured = spectra.checkpoint._replace(matrices=spectra.measured())
+        about: dict[str, Any] = {"top": top, "epsilon": epsilon}
+        found, skipped = collect_movement(measured, Path(adapter), out, **about, device=device, progress=tell)
+        document["adapter"] = moved(spectra, found, folder=str(adapter), skipped=skipped, **about)
     _write(document, spectra, other, out, method)
     return document
 
