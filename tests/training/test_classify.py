@@ -140,7 +140,7 @@ def test_one_label_is_nothing_to_tell_apart(settings, tmp_path, folders):
         run(settings, f"data={data}", f"model={folders['encoder']}")
 
 
-def test_texts_of_about_one_length_share_a_batch(folders):
+def test_texts_of_about_one_length_share_a_batch(folders, tmp_path):
     task = Classify(load_config(None, ["model=m", "data=d", "output=o", "task=classify"]))
     model, tokenizer = spectune.load_base(folders["encoder"], "fp32", labels=["a", "b"])
     records = [{"text": "say " * (1 + i % 20), "label": "a"} for i in range(400)]
@@ -148,7 +148,9 @@ def test_texts_of_about_one_length_share_a_batch(folders):
     assert examples.cut == 80
     trainer = task.trainer(
         model=spectune.adapt(model, "svf"),
-        args=TrainingArguments(use_cpu=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length"),
+        args=TrainingArguments(
+            str(tmp_path), use_cpu=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length"
+        ),
         train_dataset=examples.examples,
         data_collator=task.collator(model, tokenizer),
     )
