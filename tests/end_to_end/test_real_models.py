@@ -49,6 +49,22 @@ def test_minilm_learns_what_questions_ask_for_and_classifies_from_the_command_li
     assert set(found[0]["probabilities"]) == {row["label"] for row in rows}
 
 
+def test_the_quick_preset_compares_on_minilm_to_a_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smaller = ["methods=[lora,svf]", "seeds=1", "lrs=1", "max_steps=2", "batch_size=2", "workers=1", "device=cpu"]
+    smaller += ["validation=0.02", "test=0.04", "general=null"]
+    result = CliRunner().invoke(app, ["compare", "--preset", "quick", *smaller, "--json"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    document = json.loads(result.stdout)
+    assert (document["model"], document["failures"]) == ("minilm-l6", [])
+    assert {row["method"] for row in document["methods"] if row["ran"]} == {"lora", "svf"}
+    out = tmp_path / "runs" / "compare-quick"
+    assert len((out / "question-types.jsonl").read_text().splitlines()) == 700
+    assert document["answer"][0] in (out / "report.html").read_text()
+    for name in ("report.json", "report.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"):
+        assert (out / name).stat().st_size > 0
+
+
 def test_svf_covers_all_210_linears_of_smollm2_and_leaves_it_as_it_was():
     model, tokenizer = spectune.load_base("smollm2-135m", "fp32")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
