@@ -113,7 +113,10 @@ def draw_map(
     for cell, found in cells.items():
         grid[cell] = np.mean(found)
     axes = figure.subplots()
-    shown = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=bounds[0], vmax=bounds[1], interpolation="nearest")
+    low, high = bounds
+    if high is None and low is not None and not (grid > low).any():  # or the scale would go below what there can be
+        high = low + 1
+    shown = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     axes.set_yticks(range(len(kinds)), kinds)
     step = max(1, len(layers) // 8)
     axes.set_xticks(range(0, len(layers), step), ["-" if layer is None else str(layer) for layer in layers[::step]])

@@ -249,7 +249,7 @@ def _adapter(adapter: Row) -> str:
     ]
     keys = ("kind", "layer", "relative_norm", "update_rank", "intruders", "top_overlap", "bottom_overlap", "chance")
     lines = [[*(row[key] for key in keys), row["shift"][0], row["shift"][-1]] for row in rows]
-    table = page.table("Press a heading to sort", columns, lines)
+    table = page.table("What moved; press a heading to sort", columns, lines)
     html = page.paragraphs(text) + page.figures(pictures) + page.details(f"Show the {len(rows)} rows", table)
     return html + (_skipped("layer", adapter["skipped"]) if adapter["skipped"] else "")
 
