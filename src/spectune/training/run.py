@@ -268,7 +268,7 @@ def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: T
         max_grad_norm=config.max_grad_norm,
         eval_strategy="steps" if evaluates and config.eval_steps else "no",
         eval_steps=config.eval_steps,
-        save_steps=config.eval_steps if goes_back else config.save_steps,  # or the best might not be there
+        save_steps=(goes_back and config.eval_steps) or config.save_steps,  # or the best might not be there
         save_total_limit=2,
         load_best_model_at_end=goes_back,
         metric_for_best_model=task.best_metric,  # the greater the better, unless it ends in "loss"
