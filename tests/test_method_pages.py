@@ -1,8 +1,9 @@
 """The pages of docs/methods say what the code does."""
 
 import importlib.util
-import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_what_is_between_the_marks_is_written_anew(figures, monkeypatch):
     assert figures.filled(once, METHODS["svf"]) == once
 
 
-def test_the_study_is_read(figures, monkeypatch, tmp_path):
+def test_the_study_is_read(figures, monkeypatch):
     found = {"method": "svf", "ran": True, "lr": 0.02, "metric": {"mean": 0.75, "low": 0.7, "high": 0.8}}
     report = {
         "label": "reviews",
@@ -50,9 +51,7 @@ def test_the_study_is_read(figures, monkeypatch, tmp_path):
         "percent": True,
         "methods": [found, {**found, "method": "full"}],
     }
-    path = tmp_path / "study" / "results" / "reviews" / "report.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(report), encoding="utf-8")
-    monkeypatch.setattr(figures, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "claims", SimpleNamespace(reports=lambda: {"reviews": report}))
     assert figures.study(METHODS["svf"]).endswith("| reviews | `svf` | 0.02 | accuracy, % | 75 (70 to 80) |")
     assert figures.study(METHODS["lora"]) == ""
