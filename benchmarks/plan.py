@@ -178,9 +178,15 @@ def main() -> None:
             for part in options.parts:
                 run = {"setup": setup, "step": steps, "memory": memory}[part]
                 results[f"{part} {name} {dtype}"] = run(name, found, dtype)
+                keep(options, made, results)
+    print(f"in {time.perf_counter() - start:.0f} s")
+
+
+def keep(options: Any, made: Any, results: dict[str, Any]) -> None:
+    """Write down what was measured so far."""
     rows = [row for part in results.values() for row in part.values()]
     within = sum(row["within_20_percent"] for row in rows)
-    print(f"{within} of {len(rows)} within 20%, in {time.perf_counter() - start:.0f} s")
+    print(f"{within} of {len(rows)} within 20%")
     whole = [options.models, options.methods, options.parts] == [MODELS, METHODS, PARTS]
     rates = {k: v for k, v in made.machine.__dict__.items() if k != "times"}
     about = {"batch": [BATCH.rows, BATCH.length], "rates": rates, "within": within, "of": len(rows)}
