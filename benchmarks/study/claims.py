@@ -176,7 +176,7 @@ def main() -> None:
     found = reports()
     lines = ["| claim | here | numbers |", "|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in claims(found)]
-    text = "\n".join(lines) + "\n\n\\* beyond chance at 0.05 after Holm's correction over the tasks\n"
+    text = "\n".join(lines) + "\n\n\\* beyond chance at 0.05 after Holm's correction over the tasks; a difference above zero is better, in losses (dialogue) too\n"
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
