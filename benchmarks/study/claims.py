@@ -144,8 +144,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """Draw each task's metric over trained parameters, with intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(found), 4.4), dpi=130, layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    across = min(3, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(4 * across, 3.6 * down + 0.8), dpi=130, layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in panels[len(found) :]:
+        unused.set_axis_off()
+    panels = panels[: len(found)]
     methods = list(dict.fromkeys(r["method"] for report in found.values() for r in report["methods"]))
     for axes, (task, report) in zip(panels, found.items(), strict=True):
         scale = 100 if report["percent"] else 1
@@ -166,7 +171,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(found), fontsize=8, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2 * across, fontsize=8, frameon=False
     )
     figure.savefig(path)
 
@@ -176,7 +181,8 @@ def main() -> None:
     found = reports()
     lines = ["| claim | here | numbers |", "|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in claims(found)]
-    text = "\n".join(lines) + "\n\n\\* beyond chance at 0.05 after Holm's correction over the tasks; a difference above zero is better, in losses (dialogue) too\n"
+    note = "beyond chance at 0.05 after Holm's correction over the tasks; above zero is better, for losses too"
+    text = "\n".join(lines) + f"\n\n\\* {note}\n"
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
