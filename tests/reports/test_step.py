@@ -94,6 +94,15 @@ def test_what_is_computed_again_is_not_held():
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def test_a_step_with_dropout_is_counted_too():
+    again = replace(BATCH, gradient_checkpointing="light")
+    counts = []
+    for text in ("lora:rank=2,dropout=0.1", "lora:rank=2"):
+        model = llama().to("meta")
+        counts.append(cost(model, methods_of(model, text), again))
+    assert counts[0].seconds > counts[1].seconds > 0
+
+
 @pytest.mark.parametrize("again", [False, "light", True])
 @pytest.mark.parametrize("text", ["floor", "full", "lora:rank=2", "svf", "dora:rank=2"])
 def test_two_short_models_tell_of_a_deep_one(text, again):

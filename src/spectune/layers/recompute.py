@@ -87,7 +87,9 @@ class _Region(TorchFunctionMode):
 def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     learns = x.requires_grad and torch.is_grad_enabled()
-    return learns and not trains and weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    if not learns or trains or weight.dtype != x.dtype:
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)  # which does not know the meta device
 
 
 class _Frozen(torch.autograd.Function):
