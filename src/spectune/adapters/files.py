@@ -197,6 +197,11 @@ def publish(folder: Path, target: Path) -> None:
     _flush(target.parent)
 
 
+def folder_digest(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's two files."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()
+
+
 @contextmanager
 def telling_of_full_disks(what: Path, kept: str) -> Iterator[None]:
     """Within the context, what cannot be written is told in one sentence.

@@ -202,7 +202,7 @@ class Bench:
         """Return the seconds of the base's passes, once the peak of training is known: they keep every activation."""
         batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
         keep_activations(model)
-        with packed_attention(self.model), packed_attention(model), base_alone(model):
+        with packed_attention(model), base_alone(model):
             return floor(model, trainer.task, batches)
 
     def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:

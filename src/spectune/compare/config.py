@@ -129,8 +129,8 @@ class CompareConfig(TrainConfig):
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Return a short name of settings or records."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Return a short name of settings."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_folder(config: CompareConfig, records: str | None = None) -> None:

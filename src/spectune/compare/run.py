@@ -24,6 +24,7 @@ from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
 from spectune.reports.about import describe
+from spectune.training import record
 
 _POLL = 0.5
 Tell = Callable[[int, int, str], None]  # trials done, trials in all, and what ended last
@@ -56,7 +57,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if too_large:
         config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
-    records = digest(bench.records)
+    records = record.digest([{name: part} for name, part in bench.records.items()])
     check_folder(config, records)
     methods, notes = candidates(config, bench.model)
     against = baseline(config, methods, bench.model)

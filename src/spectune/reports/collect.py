@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS
+from spectune.adapters.files import folder_digest
 from spectune.errors import SpectuneError, nearest
 from spectune.reports.checkpoint import Checkpoint, Matrix
 from spectune.reports.ledger import Ledger, packed, unpacked
@@ -85,8 +84,7 @@ def collect_movement(
     """
     adapter = Adapter.load(adapter_folder)
     pairs, skipped = match_layers(adapter, checkpoint)
-    files = b"".join((adapter_folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
-    print_ = hashlib.sha256(files).hexdigest()
+    print_ = folder_digest(adapter_folder)
     header = {
         "format": FORMAT,
         "fingerprint": checkpoint.fingerprint,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from spectune.model import base_alone
 from spectune.training import attention
 from spectune.training.data import Example
 
@@ -58,7 +59,7 @@ class Packer:
         """Whether another first example in a row leaves the logits of the second as they are.
 
         Attention under a block-diagonal mask does; what carries a state along the row does not, nor a model that makes
-        no such mask.  The model is asked, in evaluation mode, since no list of architectures is complete.
+        no such mask.  The base is asked, in evaluation mode, since no list of architectures is complete.
         """
         config = model.config.get_text_config()
         known = _APART.setdefault(model, {})
@@ -68,13 +69,11 @@ class Packer:
         if key not in known:
             drawn = torch.randint(config.vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0))
             first, other, second = (Example(tokens, [True] * _PROBE) for tokens in drawn.tolist())
-            training, said = model.training, []
-            model.eval()
+            said = []
             for before in (first, other):
                 inputs = {k: v.to(model.device) for k, v in self._packed([before, second]).items() if k != "labels"}
-                with torch.no_grad():
+                with base_alone(model), torch.no_grad():
                     said.append(model(**inputs, use_cache=False).logits[0, 1 - _PROBE :].float())
-            model.train(training)
             known[key] = bool((said[0] - said[1]).abs().max() <= _SAME * said[0].abs().max())
         return known[key]
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
-from spectune.adapters.files import Entry, write_atomically
+from spectune.adapters.files import Entry, folder_digest, write_atomically
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import effective_weight, find_linear
 from spectune.transformer2.calibration import Calibration
@@ -128,6 +127,7 @@ class Classifier:
             tensors = load(data)
         except (OSError, SafetensorError, ValueError) as error:
             raise SpectuneError(f"{folder / WEIGHTS} is damaged or missing ({error}): train it again") from None
+        adapter = Adapter.load(folder / ADAPTER) if kind == "adapter" else None
         if _digest(data, folder, kind) != entry.take("sha256", str):
             raise SpectuneError(f"{folder / CONFIG} and the files beside it do not belong together: train it again")
         needed = ("mean", "scale", "weight", "bias") if kind == "hidden" else ()
@@ -135,16 +135,14 @@ class Classifier:
             if key not in tensors or (key in ("weight", "bias") and len(tensors[key]) != len(labels)):
                 raise SpectuneError(f"{folder / WEIGHTS} lacks {key!r}, or it does not fit the labels: train it again")
         calibration = Calibration(entry.number("temperature"), entry.number("threshold"))
-        adapter = Adapter.load(folder / ADAPTER) if kind == "adapter" else None
         report = entry.inside("report").values
         return Classifier(kind, tuple(labels), calibration, entry.take("layer", int), tensors, report, adapter)
 
 
 def _digest(data: bytes, folder: Path, kind: str) -> str:
-    """Return the SHA-256 of the tensors and, for the kind "adapter", of the adapter's values."""
-    values = folder / ADAPTER / ADAPTER_WEIGHTS
-    more = values.read_bytes() if kind == "adapter" and values.exists() else b""
-    return hashlib.sha256(data + more).hexdigest()
+    """Return the SHA-256 of the tensors and, for the kind "adapter", of the adapter's files."""
+    more = folder_digest(folder / ADAPTER) if kind == "adapter" else ""
+    return hashlib.sha256(data + more.encode()).hexdigest()
 
 
 def adapter_scores(pool: Pool, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +17,15 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, Entry, locked, telling_of_full_disks, write_atomically
+from spectune.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    Entry,
+    folder_digest,
+    locked,
+    telling_of_full_disks,
+    write_atomically,
+)
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import effective_weight, find_linear
 
@@ -187,9 +194,9 @@ class Library:
             if kept:
                 write_json(folder / PROMPTS, kept)
             methods = dict.fromkeys(term.method.name for layer in loaded.layers.values() for term in layer.terms)
-            data = b"".join((folder / file).read_bytes() for file in (CONFIG, WEIGHTS))
-            told = (name, description, "+".join(methods), loaded.parameter_count(), len(data), len(kept))
-            record = Record(*told, hashlib.sha256(data).hexdigest())
+            size = sum((folder / file).stat().st_size for file in (CONFIG, WEIGHTS))
+            told = (name, description, "+".join(methods), loaded.parameter_count(), size, len(kept))
+            record = Record(*told, folder_digest(folder))
             if base.keys() - self.sketches().keys():
                 self._base = {**base, **self.sketches()}
                 sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
