@@ -85,9 +85,16 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def nothing_known(monkeypatch):
+    """Regions begin without knowing what is behind their last layer."""
+    monkeypatch.setattr("spectune.layers.recompute._looked_at", set())
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_product_with_a_frozen_matrix_is_taken_twice(method):
-    block, x = adapted(method), torch.randn(4, 6, dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "again"), [(torch.bfloat16, 0), (torch.float64, 1)])
+def test_a_product_with_a_frozen_matrix_is_taken_twice_only_if_it_is_large(method, dtype, again, nothing_known):
+    block, x = adapted(method).to(dtype), torch.randn(4, 6, dtype=dtype)
     matrices = [t for t in (*block.parameters(), *block.buffers()) if t.dim() == 2 and not t.requires_grad]
 
     def taken(**options):
@@ -95,10 +102,44 @@ def test_no_product_with_a_frozen_matrix_is_taken_twice(method):
             gradients(block, x, **options)
         return products.count
 
-    assert taken(**LIGHT) == taken() < taken(use_reentrant=False)
+    without, once = taken(), taken(**LIGHT)
+    assert once == without + again + 1  # and the last one, behind which is a dropout here
+    assert taken(**LIGHT) == without + again < taken(use_reentrant=False)
 
 
-def test_only_products_are_held_and_not_for_longer_than_they_are_needed():
+class Residual(Block):
+    """A block whose last layer is the last that keeps anything."""
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "svf", "lora:rank=2,dropout=0.5"])
+@pytest.mark.parametrize("stop", [True, False])
+def test_the_last_product_is_neither_held_nor_taken_again(method, stop, nothing_known):
+    block, x = Residual().double(), torch.randn(4, 6, dtype=torch.float64)
+    spectune.adapt(block, method, ["down"], factored=True)
+    options = {**LIGHT, "early_stop": stop}
+    with Products([block.down.weight, *block.down.buffers()]) as products:
+        plain = gradients(block.train(), x)
+        without, products.count = products.count, 0
+        light = gradients(block, x, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain, light, strict=True))
+    assert (products.count == without) is (stop and "dropout" not in method)  # else something is done with it
+
+
+def test_a_change_in_place_of_the_last_product_sees_its_numbers(nothing_known):
+    class Changed(Residual):
+        def forward(self, x):
+            return self.down(F.silu(self.up(self.norm(x)))).add_(x).tanh()
+
+    block, x = Changed().double(), torch.randn(4, 6, dtype=torch.float64)
+    spectune.adapt(block, "lora:rank=2", ["down"])
+    plain, light = gradients(block.train(), x), gradients(block, x, **LIGHT)
+    assert all(torch.equal(a, b) for a, b in zip(plain, light, strict=True))
+
+
+def test_only_products_are_held_and_not_for_longer_than_they_are_needed(nothing_known):
     block, leaf = adapted("lora:rank=1"), torch.randn(500, 6, dtype=torch.float64, requires_grad=True)
     tapes = []
 
@@ -109,9 +150,9 @@ def test_only_products_are_held_and_not_for_longer_than_they_are_needed():
 
     y = checkpoint(block, leaf, use_reentrant=False, context_fn=contexts)
     (tape,) = tapes
-    held = [tensor for tensors, _ in tape._results for tensor in tensors]
-    assert sum(t.shape[1] for t in held) == 9 + 6 + 6 + 2  # up, down, plain, and the two of rank 1
-    assert all(t.untyped_storage().nbytes() == 8 * t.numel() for t in held)
+    held = [tensor for tensors, _ in tape._results for tensor in tensors if tensor is not None]
+    assert sum(t.shape[1] for t in held) == 6 + 2  # down, and the two of rank 1; neither what is wide nor the last
+    assert {t.untyped_storage().nbytes() for t in held} == {64 * (-(-500 * 6 * 8 // 64) + 2 * -(-500 * 8 // 64))}
     y.sum().backward()
     assert tape._results == [None] * 3
     alive = weakref.ref(tape)

@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.cores import mix
+from spectune.layers.dense import by_onednn, linear
 from spectune.layers.factors import Base, Factors
 from spectune.layers.linear import adapted_linear
+from spectune.layers.recompute import frozen_linear
 from spectune.layers.stacks import Gather, Stack
 
 if TYPE_CHECKING:
@@ -203,7 +205,7 @@ class Adapted(nn.Module):
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
         update, weight = updates[0]
         if len(updates) > 1 or isinstance(weight, (Share, Tensor)) or weight * update.weight != 1.0:
-            return self.sum(updates, x, plain := super().forward(x), plain)
+            return self.sum(updates, x, plain := self._plain(x), plain)
         return self._alone(update, x)
 
     def _alone(self, update: Update, x: Tensor) -> Tensor:
@@ -211,9 +213,14 @@ class Adapted(nn.Module):
         tensors, method, training = self.tensors(update), update.method, update.training
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
-        if not self._fuses(x) or (training and method.drop):
-            plain = super().forward(x)
-            return plain + method.respond(tensors, x, self.base(plain), training)
+        with torch._C.DisableTorchFunction():  # modes, such as a checkpointed region's, would be asked at every access
+            if self._fuses(x) and not (training and method.drop):
+                return self._fused(update, x, tensors)
+        plain = self._plain(x)
+        return plain + method.respond(tensors, x, self.base(plain), training)
+
+    def _fused(self, update: Update, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        method, training = update.method, update.training
         whole = method.whole(tensors) if training and self.selection.factored else None
         y = adapted_linear(
             x.reshape(-1, x.shape[-1]),
@@ -221,8 +228,15 @@ class Adapted(nn.Module):
             self.bias,
             whole or method.factors(tensors),
             update.ratio(tensors, self.base()),
+            training,
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Return the answer of the frozen layer."""
+        if self.training and by_onednn(x) and self._fuses(x):
+            return frozen_linear(x, effective_weight(self), self.bias)
+        return super().forward(x)
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
@@ -269,7 +283,7 @@ class Adapted(nn.Module):
                 raise RuntimeError("this update was asked for outside a forward pass")
             return output if self.bias is None else output - self.bias.to(output.dtype)
 
-        return Base(without_bias, lambda R: effective_weight(self) @ R.to(self.weight.dtype).mT, self.bias)
+        return Base(without_bias, lambda R: linear(effective_weight(self), R.to(self.weight.dtype)), self.bias)
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectune.layers import products
+from spectune.layers.dense import linear, matmul
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
 from spectune.layers.recompute import current_tape
@@ -20,7 +21,12 @@ _SMALLEST = 1e-6  # the gradient of a ratio divides by it
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Factors, ratio: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update: Factors,
+    ratio: Tensor | None = None,
+    training: bool = False,
 ) -> Tensor:
     """Return y = ratio * (x W^T + s (x R^T) C^T L^T) + bias with the gradients of x, L, C, R and ratio.
 
@@ -35,9 +41,12 @@ def adapted_linear(
         bias: (out), frozen, or None.
         update: s L C R.
         ratio: (out), a factor for each output; None is one.
+        training: take the fastest product with W; else the one that the layer itself would take, to the last bit.
     """
     values = getattr(update.core, "values", None)
-    return _AdaptedLinear.apply(x, weight, bias, update.left, update.right, values, ratio, update.core, update.scale)  # type: ignore[return-value]
+    return _AdaptedLinear.apply(  # type: ignore[return-value]
+        x, weight, bias, update.left, update.right, values, ratio, update.core, update.scale, training
+    )
 
 
 def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> Any:
@@ -57,11 +66,13 @@ def _output(
     L: Tensor,
     scale: float,
     ratio: Tensor | None,
+    training: bool,
 ) -> Tensor:
     before, after = (bias, None) if ratio is None else (None, bias)
     if weight is None:
-        return products.finish(F.linear(u * scale if scale != 1 else u, L, before), ratio, after)
-    return ops.add(F.linear(x, weight, before), u, L, scale, ratio, after)
+        return products.finish(linear(u * scale if scale != 1 else u, L, before), ratio, after)
+    product = linear if training else F.linear
+    return ops.add(product(x, weight, before), u, L, scale, ratio, after)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -77,6 +88,7 @@ class _AdaptedLinear(torch.autograd.Function):
         ratio: Tensor | None,
         core: Any,
         scale: float,
+        training: bool,
     ) -> Tensor:
         ops = _products(x, weight, left, right)
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
@@ -84,15 +96,17 @@ class _AdaptedLinear(torch.autograd.Function):
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
         tape = current_tape()
         known = tape.recall() if tape is not None else None
+        of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
         if known is None:
             t, u = ops.project(x, R, core)
-            y = _output(ops, x, weight, bias, u, L, scale, ratio)
+            y = _output(ops, x, weight, bias, u, L, scale, ratio, training)
         else:
             y, t = known
             u = core.apply(t)
+            if tape is not None and y is None:
+                y = tape.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
         if tape is not None:
-            tape.keep(y, t)
-        of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
+            tape.keep(y, t, of=x, looked_at=of_ratio)
         ctx.save_for_backward(
             x if of_right else None,
             t if of_values else None,
@@ -120,5 +134,5 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             to_right = ops.over_rows(to_t, x)
         if ctx.needs_input_grad[0]:
-            to_x = to_t @ R if weight is None else ops.add(grad @ weight, to_t, R.mT)
-        return to_x, None, None, to_left, to_right, to_values, to_ratio, None, None
+            to_x = matmul(to_t, R) if weight is None else ops.add(matmul(grad, weight), to_t, R.mT)
+        return to_x, None, None, to_left, to_right, to_values, to_ratio, None, None, None

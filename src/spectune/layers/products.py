@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from spectune.layers.dense import linear, matmul
 
 
 def factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -16,7 +17,7 @@ def factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(x: Tensor, R: Tensor, core: Any = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return t = scale * x R^T (n x rank) and t C^T, for x (n x size) and R (rank x size); no core is C = I."""
-    t = F.linear(x, R)
+    t = linear(x, R)
     if scale != 1:
         t *= scale
     return t, t if core is None else core.apply(t)
@@ -45,7 +46,7 @@ def _times(y: Tensor, ratio: Tensor, out: Tensor | None = None) -> Tensor:
 
 def over_rows(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return scale * a^T b for a (n x k) and b (n x m), the thinner first in the product."""
-    product = a.mT @ b if a.shape[1] <= b.shape[1] else (b.mT @ a).mT
+    product = matmul(a.mT, b) if a.shape[1] <= b.shape[1] else matmul(b.mT, a).mT
     return product if scale == 1 else product * scale
 
 

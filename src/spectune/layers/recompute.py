@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from spectune.layers.dense import linear, matmul
 
 
 def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
@@ -25,35 +28,113 @@ def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
 
 
 class Tape:
-    """What the linear layers of a checkpointed region found, in the order of their calls."""
+    """What the linear layers of a checkpointed region found, in the order of their calls.
+
+    Some products are not held but taken again: in float32, whose numbers take twice the memory, those wider than what
+    they are made of; and the last one, which a second pass mostly ends with and nobody looks at, so that it is taken
+    only where something is done with it after all.
+    """
 
     def __init__(self) -> None:
-        self._results: list[
-            tuple[tuple[Tensor, ...], tuple[int, ...]] | None
-        ] = []  # with versions; None once given back
+        self._results: list[_Found | None] = []  # None once given back
         self._next: int | None = None  # the call that comes next in a second pass
+        self._last: tuple[int, ...] = ()  # the shape of the last product's rows, if it may be let go
+        self._owed: tuple[Tensor, Callable[[], Tensor]] | None = None
 
     def begin(self, again: bool) -> None:
         """Begin the first pass, or a second one."""
         self._next = 0 if again else None
 
-    def recall(self) -> tuple[Tensor, ...] | None:
-        """Return the results of this call in the first pass; None in the first pass, and where they are gone."""
+    def end(self) -> None:
+        """End a pass."""
+        self._owed = None
+        if self._next is None:
+            last = self._results[-1] if self._results else None
+            if last is not None and self._last and self._kind() not in _looked_at:
+                self._results[-1] = (None, *last[0][1:]), last[1]
+            self._results = _in_one_piece(self._results)
+
+    def _kind(self) -> tuple[int, ...]:
+        return (len(self._results), *self._last)
+
+    def recall(self) -> tuple[Any, ...] | None:
+        """Return the results of this call in the first pass; None in the first pass, and where they are gone.
+
+        The product, which is the first of them, may be missing: see `again`.
+        """
         if self._next is None:
             return None
+        self.settle()
         index, self._next = self._next, self._next + 1
         if index >= len(self._results):
             return None
         found, self._results[index] = self._results[index], None
-        if found is None or any(t._version != version for t, version in zip(*found, strict=True)):
-            return None
-        return found[0]
+        return None if found is None or _changed(found) else found[0]
 
-    def keep(self, *results: Tensor) -> None:
-        """Keep the results of a call, in the first pass."""
+    def keep(self, *results: Tensor, of: Tensor | None = None, looked_at: bool = False) -> None:
+        """Keep the results of a call, in the first pass.
+
+        Args:
+            results: the first is the layer's product.
+            of: what the product is made of, if it may be taken again.
+            looked_at: whether the layer itself looks at its product in the backward pass.
+        """
         if self._next is None:
-            kept = tuple(result.detach() for result in results)  # or they would hold their graph, which holds this
-            self._results.append((kept, tuple(result._version for result in kept)))
+            product, kept = results[0], [result.detach() for result in results]  # without the graph, which holds this
+            wide = of is not None and of.element_size() > 2 and product.shape[-1] > of.shape[-1]
+            versions = tuple(result._version for result in kept)
+            self._results.append((((None, *kept[1:]) if wide else tuple(kept)), versions))
+            self._last = () if looked_at else tuple(product.shape[1:])
+
+    def again(self, size: int, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Return a product that was not held, or an empty tensor which becomes it when it is looked at.
+
+        Args:
+            size: of the product's rows.
+            x: what it is made of.
+            make: () -> the product.
+        """
+        if self._next != len(self._results) or not self._last or self._kind() in _looked_at:
+            return make()
+        product = x.new_empty(*x.shape[:-1], size)
+        self._owed = product, make
+        return product
+
+    def settle(self) -> None:
+        """Take the product that is owed, before something is done with it."""
+        if self._owed is not None:
+            (product, make), self._owed = self._owed, None
+            _looked_at.add(self._kind())
+            with torch.no_grad():
+                product.copy_(make())
+
+
+_Found = tuple[tuple[Tensor | None, ...], tuple[int, ...]]  # results and their versions
+_looked_at: set[tuple[int, ...]] = set()  # kinds of regions whose last product is looked at, and held from then on
+_ALIGNED = 64
+
+
+def _changed(found: _Found) -> bool:
+    return any(t is not None and t._version != version for t, version in zip(*found, strict=True))
+
+
+def _in_one_piece(results: list[_Found | None]) -> list[_Found | None]:
+    """Move what a processor holds into one piece, so that what it frees between them is one piece as well."""
+    tensors = [t for found in results if found is not None for t in found[0] if t is not None]
+    if not tensors or any(t.device.type not in ("cpu", "meta") for t in tensors):
+        return results
+    sizes = [-(-t.numel() * t.element_size() // _ALIGNED) * _ALIGNED for t in tensors]
+    pieces = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device).split(sizes))
+
+    def moved(t: Tensor) -> Tensor:
+        piece = next(pieces)[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        return piece.copy_(t).detach()
+
+    held = [
+        None if found is None or _changed(found) else tuple(None if t is None else moved(t) for t in found[0])
+        for found in results
+    ]  # their versions are one, that of the piece
+    return [None if found is None else (found, tuple(0 if t is None else t._version for t in found)) for found in held]
 
 
 _tape: ContextVar[Tape | None] = ContextVar("_tape", default=None)
@@ -77,11 +158,18 @@ class _Region(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         _tape.reset(self._token)
+        self._tape.end()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._tape.settle()
         if func is F.linear and not kwargs and _is_frozen(*args):
             return _Frozen.apply(*args[:2], args[2] if len(args) > 2 else None, self._tape)
         return func(*args, **(kwargs or {}))
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, with a gradient for x alone; a region keeps it."""
+    return _Frozen.apply(x, weight, bias, current_tape())  # type: ignore[return-value]
 
 
 def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -94,17 +182,19 @@ def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tape: Tape | None) -> Tensor:
         ctx.save_for_backward(weight)
-        known = tape.recall()
-        if known is not None:
-            return known[0]
-        y = F.linear(x, weight, bias)
-        tape.keep(y)
+        known = tape.recall() if tape is not None else None
+        y = known[0] if known is not None else linear(x, weight, bias)
+        if tape is None:
+            return y  # type: ignore[return-value]
+        if y is None:
+            return tape.again(len(weight), x, lambda: linear(x, weight, bias))
+        tape.keep(y, of=x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return grads[0] @ weight, None, None, None
+        return matmul(grads[0], weight), None, None, None

@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from spectune.layers.dense import linear
 
 if TYPE_CHECKING:
     from spectune.layers.adapted import Adapted, Share, Update
@@ -269,7 +270,7 @@ def _weighted(t: Tensor, weights: Tensor | float) -> Tensor:
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x M^T for x (n x m x in), with one M or n of them."""
-    return F.linear(x, matrix.to(x.dtype)) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
+    return linear(x, matrix.to(x.dtype)) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
 
 
 def _unversioned(update: Update) -> bool:

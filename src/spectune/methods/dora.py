@@ -104,7 +104,7 @@ class DoRA(Method):
                 squared.append((p * rest).sum(1))
         norms = (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
         if tape is not None:
-            tape.keep(norms)
+            tape.keep(norms, looked_at=True)
         return norms
 
     def ratio(self, t: Tensors, base: Base) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spectune.layers.dense import linear, matmul
 from spectune.layers.kernels import switched_off
 from spectune.training.batches import IGNORE
 
@@ -108,7 +109,7 @@ class _Chunked(torch.autograd.Function):
             target = targets[rows, None]
             count = len(target)
             part = F.pad(hidden[rows], (0, 0, 0, -count % _ROWS))  # so that products have few different shapes
-            padded = F.linear(part, weight).float()
+            padded = linear(part, weight).float()
             logits = padded[:count]  # what follows is in place, as this is where most memory is held
             largest = logits.amax(1, keepdim=True)
             picked = logits.gather(1, target) - largest
@@ -117,7 +118,7 @@ class _Chunked(torch.autograd.Function):
             total += (sums.log() - picked).sum()
             if grad is not None:
                 p.div_(sums).scatter_add_(1, target, torch.full_like(picked, -1.0))
-                grad[rows] = torch.mm(padded.to(weight.dtype), weight)[:count]
+                grad[rows] = matmul(padded.to(weight.dtype), weight)[:count]
         ctx.grad = grad
         return total
 

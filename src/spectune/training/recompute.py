@@ -1,16 +1,13 @@
-"""Activation checkpointing in a run, and memory that goes back while it is not needed."""
+"""Activation checkpointing in a run, and memory that goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from itertools import count
 from typing import Any, Literal
 
 from spectune.layers.recompute import keep_products
-
-_REGIONS = 4  # between two releases of free memory in a forward pass
 
 
 def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
@@ -25,7 +22,7 @@ def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if light:
-        options["context_fn"] = keep_products if model.device.type != "cpu" else _releasing()
+        options["context_fn"] = keep_products
     _named(model, "enable")(options)
 
 
@@ -38,18 +35,6 @@ def _named(model: Any, action: str) -> Callable[..., None]:
     """Return the model's own method, under its new name where transformers has it."""
     new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
     return getattr(model, new, None) or getattr(model, old)
-
-
-def _releasing() -> Callable[[], Any]:
-    """Return `keep_products` that releases free memory now and then: what is kept and what is not lie mixed."""
-    numbers = count(1)
-
-    def contexts() -> Any:
-        if next(numbers) % _REGIONS == 0:
-            release_memory()
-        return keep_products()
-
-    return contexts
 
 
 def release_memory() -> None:

@@ -19,7 +19,6 @@ from spectune.layers.shards import whole
 from spectune.training import processes
 from spectune.training.batches import BLANK, IGNORE, BlankCollator, EvenSampler, WithBlanks
 from spectune.training.checkpoints import AdapterCheckpoints
-from spectune.training.recompute import release_memory
 
 if TYPE_CHECKING:
     from spectune.training.tasks import Task
@@ -105,16 +104,6 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """Count the items of the loss in an optimizer step, over all processes."""
         counts = [(batch["labels"] != IGNORE).sum() for batch in batch_samples if not batch.get(BLANK)]
         return self.accelerator.reduce(torch.as_tensor(sum(counts), device=device))  # type: ignore[return-value]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a forward and a backward pass, and give the memory that these left free back.
-
-        Rows of other lengths leave the heap of glibc in pieces, which would grow the process by half and more.
-        """
-        loss = super().training_step(*args, **kwargs)
-        if loss.device.type == "cpu":
-            release_memory()
-        return loss
 
     def total_tokens(self) -> int:
         """Return the tokens that all processes have trained on; every process must ask for it."""

@@ -1,0 +1,58 @@
+"""Products of matrices without gradients, by whichever of PyTorch's two libraries for processors is the faster."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias, as `torch.nn.functional.linear` does, but without gradients.
+
+    PyTorch gives float32 products on a processor to MKL, which uses half of the vector units of those that are not
+    Intel's; oneDNN, which comes with PyTorch too, uses all.  `torch.backends.mkldnn.enabled = False` takes MKL.
+
+    Args:
+        x: (..., in).
+        weight: W (out x in).
+        bias: (out), or None.
+    """
+    if weight.dtype is x.dtype and by_onednn(x):
+        return _product(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b for a (..., k) and b (k x m), without gradients, as `linear` does."""
+    return linear(a, b.mT)
+
+
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether products with x are oneDNN's where PyTorch's own choice is MKL."""
+    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or x.device.type not in ("cpu", "meta"):
+        return False
+    return x.numel() > 0 and torch.backends.mkldnn.enabled and _mkl_is_slow()  # type: ignore[attr-defined]
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether this is a processor with AVX-512 that is not Intel's, on which MKL keeps to AVX2."""
+    here: Any = torch.backends
+    both = here.mkldnn.is_available() and here.mkl.is_available() and _product is not None
+    return both and here.cpu.get_cpu_capability().startswith("AVX512") and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()

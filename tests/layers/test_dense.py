@@ -1,0 +1,73 @@
+"""Products by oneDNN: what PyTorch's own product gives, and only in training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import spectune
+from spectune.layers import dense
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()), reason="one library only"
+)
+
+
+@pytest.fixture
+def slow_mkl(monkeypatch):
+    """A processor on which oneDNN is the faster."""
+    monkeypatch.setattr(dense, "_mkl_is_slow", lambda: True)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,), (0, 7), (1, 7)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_pytorchs(shape, biased, slow_mkl):
+    x, weight, bias = torch.randn(shape), torch.randn(4, 7), torch.randn(4) if biased else None
+    torch.testing.assert_close(dense.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_matrices_may_be_held_transposed_or_in_part(slow_mkl):
+    a, b = torch.randn(6, 10), torch.randn(3, 20)
+    torch.testing.assert_close(dense.matmul(a.mT, a), a.mT @ a)
+    torch.testing.assert_close(dense.linear(a, b[:, ::2]), a @ b[:, ::2].mT)
+    torch.testing.assert_close(dense.linear(a[:1].expand(4, 10), b[:, :10]), a[:1].expand(4, 10) @ b[:, :10].mT)
+
+
+def test_only_float32_on_a_processor_is_onednns(slow_mkl, monkeypatch):
+    assert dense.by_onednn(torch.zeros(2, 3))
+    assert dense.by_onednn(torch.zeros(2, 3, device="meta"))
+    assert not any(dense.by_onednn(torch.zeros(2, 3, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert not dense.by_onednn(torch.zeros(2, 3))
+    monkeypatch.setattr(dense, "_mkl_is_slow", lambda: False)
+    assert not dense.by_onednn(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("capability", "text", "slow"),
+    [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False), ("AVX2", "AuthenticAMD", False)],
+)
+def test_mkl_is_slow_on_other_processors_than_intels_with_wide_vectors(capability, text, slow, monkeypatch):
+    monkeypatch.setattr(dense, "_processor", lambda: f"vendor_id : {text}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    dense._mkl_is_slow.cache_clear()
+    assert dense._mkl_is_slow() is slow
+    dense._mkl_is_slow.cache_clear()
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "lora:rank=2,dropout=0.1", "dora:inner=lora,rank=2"])
+def test_layers_take_it_in_training_and_else_answer_as_the_base_to_the_last_bit(
+    method, slow_mkl, monkeypatch
+):
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(3, 6)
+    base = model(x)
+    spectune.adapt(model, method)
+    taken = []
+    operator = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(dense, "_product", lambda *args: taken.append(args[1].shape) or operator(*args))
+    weights = {model[0].weight.shape, model[0].weight.mT.shape}
+    y = model.eval()(x)
+    assert not weights & set(taken)
+    assert torch.equal(y, base)
+    model.train()(x).sum().backward()
+    assert weights & set(taken)
