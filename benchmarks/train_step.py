@@ -5,6 +5,9 @@ of 128 tokens without padding, with logits at the last quarter of the positions,
 turns, and the median of each one's ratio to the floor of the same round is kept.  With one thread (OMP_NUM_THREADS=1)
 times are the processor's, which other processes hardly lengthen.
 
+In bf16 ours is timed once more with the attention of `spectune train`, which is taken in fp32: PyTorch's own gradients
+of attention in bf16 are a quarter of the floor.
+
     python benchmarks/train_step.py [--dtype fp32|bf16] [--batch 8] [--rounds 7] [--only NAME ...]
 """
 
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 import spectune
 from _machine import save
 from spectune.reports.probe import clock
+from spectune.training.attention import packed_attention
 
 OURS = {
     "LoRA": "lora:rank=16,alpha=32",
@@ -99,7 +103,11 @@ def sides(dtype: str, inputs: dict[str, torch.Tensor], only: list[str]) -> Itera
     for name, method in OURS.items():
         if not only or name in only:
             model, _ = spectune.load_base("smollm2-135m", dtype)
-            yield name, train_step(spectune.adapt(model, method, factored=True), inputs)
+            step = train_step(spectune.adapt(model, method, factored=True), inputs)
+            yield name, step
+            if dtype == "bf16":
+                with packed_attention(model):
+                    yield f"{name}, attention of training", step
     for name, config in peft_configs().items():
         if not only or name in only:
             model, _ = spectune.load_base("smollm2-135m", dtype)
@@ -136,7 +144,7 @@ def main() -> None:
                 "floor_seconds": round(statistics.median(floors), 4),
             }
             print(
-                f"{name:16s} {dtype}  {statistics.median(ratios):.3f} x the floor of {statistics.median(floors):.3f} s",
+                f"{name:36s} {dtype}  {statistics.median(ratios):.3f} x the floor of {statistics.median(floors):.3f} s",
                 flush=True,
             )
             about = {"batch": arguments.batch, "length": LENGTH, "rounds": arguments.rounds}

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 def slow_mkl(monkeypatch):
     """A processor on which oneDNN is the faster."""
     monkeypatch.setattr(dense, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(dense, "_SMALL", 1)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,), (0, 7), (1, 7)])
@@ -32,15 +33,20 @@ def test_matrices_may_be_held_transposed_or_in_part(slow_mkl):
     torch.testing.assert_close(dense.linear(a[:1].expand(4, 10), b[:, :10]), a[:1].expand(4, 10) @ b[:, :10].mT)
 
 
-def test_only_float32_on_a_processor_is_onednns(slow_mkl, monkeypatch):
-    assert dense.by_onednn(torch.zeros(2, 3))
-    assert dense.by_onednn(torch.zeros(2, 3, device="meta"))
-    assert not any(dense.by_onednn(torch.zeros(2, 3, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "enabled", False)
-        assert not dense.by_onednn(torch.zeros(2, 3))
-    monkeypatch.setattr(dense, "_mkl_is_slow", lambda: False)
-    assert not dense.by_onednn(torch.zeros(2, 3))
+def test_only_float32_on_a_processor_is_onednns_and_only_where_it_pays(slow_mkl, monkeypatch):
+    def by_onednn(**options):
+        return dense.by_onednn(torch.zeros(2, 3, **options), torch.zeros(4, 3, **options))
+
+    assert by_onednn()
+    assert by_onednn(device="meta")
+    assert not by_onednn(dtype=torch.float64)
+    assert not by_onednn(dtype=torch.bfloat16)
+    for name, value in (("_SMALL", 25), ("_mkl_is_slow", lambda: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dense, name, value)
+            assert not by_onednn()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not by_onednn()
 
 
 @pytest.mark.parametrize(
@@ -56,9 +62,7 @@ def test_mkl_is_slow_on_other_processors_than_intels_with_wide_vectors(capabilit
 
 
 @pytest.mark.parametrize("method", ["lora:rank=2", "lora:rank=2,dropout=0.1", "dora:inner=lora,rank=2"])
-def test_layers_take_it_in_training_and_else_answer_as_the_base_to_the_last_bit(
-    method, slow_mkl, monkeypatch
-):
+def test_layers_take_it_in_training_and_else_answer_as_the_base_to_the_last_bit(method, slow_mkl, monkeypatch):
     model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(3, 6)
     base = model(x)
     spectune.adapt(model, method)

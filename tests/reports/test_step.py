@@ -85,12 +85,14 @@ def test_what_is_held_is_at_least_what_autograd_saves(text):
 def test_what_is_computed_again_is_not_held():
     model = llama(7).to("meta")
     chosen = methods_of(model, "lora:rank=2")
-    everything, light, blocks = (
-        cost(model, chosen, Batch(4, 64, gradient_checkpointing=how)) for how in (False, "light", True)
-    )
-    assert everything.saved > 1.5 * light.saved > 3 * blocks.saved
-    assert everything.flops < light.flops < 1.1 * everything.flops < blocks.flops  # attention alone is computed again
-    assert everything.seconds < light.seconds < blocks.seconds
+    for dtype in (torch.float32, torch.bfloat16):
+        everything, light, blocks = (
+            cost(model, chosen, Batch(4, 64, gradient_checkpointing=how), dtype) for how in (False, "light", True)
+        )
+        assert everything.saved > 1.5 * light.saved > 2 * blocks.saved
+        assert everything.seconds < min(light.seconds, blocks.seconds)
+        assert everything.flops <= light.flops < 0.95 * blocks.flops
+        assert (everything.flops == light.flops) is (dtype == torch.bfloat16)  # in float32 wide products are repeated
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -234,7 +234,7 @@ class Adapted(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Return the answer of the frozen layer."""
-        if self.training and by_onednn(x) and self._fuses(x):
+        if self.training and by_onednn(x, effective_weight(self)) and self._fuses(x):
             return frozen_linear(x, effective_weight(self), self.bias)
         return super().forward(x)
 

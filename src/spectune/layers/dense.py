@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: W (out x in).
         bias: (out), or None.
     """
-    if weight.dtype is x.dtype and by_onednn(x):
+    if by_onednn(x, weight):
         return _product(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -33,14 +33,17 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.mT)
 
 
+_SMALL = 1 << 20  # multiplications, below which a call of oneDNN takes longer than the product
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def by_onednn(x: Tensor) -> bool:
-    """Whether products with x are oneDNN's where PyTorch's own choice is MKL."""
-    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or x.device.type not in ("cpu", "meta"):
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether x W^T is oneDNN's where PyTorch's own choice is MKL."""
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "meta"):
         return False
-    return x.numel() > 0 and torch.backends.mkldnn.enabled and _mkl_is_slow()  # type: ignore[attr-defined]
+    if not (x.dtype is weight.dtype is torch.float32) or x.numel() * len(weight) < _SMALL:
+        return False
+    return torch.backends.mkldnn.enabled and _mkl_is_slow()  # type: ignore[attr-defined]
 
 
 @cache

@@ -31,6 +31,7 @@ class Machine:
 
     Args:
         fp32, bf16: floating-point operations a second in a large product.
+        onednn: those of float32 where oneDNN takes it.
         bandwidth: bytes a second of an elementwise operation.
         fresh: bytes a second of memory that the system gives out for the first time.
         slow: exponentials and the like a second.
@@ -42,6 +43,7 @@ class Machine:
     """
 
     fp32: float = 8.5e10
+    onednn: float = 2e11
     bf16: float = 1.9e11
     bandwidth: float = 2.3e10
     fresh: float = 1.7e9
@@ -61,22 +63,26 @@ class Machine:
         """
         return self.overhead + max(moved / self.bandwidth, slow / self.slow)
 
-    def product(self, dtype: torch.dtype, sides: tuple[int, int, int, int], held: tuple[bool, bool]) -> float:
+    def product(
+        self, dtype: torch.dtype, sides: tuple[int, int, int, int], held: tuple[bool, bool], onednn: bool = False
+    ) -> float:
         """Return the seconds of a product of matrices, at the rate of one that is like it and small enough to time.
 
         Args:
             dtype: of the matrices.
             sides: how many, and m, k, n of (m x k) (k x n).
             held: whether the first and the second are held transposed.
+            onednn: taken by `spectune.layers.dense` and not by PyTorch's own choice.
         """
         flops = 2 * math.prod(sides)
         if not flops:
             return self.overhead
         if not self.measured:
             least = min(sides[1:])
-            return self.overhead + flops / (self._peak(dtype) * least / (least + 8))
+            return self.overhead + flops / ((self.onednn if onednn else self._peak(dtype)) * least / (least + 8))
         like = (min(sides[0], 8), _near(sides[1]), _near(sides[2]), _near(sides[3]))
-        timed = self._timed(f"product {dtype} {like} {held}", lambda: probe.product(str(dtype), *like, *held))
+        key = f"product {dtype} {like} {held}{' oneDNN' * onednn}"
+        timed = self._timed(key, lambda: probe.product(str(dtype), *like, *held, onednn))
         return self.overhead + timed * flops / (2 * math.prod(like))
 
     def attention(self, dtype: torch.dtype, sides: tuple[int, int, int, int], causal: bool, backward: bool) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectune.layers import dense
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 
@@ -52,6 +53,7 @@ def rates() -> dict[str, float]:
     return {
         "fp32": 2 * math.prod(large) / product("torch.float32", *large, False, True),
         "bf16": 2 * math.prod(large) / product("torch.bfloat16", *large, False, True),
+        "onednn": 2 * math.prod(large) / product("torch.float32", *large, False, True, onednn=True),
         "bandwidth": 12 * a.numel() / typical(lambda: torch.add(a, b, out=c)),
         "fresh": 4 * (1 << 24) / max(fresh - 2 * written, 1e-9),
         "slow": few.numel() / typical(lambda: torch.exp(few, out=into)),
@@ -69,7 +71,7 @@ def layer() -> float:
     return typical(lambda: adapt(stacks.pop(), "lora:rank=1")) / count
 
 
-def product(dtype: str, batch: int, m: int, k: int, n: int, left: bool, right: bool) -> float:
+def product(dtype: str, batch: int, m: int, k: int, n: int, left: bool, right: bool, onednn: bool = False) -> float:
     """Return the seconds of a product (m x k) (k x n); `left` and `right` tell which is held transposed."""
     kind = getattr(torch, dtype.rpartition(".")[2])
 
@@ -80,11 +82,11 @@ def product(dtype: str, batch: int, m: int, k: int, n: int, left: bool, right: b
 
     a, b = drawn(m, k, left), drawn(k, n, right)
     copies = [b, *(drawn(k, n, right) for _ in range(min(8, _COLD // (b.numel() * b.element_size()))))]
-    turn = [0]
+    turn, multiply = [0], dense.matmul if onednn else torch.matmul
 
     def run() -> None:
         turn[0] += 1
-        torch.matmul(a, copies[turn[0] % len(copies)])
+        multiply(a, copies[turn[0] % len(copies)])
 
     return typical(run)
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from spectune.reports.machine import Machine
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_ONEDNN = "mkldnn::_linear_pointwise"
 _PICKING = ("embedding", "gather", "index", "index_select", "scatter_add", "index_put")  # touch a part of a tensor
 _MAPPED = 1 << 25  # bytes above which glibc asks the system for memory each time
 _SLOW = ("exp", "logsumexp", "silu", "silu_backward", "gelu", "gelu_backward", "tanh", "sigmoid", "_softmax")
@@ -24,7 +25,7 @@ class Tally(TorchDispatchMode):
     """Count what operations on the meta device compute, move and hold.
 
     A product takes what one of its shape does; any other operation the longer of its arithmetic and its traffic, and
-    something for itself.  Memory costs time when a step first touches it: training gives it back after each.
+    something for itself.  Pieces of memory too large for the heap cost time each time that they are first touched.
 
     Args:
         machine: rates.
@@ -64,12 +65,11 @@ class Tally(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
-        before = self.most
         self._seen[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
         self.held += size
         self.peak = max(self.peak, self.held)
         self.most = max(self.most, self.held + sum(self._forgotten.values()))
-        self.seconds += (size if size > _MAPPED else self.most - before) / self.machine.fresh
+        self.seconds += (size if size > _MAPPED else 0) / self.machine.fresh
 
     def _release(self, key: int) -> None:
         size = self._seen.pop(key)[1]
@@ -86,7 +86,11 @@ class Tally(TorchDispatchMode):
 
     def _charge(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor], flops: float) -> None:
         name, dtype = func._schema.name.removeprefix("aten::"), given[0].dtype if given else torch.float32
-        if name.rstrip("_") in _PRODUCTS:
+        if name == _ONEDNN:
+            a, b = given[0], given[1].mT
+            sides = (1, a.numel() // a.shape[-1], a.shape[-1], b.shape[-1])
+            self.seconds += self.machine.product(dtype, sides, (_transposed(a), _transposed(b)), onednn=True)
+        elif name.rstrip("_") in _PRODUCTS:
             a, b = given[-2:]
             sides = (math.prod(a.shape[:-2]), a.shape[-2], a.shape[-1], b.shape[-1])
             self.seconds += self.machine.product(dtype, sides, (_transposed(a), _transposed(b)))
@@ -129,6 +133,8 @@ def _transposed(matrix: Tensor) -> bool:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    if func._schema.name == _ONEDNN:
+        return 2 * out.numel() * args[0].shape[-1]
     packet = func._overloadpacket
     count = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
     return count(*args, **kwargs, out_val=out) if count is not None else 0

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from spectune.layers.recompute import current_tape
 
 NAME = "spectune_packed"
 _PROCESSOR = ("cpu", "meta")  # what stands on the meta device is counted as a processor's
@@ -63,11 +67,49 @@ def _each(
 ) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     rest = query.shape[2] - sum(lengths)  # padding, which attends to nothing
-    cut = [t.split([*lengths, rest], 2) for t in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    whole = query, repeat_kv(key, groups), repeat_kv(value, groups)
+    cut = [t.split([*lengths, rest], 2) for t in whole]
     parts = list(zip(*cut, strict=True))[: len(lengths)]
-    each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
-    out = torch.cat(each, 2)
+    if current_tape() is not None and not dropout and all(_is_flash(q, k, v, scaling) for q, k, v in parts):
+        out = _Kept.apply(*(t[:, :, : t.shape[2] - rest] for t in whole), lengths, scaling)
+    else:
+        each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
+        out = torch.cat(each, 2)
     return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2)
+
+
+def _is_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scaling)
+    return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+class _Kept(torch.autograd.Function):
+    """Attention of each example to itself, which a checkpointed region keeps as it does products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
+    ) -> Tensor:
+        tape = current_tape()
+        known = tape.recall() if tape is not None else None
+        if known is None:
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            parts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
+            each = [attend(*part, 0.0, True, scale=scaling) for part in parts]
+            known = torch.cat([out for out, _ in each], 2), torch.cat([sums for _, sums in each], 2)
+        if tape is not None:
+            tape.keep(*known, looked_at=True)
+        ctx.save_for_backward(query, key, value, *known)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return known[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        through = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = zip(*(t.split(ctx.lengths, 2) for t in (grads[0], *ctx.saved_tensors)), strict=True)
+        each = [through(*part, 0.0, True, scale=ctx.scaling) for part in parts]
+        return *(torch.cat(of, 2) for of in zip(*each, strict=True)), None, None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
 
 _CURVE = "curve.png"
+# oneDNN keeps a program of up to a megabyte for each shape of product, 1024 of them unless it is told otherwise before
+# the first: more than a step uses, but each length of a packed row brings shapes of its own
+_PROGRAMS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass
@@ -73,6 +77,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     Raises:
         SpectuneError: bad data, a wrong value, an output folder in use, or a loss that is not finite.
     """
+    os.environ.setdefault(*_PROGRAMS)
     processes.start(config.device)
     output = Path(config.output)
     task = make_task(config)
