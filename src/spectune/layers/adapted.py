@@ -12,9 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from spectune.dense import by_onednn, linear
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.cores import mix
-from spectune.layers.dense import by_onednn, linear
 from spectune.layers.factors import Base, Factors
 from spectune.layers.linear import adapted_linear
 from spectune.layers.recompute import frozen_linear

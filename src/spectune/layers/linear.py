@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectune.dense import linear, matmul
 from spectune.layers import products
-from spectune.layers.dense import linear, matmul
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
 from spectune.layers.recompute import current_tape

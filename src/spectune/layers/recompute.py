@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from spectune.layers.dense import linear, matmul
+from spectune.dense import linear, matmul
 
 
 def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:

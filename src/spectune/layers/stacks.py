@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectune.layers.dense import linear
+from spectune.dense import linear
 
 if TYPE_CHECKING:
     from spectune.layers.adapted import Adapted, Share, Update

@@ -72,7 +72,7 @@ class Machine:
             dtype: of the matrices.
             sides: how many, and m, k, n of (m x k) (k x n).
             held: whether the first and the second are held transposed.
-            onednn: taken by `spectune.layers.dense` and not by PyTorch's own choice.
+            onednn: taken by `spectune.dense` and not by PyTorch's own choice.
         """
         flops = 2 * math.prod(sides)
         if not flops:

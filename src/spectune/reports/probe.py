@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectune.layers import dense
+from spectune import dense
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 

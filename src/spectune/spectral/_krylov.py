@@ -91,7 +91,10 @@ def block_krylov(
         Z = Z - (Z @ basis.mT) @ basis
         Q, R = torch.linalg.qr(Z.mT)
         Q = Q.mT.contiguous()
-        dry = dim >= rank and bool(R.diagonal().abs().min() <= tiny * T.diagonal().max())
+        least = float(R.diagonal().abs().min() / T.diagonal().max())
+        if least < tiny**0.5:  # rounding is much of a row this short
+            Q = torch.linalg.qr((Q - (Q @ basis.mT) @ basis).mT)[0].mT.contiguous()
+        dry = dim >= rank and least <= tiny
         if dim < look and not dry:
             continue
         look = growth * dim

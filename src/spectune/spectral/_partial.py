@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spectune.dense import linear, matmul
 from spectune.spectral._exact import gram_part, tall_svd, times
 from spectune.spectral._krylov import Product, block_krylov, polish, worthwhile
 from spectune.spectral._types import Certify
@@ -29,9 +30,8 @@ def top(T: Tensor, rank: int, tol: float, certify: Certify, seed: int) -> Rows:
             captured = float(theta.sum())
             return captured, min(captured, energy - captured)
 
-        found = block_krylov(
-            lambda X: X @ T.mT, lambda Y: Y @ T, (m, k), rank, tol, measure if certify == "span" else None, T, seed
-        )
+        wanted = measure if certify == "span" else None
+        found = block_krylov(lambda X: linear(X, T), lambda Y: matmul(Y, T), (m, k), rank, tol, wanted, T, seed)
         if found is not None:
             return _normalized(*polish(*found))
     return _quick(T, slice(0, rank), tol) or exact(T, slice(0, rank))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spectune.layers.dense import linear, matmul
+from spectune.dense import linear, matmul
 from spectune.layers.kernels import switched_off
 from spectune.training.batches import IGNORE
 
