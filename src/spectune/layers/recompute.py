@@ -18,8 +18,8 @@ from spectune.dense import linear, matmul
 def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
     """Return the contexts of a region's two passes, for `context_fn` of torch.utils.checkpoint.
 
-    The first pass keeps what linear layers with a frozen weight answer, adapted or not; the second one takes it from
-    there, and computes norms, activations and attention again, up to the last bit.
+    The first pass keeps what linear layers with a frozen weight answer, adapted or not, and the attention of packed
+    rows; the second one takes it from there, and computes norms and activations again, up to the last bit.
 
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": spectune.keep_products})
     """
