@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
+import spectune
+from spectune.layers.adapted import adapted_layers
 from spectune.training.attention import NAME, packed_attention
 from spectune.training.batches import STEP, Packer
+from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 
@@ -108,3 +112,34 @@ def test_long_rows_are_filled_up_to_a_few_lengths_where_the_processor_makes_kern
     exact.pop("labels")
     torch.testing.assert_close(logits, model(**exact, use_cache=False).logits, atol=1e-4, rtol=1e-3)
     assert logits.shape[1] == labels.numel()
+
+
+class Attentions(TorchDispatchMode):
+    """Count calls of fused attention."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_region_keeps_attention_and_its_gradients_to_the_last_bit():
+    model = make_model(num_hidden_layers=2).train()
+    spectune.adapt(model, "lora:rank=2")
+    with torch.no_grad():
+        for parameter in adapted_layers(model)["model.layers.0.self_attn.v_proj"].adapters.parameters():
+            parameter.add_(0.1)
+    examples = encode(RECORDS, make_tokenizer(), 32).examples
+    found = {}
+    for how in (False, "light", True):
+        checkpoint_activations(model, how)
+        with packed_attention(model):
+            batch = Packer(model, 0)(examples)
+            with Attentions() as attentions:
+                logits, gradients = run(model, batch)
+        found[how] = attentions.count, logits, *gradients.values()
+        if how:
+            keep_activations(model)
+    assert [found[how][0] for how in (False, "light", True)] == [6, 6, 12]  # of two layers for three examples
+    assert all(torch.equal(a, b) for a, b in zip(found[False][1:], found["light"][1:], strict=True))
