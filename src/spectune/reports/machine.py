@@ -19,6 +19,7 @@ from spectune.methods import Method
 from spectune.reports import probe
 from spectune.spectral import Request
 
+_SIDE = 64  # of a layer to time the registration of a method's tensors with
 _DRAWN = 1.5e8  # random numbers a second
 # seconds for 10^9 of out * in * min(out, in) on one core of the machine of the committed benchmarks
 _STORED = {"one_sided": 0.24, "full": 0.34, "top": 0.1, "bottom": 0.15}
@@ -126,11 +127,17 @@ class Machine:
         """Return the seconds that adapting `count` weights (out x into) takes, without the cache of decompositions."""
         request = method.request()
         values = method.parameter_count(out, into)
-        seconds = self.layer + values / _DRAWN + 4 * out * into / self.bandwidth
+        seconds = self._layer(method) + values / _DRAWN + 4 * out * into / self.bandwidth
         if request is not None:
             seconds += self._decomposition(request, out, into) / self.threads
         first, each = self._basis(method, out, into)
         return count * (seconds + each) + first
+
+    def _layer(self, method: Method) -> float:
+        """Return the seconds of a layer's class and tensors, timed where a method needs no decomposition."""
+        if not self.measured or method.request() is not None or method.check(_SIDE, _SIDE) is not None:
+            return self.layer
+        return self._timed(f"layer {method!r}", lambda: probe.layer(method, _SIDE))
 
     def _decomposition(self, request: Request, out: int, into: int) -> float:
         if not self.measured:

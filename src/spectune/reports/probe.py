@@ -62,13 +62,13 @@ def rates() -> dict[str, float]:
     }
 
 
-def layer() -> float:
-    """Return the seconds of adapting a layer where the method has nothing to do."""
+def layer(method: Method | str = "lora:rank=1", size: int = 8) -> float:
+    """Return the seconds of adapting a layer (size x size) that is small enough to leave a method nothing to compute."""
     from spectune.model import adapt
 
     count = 64
-    stacks = [torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(count))) for _ in range(6)]
-    return typical(lambda: adapt(stacks.pop(), "lora:rank=1")) / count
+    stacks = [torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(count))) for _ in range(6)]
+    return typical(lambda: adapt(stacks.pop(), method)) / count
 
 
 def product(dtype: str, batch: int, m: int, k: int, n: int, left: bool, right: bool, onednn: bool = False) -> float:
