@@ -1,8 +1,8 @@
 """What `spectune plan` predicts against what is measured: memory, start-up and the step, in seconds and over the floor.
 
 A step is what `spectune train` does: packed rows, the cross-entropy of training, and a fused AdamW.  Its time and the
-floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is the peak resident size of
-two steps, in a process for each method, over what it holds once it has trained such a model and let it go.
+floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is the peak resident size
+of two steps, in a process for each method, over what it holds once it has trained such a model and let it go.
 
     python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
 

@@ -63,7 +63,7 @@ def rates() -> dict[str, float]:
 
 
 def layer(method: Method | str = "lora:rank=1", size: int = 8) -> float:
-    """Return the seconds of adapting a layer (size x size) that is small enough to leave a method nothing to compute."""
+    """Return the seconds of adapting a layer (size x size) so small that a method has next to nothing to compute."""
     from spectune.model import adapt
 
     count = 64
