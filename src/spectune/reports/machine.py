@@ -36,6 +36,7 @@ class Machine:
         bandwidth: bytes a second of an elementwise operation.
         fresh: bytes a second of memory that the system gives out for the first time.
         slow: exponentials and the like a second.
+        drawn: numbers of a dropout a second.
         overhead: seconds of any operation.
         layer: seconds of changing a layer's class and registering its tensors.
         threads: that share the decompositions.
@@ -49,6 +50,7 @@ class Machine:
     bandwidth: float = 2.3e10
     fresh: float = 1.7e9
     slow: float = 1e9
+    drawn: float = 2.5e8
     overhead: float = 3e-6
     layer: float = 2.5e-4
     threads: int = 1

@@ -57,6 +57,7 @@ def rates() -> dict[str, float]:
         "bandwidth": 12 * a.numel() / typical(lambda: torch.add(a, b, out=c)),
         "fresh": 4 * (1 << 24) / max(fresh - 2 * written, 1e-9),
         "slow": few.numel() / typical(lambda: torch.exp(few, out=into)),
+        "drawn": few.numel() / typical(lambda: into.bernoulli_(0.5)),
         "overhead": typical(many) / 150,
         "layer": layer(),
     }

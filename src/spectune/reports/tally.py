@@ -110,7 +110,8 @@ class Tally(TorchDispatchMode):
             elif name.rstrip("_") in _PICKING:
                 moved = 3 * min(_bytes(t) for t in (*given, *made))
             slow = max(t.numel() for t in given) if name.rstrip("_") in _SLOW else 0
-            arithmetic = flops / self.machine.fp32
+            drawn = made[0].numel() if name.rstrip("_") == "bernoulli" else 0
+            arithmetic = flops / self.machine.fp32 + drawn / self.machine.drawn
             self.seconds += max(self.machine.passing(moved, slow), arithmetic)
 
 
