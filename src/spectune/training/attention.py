@@ -67,12 +67,13 @@ def _each(
 ) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     rest = query.shape[2] - sum(lengths)  # padding, which attends to nothing
-    whole = query, repeat_kv(key, groups), repeat_kv(value, groups)
-    cut = [t.split([*lengths, rest], 2) for t in whole]
-    parts = list(zip(*cut, strict=True))[: len(lengths)]
-    if current_tape() is not None and not dropout and all(_is_flash(q, k, v, scaling) for q, k, v in parts):
-        out = _Kept.apply(*(t[:, :, : t.shape[2] - rest] for t in whole), lengths, scaling)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if rest:
+        query, key, value = (t[:, :, :-rest] for t in (query, key, value))
+    if current_tape() is not None and not dropout and _is_flash(query, key, value, scaling):
+        out: Tensor = _Kept.apply(query, key, value, lengths, scaling)  # type: ignore[assignment]
     else:
+        parts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
         each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
         out = torch.cat(each, 2)
     return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2)
