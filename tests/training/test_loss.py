@@ -38,9 +38,10 @@ def gradients(model, value):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("at_once", [1 << 23, 130])
+@pytest.mark.parametrize("at_once", [1 << 25, 520])
 def test_values_and_gradients(padded, at_once, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK", at_once)
+    monkeypatch.setattr(loss_module, "_HELD", at_once)
+    monkeypatch.setattr(loss_module, "_BLOCK", at_once // 8)
     model = spectune.adapt(make_model(), "lora:rank=2").train()
     inputs, labels = batch(model, padded)
     ours, theirs = cross_entropy_sum(model, inputs, labels), reference(model, inputs, labels)
@@ -83,7 +84,7 @@ def test_where_the_product_is_not_the_models_answer_its_logits_are_used(make):
 
 
 def test_no_logits_of_all_positions_are_made(monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK", 80)
+    monkeypatch.setattr(loss_module, "_HELD", 320)
     model = spectune.adapt(make_model(), "svf").train()
     inputs, labels = batch(model)
     largest = []

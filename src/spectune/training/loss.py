@@ -17,8 +17,9 @@ from spectune.dense import linear, matmul
 from spectune.layers.kernels import switched_off
 from spectune.training.batches import IGNORE
 
-_CHUNK = 3 << 21  # logits held at once: 24 MiB of float32, and 10 times that on an accelerator
-_ROWS = 32
+_HELD = 24 << 20  # bytes of logits at once, and five times that on an accelerator
+_BLOCK = 3 << 17  # logits in float32 at once on a processor, whose cache they fit
+_ROWS = 16  # whose multiples are taken at once, so that products have few different shapes
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
 
@@ -101,24 +102,19 @@ class _Chunked(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if learns else None
-        chunk = _CHUNK * (1 if hidden.device.type in ("cpu", "meta") else 10)
-        step = max(1, chunk // weight.shape[0])
-        step -= step % _ROWS if step > _ROWS else 0
+        near = hidden.device.type in ("cpu", "meta")
+        held = (_HELD if near else 5 * _HELD) // (len(weight) * hidden.element_size())
+        step = _even(len(hidden), max(held, 1))
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            target = targets[rows, None]
-            count = len(target)
-            part = F.pad(hidden[rows], (0, 0, 0, -count % _ROWS))  # so that products have few different shapes
-            padded = linear(part, weight).float()
-            logits = padded[:count]  # what follows is in place, as this is where most memory is held
-            largest = logits.amax(1, keepdim=True)
-            picked = logits.gather(1, target) - largest
-            p = logits.sub_(largest).exp_()
-            sums = p.sum(1, keepdim=True)
-            total += (sums.log() - picked).sum()
+            part, target = hidden[rows], targets[rows, None]
+            count = len(part)
+            logits = linear(F.pad(part, (0, 0, 0, -count % _ROWS)), weight)
+            block = max(1, _BLOCK // len(weight)) if near else count
+            for some, wanted in zip(logits[:count].split(block), target.split(block), strict=True):
+                total += _to_gradient(some, wanted)
             if grad is not None:
-                p.div_(sums).scatter_add_(1, target, torch.full_like(picked, -1.0))
-                grad[rows] = matmul(padded.to(weight.dtype), weight)[:count]
+                grad[rows] = matmul(logits, weight)[:count]
         ctx.grad = grad
         return total
 
@@ -126,3 +122,19 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         return ctx.grad * grads[0].to(ctx.grad.dtype), None, None
+
+
+def _even(count: int, most: int) -> int:
+    """Return how many of `count` rows to take at once, at most `most`, so that as many are taken each time."""
+    even = -(-count // max(1, -(-count // most)))
+    return max(1, min(most, even + -even % _ROWS))
+
+
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of -log p(target), and leave its gradient in the place of the logits (n x words)."""
+    exact = logits.float()
+    p = exact.softmax(1)
+    log_sums = exact.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+    loss = (log_sums - exact.gather(1, targets)).sum()
+    logits.copy_(p.scatter_add_(1, targets, torch.full_like(log_sums, -1.0)))
+    return loss
