@@ -19,7 +19,7 @@ from spectune.training.data import Example
 
 IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
-STEP = 64  # tokens, whose multiples long packed rows are filled up to
+STEP = 16  # tokens, whose multiples long packed rows are filled up to
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
@@ -95,7 +95,7 @@ class Packer:
         if self._config is not None and self._config._attn_implementation == attention.NAME:
             starts = [0, *accumulate(len(example.tokens) for example in examples)]
             batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)  # the name that attention functions know
-            extra = -len(tokens) % STEP if self._rounds and len(tokens) > 4 * STEP else 0
+            extra = -len(tokens) % STEP if self._rounds and len(tokens) > 16 * STEP else 0
             for key in ("input_ids", "position_ids"):
                 batch[key] = F.pad(batch[key], (0, extra))
         return batch
