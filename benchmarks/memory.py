@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import spectune
 from _machine import save
-from spectune.training.attention import packed_attention
 from spectune.training.batches import Packer
 from spectune.training.data import encode_one
 from spectune.training.loss import cross_entropy_sum
+from spectune.training.parts import training_parts
 from spectune.training.recompute import checkpoint_activations
 from train_job import BATCH, pairs
 
@@ -67,7 +67,7 @@ def measure(dtype: str, method: str, rounds: int, layers: int | None) -> dict[st
     spectune.adapt(model, method).train()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     examples = [encode_one(pair, tokenizer) for pair in pairs(4 * BATCH)][-BATCH:]
-    with packed_attention(model):
+    with training_parts(model):
         batch = Packer(model, 0)(examples)
 
         def step() -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import spectune
 from _machine import save
 from spectune.reports.probe import clock
-from spectune.training.attention import packed_attention
+from spectune.training.parts import training_parts
 
 OURS = {
     "LoRA": "lora:rank=16,alpha=32",
@@ -106,7 +106,7 @@ def sides(dtype: str, inputs: dict[str, torch.Tensor], only: list[str]) -> Itera
             step = train_step(spectune.adapt(model, method, factored=True), inputs)
             yield name, step
             if dtype == "bf16":
-                with packed_attention(model):
+                with training_parts(model):
                     yield f"{name}, attention of training", step
     for name, config in peft_configs().items():
         if not only or name in only:

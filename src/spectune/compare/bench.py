@@ -25,9 +25,9 @@ from spectune.errors import SpectuneError
 from spectune.generation import generate
 from spectune.model import adapt, adapter_names, base_alone, detach, extract
 from spectune.targets import FRESH
-from spectune.training.attention import packed_attention
 from spectune.training.config import TrainConfig
 from spectune.training.data import Record, form, read, split
+from spectune.training.parts import training_parts
 from spectune.training.progress import is_measure
 from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.run import prepare, token_limit, training_arguments
@@ -159,7 +159,7 @@ class Bench:
         arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
         times = StepTimes()
         rungs = _Rungs(quarter, report)
-        with packed_attention(self.model), packed_attention(model):
+        with training_parts(self.model), training_parts(model):
             trainer = task.trainer(
                 model=model,
                 args=arguments,
@@ -202,7 +202,7 @@ class Bench:
         """Return the seconds of the base's passes, once the peak of training is known: they keep every activation."""
         batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
         keep_activations(model)
-        with packed_attention(model), base_alone(model):
+        with training_parts(model), base_alone(model):
             return floor(model, trainer.task, batches)
 
     def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Bench:
         found: dict[str, Any] = {}
         chosen: list[int] = []  # labels, in the order of the examples
         classifies = self.config.task == "classify"
-        with packed_attention(self.model), packed_attention(model):
+        with training_parts(self.model), training_parts(model):
             with _labels(model, chosen) if classifies else nullcontext():
                 found["test"] = _measures(trainer.evaluate(self.examples["test"], metric_key_prefix="test"), "test")
             found["train"] = _measures(trainer.evaluate(self.examples["sample"], metric_key_prefix="train"), "train")

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.training.attention import packed_attention
 from spectune.training.batches import Packer
 from spectune.training.data import Example
 from spectune.training.loss import cross_entropy_sum
+from spectune.training.parts import training_parts
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def training_attention(model: Any) -> Iterator[None]:
     for module in looking:
         module.__dict__[looks] = lambda *_: None
     with ExitStack() as stack:
-        stack.enter_context(packed_attention(model))
+        stack.enter_context(training_parts(model))
         if model.device.type == "meta":
             stack.enter_context(_whole_attention())
         try:

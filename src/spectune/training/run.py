@@ -20,13 +20,13 @@ from spectune.methods import to_text
 from spectune.model import adapt, attach, extract
 from spectune.spectral import cache
 from spectune.training import processes
-from spectune.training.attention import packed_attention
 from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
+from spectune.training.parts import training_parts
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
-from spectune.training.recompute import checkpoint_activations
+from spectune.training.recompute import checkpoint_activations, keep_memory, release_memory
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
@@ -111,8 +111,11 @@ def train_model(
     Raises:
         SpectuneError: as `train`.
     """
-    with packed_attention(model):
-        return _train(config, model, tokenizer, records, held, console)
+    keep_memory()
+    with training_parts(model):
+        result = _train(config, model, tokenizer, records, held, console)
+    release_memory()
+    return result
 
 
 def _train(
