@@ -180,7 +180,8 @@ class Selection:
     def weights(self, layer: Adapted, x: Tensor) -> dict[str, float | Share]:
         """Return the weight of each adapter in use in a layer: a number, or one for each row of its input x."""
         if self.rows is None:
-            weights = {name: weight_at(self.mixture, name, layer) for name in layer.adapters}
+            there = layer.adapters._modules  # of which there may be many more than are in use
+            weights = {name: weight_at(self.mixture, name, layer) for name in self.mixture if name in there}
             return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
         return self.rows.shares(layer, x, self.rows.times(x, self.expandable))  # type: ignore[return-value]
 

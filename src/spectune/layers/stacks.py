@@ -38,7 +38,7 @@ class Stack:
     Args:
         layer: the layer.
         like: an update of the kind.
-        dtype: of the factors that are not shared.
+        dtype: of the input.
 
     Attributes:
         pieces: of the updates that are held.
@@ -49,7 +49,7 @@ class Stack:
     """
 
     def __init__(self, layer: Adapted, like: Update, dtype: torch.dtype) -> None:
-        self._layer, self._dtype = layer, dtype
+        self._layer, self._dtype = layer, _held_as(dtype, like)
         one, self.core, _ = self._of(like)
         basis: Any = layer.bases._modules.get(like.basis_key)
         frozen = [] if basis is None else list(basis.tensors().values())
@@ -144,12 +144,12 @@ class Part(NamedTuple):
             base = plain if rows is None else plain.index_select(0, rows)
             base = _weighted(base if bias is None else base - bias, self.shares).reshape(added.shape)
             ratio, more = self.ratio
-            added = added.mul_(ratio).addcmul_(base, more)
+            added = added.to(base.dtype).mul_(ratio).addcmul_(base, more)
         added = added.reshape(count, m, -1)
         if rows is None:
             y.add_(added)
         else:
-            y.index_add_(0, rows, added)
+            y.index_add_(0, rows, added.to(y.dtype))
 
 
 class Gather:
@@ -237,7 +237,7 @@ def _by_factors(stack: Stack, uses: list[Use], x: Tensor) -> Iterator[Part]:
             for (u, share), s in zip(part, stack.scales[own], strict=True)
             for row, w in share.uses
         ]
-        core = stack.core if values is None else replace(stack.core, values=values[own].to(x.dtype))
+        core = stack.core if values is None else replace(stack.core, values=values[own])
         yield Part(
             _index([row for row, _, _ in entries], x),
             len(part),
@@ -268,9 +268,24 @@ def _weighted(t: Tensor, weights: Tensor | float) -> Tensor:
     return t if isinstance(weights, float) and weights == 1.0 else t * weights
 
 
+def _held_as(dtype: torch.dtype, update: Update) -> torch.dtype:
+    """Return the dtype of factors side by side that meet an input of `dtype`.
+
+    With a row for each of many matrices a processor spends more time on 16 bits than memory does on 32.
+    """
+    near = _trained(update)[0].device.type == "cpu"
+    return torch.float32 if near and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return x M^T for x (n x m x in), with one M or n of them."""
-    return linear(x, matrix.to(x.dtype)) if matrix.dim() == 2 else torch.bmm(x, matrix.mT)
+    """Return x M^T for x (n x m x in), with one M or n of them; a row for each of n is answered in M's dtype."""
+    if matrix.dim() == 2:
+        return linear(x, matrix.to(x.dtype))
+    if x.shape[1] > 1:
+        return torch.bmm(x, matrix.to(x.dtype).mT)
+    x = x.to(matrix.dtype)
+    wide = matrix.shape[1] < matrix.shape[2]
+    return torch.bmm(matrix, x.mT).mT if wide else torch.bmm(x, matrix.mT)
 
 
 def _unversioned(update: Update) -> bool:
