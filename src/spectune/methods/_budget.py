@@ -175,12 +175,20 @@ def tell_total_steps(model: Any, steps: int) -> None:
 
 
 def _join_trainer() -> None:
-    """Have every transformers.Trainer made from now on tell the length of its run."""
-    from transformers import trainer
+    """Have every transformers.Trainer made from now on tell the length of its run.
 
-    class SpectuneRunLength(trainer.TrainerCallback):
+    Its own list of callbacks is in a module that takes ten times as long to import, with all of `datasets`.
+    """
+    from transformers.trainer_callback import CallbackHandler, TrainerCallback
+
+    class SpectuneRunLength(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             tell_total_steps(model, state.max_steps)
 
-    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks.append(SpectuneRunLength)
+    begin = CallbackHandler.__init__
+
+    def begin_with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.add_callback(SpectuneRunLength)
+
+    CallbackHandler.__init__ = begin_with_ours
