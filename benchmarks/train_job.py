@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="train_job", help="of the file in results/")
     arguments = parser.parse_args()
     if arguments.side:
         side = {"ours": ours, "theirs": theirs}[arguments.side]
@@ -159,7 +160,7 @@ def main() -> None:
             figures["memory_ratio"] = round(a["peak_mib"] / b["peak_mib"], 2)
             results[dtype] = figures
             print(dtype, json.dumps(figures), flush=True)
-    save("train_job", {"steps": arguments.steps, "rounds": arguments.rounds, "results": results})
+    save(arguments.name, {"steps": arguments.steps, "rounds": arguments.rounds, "results": results})
 
 
 if __name__ == "__main__":

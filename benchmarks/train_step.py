@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--name", default="train_step", help="of the file in results/")
     arguments = parser.parse_args()
     inputs = batch(arguments.batch)
     results: dict[str, Any] = {}
@@ -148,7 +149,7 @@ def main() -> None:
                 flush=True,
             )
             about = {"batch": arguments.batch, "length": LENGTH, "rounds": arguments.rounds}
-            save("train_step", {**about, "results": results})
+            save(arguments.name, {**about, "results": results})
 
 
 if __name__ == "__main__":

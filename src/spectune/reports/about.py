@@ -39,7 +39,11 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in known:
+        return platform.machine()
+    which = [f"{key.removeprefix('cpu ')} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return f"{known['model name']} ({', '.join(which)})" if which else known["model name"]  # names may hide what it is
 
 
 def _version(package: str) -> str | None:
