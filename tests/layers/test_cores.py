@@ -1,5 +1,7 @@
 """The cores against dense matrices: products, transposes, per-row values, gradients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,22 +125,22 @@ def test_band_indices_are_the_band(size, width):
 
 
 @settings(deadline=None, max_examples=60)
-@given(size=st.integers(1, 9), width=st.integers(0, 12), seed=st.integers(0, 99))
-def test_a_banded_and_a_sparse_core_of_the_same_entries_agree(size, width, seed):
+@given(size=st.integers(1, 9), width=st.integers(0, 12), seed=st.integers(0, 99), dense=st.sampled_from([0, 100]))
+def test_a_banded_and_a_sparse_core_of_the_same_entries_agree(size, width, seed, dense):
     generator = torch.Generator().manual_seed(seed)
     rows, columns = band_indices(size, width)
     values = torch.randn(len(rows), generator=generator, dtype=torch.float64)
     t = torch.randn(2, 3, size, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(banded_product(t, values, width, False), sparse_product(t, values, rows, columns))
-    torch.testing.assert_close(banded_product(t, values, width, True), sparse_product(t, values, columns, rows))
+    with patch("spectune.layers.functional._DENSE", dense):
+        torch.testing.assert_close(banded_product(t, values, width, False), sparse_product(t, values, rows, columns))
+        torch.testing.assert_close(banded_product(t, values, width, True), sparse_product(t, values, columns, rows))
 
 
-def test_the_sparse_gradient_is_the_same_in_pieces(monkeypatch):
+def test_the_sparse_gradient_is_the_same_however_it_is_taken(monkeypatch):
     grad, t = torch.randn(4, SIZE), torch.randn(4, SIZE)
-    whole = sparse_entries(grad, t, ROWS, COLUMNS)
-    monkeypatch.setattr("spectune.layers.functional._CHUNK", 8)
-    torch.testing.assert_close(sparse_entries(grad, t, ROWS, COLUMNS), whole)
-    torch.testing.assert_close(whole, (grad.T @ t)[ROWS, COLUMNS])
+    for name, value in (("_DENSE", 100), ("_DENSE", 0), ("_CHUNK", 8)):
+        monkeypatch.setattr(f"spectune.layers.functional.{name}", value)
+        torch.testing.assert_close(sparse_entries(grad, t, ROWS, COLUMNS), (grad.T @ t)[ROWS, COLUMNS])
 
 
 def test_the_banded_products_are_well_formed_operators():
@@ -149,7 +151,9 @@ def test_the_banded_products_are_well_formed_operators():
         assert set(checks.values()) == {"SUCCESS"}
 
 
-def test_the_sparse_product_is_a_well_formed_operator():
+@pytest.mark.parametrize("dense", [0, 100])
+def test_the_sparse_product_is_a_well_formed_operator(dense, monkeypatch):
+    monkeypatch.setattr("spectune.layers.functional._DENSE", dense)
     t = torch.randn(2, 3, SIZE, requires_grad=True)
     values = torch.randn(len(ROWS), requires_grad=True)
     checks = torch.library.opcheck(sparse_product, (t, values, ROWS, COLUMNS))

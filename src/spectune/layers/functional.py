@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.dense import linear, matmul
 from spectune.layers.kernels import kernels
 
-_CHUNK = 1 << 22  # elements gathered at once by the sparse core's gradient: 16 MiB of float32
+_DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
+_CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
 
 
 def band_entries(size: int, width: int) -> int:
@@ -139,9 +141,17 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
         t: (..., size).
         values, to, of: (entries): the entries, the output index and the input index of each.
     """
-    rows = t.reshape(-1, t.shape[-1])
-    matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, (t.shape[-1],) * 2, check_invariants=False)
+    rows, square = t.reshape(-1, t.shape[-1]), (t.shape[-1],) * 2
+    if _fills(values, t):
+        matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
+        return linear(rows, matrix).reshape(t.shape)
+    matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, square, check_invariants=False)
     return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).contiguous()
+
+
+def _fills(entries: Tensor, t: Tensor) -> bool:
+    """Whether a core (size x size) has so many entries that a product with all of its places is the faster."""
+    return t.shape[-1] ** 2 <= _DENSE * len(entries)
 
 
 @sparse_product.register_fake
@@ -161,8 +171,10 @@ def _sparse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 
 
 def sparse_entries(grad: Tensor, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
-    """Return sum over rows of grad[..., to] * t[..., of], (entries), a piece of the entries at a time."""
+    """Return sum over rows of grad[..., to] * t[..., of], (entries), of many places a piece of them at a time."""
     g, s = grad.reshape(-1, t.shape[-1]).mT, t.reshape(-1, t.shape[-1]).mT
+    if _fills(to, t):
+        return matmul(g, s.mT)[to, of]
     step = max(1, _CHUNK // max(1, s.shape[1]))
     return torch.cat([(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)])
 
