@@ -2,7 +2,8 @@
 
 A step is what `spectune train` does: packed rows, the cross-entropy of training, and a fused AdamW.  Its time and the
 floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is the peak resident size
-of two steps, in a process for each method, over what it holds once it has trained such a model and let it go.
+of two steps, in a process for each method, over what it holds once it has trained the same and let it go: what the
+libraries keep for themselves, such as programs and buffers for products, is not the plan's.
 
     python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
 
@@ -36,7 +37,7 @@ from _machine import forget_peak, resident, save
 from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.plan import plan
 from spectune.reports.probe import clock
-from spectune.training.recompute import checkpoint_activations, release_memory
+from spectune.training.recompute import checkpoint_activations, keep_memory, release_memory
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]
@@ -83,9 +84,9 @@ def released() -> None:
 def peak(connection: Any, name: str, method: str, dtype: str) -> None:
     """Send the peak of this process over what it holds now."""
     warnings.simplefilter("ignore")
-    loaded = stepper(model_for(name, "lora", dtype))
-    loaded()  # imports what only a model needs
-    del loaded
+    trained = stepper(model_for(name, method, dtype))
+    trained(), trained()
+    del trained
     released()
     before = resident("VmRSS")
     model = model_for(name, method, dtype)
@@ -169,6 +170,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    keep_memory()
     start = time.perf_counter()
     before = Path(__file__).parent / "results" / "plan.json"
     results: dict[str, Any] = json.loads(before.read_text())["results"] if options.update else {}
