@@ -1,4 +1,4 @@
-"""Print the table of docs/spectral.md from results/decompose.json."""
+"""Print the tables of docs/spectral.md and docs/plan.md from results/decompose.json and results/plan.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,30 @@ def row(name: str, figures: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> None:
+def planned(results: dict[str, dict[str, Any]], what: str, column: str) -> str:
+    """Return how many predictions of a column are within 20%, and the range of their ratios to what was measured."""
+    part = "step" if what.startswith("step") else what
+    rows = results[f"{'setup' if part == 'start-up' else part} {column}"]
+    chosen = [
+        row
+        for name, row in rows.items()
+        if part != "step" or name.endswith("seconds") == (what != "step over the floor")
+    ]
+    ratios = [row["ratio"] for row in chosen]
+    within = sum(row["within_20_percent"] for row in chosen)
+    return f"{within} of {len(chosen)}, {min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def print_plan() -> None:
+    results = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))["results"]
+    columns = [key.removeprefix("memory ") for key in results if key.startswith("memory ")]
+    print(f"| | {' | '.join(columns)} |")
+    print(f"|{'---|' * (len(columns) + 1)}")
+    for what in ("start-up", "step over the floor", "step, seconds", "memory"):
+        print(f"| {what} | {' | '.join(planned(results, what, column) for column in columns)} |")
+
+
+def print_decompose() -> None:
     rows = json.loads((RESULTS / "decompose.json").read_text(encoding="utf-8"))["rows"]
     print("| what / against | ours, s | theirs, s | ratio | target | reached | runs | load |")
     print("|---|---|---|---|---|---|---|---|")
@@ -29,4 +52,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_decompose()
+    print()
+    print_plan()
