@@ -3,7 +3,8 @@
 A step is what `spectune train` does: packed rows, the cross-entropy of training, and a fused AdamW.  Its time and the
 floor's are medians, taken in turn.  Start-up is `spectune.adapt` without the cache.  Memory is the peak resident size
 of two steps, in a process for each method, over what it holds once it has trained the same and let it go: what the
-libraries keep for themselves, such as programs and buffers for products, is not the plan's.
+libraries keep for themselves, such as programs and buffers for products, is not the plan's.  The heap has glibc's own
+settings there, and for times those of `spectune train`.
 
     python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
 

@@ -64,6 +64,30 @@ def test_what_follows_no_known_formula_is_left_alone(module):
         assert "forward" not in vars(module)
 
 
+class Gated(LlamaRMSNorm):
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states if gate is None else hidden_states * gate.sigmoid())
+
+
+def test_what_else_a_norm_takes_goes_to_its_own():
+    module = norm(Gated)
+    x, gate = torch.randn(1, 3, 24, requires_grad=True), torch.randn(1, 3, 24)
+    theirs = module(x, gate)
+    with fused_norms(module):
+        assert type(module(x).grad_fn).__name__ == "_NormBackward"
+        assert torch.equal(module(x, gate), theirs)
+        assert torch.equal(module(hidden_states=x, gate=gate), theirs)
+
+
+def test_hooks_see_the_models_inputs_alone():
+    module, seen = norm(LlamaRMSNorm), []
+    module.register_forward_hook(lambda module, args, answer: seen.append(args[0].shape))
+    with fused_norms(module):
+        assert not seen
+        module(torch.randn(1, 3, 24, requires_grad=True))
+    assert seen == [(1, 3, 24)]
+
+
 def test_a_norm_that_learns_or_does_not_answer_to_autograd_is_the_models_own():
     module = norm(LlamaRMSNorm)
     x = torch.randn(1, 3, 24, requires_grad=True)

@@ -16,6 +16,7 @@ from spectune.dense import linear, matmul
 from spectune.layers.kernels import kernels
 
 _DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
+_LARGE = 1 << 22  # places, of which there are too many to be filled for each product
 _CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
 
 
@@ -151,7 +152,7 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
 
 def _fills(entries: Tensor, t: Tensor) -> bool:
     """Whether a core (size x size) has so many entries that a product with all of its places is the faster."""
-    return t.shape[-1] ** 2 <= _DENSE * len(entries)
+    return t.shape[-1] ** 2 <= min(_LARGE, _DENSE * len(entries))
 
 
 @sparse_product.register_fake

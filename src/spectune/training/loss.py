@@ -17,8 +17,9 @@ from spectune.dense import linear, matmul
 from spectune.layers.kernels import switched_off
 from spectune.training.batches import IGNORE
 
-_HELD = 24 << 20  # bytes of logits at once, and five times that on an accelerator
-_BLOCK = 3 << 17  # logits in float32 at once on a processor, whose cache they fit
+_HELD = 24 << 20  # bytes of logits at once
+_BLOCK = 3 << 17  # logits in float32 at once, so that a processor's cache holds them
+_FAR = 5, 32  # times as many of both on an accelerator
 _ROWS = 16  # whose multiples are taken at once, so that products have few different shapes
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
@@ -103,15 +104,15 @@ class _Chunked(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if learns else None
         near = hidden.device.type in ("cpu", "meta")
-        held = (_HELD if near else 5 * _HELD) // (len(weight) * hidden.element_size())
-        step = _even(len(hidden), max(held, 1))
+        held, block = (_HELD, _BLOCK) if near else (_HELD * _FAR[0], _BLOCK * _FAR[1])
+        step = _even(len(hidden), held // (len(weight) * hidden.element_size()))
+        at_once = max(1, block // len(weight))
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             part, target = hidden[rows], targets[rows, None]
             count = len(part)
             logits = linear(F.pad(part, (0, 0, 0, -count % _ROWS)), weight)
-            block = max(1, _BLOCK // len(weight)) if near else count
-            for some, wanted in zip(logits[:count].split(block), target.split(block), strict=True):
+            for some, wanted in zip(logits[:count].split(at_once), target.split(at_once), strict=True):
                 total += _to_gradient(some, wanted)
             if grad is not None:
                 grad[rows] = matmul(logits, weight)[:count]
@@ -125,9 +126,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _even(count: int, most: int) -> int:
-    """Return how many of `count` rows to take at once, at most `most`, so that as many are taken each time."""
+    """Return how many of `count` rows to take at once: a multiple of _ROWS, up to `most`, and as many each time."""
+    most = max(_ROWS, most - most % _ROWS)
     even = -(-count // max(1, -(-count // most)))
-    return max(1, min(most, even + -even % _ROWS))
+    return max(_ROWS, even + -even % _ROWS)
 
 
 def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:

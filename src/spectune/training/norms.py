@@ -80,16 +80,18 @@ class _Forward:
     def __init__(self, module: nn.Module, formula: _Formula) -> None:
         self._module, self._formula = module, formula
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weight: Any = self._module.weight
-        learns = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
-        plain = type(weight) is nn.Parameter and weight.dtype == x.dtype and not torch.compiler.is_compiling()
-        if not learns or not plain:
-            return type(self._module).forward(self._module, x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not self._applies(args[0]):  # such as a gate, beside the input
+            return type(self._module).forward(self._module, *args, **kwargs)
         if (tape := current_tape()) is not None:
             tape.settle()
         with torch._C.DisableTorchFunction():
-            return self._formula(x, weight)
+            return self._formula(args[0], self._module.weight)  # type: ignore[arg-type]
+
+    def _applies(self, x: Tensor) -> bool:
+        weight: Any = self._module.weight
+        learns = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
+        return learns and type(weight) is nn.Parameter and weight.dtype == x.dtype and not torch.compiler.is_compiling()
 
 
 def _formula(module: nn.Module) -> _Formula | None:
@@ -101,11 +103,11 @@ def _formula(module: nn.Module) -> _Formula | None:
         return None
     sample: Any = copy.deepcopy(module).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(weight), generator=generator).to(weight.dtype)
+    x, drawn = torch.randn(3, len(weight), generator=generator, device="cpu").to(weight.dtype).split([2, 1])
     with torch.no_grad():
-        sample.weight.copy_(torch.randn(len(weight), generator=generator))
+        sample.weight.copy_(drawn[0])
         try:
-            answer = sample(x)
+            answer = type(module).forward(sample, x)  # without hooks
         except Exception:  # whatever takes other inputs than a norm does
             return None
     found = (_Formula(eps, *known) for known in _KNOWN)

@@ -112,10 +112,11 @@ def train_model(
         SpectuneError: as `train`.
     """
     keep_memory()
-    with training_parts(model):
-        result = _train(config, model, tokenizer, records, held, console)
-    release_memory()
-    return result
+    try:
+        with training_parts(model):
+            return _train(config, model, tokenizer, records, held, console)
+    finally:
+        release_memory()
 
 
 def _train(
