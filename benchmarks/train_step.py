@@ -5,8 +5,8 @@ of 128 tokens without padding, with logits at the last quarter of the positions,
 turns, and the median of each one's ratio to the floor of the same round is kept.  With one thread (OMP_NUM_THREADS=1)
 times are the processor's, which other processes hardly lengthen.
 
-In bf16 ours is timed once more with the attention of `spectune train`, which is taken in fp32: PyTorch's own gradients
-of attention in bf16 are a quarter of the floor.
+In bf16 ours is timed once more with the attention of `spectune train`, which is taken in fp32, and its norms: PyTorch's
+own gradients of attention in bf16 are a quarter of the floor.
 
     python benchmarks/train_step.py [--dtype fp32|bf16] [--batch 8] [--rounds 7] [--only NAME ...]
 """

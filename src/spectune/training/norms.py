@@ -1,7 +1,7 @@
 """Root-mean-square norms of a frozen model with their gradient in one piece, at a fifth of what autograd takes.
 
 A model's own norm is a chain of small operations, and autograd's gradient one of fifteen more, each over all of the
-hidden states in fp32; what they keep is several times the norm's input.
+hidden states in fp32; of an input in 16 bits they keep copies in fp32.
 """
 
 from __future__ import annotations
