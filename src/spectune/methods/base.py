@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.dropout import dropout
 from spectune.layers.factors import Base, Factors
 from spectune.spectral import Request
 
@@ -88,7 +88,7 @@ class Method(abc.ABC):
         return getattr(self, "dropout", 0.0)
 
     def _dropped(self, x: Tensor, training: bool) -> Tensor:
-        return F.dropout(x, self.drop) if self.drop and training else x
+        return dropout(x, self.drop) if self.drop and training else x
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         """Return W' - W (out x in), dense."""

@@ -36,7 +36,8 @@ class Machine:
         bandwidth: bytes a second of an elementwise operation.
         fresh: bytes a second of memory that the system gives out for the first time.
         slow: exponentials and the like a second.
-        drawn: numbers of a dropout a second.
+        drawn: numbers of a model's own dropout a second.
+        words: random words of 64 bits a second, of which an adapter's dropout takes one for four numbers.
         overhead: seconds of any operation.
         layer: seconds of changing a layer's class and registering its tensors.
         threads: that share the decompositions.
@@ -51,6 +52,7 @@ class Machine:
     fresh: float = 1.7e9
     slow: float = 1e9
     drawn: float = 2.5e8
+    words: float = 3.0e8
     overhead: float = 3e-6
     layer: float = 2.5e-4
     threads: int = 1

@@ -39,6 +39,7 @@ def rates() -> dict[str, float]:
     """Return the constants of a `Machine`."""
     a, b, c = (torch.ones(1 << 23) for _ in range(3))
     few, into = torch.randn(1 << 18), torch.empty(1 << 18)
+    words = torch.empty(1 << 18, dtype=torch.int64)
     scalar = torch.ones(4, requires_grad=True)
 
     def many() -> None:
@@ -58,6 +59,7 @@ def rates() -> dict[str, float]:
         "fresh": 4 * (1 << 24) / max(fresh - 2 * written, 1e-9),
         "slow": few.numel() / typical(lambda: torch.exp(few, out=into)),
         "drawn": few.numel() / typical(lambda: into.bernoulli_(0.5)),
+        "words": words.numel() / typical(lambda: words.random_(-(2**63), None)),
         "overhead": typical(many) / 150,
         "layer": layer(),
     }

@@ -110,8 +110,8 @@ class Tally(TorchDispatchMode):
             elif name.rstrip("_") in _PICKING:
                 moved = 3 * min(_bytes(t) for t in (*given, *made))
             slow = max(t.numel() for t in given) if name.rstrip("_") in _SLOW else 0
-            drawn = made[0].numel() if name.rstrip("_") == "bernoulli" else 0
-            arithmetic = flops / self.machine.fp32 + drawn / self.machine.drawn
+            rate = {"bernoulli": self.machine.drawn, "random": self.machine.words}.get(name.rstrip("_"))
+            arithmetic = flops / self.machine.fp32 + (made[0].numel() / rate if rate else 0.0)
             self.seconds += max(self.machine.passing(moved, slow), arithmetic)
 
 
