@@ -30,6 +30,7 @@ from spectune.reports.probe import clock
 
 METHODS = {"svf": "svf", "lora_xs": "lora_xs:rank=16", "lora": "lora:rank=16,alpha=32"}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAST = torch.tensor([-1])  # as a number, PyTorch multiplies each row of a batch by a copy of the output embedding
 Step = Callable[[dict[str, Any]], Any]
 
 
@@ -92,10 +93,10 @@ def timed(
     """Return the median ratios of a batch with these adapters to one with one adapter, and the times of both."""
 
     def prefill(model: Any) -> float:
-        return seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
+        return seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=LAST))
 
     def decode(model: Any) -> float:
-        took = seconds(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1))
+        took = seconds(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=LAST))
         cache.crop(-1)
         return took
 
@@ -165,7 +166,7 @@ def measure(given: Any, dtype: str, method: str, counts: list[int], results: dic
     with torch.no_grad():
         cache = DynamicCache()
         with side.one() as one:
-            one(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            one(input_ids=ids, past_key_values=cache, logits_to_keep=LAST)
         slower = 4 if method == "peft_lora" and max(counts) > 64 else 1  # so many in a loop take their time
         for count in counts:
             names = [f"a{i % count}" for i in range(rows)]

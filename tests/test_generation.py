@@ -39,3 +39,11 @@ def test_messages_need_a_template_and_raw_text_does_not():
         prompt_tokens(tokenizer, [{"role": "user", "content": "say"}])
     assert torch.tensor(prompt_tokens(tokenizer, "say")).numel() == 1
     assert len(prompt_tokens(make_tokenizer(), "say", raw=True)) == 1
+
+
+def test_the_output_embedding_meets_the_last_positions_alone_and_in_one_piece():
+    model, seen = make_model().eval(), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    generate(model, make_tokenizer(), ["say", "what is one plus two"], max_new_tokens=3)
+    assert len(seen) > 1
+    assert all(hidden.shape[:2] == (2, 1) and hidden.is_contiguous() for hidden in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,16 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[T
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def last_logits(model: Any, count: int = 1) -> dict[str, Tensor]:
+    """Return the argument that has a model make logits at the last positions alone, where it takes one.
+
+    A tensor, since models cut a number of positions from all as a view, which PyTorch multiplies by a frozen output
+    embedding row by row, on a processor with a copy of it for each: 8 rows take a hundred times as long in bf16.
+    """
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": torch.arange(-count, 0, device=model.device)} if takes else {}
 
 
 @torch.inference_mode()
@@ -108,6 +119,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         streamer=streamer,
+        **last_logits(model),
         **sampling,
     )
     replies = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectune.generation import left_padded
+from spectune.generation import last_logits, left_padded
 from spectune.training import attention
 from spectune.training.batches import Packer
 
@@ -86,7 +86,7 @@ def sample(
             position_ids=positions,
             past_key_values=past,
             use_cache=True,
-            logits_to_keep=1,
+            **last_logits(model),
         )
         past.batch_repeat_interleave(samples)
         cache = {"past_key_values": past}
@@ -100,6 +100,7 @@ def sample(
             pad_token_id=pad,
             eos_token_id=list(ends) or None,
             **(drawn if temperature > 0 else {"do_sample": False}),
+            **last_logits(model),
             **cache,
         )
     finally:

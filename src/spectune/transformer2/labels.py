@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.generation import prompt_tokens
+from spectune.generation import last_logits, prompt_tokens
 from spectune.transformer2.library import NONE, Library
 
 CONTENT_FREE = ("N/A", "...", "")  # prompts that are for nothing (arXiv 2102.09690)
@@ -88,7 +88,7 @@ def _scores(model: Any, prefixes: Sequence[Sequence[int]], answers: Sequence[Seq
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prefixes], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prefixes], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **last_logits(model))
     first = F.log_softmax(out.logits[:, -1].float(), dim=-1)
     total = torch.stack([first[:, answer[0]] for answer in answers], dim=1)
     if most == 1:

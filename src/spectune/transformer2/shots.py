@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.generation import last_logits
 from spectune.training.data import Example, encode_one
 from spectune.transformer2.pool import Mixture, Pool
 
@@ -113,8 +114,8 @@ def mean_likelihood(pool: Pool, mixtures: Sequence[Mixture], shots: Sequence[Sho
             attention_mask=mask.repeat(n, 1),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0).repeat(n, 1),
             use_cache=False,
-            logits_to_keep=kept + 1,
-        ).logits[:, :-1]
+            **last_logits(pool.model, kept + 1),
+        ).logits[:, -kept - 1 : -1]
     targets, counted = ids[:, -kept:].repeat(n, 1), learned[:, -kept:].repeat(n, 1)
     pairs = zip(logits, targets, strict=True)  # row by row, since logits in float32 are the largest thing here
     log = torch.stack([-F.cross_entropy(row.float(), target, reduction="none") for row, target in pairs])
