@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectune import dense
 from spectune.methods import Method
@@ -16,6 +16,7 @@ from spectune.spectral import Request, decompose_many
 
 STAND_IN = 1 << 20  # entries of the largest weight that is decomposed to see how long it takes
 ROWS = 256  # and rows of the largest input that goes through a core
+_EACH, _DEPTH = 4, 3  # modules in a module, of those that are adapted to see how long that takes
 _COLD = 1 << 25  # bytes of copies that a timed product's second factor is taken from, as weights come from memory
 
 
@@ -69,9 +70,11 @@ def layer(method: Method | str = "lora:rank=1", size: int = 8) -> float:
     """Return the seconds of adapting a layer (size x size) so small that a method has next to nothing to compute."""
     from spectune.model import adapt
 
-    count = 64
-    stacks = [torch.nn.Sequential(*(torch.nn.Linear(size, size) for _ in range(count))) for _ in range(6)]
-    return typical(lambda: adapt(stacks.pop(), method)) / count
+    def model(depth: int) -> nn.Module:  # layers lie as deep as in models
+        return nn.ModuleList(model(depth - 1) for _ in range(_EACH)) if depth else nn.Linear(size, size)
+
+    models = [model(_DEPTH) for _ in range(6)]
+    return typical(lambda: adapt(models.pop(), method)) / _EACH**_DEPTH
 
 
 def product(dtype: str, batch: int, m: int, k: int, n: int, left: bool, right: bool, onednn: bool = False) -> float:
