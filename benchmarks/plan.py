@@ -38,7 +38,8 @@ from _machine import forget_peak, resident, save
 from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
 from spectune.reports.plan import plan
 from spectune.reports.probe import clock
-from spectune.training.recompute import checkpoint_activations, keep_memory, release_memory
+from spectune.training.heap import keep_memory, release_memory
+from spectune.training.recompute import checkpoint_activations
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]

@@ -7,6 +7,13 @@ from typing import Any
 
 from _machine import RESULTS
 
+PLANNED = {  # a row of the table: the part of the results, and whether its rows of seconds are meant
+    "start-up": ("setup", False),
+    "step over the floor": ("step", False),
+    "step, seconds": ("step", True),
+    "memory": ("memory", False),
+}
+
 
 def row(name: str, figures: dict[str, Any]) -> str:
     target = figures["target"]
@@ -20,15 +27,9 @@ def row(name: str, figures: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def planned(results: dict[str, dict[str, Any]], what: str, column: str) -> str:
-    """Return how many predictions of a column are within 20%, and the range of their ratios to what was measured."""
-    part = "step" if what.startswith("step") else what
-    rows = results[f"{'setup' if part == 'start-up' else part} {column}"]
-    chosen = [
-        row
-        for name, row in rows.items()
-        if part != "step" or name.endswith("seconds") == (what != "step over the floor")
-    ]
+def planned(rows: dict[str, Any], seconds: bool) -> str:
+    """Return how many predictions are within 20%, and the range of their ratios to what was measured."""
+    chosen = [row for name, row in rows.items() if name.endswith(" seconds") == seconds]
     ratios = [row["ratio"] for row in chosen]
     within = sum(row["within_20_percent"] for row in chosen)
     return f"{within} of {len(chosen)}, {min(ratios):.2f} to {max(ratios):.2f}"
@@ -39,8 +40,8 @@ def print_plan() -> None:
     columns = [key.removeprefix("memory ") for key in results if key.startswith("memory ")]
     print(f"| | {' | '.join(columns)} |")
     print(f"|{'---|' * (len(columns) + 1)}")
-    for what in ("start-up", "step over the floor", "step, seconds", "memory"):
-        print(f"| {what} | {' | '.join(planned(results, what, column) for column in columns)} |")
+    for what, (part, seconds) in PLANNED.items():
+        print(f"| {what} | {' | '.join(planned(results[f'{part} {column}'], seconds) for column in columns)} |")
 
 
 def print_decompose() -> None:

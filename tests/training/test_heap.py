@@ -1,15 +1,15 @@
 """What a run asks of the heap."""
 
-from spectune.training import recompute
+from spectune.training import heap
 
 
 def test_the_heap_keeps_what_steps_free_unless_the_user_said_otherwise(monkeypatch):
     asked = []
-    monkeypatch.setattr(recompute, "_of_glibc", lambda name: lambda *args: asked.append((name, *args)))
+    monkeypatch.setattr(heap, "_of_glibc", lambda name: lambda *args: asked.append((name, *args)))
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
-    recompute.keep_memory()
-    recompute.release_memory()
+    heap.keep_memory()
+    heap.release_memory()
     assert asked == [("mallopt", -3, 32 << 20), ("malloc_trim", 0)]
 
 
@@ -17,8 +17,8 @@ def test_without_glibc_nothing_happens(monkeypatch):
     def missing(name):
         raise OSError("no such library")
 
-    monkeypatch.setattr(recompute.ctypes, "CDLL", missing)
-    recompute._of_glibc.cache_clear()
-    recompute.keep_memory()
-    recompute.release_memory()
-    recompute._of_glibc.cache_clear()
+    monkeypatch.setattr(heap.ctypes, "CDLL", missing)
+    heap._of_glibc.cache_clear()
+    heap.keep_memory()
+    heap.release_memory()
+    heap._of_glibc.cache_clear()

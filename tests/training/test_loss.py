@@ -44,7 +44,7 @@ def gradients(model, value):
 def test_values_and_gradients(padded, at_once, monkeypatch):
     monkeypatch.setattr(loss_module, "_HELD", at_once)
     monkeypatch.setattr(loss_module, "_BLOCK", at_once // 8)
-    monkeypatch.setattr(loss_module, "_ROWS", 1)
+    monkeypatch.setattr(loss_module, "STEP", 1)
     model = spectune.adapt(make_model(), "lora:rank=2").train()
     inputs, labels = batch(model, padded)
     ours, theirs = cross_entropy_sum(model, inputs, labels), reference(model, inputs, labels)
@@ -90,15 +90,15 @@ def test_where_the_product_is_not_the_models_answer_its_logits_are_used(make):
 @given(count=st.integers(0, 3000), most=st.integers(0, 300))
 def test_rows_are_taken_in_even_parts(count, most):
     step = loss_module._even(count, most)
-    assert step % loss_module._ROWS == 0
-    assert loss_module._ROWS <= step <= max(most, loss_module._ROWS)
-    computed = sum(part + -part % loss_module._ROWS for part in (min(step, count - i) for i in range(0, count, step)))
-    assert computed < count + loss_module._ROWS
+    assert step % loss_module.STEP == 0
+    assert loss_module.STEP <= step <= max(most, loss_module.STEP)
+    computed = sum(part + -part % loss_module.STEP for part in (min(step, count - i) for i in range(0, count, step)))
+    assert computed < count + loss_module.STEP
 
 
 def test_no_logits_of_all_positions_are_made(monkeypatch):
     monkeypatch.setattr(loss_module, "_HELD", 320)
-    monkeypatch.setattr(loss_module, "_ROWS", 1)
+    monkeypatch.setattr(loss_module, "STEP", 1)
     model = spectune.adapt(make_model(), "svf").train()
     inputs, labels = batch(model)
     largest = []

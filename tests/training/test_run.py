@@ -212,10 +212,10 @@ def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatc
 
 
 def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path):
-    more = ["eval_steps=5", "save_steps=5", "patience=1", "max_steps=200", "lr=2", "schedule=constant"]
+    more = ["eval_steps=5", "save_steps=5", "patience=1", "max_steps=60", "lr=2", "schedule=constant"]
     result = run(settings, f"output={tmp_path / 'out'}", *more)
     losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]
-    assert result.steps < 200
+    assert result.steps < 60
     assert result.loss_after == pytest.approx(min(losses[1:]))
 
 

@@ -73,7 +73,7 @@ def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def training_attention(model: Any) -> Iterator[None]:
-    """Within the context a model attends as in training; on the meta device by what a CPU does there with numbers."""
+    """Within the context a model attends and norms as in training; on the meta device as a CPU does with numbers."""
     looks = "warn_if_padding_and_no_attention_mask"
     looking = [m for m in model.modules() if model.device.type == "meta" and hasattr(type(m), looks)]
     for module in looking:

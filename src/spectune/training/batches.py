@@ -19,7 +19,7 @@ from spectune.training.data import Example
 
 IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
-STEP = 16  # tokens, whose multiples long packed rows are filled up to
+STEP = 16  # rows, whose multiples products are filled up to, so that they have few different shapes
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all

@@ -15,12 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from spectune.dense import linear, matmul
 from spectune.layers.kernels import switched_off
-from spectune.training.batches import IGNORE
+from spectune.training.batches import IGNORE, STEP
 
 _HELD = 24 << 20  # bytes of logits at once
 _BLOCK = 3 << 17  # logits in float32 at once, so that a processor's cache holds them
 _FAR = 5, 32  # times as many of both on an accelerator
-_ROWS = 16  # whose multiples are taken at once, so that products have few different shapes
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
 
@@ -111,7 +110,7 @@ class _Chunked(torch.autograd.Function):
             rows = slice(start, start + step)
             part, target = hidden[rows], targets[rows, None]
             count = len(part)
-            logits = linear(F.pad(part, (0, 0, 0, -count % _ROWS)), weight)
+            logits = linear(F.pad(part, (0, 0, 0, -count % STEP)), weight)
             for some, wanted in zip(logits[:count].split(at_once), target.split(at_once), strict=True):
                 total += _to_gradient(some, wanted)
             if grad is not None:
@@ -126,10 +125,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _even(count: int, most: int) -> int:
-    """Return how many of `count` rows to take at once: a multiple of _ROWS, up to `most`, and as many each time."""
-    most = max(_ROWS, most - most % _ROWS)
+    """Return how many of `count` rows to take at once: a multiple of STEP, up to `most`, and as many each time."""
+    most = max(STEP, most - most % STEP)
     even = -(-count // max(1, -(-count // most)))
-    return max(_ROWS, even + -even % _ROWS)
+    return max(STEP, even + -even % STEP)
 
 
 def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:

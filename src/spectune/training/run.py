@@ -24,9 +24,10 @@ from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data import Encoded, Record
+from spectune.training.heap import keep_memory, release_memory
 from spectune.training.parts import training_parts
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
-from spectune.training.recompute import checkpoint_activations, keep_memory, release_memory
+from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer import AdapterTrainer
