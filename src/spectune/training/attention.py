@@ -1,12 +1,13 @@
 """Attention within each example of a packed row, at the cost of the examples and not of the row.
 
 With a block-diagonal mask, attention on a CPU computes the whole square of the row.  Here each example attends to
-itself in a call of its own, and where a model in bf16 learns, in fp32.
+itself in a call of its own, and where a model in bf16 learns, in fp32.  An example whose first tokens are another's has
+rows for the rest alone, which attend to the shared ones as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +36,8 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    context_rows: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return attention (1, n, heads, d), each example of a packed row by itself; without lengths as usual.
@@ -45,36 +48,69 @@ def _attention(
         attention_mask: used only without lengths.
         dropout: of the probabilities.
         scaling: of the scores.
-        cu_seq_lens_q: (examples + 1), where each example begins, and the end.
+        cu_seq_lens_q: (examples + 1), where the rows of each example begin, and the end.
+        cu_seq_lens_k: the same of what each attends to, if that is more.
+        context_rows: what each attends to, one example behind the other; its own rows are its last ones.
         kwargs: what else models pass.
     """
-    lengths = cu_seq_lens_q.diff().tolist() if cu_seq_lens_q is not None and len(query) == 1 else None
+    packed = cu_seq_lens_q is not None and len(query) == 1
+    spans = _Spans(cu_seq_lens_q, cu_seq_lens_k, context_rows) if packed else None
     dtype = query.dtype
     low = dtype in (torch.bfloat16, torch.float16) and query.device.type in _PROCESSOR
-    if low and query.requires_grad and max(lengths or query.shape[2:3]) <= _SHORT:
+    if low and query.requires_grad and max(spans.seen if spans else query.shape[2:3]) <= _SHORT:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
-    if lengths is None:
+    if spans is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     else:
-        out = _each(query, key, value, lengths, dropout, scaling)
+        out = _each(query, key, value, spans, dropout, scaling)
     return out.to(dtype), None
 
 
-def _each(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], dropout: float, scaling: float | None
-) -> Tensor:
+class _Spans:
+    """How many rows each example of a packed row has, and how many it attends to, which may be those of others too."""
+
+    def __init__(self, own: Tensor, seen: Tensor | None, rows: Tensor | None) -> None:
+        self.own: list[int] = own.diff().tolist()
+        self.seen: list[int] = self.own if seen is None else seen.diff().tolist()
+        self.rows = rows
+        self._mask: Tensor | None = None
+
+    def parts(
+        self, own: Sequence[Tensor], seen: Sequence[Tensor]
+    ) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+        """Return for each example its parts of tensors, and how its rows see those that they attend to.
+
+        Args:
+            own: tensors (1, heads, rows, ...) of its own rows.
+            seen: the same of what these attend to.
+        """
+        split = (*(t.split(self.own, 2) for t in own), *(t.split(self.seen, 2) for t in seen))
+        for count, most, *parts in zip(self.own, self.seen, *split, strict=True):
+            mask = None if count == most else self._causal(own[0])[most - count : most, :most]
+            yield tuple(parts), {"attn_mask": mask, "is_causal": mask is None}
+
+    def _causal(self, like: Tensor) -> Tensor:
+        if self._mask is None or self._mask.dtype != like.dtype:
+            most = max(self.seen)
+            self._mask = like.new_full((most, most), -torch.inf).triu(1)
+        return self._mask
+
+
+def _each(query: Tensor, key: Tensor, value: Tensor, spans: _Spans, dropout: float, scaling: float | None) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    rest = query.shape[2] - sum(lengths)  # padding, which attends to nothing
+    count = sum(spans.own)
+    rest = query.shape[2] - count  # padding, which attends to nothing
+    query = query[:, :, :count]
+    key, value = (t[:, :, :count] if spans.rows is None else t.index_select(2, spans.rows) for t in (key, value))
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if rest:
-        query, key, value = (t[:, :, :-rest] for t in (query, key, value))
     if current_tape() is not None and not dropout and _is_flash(query, key, value, scaling):
-        out: Tensor = _Kept.apply(query, key, value, lengths, scaling)  # type: ignore[assignment]
+        out: Tensor = _Kept.apply(query, key, value, spans, scaling)  # type: ignore[assignment]
     else:
-        parts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
-        each = [F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scaling) for q, k, v in parts]
+        attend = F.scaled_dot_product_attention
+        parts = spans.parts((query,), (key, value))
+        each = [attend(*part, dropout_p=dropout, scale=scaling, **how) for part, how in parts]
         out = torch.cat(each, 2)
     return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2)
 
@@ -88,28 +124,27 @@ class _Kept(torch.autograd.Function):
     """Attention of each example to itself, which a checkpointed region keeps as it does products."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: _Spans, scaling: float | None) -> Tensor:
         tape = current_tape()
         known = tape.recall() if tape is not None else None
         if known is None:
             attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            parts = zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
-            each = [attend(*part, 0.0, True, scale=scaling) for part in parts]
+            parts = spans.parts((query,), (key, value))
+            each = [attend(*part, scale=scaling, **how) for part, how in parts]
             known = torch.cat([out for out, _ in each], 2), torch.cat([sums for _, sums in each], 2)
         if tape is not None:
             tape.keep(*known, looked_at=True)
         ctx.save_for_backward(query, key, value, *known)
-        ctx.lengths, ctx.scaling = lengths, scaling
+        ctx.spans, ctx.scaling = spans, scaling
         return known[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         through = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = zip(*(t.split(ctx.lengths, 2) for t in (grads[0], *ctx.saved_tensors)), strict=True)
-        each = [through(*part, 0.0, True, scale=ctx.scaling) for part in parts]
+        query, key, value, out, sums = ctx.saved_tensors
+        parts = ctx.spans.parts((grads[0], query, out, sums), (key, value))
+        each = [through(g, q, k, v, o, s, 0.0, scale=ctx.scaling, **how) for (g, q, o, s, k, v), how in parts]
         return *(torch.cat(of, 2) for of in zip(*each, strict=True)), None, None
 
 

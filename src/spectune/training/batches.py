@@ -21,6 +21,7 @@ IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
 STEP = 16  # rows, whose multiples products are filled up to, so that they have few different shapes
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
+_WORTH = 8  # tokens that examples have in common at their beginning, from which on they are computed once
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
 _APART: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # by the attention that answered
@@ -48,7 +49,9 @@ class Packer:
         # a CPU makes kernels of its own for each new shape of products in these dtypes, which takes time and memory
         self._rounds = takes and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
         self._pad = pad
+        self.shares = False
         self.packs = takes and self._keeps_apart(model)
+        self.shares = self.packs
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the model's inputs, with `labels` shifted to the positions that predict them."""
@@ -78,13 +81,19 @@ class Packer:
         return known[key]
 
     def _packed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        tokens, positions, keep, labels = [], [], [], []
-        for example in examples:
-            start = len(tokens)
-            tokens += example.tokens
-            positions += range(len(example.tokens))
+        own = self._config is not None and self._config._attn_implementation == attention.NAME
+        order, rows = _lay_out(examples, own and self.shares)
+        tokens, positions, starts = [], [], [0]
+        for index in order:
+            example, place = examples[index], rows[index]
+            first = place.index(len(tokens))
+            tokens += example.tokens[first:]
+            positions += range(first, len(place))
+            starts.append(len(tokens))
+        keep, labels = [], []
+        for example, place in zip(examples, rows, strict=True):
             learned = [i for i, s in enumerate(example.supervised) if s and i > 0]
-            keep += [start + i - 1 for i in learned]
+            keep += [place[i - 1] for i in learned]
             labels += [example.tokens[i] for i in learned]
         batch = {
             "input_ids": torch.tensor([tokens]),
@@ -92,9 +101,12 @@ class Packer:
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor([labels]),
         }
-        if self._config is not None and self._config._attn_implementation == attention.NAME:
-            starts = [0, *accumulate(len(example.tokens) for example in examples)]
+        if own:
             batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)  # the name that attention functions know
+            seen = [0, *accumulate(len(rows[index]) for index in order)]
+            if seen != starts:
+                batch["cu_seq_lens_k"] = torch.tensor(seen, dtype=torch.int32)
+                batch["context_rows"] = torch.tensor([row for index in order for row in rows[index]])
             extra = -len(tokens) % STEP if self._rounds and len(tokens) > 16 * STEP else 0
             for key in ("input_ids", "position_ids"):
                 batch[key] = F.pad(batch[key], (0, extra))
@@ -110,6 +122,32 @@ class Packer:
             shifted = [t if s else IGNORE for t, s in zip(example.tokens[1:], example.supervised[1:], strict=True)]
             labels[row, : n - 1] = torch.tensor(shifted, dtype=labels.dtype)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _lay_out(examples: Sequence[Example], share: bool) -> tuple[list[int], list[list[int]]]:
+    """Return the order in which examples lie in a row of tokens, and for each of them the rows of its tokens.
+
+    Args:
+        examples: in any order.
+        share: whether an example takes the rows of another one for the tokens that both begin with; it then lies
+            behind those that come before it in the order of their tokens, of which the last has most in common with it.
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i].tokens) if share else [*range(len(examples))]
+    rows: list[list[int]] = [[]] * len(examples)
+    last, used = -1, 0
+    for index in order:
+        tokens = examples[index].tokens
+        common = _in_common(examples[last].tokens, tokens[:-1]) if share and last >= 0 else 0
+        common = common if common >= _WORTH else 0
+        new = len(tokens) - common
+        rows[index] = [*rows[last][:common], *range(used, used + new)]
+        last, used = index, used + new
+    return order, rows
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class EvenSampler(Sampler[int]):

@@ -223,7 +223,11 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
 
 
 def _token_count(inputs: Any) -> Any:
-    if "cu_seq_lens_q" in inputs:
-        return inputs["cu_seq_lens_q"][-1]
+    for lengths in (
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+    ):  # the tokens of examples, whether or not computed once for several
+        if lengths in inputs:
+            return inputs[lengths][-1]
     mask = inputs.get("attention_mask")
     return mask.sum() if mask is not None else inputs["input_ids"].numel()
