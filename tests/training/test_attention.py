@@ -99,14 +99,17 @@ def test_where_it_would_differ_nothing_changes():
 
 
 def test_long_rows_are_filled_up_to_a_few_lengths_where_the_processor_makes_kernels_for_each():
-    records = [{"text": " ".join(["one", "two", "three", "and"] * 8)}] * 12
+    words = ["one", "two", "three", "and", "hello"]
+    records = [{"text": " ".join([words[i % 5], words[i // 5], *words * 5])} for i in [*range(14), 0]]
     examples = encode(records, make_tokenizer(), 64).examples
     model = make_model().bfloat16()
     with packed_attention(model):
         filled = Packer(model, 0)(examples)
         exact = Packer(make_model(), 0)._packed(examples)
         assert filled["input_ids"].shape[1] % STEP == 0
-        assert filled["cu_seq_lens_q"][-1] == exact["input_ids"].shape[1] < filled["input_ids"].shape[1]
+        tokens = sum(len(example.tokens) for example in examples)
+        assert filled["cu_seq_lens_k"][-1] == exact["cu_seq_lens_k"][-1] == tokens
+        assert filled["cu_seq_lens_q"][-1] == exact["input_ids"].shape[1] < filled["input_ids"].shape[1] < tokens
         labels = filled.pop("labels")
         logits = model.float()(**filled, use_cache=False).logits
     exact.pop("labels")

@@ -1,12 +1,18 @@
 """Packed, padded and single examples have one loss."""
 
+from contextlib import nullcontext
+from itertools import combinations, takewhile
+
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from hypothesis import given, settings
 
 from spectune.training.attention import packed_attention
 from spectune.training.batches import IGNORE, Packer
+from spectune.training.data import Example
 from spectune.training.rollout import shares_prompts
 from spectune.training.tasks.sft import encode
 from tiny import ARCHITECTURES, TEXT
@@ -56,6 +62,70 @@ def test_a_model_without_logits_to_keep_gets_a_padded_batch():
     batch = Packer(Plain(), 0)(examples)
     assert batch["input_ids"].shape == (4, max(len(e.tokens) for e in examples))
     assert int(batch["attention_mask"].sum()) == sum(len(e.tokens) for e in examples)
+
+
+BEGINNINGS = [[], [4, 5, 6], list(range(3, 15)), [*range(3, 15), *range(20, 30)]]
+
+
+def texts(draw):
+    beginning = draw(st.sampled_from(BEGINNINGS))
+    own = draw(st.lists(st.integers(3, 30), min_size=0 if len(beginning) > 1 else 2, max_size=12))
+    tokens = [*beginning, *own]
+    return Example(tokens, [*draw(st.lists(st.booleans(), min_size=len(tokens) - 1, max_size=len(tokens) - 1)), True])
+
+
+@pytest.mark.parametrize("attends", ["eager", "sdpa", "packed"])
+@settings(max_examples=20, deadline=None)
+@given(examples=st.lists(st.composite(texts)(), min_size=1, max_size=6))
+def test_what_examples_begin_with_in_common_is_computed_once_and_changes_nothing(attends, examples):
+    model = make_model(num_key_value_heads=2).double().eval()
+    if attends == "eager":
+        model.set_attn_implementation("eager")
+    with packed_attention(model) if attends == "packed" else nullcontext():
+        packer = Packer(model, 0)
+        assert packer.shares
+        together = packer(examples)
+        loss = losses(model, dict(together)).sum()
+        found = torch.autograd.grad(loss, [*model.parameters()])
+        alone = sum(losses(model, packer([example])).sum() for example in examples)
+        expected = torch.autograd.grad(alone, [*model.parameters()])
+    torch.testing.assert_close(loss, alone)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
+    tokens = [tuple(example.tokens) for example in examples]
+    if "cu_seq_lens_k" in together:
+        assert together["input_ids"].shape[1] < together["cu_seq_lens_k"][-1] == sum(map(len, tokens))
+    else:
+        shared = [
+            sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(a, b, strict=False)))
+            for a, b in combinations(tokens, 2)
+        ]
+        assert max(shared, default=0) <= 8  # of which the second example's last token has rows of its own
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt2", "mixtral"])
+def test_models_of_many_kinds_share_what_examples_begin_with(architecture):
+    model = ARCHITECTURES[architecture]()
+    examples = [Example([*range(3, 15), end, 4], [False] * 11 + [True] * 3) for end in (20, 21, 22)]
+    for context in (nullcontext, lambda: packed_attention(model)):
+        with context():
+            packer = Packer(model, 0)
+            batch = packer(examples)
+            assert batch["input_ids"].shape == (1, 14 + 2 * 2)
+            alone = torch.cat([losses(model, packer([example])) for example in examples])
+            torch.testing.assert_close(losses(model, batch), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_where_attention_has_windows_or_rules_of_its_own_nothing_is_shared():
+    for architecture in ("gemma3", "mistral"):
+        assert not Packer(ARCHITECTURES[architecture](), 0).shares
+
+    class Deaf(tf.LlamaForCausalLM):  # to what its attention is told
+        def forward(self, input_ids, position_ids, logits_to_keep, use_cache, **kwargs):
+            return super().forward(input_ids, None, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+    packer = Packer(Deaf(make_model().config), 0)
+    assert packer.packs
+    assert not packer.shares
 
 
 def lfm2():

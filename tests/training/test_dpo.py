@@ -70,7 +70,7 @@ def test_the_loss_is_the_one_computed_one_sequence_at_a_time(models, padded, mon
     if padded:
         monkeypatch.setattr("spectune.training.batches.PACKED_LIMIT", 0)
     batch = task.collator(model, tokenizer)(pairs)
-    assert ("attention_mask" in batch) == padded
+    assert ("position_ids" in batch) != padded
     sums = task.sums(model, dict(batch))
     h = independent(base, model, pairs, 0.3)
     torch.testing.assert_close(sums["loss"], -F.logsigmoid(h).sum(), atol=1e-4, rtol=1e-4)

@@ -106,7 +106,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if tape is not None and y is None:
                 y = tape.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
         if tape is not None:
-            tape.keep(y, t, of=x, looked_at=of_ratio)
+            tape.keep(y, t, looked_at=of_ratio)
         ctx.save_for_backward(
             x if of_right else None,
             t if of_values else None,

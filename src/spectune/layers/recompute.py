@@ -30,8 +30,7 @@ def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
 class Tape:
     """What the linear layers of a checkpointed region found, in the order of their calls.
 
-    Some products are not held but taken again: in float32, whose numbers take twice the memory, those wider than what
-    they are made of; and the last one, which a second pass mostly ends with and nobody looks at, so that it is taken
+    The last product is not held, since a second pass mostly ends with it and nobody looks at it; it is taken again
     only where something is done with it after all.
     """
 
@@ -60,7 +59,7 @@ class Tape:
     def recall(self) -> tuple[Any, ...] | None:
         """Return the results of this call in the first pass; None in the first pass, and where they are gone.
 
-        The product, which is the first of them, may be missing: see `again`.
+        The product, which is the first of them, is missing from the last: see `again`.
         """
         if self._next is None:
             return None
@@ -71,30 +70,27 @@ class Tape:
         found, self._results[index] = self._results[index], None
         return None if found is None or _changed(found) else found[0]
 
-    def keep(self, *results: Tensor, of: Tensor | None = None, looked_at: bool = False) -> None:
+    def keep(self, *results: Tensor, looked_at: bool = False) -> None:
         """Keep the results of a call, in the first pass.
 
         Args:
             results: the first is the layer's product.
-            of: what the product is made of, if it may be taken again.
             looked_at: whether the layer itself looks at its product in the backward pass.
         """
         if self._next is None:
-            product, kept = results[0], [result.detach() for result in results]  # without the graph, which holds this
-            wide = of is not None and of.element_size() > 2 and product.shape[-1] > of.shape[-1]
-            versions = tuple(result._version for result in kept)
-            self._results.append((((None, *kept[1:]) if wide else tuple(kept)), versions))
-            self._last = () if looked_at else tuple(product.shape[1:])
+            kept = tuple(result.detach() for result in results)  # without the graph, which holds this
+            self._results.append((kept, tuple(result._version for result in kept)))
+            self._last = () if looked_at else tuple(results[0].shape[1:])
 
     def again(self, size: int, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Return a product that was not held, or an empty tensor which becomes it when it is looked at.
+        """Return the last product, or an empty tensor which becomes it when it is looked at.
 
         Args:
             size: of the product's rows.
             x: what it is made of.
             make: () -> the product.
         """
-        if self._next != len(self._results) or not self._last or self._kind() in _looked_at:
+        if self._kind() in _looked_at:
             return make()
         product = x.new_empty(*x.shape[:-1], size)
         self._owed = product, make
@@ -190,7 +186,7 @@ class _Frozen(torch.autograd.Function):
             return y  # type: ignore[return-value]
         if y is None:
             return tape.again(len(weight), x, lambda: linear(x, weight, bias))
-        tape.keep(y, of=x)
+        tape.keep(y)
         return y
 
     @staticmethod

@@ -53,8 +53,9 @@ def _attention(
         context_rows: what each attends to, one example behind the other; its own rows are its last ones.
         kwargs: what else models pass.
     """
-    packed = cu_seq_lens_q is not None and len(query) == 1
-    spans = _Spans(cu_seq_lens_q, cu_seq_lens_k, context_rows) if packed else None
+    spans = None
+    if cu_seq_lens_q is not None and len(query) == 1:
+        spans = _Spans(cu_seq_lens_q, cu_seq_lens_k, context_rows)
     dtype = query.dtype
     low = dtype in (torch.bfloat16, torch.float16) and query.device.type in _PROCESSOR
     if low and query.requires_grad and max(spans.seen if spans else query.shape[2:3]) <= _SHORT:
@@ -75,7 +76,6 @@ class _Spans:
         self.own: list[int] = own.diff().tolist()
         self.seen: list[int] = self.own if seen is None else seen.diff().tolist()
         self.rows = rows
-        self._mask: Tensor | None = None
 
     def parts(
         self, own: Sequence[Tensor], seen: Sequence[Tensor]
@@ -87,15 +87,11 @@ class _Spans:
             seen: the same of what these attend to.
         """
         split = (*(t.split(self.own, 2) for t in own), *(t.split(self.seen, 2) for t in seen))
-        for count, most, *parts in zip(self.own, self.seen, *split, strict=True):
-            mask = None if count == most else self._causal(own[0])[most - count : most, :most]
+        most = max((n for m, n in zip(self.own, self.seen, strict=True) if m < n), default=0)
+        causal = own[0].new_full((most, most), -torch.inf).triu(1)
+        for m, n, *parts in zip(self.own, self.seen, *split, strict=True):
+            mask = causal[n - m : n, :n] if m < n else None
             yield tuple(parts), {"attn_mask": mask, "is_causal": mask is None}
-
-    def _causal(self, like: Tensor) -> Tensor:
-        if self._mask is None or self._mask.dtype != like.dtype:
-            most = max(self.seen)
-            self._mask = like.new_full((most, most), -torch.inf).triu(1)
-        return self._mask
 
 
 def _each(query: Tensor, key: Tensor, value: Tensor, spans: _Spans, dropout: float, scaling: float | None) -> Tensor:
@@ -105,7 +101,7 @@ def _each(query: Tensor, key: Tensor, value: Tensor, spans: _Spans, dropout: flo
     query = query[:, :, :count]
     key, value = (t[:, :, :count] if spans.rows is None else t.index_select(2, spans.rows) for t in (key, value))
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if current_tape() is not None and not dropout and _is_flash(query, key, value, scaling):
+    if not dropout and _is_flash(query, key, value, scaling):
         out: Tensor = _Kept.apply(query, key, value, spans, scaling)  # type: ignore[assignment]
     else:
         attend = F.scaled_dot_product_attention
@@ -121,7 +117,7 @@ def _is_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) 
 
 
 class _Kept(torch.autograd.Function):
-    """Attention of each example to itself, which a checkpointed region keeps as it does products."""
+    """Attention of each example, which a checkpointed region keeps as it does products; no mask outlives a call."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: _Spans, scaling: float | None) -> Tensor:

@@ -24,7 +24,8 @@ PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has t
 _WORTH = 8  # tokens that examples have in common at their beginning, from which on they are computed once
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
-_APART: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()  # by the attention that answered
+_ALIKE = 0.05  # of the largest logit; products of other shapes round otherwise in 16 bits
+_ASKED: WeakKeyDictionary[Any, dict[tuple[str, str], bool]] = WeakKeyDictionary()  # by attention and question
 
 
 class Packer:
@@ -32,7 +33,9 @@ class Packer:
 
     Where the model takes `logits_to_keep`, the examples lie end to end in one row: positions start anew with each,
     from which transformers builds a block-diagonal attention mask, and logits are computed at supervised positions
-    only.  Otherwise, and where the model does not keep the examples of a row apart, they are padded on the right.
+    only.  Tokens that several examples begin with, such as a system prompt or the prompt of a pair, lie there once, and
+    all of these attend to them.  Otherwise, and where the model does not keep the examples of a row apart, they are
+    padded on the right.
 
     Args:
         model: the model.
@@ -40,6 +43,7 @@ class Packer:
 
     Attributes:
         packs: whether it lays examples end to end.
+        shares: whether tokens that they begin with in common lie there once.
     """
 
     def __init__(self, model: Any, pad: int) -> None:
@@ -48,10 +52,10 @@ class Packer:
         self._config = model.config.get_text_config() if takes and "kwargs" in parameters else None
         # a CPU makes kernels of its own for each new shape of products in these dtypes, which takes time and memory
         self._rounds = takes and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
-        self._pad = pad
-        self.shares = False
+        self._pad, self._dtype = pad, getattr(model, "dtype", None)
+        self.shares = False  # for now, as the model is asked
         self.packs = takes and self._keeps_apart(model)
-        self.shares = self.packs
+        self.shares = self.packs and self._config is not None and self._attends_to_shared(model)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the model's inputs, with `labels` shifted to the positions that predict them."""
@@ -64,25 +68,49 @@ class Packer:
         Attention under a block-diagonal mask does; what carries a state along the row does not, nor a model that makes
         no such mask.  The base is asked, in evaluation mode, since no list of architectures is complete.
         """
+
+        def ask(first: list[int], other: list[int], second: list[int]) -> bool:
+            return _close(self._said(model, [first, second]), self._said(model, [other, second]), _SAME)
+
+        return self._ask(model, "apart", ask)
+
+    def _attends_to_shared(self, model: Any) -> bool:
+        """Whether an example whose beginning lies in another one's rows gets the logits that it gets alone."""
         config = model.config.get_text_config()
-        known = _APART.setdefault(model, {})
-        key = config._attn_implementation
+        if config._attn_implementation not in ("eager", "sdpa", attention.NAME) or not attention.is_full(config):
+            return False
+
+        def ask(first: list[int], other: list[int], second: list[int]) -> bool:
+            one, two = sorted((first + other, first + second))  # as they would lie
+            self.shares = True
+            shared = self._said(model, [one, two])
+            self.shares = False
+            return _close(shared, self._said(model, [two]), _ALIKE if model.dtype.itemsize < 4 else _SAME)
+
+        return self._ask(model, "shared", ask)
+
+    def _ask(self, model: Any, what: str, ask: Callable[..., bool]) -> bool:
+        """Return the answer to a question about a model, put once for each attention that it has."""
+        config = model.config.get_text_config()
+        known = _ASKED.setdefault(model, {})
+        key = config._attn_implementation, what
         if model.device.type == "meta":  # where there are no numbers to compare
             return True
         if key not in known:
             drawn = torch.randint(config.vocab_size, (3, _PROBE), generator=torch.Generator().manual_seed(0))
-            first, other, second = (Example(tokens, [True] * _PROBE) for tokens in drawn.tolist())
-            said = []
-            for before in (first, other):
-                inputs = {k: v.to(model.device) for k, v in self._packed([before, second]).items() if k != "labels"}
-                with base_alone(model), torch.no_grad():
-                    said.append(model(**inputs, use_cache=False).logits[0, 1 - _PROBE :].float())
-            known[key] = bool((said[0] - said[1]).abs().max() <= _SAME * said[0].abs().max())
+            known[key] = ask(*drawn.tolist())
         return known[key]
 
+    def _said(self, model: Any, texts: Sequence[list[int]]) -> Tensor:
+        """Return the base's last logits (tokens x words) for a row of examples."""
+        packed = self._packed([Example(tokens, [True] * len(tokens)) for tokens in texts])
+        inputs = {k: v.to(model.device) for k, v in packed.items() if k != "labels"}
+        with base_alone(model), torch.no_grad():
+            return model(**inputs, use_cache=False).logits[0, 1 - _PROBE :].float()
+
     def _packed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        own = self._config is not None and self._config._attn_implementation == attention.NAME
-        order, rows = _lay_out(examples, own and self.shares)
+        how = "" if self._config is None else self._config._attn_implementation
+        order, rows = _lay_out(examples, self.shares)
         tokens, positions, starts = [], [], [0]
         for index in order:
             example, place = examples[index], rows[index]
@@ -101,15 +129,18 @@ class Packer:
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor([labels]),
         }
-        if own:
-            batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)  # the name that attention functions know
-            seen = [0, *accumulate(len(rows[index]) for index in order)]
+        seen = [0, *accumulate(len(rows[index]) for index in order)]
+        if seen != starts:
+            batch["cu_seq_lens_k"] = torch.tensor(seen, dtype=torch.int32)  # the name that attention functions know
+        if how == attention.NAME:
+            batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)
             if seen != starts:
-                batch["cu_seq_lens_k"] = torch.tensor(seen, dtype=torch.int32)
                 batch["context_rows"] = torch.tensor([row for index in order for row in rows[index]])
             extra = -len(tokens) % STEP if self._rounds and len(tokens) > 16 * STEP else 0
             for key in ("input_ids", "position_ids"):
                 batch[key] = F.pad(batch[key], (0, extra))
+        elif seen != starts:
+            batch["attention_mask"] = _mask(rows, len(tokens), self._dtype if how == "eager" else None)
         return batch
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -148,6 +179,21 @@ def _lay_out(examples: Sequence[Example], share: bool) -> tuple[list[int], list[
 def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _mask(rows: Sequence[Sequence[int]], count: int, dtype: torch.dtype | None) -> Tensor:
+    """Return what each of a row's tokens attends to (1 x 1 x count x count): True, or 0 in a dtype."""
+    mask = torch.zeros(count, count, dtype=torch.bool)
+    for place in rows:
+        at = torch.tensor(place)
+        mask[at[:, None], at] = torch.ones(len(at), len(at), dtype=torch.bool).tril()
+    if dtype is not None:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return mask[None, None]
+
+
+def _close(one: Tensor, other: Tensor, share: float) -> bool:
+    return bool((one - other).abs().max() <= share * one.abs().max())
 
 
 class EvenSampler(Sampler[int]):

@@ -175,6 +175,7 @@ def _train(
         trainer.check_loss()
     finally:
         log.close()
+        release_memory()  # what steps needed and nothing after them does
     if log.interrupted:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step}; saved {trainer.last_checkpoint}, go on with resume=true"
