@@ -47,31 +47,34 @@ def test_logits_and_gradients_are_those_of_the_mask(checkpointing, sharing):
     torch.testing.assert_close(tokens, model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits)
 
 
+class Attentions(TorchDispatchMode):
+    """Count calls of fused attention, and collect the dtypes of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.dtypes = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.count += 1
+            self.dtypes |= {t.dtype for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_model_in_bf16_learns_through_attention_in_fp32(packs, monkeypatch):
-    seen = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query, key, value, mask=None, *args, **kwargs):
-        mask = kwargs.get("attn_mask", mask)
-        seen.append({t.dtype for t in (query, key, value, mask) if t is not None and t.dtype != torch.bool})
-        return attend(query, key, value, *(() if "attn_mask" in kwargs else (mask,)), *args, **kwargs)
-
+def test_a_model_in_bf16_learns_through_attention_in_fp32(packs):
     model = make_model().bfloat16().train()
     collate = Packer(model, 0)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     with packed_attention(model):
         examples = encode(RECORDS, make_tokenizer(), 32).examples
         inputs = collate(examples) if packs else collate._padded(examples)
         inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
-        assert seen
-        assert all(dtypes == {torch.float32} for dtypes in seen)
-        seen.clear()
-        with torch.no_grad():
+        with Attentions() as learning:
+            logits = model(**inputs, use_cache=False).logits
+        with torch.no_grad(), Attentions() as answering:
             model(**inputs, use_cache=False)
-    assert seen
-    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+    assert learning.dtypes == {torch.float32}
+    assert answering.dtypes == {torch.bfloat16}
     assert logits.dtype == torch.bfloat16
     exact = model.float()(**inputs, use_cache=False).logits
     torch.testing.assert_close(logits.float(), exact, atol=0.1, rtol=0.05)
@@ -115,16 +118,6 @@ def test_long_rows_are_filled_up_to_a_few_lengths_where_the_processor_makes_kern
     exact.pop("labels")
     torch.testing.assert_close(logits, model(**exact, use_cache=False).logits, atol=1e-4, rtol=1e-3)
     assert logits.shape[1] == labels.numel()
-
-
-class Attentions(TorchDispatchMode):
-    """Count calls of fused attention."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_region_keeps_attention_and_its_gradients_to_the_last_bit():
