@@ -129,7 +129,7 @@ def test_trl_finds_the_same_loss(models, tmp_path):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(float(sums["loss"] / 2), rel=1e-4)
     assert found["eval_rewards/margins"] == pytest.approx(task.metrics(sums)["reward_margin"], rel=1e-3)
-    del model.forward  # TRL's own, of this instance
+    vars(model).pop("forward", None)  # TRL's own, of this instance, in some versions
 
 
 def learned(example, tokenizer):
