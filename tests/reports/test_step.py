@@ -161,3 +161,9 @@ def test_every_architecture_is_passed(architecture):
     floor = cost(model, "floor")
     assert adapted.flops > floor.flops > 0
     assert adapted.activations > floor.activations > 0
+
+
+def test_examples_of_a_plan_have_nothing_in_common():
+    model = tiny.ARCHITECTURES["llama"]()
+    with training_attention(model):
+        assert make_inputs(model, Batch(rows=3, length=16))["input_ids"].shape == (1, 48)

@@ -108,7 +108,7 @@ def test_long_rows_are_filled_up_to_a_few_lengths_where_the_processor_makes_kern
     model = make_model().bfloat16()
     with packed_attention(model):
         filled = Packer(model, 0)(examples)
-        exact = Packer(make_model(), 0)._packed(examples)
+        exact = Packer(make_model(), 0)(examples)
         assert filled["input_ids"].shape[1] % STEP == 0
         tokens = sum(len(example.tokens) for example in examples)
         assert filled["cu_seq_lens_k"][-1] == exact["cu_seq_lens_k"][-1] == tokens

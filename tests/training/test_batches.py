@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from spectune.training.attention import packed_attention
 from spectune.training.batches import IGNORE, Packer
 from spectune.training.data import Example
+from spectune.training.layout import Layout
 from spectune.training.rollout import shares_prompts
 from spectune.training.tasks.sft import encode
 from tiny import ARCHITECTURES, TEXT
@@ -116,16 +117,42 @@ def test_models_of_many_kinds_share_what_examples_begin_with(architecture):
 
 
 def test_where_attention_has_windows_or_rules_of_its_own_nothing_is_shared():
-    for architecture in ("gemma3", "mistral"):
-        assert not Packer(ARCHITECTURES[architecture](), 0).shares
+    kinds = [[["global", "local"], 1]]
+    local = tf.GPTNeoConfig(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, attention_types=kinds)
+    for model in (ARCHITECTURES["gemma3"](), ARCHITECTURES["mistral"](), tf.GPTNeoForCausalLM(local)):
+        assert not Packer(model, 0).shares
 
     class Deaf(tf.LlamaForCausalLM):  # to what its attention is told
         def forward(self, input_ids, position_ids, logits_to_keep, use_cache, **kwargs):
             return super().forward(input_ids, None, position_ids, use_cache=use_cache, logits_to_keep=logits_to_keep)
 
-    packer = Packer(Deaf(make_model().config), 0)
-    assert packer.packs
-    assert not packer.shares
+    routed = ARCHITECTURES["mixtral"]()
+    routed.config.output_router_logits = True  # which makes something else of a mask, and fails
+    for model in (Deaf(make_model().config), routed):
+        packer = Packer(model, 0)
+        assert packer.packs
+        assert not packer.shares
+
+
+def test_what_is_shared_does_not_count_towards_the_longest_row(monkeypatch):
+    packer = Packer(make_model(), 0)
+    examples = [Example([*range(3, 15), end], [False] * 12 + [True]) for end in range(20, 30)]
+    monkeypatch.setattr("spectune.training.batches.PACKED_LIMIT", 12 + 10)
+    assert packer(examples)["input_ids"].shape == (1, 22)
+    assert packer([*examples, Example([4, 5], [True, True])])["input_ids"].shape == (11, 13)
+    monkeypatch.setattr("spectune.training.batches._SEEN_LIMIT", 10 * 13 - 1)
+    assert packer(examples)["input_ids"].shape == (10, 13)
+
+
+def test_long_examples_share_only_what_is_worth_it():
+    def rows(common, own):
+        examples = [Example([*range(common), *range(end, end + own)], [True] * (common + own)) for end in (5000, 9000)]
+        return Layout(examples, True).count
+
+    assert rows(8, 40) == 8 + 2 * 40
+    assert rows(7, 40) == 2 * 47
+    assert rows(20, 980) == 2 * 1000
+    assert rows(200, 800) == 200 + 2 * 800
 
 
 def lfm2():

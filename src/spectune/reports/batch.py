@@ -47,10 +47,10 @@ def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]
     if not (model.can_generate() and model.get_output_embeddings() is not None):
         return {"input_ids": tokens}
     learned = max(1, round(batch.supervised * batch.length))
-    supervised = [False] * (batch.length - learned) + [True] * learned
-    words = config.get_text_config().vocab_size
-    examples = [Example([row % words] * batch.length, supervised) for row in range(batch.rows)]  # nothing in common
-    inputs = Packer(model, 0)(examples)
+    example = Example([1] * batch.length, [False] * (batch.length - learned) + [True] * learned)
+    packer = Packer(model, 0)
+    packer.shares = False  # the examples of a plan have nothing in common
+    inputs = packer([example] * batch.rows)
     return inputs if device == "cpu" else _without_numbers(inputs, model)
 
 

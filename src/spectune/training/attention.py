@@ -88,7 +88,7 @@ class _Spans:
         """
         split = (*(t.split(self.own, 2) for t in own), *(t.split(self.seen, 2) for t in seen))
         most = max((n for m, n in zip(self.own, self.seen, strict=True) if m < n), default=0)
-        causal = own[0].new_full((most, most), -torch.inf).triu(1)
+        causal = own[0].new_full((most, most), -torch.inf).triu_(1)
         for m, n, *parts in zip(self.own, self.seen, *split, strict=True):
             mask = causal[n - m : n, :n] if m < n else None
             yield tuple(parts), {"attn_mask": mask, "is_causal": mask is None}
@@ -108,7 +108,7 @@ def _each(query: Tensor, key: Tensor, value: Tensor, spans: _Spans, dropout: flo
         parts = spans.parts((query,), (key, value))
         each = [attend(*part, dropout_p=dropout, scale=scaling, **how) for part, how in parts]
         out = torch.cat(each, 2)
-    return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2)
+    return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2).contiguous()
 
 
 def _is_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
@@ -150,9 +150,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 def is_full(config: Any) -> bool:
     """Whether every layer of a text model attends to all that its mask allows, without windows or biases of its own."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # the latter GPT-Neo's
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    full = set(kinds) == {"full_attention"} if kinds else not windowed
+    full = set(kinds) <= {"full_attention", "global"} if kinds else not windowed
     return full and not getattr(config, "alibi", False)
 
 

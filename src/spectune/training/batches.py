@@ -16,12 +16,13 @@ from torch.utils.data import Dataset, Sampler
 from spectune.model import base_alone
 from spectune.training import attention
 from spectune.training.data import Example
+from spectune.training.layout import Layout
 
 IGNORE = -100
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
 STEP = 16  # rows, whose multiples products are filled up to, so that they have few different shapes
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
-_WORTH = 8  # tokens that examples have in common at their beginning, from which on they are computed once
+_SEEN_LIMIT = 4 * PACKED_LIMIT  # tokens that a row's examples attend to, whose keys and values are gathered
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
 _ALIKE = 0.05  # of the largest logit; products of other shapes round otherwise in 16 bits
@@ -53,14 +54,16 @@ class Packer:
         # a CPU makes kernels of its own for each new shape of products in these dtypes, which takes time and memory
         self._rounds = takes and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
         self._pad, self._dtype = pad, getattr(model, "dtype", None)
-        self.shares = False  # for now, as the model is asked
         self.packs = takes and self._keeps_apart(model)
         self.shares = self.packs and self._config is not None and self._attends_to_shared(model)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return the model's inputs, with `labels` shifted to the positions that predict them."""
-        short = sum(len(e.tokens) for e in examples) <= PACKED_LIMIT
-        return self._packed(examples) if self.packs and short else self._padded(examples)
+        if self.packs:
+            layout = Layout(examples, self.shares)
+            if layout.count <= PACKED_LIMIT and sum(layout.seen) <= _SEEN_LIMIT:
+                return self._packed(examples, layout)
+        return self._padded(examples)
 
     def _keeps_apart(self, model: Any) -> bool:
         """Whether another first example in a row leaves the logits of the second as they are.
@@ -70,7 +73,8 @@ class Packer:
         """
 
         def ask(first: list[int], other: list[int], second: list[int]) -> bool:
-            return _close(self._said(model, [first, second]), self._said(model, [other, second]), _SAME)
+            one, two = (self._said(model, [before, second], False) for before in (first, other))
+            return _close(one, two, _SAME)
 
         return self._ask(model, "apart", ask)
 
@@ -82,10 +86,11 @@ class Packer:
 
         def ask(first: list[int], other: list[int], second: list[int]) -> bool:
             one, two = sorted((first + other, first + second))  # as they would lie
-            self.shares = True
-            shared = self._said(model, [one, two])
-            self.shares = False
-            return _close(shared, self._said(model, [two]), _ALIKE if model.dtype.itemsize < 4 else _SAME)
+            try:
+                shared = self._said(model, [one, two], True)
+            except Exception:  # whatever a model raises that makes something else of a mask
+                return False
+            return _close(shared, self._said(model, [two], False), _ALIKE if model.dtype.itemsize < 4 else _SAME)
 
         return self._ask(model, "shared", ask)
 
@@ -101,25 +106,22 @@ class Packer:
             known[key] = ask(*drawn.tolist())
         return known[key]
 
-    def _said(self, model: Any, texts: Sequence[list[int]]) -> Tensor:
+    def _said(self, model: Any, texts: Sequence[list[int]], share: bool) -> Tensor:
         """Return the base's last logits (tokens x words) for a row of examples."""
-        packed = self._packed([Example(tokens, [True] * len(tokens)) for tokens in texts])
+        examples = [Example(tokens, [True] * len(tokens)) for tokens in texts]
+        packed = self._packed(examples, Layout(examples, share))
         inputs = {k: v.to(model.device) for k, v in packed.items() if k != "labels"}
         with base_alone(model), torch.no_grad():
             return model(**inputs, use_cache=False).logits[0, 1 - _PROBE :].float()
 
-    def _packed(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _packed(self, examples: Sequence[Example], layout: Layout) -> dict[str, Tensor]:
         how = "" if self._config is None else self._config._attn_implementation
-        order, rows = _lay_out(examples, self.shares)
-        tokens, positions, starts = [], [], [0]
-        for index in order:
-            example, place = examples[index], rows[index]
-            first = place.index(len(tokens))
-            tokens += example.tokens[first:]
-            positions += range(first, len(place))
-            starts.append(len(tokens))
+        tokens, positions = [], []
+        for index, own, seen in zip(layout.order, layout.own, layout.seen, strict=True):
+            tokens += examples[index].tokens[seen - own :]
+            positions += range(seen - own, seen)
         keep, labels = [], []
-        for example, place in zip(examples, rows, strict=True):
+        for example, place in zip(examples, layout.rows, strict=True):
             learned = [i for i, s in enumerate(example.supervised) if s and i > 0]
             keep += [place[i - 1] for i in learned]
             labels += [example.tokens[i] for i in learned]
@@ -129,18 +131,18 @@ class Packer:
             "logits_to_keep": torch.tensor(keep),
             "labels": torch.tensor([labels]),
         }
-        seen = [0, *accumulate(len(rows[index]) for index in order)]
-        if seen != starts:
-            batch["cu_seq_lens_k"] = torch.tensor(seen, dtype=torch.int32)  # the name that attention functions know
+        shared = layout.own != layout.seen
+        if shared:
+            batch["cu_seq_lens_k"] = _ends(layout.seen)  # the name that attention functions know
         if how == attention.NAME:
-            batch["cu_seq_lens_q"] = torch.tensor(starts, dtype=torch.int32)
-            if seen != starts:
-                batch["context_rows"] = torch.tensor([row for index in order for row in rows[index]])
+            batch["cu_seq_lens_q"] = _ends(layout.own)
+            if shared:
+                batch["context_rows"] = torch.tensor([row for index in layout.order for row in layout.rows[index]])
             extra = -len(tokens) % STEP if self._rounds and len(tokens) > 16 * STEP else 0
             for key in ("input_ids", "position_ids"):
                 batch[key] = F.pad(batch[key], (0, extra))
-        elif seen != starts:
-            batch["attention_mask"] = _mask(rows, len(tokens), self._dtype if how == "eager" else None)
+        elif shared:
+            batch["attention_mask"] = layout.mask(self._dtype if how == "eager" else None)
         return batch
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -155,41 +157,8 @@ class Packer:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _lay_out(examples: Sequence[Example], share: bool) -> tuple[list[int], list[list[int]]]:
-    """Return the order in which examples lie in a row of tokens, and for each of them the rows of its tokens.
-
-    Args:
-        examples: in any order.
-        share: whether an example takes the rows of another one for the tokens that both begin with; it then lies
-            behind those that come before it in the order of their tokens, of which the last has most in common with it.
-    """
-    order = sorted(range(len(examples)), key=lambda i: examples[i].tokens) if share else [*range(len(examples))]
-    rows: list[list[int]] = [[]] * len(examples)
-    last, used = -1, 0
-    for index in order:
-        tokens = examples[index].tokens
-        common = _in_common(examples[last].tokens, tokens[:-1]) if share and last >= 0 else 0
-        common = common if common >= _WORTH else 0
-        new = len(tokens) - common
-        rows[index] = [*rows[last][:common], *range(used, used + new)]
-        last, used = index, used + new
-    return order, rows
-
-
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _mask(rows: Sequence[Sequence[int]], count: int, dtype: torch.dtype | None) -> Tensor:
-    """Return what each of a row's tokens attends to (1 x 1 x count x count): True, or 0 in a dtype."""
-    mask = torch.zeros(count, count, dtype=torch.bool)
-    for place in rows:
-        at = torch.tensor(place)
-        mask[at[:, None], at] = torch.ones(len(at), len(at), dtype=torch.bool).tril()
-    if dtype is not None:
-        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    return mask[None, None]
+def _ends(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _close(one: Tensor, other: Tensor, share: float) -> bool:

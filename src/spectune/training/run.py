@@ -175,13 +175,13 @@ def _train(
         trainer.check_loss()
     finally:
         log.close()
-        release_memory()  # what steps needed and nothing after them does
     if log.interrupted:
         raise Interrupted(
             f"interrupted at step {trainer.state.global_step}; saved {trainer.last_checkpoint}, go on with resume=true"
         )
     seconds = time.perf_counter() - start
     speed = trainer.total_tokens() / seconds
+    release_memory()  # what steps needed and nothing after them does
     after = _evaluate(trainer) if evaluated else {}
     model.eval()
     adapter = extract(model)

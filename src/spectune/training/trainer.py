@@ -223,10 +223,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
 
 
 def _token_count(inputs: Any) -> Any:
-    for lengths in (
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
-    ):  # the tokens of examples, whether or not computed once for several
+    for lengths in ("cu_seq_lens_k", "cu_seq_lens_q"):  # those of the examples, though computed once for several
         if lengths in inputs:
             return inputs[lengths][-1]
     mask = inputs.get("attention_mask")
