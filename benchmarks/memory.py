@@ -1,9 +1,9 @@
 """Peak memory of a training step on short chat pairs: LoRA and DoRA, and what recomputing activations saves and costs.
 
 SmolLM2-135M, r 16, all 210 linears, eight exchanges of film dialogue packed in one row, which has the chat template's
-system prompt once.  The peak is that of the bytes that PyTorch's allocator has given out since the step began, gradients
-included and weights not; it is exact and does not depend on the machine's load.  Times are of the processor, the sides
-take turns, and the median of each one's ratio to the step without recomputation in the same round is kept.
+system prompt once.  The peak is that of the bytes that PyTorch's allocator has given out since the step began, with
+gradients and without weights; it is exact and does not depend on the machine's load.  Times are of the processor, the
+sides take turns, and the median of each one's ratio to the step without recomputation in the same round is kept.
 
     python benchmarks/memory.py [--dtype fp32 bf16] [--rounds 5] [--layers N]
 """
