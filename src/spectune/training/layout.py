@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Layout:
         self.seen = [len(examples[index].tokens) for index in self.order]
         self.count, last = 0, 0
         for index, seen in zip(self.order, self.seen, strict=True):
-            common = _in_common(examples[last].tokens, examples[index].tokens[:-1]) if share and self.own else 0
+            common = in_common(examples[last].tokens, examples[index].tokens[:-1]) if share and self.own else 0
             common = common if common >= max(_WORTH, seen**2 // _SQUARE) else 0
             end = self.count + seen - common
             self.rows[index] = [*self.rows[last][:common], *range(self.count, end)]
@@ -59,6 +60,7 @@ class Layout:
         return mask[None, None]
 
 
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

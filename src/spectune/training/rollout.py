@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from spectune.generation import last_logits, left_padded
-from spectune.training import attention
 from spectune.training.batches import Packer
 
 Tokens = Sequence[int]
@@ -36,17 +35,10 @@ class Rollout(NamedTuple):
 def shares_prompts(model: Any) -> bool:
     """Whether the completions of a prompt can lie behind it in one row, so that the prompt is computed once.
 
-    It takes an attention mask of our own, which only full attention without biases of its own understands, and layers
+    It takes what sharing beginnings in a packed row does: full attention, which goes by a mask of our own, and layers
     that carry nothing from one completion to the next.
     """
-    config = model.config.get_text_config()
-    parameters = inspect.signature(type(model).forward).parameters
-    return (
-        {"logits_to_keep", "position_ids"} <= parameters.keys()
-        and config._attn_implementation in ("eager", "sdpa", attention.NAME)
-        and attention.is_full(config)
-        and Packer(model, 0).packs
-    )
+    return Packer(model, 0).shares
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from spectune.errors import SpectuneError
 from spectune.model import Reference
 from spectune.training.batches import IGNORE, Packer
 from spectune.training.data import Encoded, Example, Record, encode_one, encode_turns, message_problem
+from spectune.training.layout import in_common
 from spectune.training.tasks.base import Task
 
 
@@ -137,5 +138,5 @@ def _pair(record: Record, tokenizer: Any) -> Pair:
 def _shared(chosen: Any, rejected: Any) -> int:
     """Return how many messages, or characters of whole words, two conversations or texts begin with in common."""
     limit = min(len(chosen), len(rejected)) - 1
-    same = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    same = in_common(chosen[:limit], rejected[:limit])
     return max(0, chosen.rfind(" ", 0, same + 1)) if isinstance(chosen, str) else max(0, same)
