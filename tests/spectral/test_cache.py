@@ -189,8 +189,23 @@ def test_default_folders(monkeypatch):
 # -- its size
 
 
+def age(path, seconds):
+    """Put the time of an entry's last use into the past, and leave its seal whole."""
+    stamp = path.stat().st_mtime_ns - seconds * 10**9
+    os.utime(path, ns=(stamp, stamp))
+
+
+def write_one(weights, name, request=TOP):
+    """Return the path of the entry that this writes."""
+    before = set(cache.ls())
+    decompose_many({name: weights[name]}, request)
+    (path,) = {e.path for e in cache.ls()} - {e.path for e in before}
+    return path
+
+
 def test_ls(folder, weights):
-    decompose_many(weights, TOP)
+    for path in [write_one(weights, name) for name in weights]:
+        age(path, 100)
     decompose_many({"a": weights["a"]}, Request("one_sided"))
     entries = cache.ls()
     assert len(entries) == 4
@@ -201,17 +216,100 @@ def test_ls(folder, weights):
 
 
 def test_what_was_used_longest_ago_goes_first(folder, weights):
-    for age, name in enumerate("abc"):
-        decompose_many({name: weights[name]}, TOP)
-        (newest,) = (e for e in cache.ls() if e.used > time.time() - 50)
-        os.utime(newest.path, (0, time.time() - 1000 + 100 * age))
+    paths = {}
+    for days, name in enumerate("abc"):
+        paths[name] = write_one(weights, name)
+        age(paths[name], 86_400 * (9 - days))
     size = cache.ls()[0].bytes
     decompose_many({"a": weights["a"]}, TOP)  # the oldest, used again
-    kept = {e.key for e in cache.ls()[:2]}
-    assert len(cache.prune(2 * size)) == 1
-    assert {e.key for e in cache.ls()} == kept
-    assert len(cache.prune(0)) == 2
+    assert cache.verify() == []  # which is no use
+    assert [e.path for e in cache.ls()] == [paths[name] for name in "acb"]
+    assert cache.prune(2 * size) == [paths["b"].stem]
+    assert [e.path for e in cache.ls()] == [paths[name] for name in "ac"]
+    assert cache.prune(0) == [paths[name].stem for name in "ac"]
     assert cache.ls() == []
+
+
+def wait_for_another_stamp(folder):
+    """Return when the file system would stamp a change with a later time."""
+    probe = folder / "probe"
+    probe.touch()
+    first = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == first:
+        probe.touch()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there the time of the last change is that of creation")
+def test_within_one_second_the_order_is_that_of_use_all_the_same(folder, weights, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(cache.time, "time", lambda: now)
+    paths = {}
+    for name in "abc":
+        paths[name] = write_one(weights, name)
+        wait_for_another_stamp(folder)
+    for used in ("a", "c", "b", "a"):
+        decompose_many({used: weights[used]}, TOP)
+        wait_for_another_stamp(folder)
+    assert len({e.used for e in cache.ls()}) == 1
+    assert [e.path for e in cache.ls()] == [paths[name] for name in "abc"]
+    assert cache.prune(2 * cache.ls()[0].bytes) == [paths["c"].stem]
+
+
+@pytest.fixture
+def whole_seconds(monkeypatch):
+    """A file system that keeps no fractions of a second."""
+    stat, utime = os.stat, os.utime
+
+    def coarse(path, **options):
+        found = stat(path, **options)
+        fields, named = found.__reduce__()[1]
+        stamps = {key: value // 10**9 * 10**9 if key.endswith("_ns") else value for key, value in named.items()}
+        return os.stat_result(fields, stamps)
+
+    monkeypatch.setattr(cache.os, "stat", coarse)
+    monkeypatch.setattr(cache.os, "utime", lambda path, ns: utime(path, ns=tuple(n // 10**9 * 10**9 for n in ns)))
+
+
+def test_where_every_stamp_is_the_same_the_order_is_by_name_and_the_limit_is_kept(
+    folder, weights, whole_seconds, monkeypatch
+):
+    stat = cache.os.stat
+
+    def standing(path, **options):
+        fields, named = stat(path, **options).__reduce__()[1]
+        return os.stat_result(fields, {key: 10**18 if key.endswith("_ns") else 1e9 for key in named})
+
+    monkeypatch.setattr(cache.os, "stat", standing)
+    monkeypatch.setattr(cache.time, "time", lambda: 1e9)
+    first = decompose_many(weights, TOP)
+    names = [path.stem for path in files(folder)]
+    assert [e.key for e in cache.ls()] == sorted(names, reverse=True)
+    assert cache.prune(2 * cache.ls()[0].bytes) == [min(names)]
+    assert same(first, decompose_many(weights, TOP))
+
+
+def test_without_fractions_of_a_second_every_entry_is_read_in_full(
+    folder, weights, computed, whole_seconds, monkeypatch
+):
+    first = decompose_many(weights, TOP)
+    read = []
+    digest = cache.tensors_digest
+    monkeypatch.setattr(cache, "tensors_digest", lambda tensors: read.append(1) or digest(tensors))
+    assert same(first, decompose_many(weights, TOP))
+    assert (len(read), len(computed)) == (3, 3)
+    path = files(folder)[0]
+    stamp = path.stat().st_mtime_ns
+    flip(0.5)(path)
+    os.utime(path, ns=(stamp, stamp))  # in the same second
+    assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 4
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize("checksum", ["", "a", "4294967295"])
+def test_a_seal_is_never_a_whole_second(checksum):
+    assert 1000 <= cache._fraction(checksum) < 10**9
+    assert cache._fraction(checksum) % 1000 == 0
 
 
 def test_writing_keeps_the_limit(folder, weights, monkeypatch):
@@ -281,7 +379,7 @@ def test_an_entry_that_nobody_wrote_to_is_mapped_without_being_read(folder, weig
 
 def test_a_broken_seal_is_renewed_where_the_entry_is_sound(folder, weights):
     decompose_many(weights, TOP)
-    paths = [entry.path for entry in cache.ls()]
+    paths = files(folder)
     seals = [path.stat().st_mtime_ns % 10**9 for path in paths]
     assert len(set(seals)) == len(paths)
     for path in paths:
@@ -343,6 +441,23 @@ def test_a_full_disk_warns_once_and_leaves_nothing(folder):
     assert process.communicate(timeout=120)[0].strip() == "1"
     assert process.returncode == 0
     assert [p for p in folder.glob("**/*") if p.is_file()] == []
+
+
+def test_where_an_open_file_cannot_be_replaced_the_one_that_is_there_is_kept(folder, weights, computed, monkeypatch):
+    first = decompose_many(weights, TOP)
+
+    def locked(source, target):
+        raise PermissionError(13, "The process cannot access the file because it is being used", str(target))
+
+    monkeypatch.setattr(cache.os, "replace", locked)
+    monkeypatch.setattr(cache, "load", lambda name, folder: None)  # it was not there yet as this process looked
+    assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 6
+    assert not list(folder.glob("??/.*.tmp"))
+    for path in files(folder):
+        flip(0.5)(path)
+    with pytest.warns(RuntimeWarning, match="decompositions are not cached: .*is being used"):
+        assert same(first, decompose_many(weights, TOP))
 
 
 # -- several processes

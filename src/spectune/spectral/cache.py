@@ -5,10 +5,12 @@ in the cache is ever out of date.  Entries are written to a temporary name and r
 folder without locks.  Each carries a checksum, and one that fails it is deleted and computed anew.  An entry that
 passed is sealed: the fraction of a second in its time of modification is set to one that follows from the checksum, so
 that whoever writes to the file breaks the seal.  A sealed entry is mapped without being read; `verify` reads them all.
+Where a file system keeps no fractions of a second nothing is ever sealed, and every entry is read in full each time.
 
 $SPECTUNE_CACHE moves the folder, and "off" or "0" does without; else it is $SPECTUNE_HOME/decompositions or
 $XDG_CACHE_HOME/spectune/decompositions (~/.cache by default).  $SPECTUNE_CACHE_BYTES bounds its size, 20 GB by default:
-the entries used longest ago go first.
+the entries used longest ago go first, by the second in the time of modification, which travels with a copy of the file,
+and within one second by the time of the inode's last change, which no program sets.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Entry(NamedTuple):
         rank: triplets, None where all.
         shape: of the weight (out, in).
         bytes: on disk.
-        used: when it was last read or written, seconds since the epoch.
+        used: when it was last read or written, in whole seconds since the epoch.
         path: the file.
     """
 
@@ -119,11 +121,13 @@ def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         os.close(handle)
         save_file(tensors, temporary, metadata)
+        _seal(temporary, metadata["checksum"])
         os.replace(temporary, path)
-        _seal(path, metadata["checksum"])
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             _remove(Path(temporary))
+        if isinstance(error, PermissionError) and _is_sound(path):  # another process wrote it first and has it open
+            return True
         if not _warned.is_set():
             _warned.set()
             warnings.warn(
@@ -139,18 +143,18 @@ def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request
 def ls(folder: Path | None = None) -> list[Entry]:
     """Return the entries, the most recently used first."""
     entries = []
-    for path in _files(folder):
+    for path, status in sorted(_stats(folder), key=_recency, reverse=True):
         try:
-            status = path.stat()
             with safe_open(path, "pt") as file:
                 about: dict[str, Any] = file.metadata() or {}
             rows, columns = about["shape"].split()
             rank = int(about["rank"]) if about["rank"] else None
             shape = (int(rows), int(columns))
-            entries.append(Entry(path.stem, about["kind"], rank, shape, status.st_size, status.st_mtime, path))
+            used = float(status.st_mtime_ns // 10**9)
+            entries.append(Entry(path.stem, about["kind"], rank, shape, status.st_size, used, path))
         except (OSError, SafetensorError, KeyError, ValueError):  # gone meanwhile, or damaged: `verify` removes it
             continue
-    return sorted(entries, key=lambda entry: -entry.used)
+    return entries
 
 
 def prune(max_bytes: int | None = None, folder: Path | None = None) -> list[str]:
@@ -165,7 +169,7 @@ def prune(max_bytes: int | None = None, folder: Path | None = None) -> list[str]
     """
     allowed = limit() if max_bytes is None else max_bytes
     removed = []
-    for path, status in sorted(_stats(folder), key=lambda found: -found[1].st_mtime):
+    for path, status in sorted(_stats(folder), key=_recency, reverse=True):
         allowed -= status.st_size
         if allowed < 0:
             _remove(path)
@@ -181,7 +185,7 @@ def verify(folder: Path | None = None) -> list[str]:
     damaged = []
     for path in _files(folder):
         try:
-            tensors = _read(path, trust_seal=False)
+            tensors = _read(path, used=False)
         except FileNotFoundError:  # evicted meanwhile
             continue
         if tensors is None:
@@ -190,17 +194,24 @@ def verify(folder: Path | None = None) -> list[str]:
     return damaged
 
 
-def _read(path: Path, trust_seal: bool = True) -> dict[str, Tensor] | None:
-    """Return a file's tensors, or None where it is damaged."""
+def _read(path: Path, used: bool = True) -> dict[str, Tensor] | None:
+    """Return a file's tensors, or None where it is damaged.
+
+    Args:
+        path: the file.
+        used: whether someone needs it, so that a seal will do and the time is noted; else all of it is read.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             checksum = (file.metadata() or {}).get("checksum", "")
-        sealed = trust_seal and path.stat().st_mtime_ns % 10**9 == _fraction(checksum)
-        if not sealed and checksum != tensors_digest(tensors):
+        modified = os.stat(path).st_mtime_ns
+        sealed = modified % 10**9 == _fraction(checksum)
+        if not (sealed and used) and checksum != tensors_digest(tensors):
             return None
-        with suppress(OSError):  # read-only: it is read in full each time, and eviction goes by the time of writing
-            _seal(path, checksum)
+        if used or not sealed:
+            with suppress(OSError):  # read-only: it is read in full each time, and eviction goes by the time of writing
+                _seal(path, checksum, None if used else modified // 10**9)
         return tensors
     except FileNotFoundError:
         raise
@@ -208,15 +219,28 @@ def _read(path: Path, trust_seal: bool = True) -> dict[str, Tensor] | None:
         return None
 
 
-def _seal(path: Path, checksum: str) -> None:
-    """Mark a file as one that has this checksum, and as used now, to the second."""
-    used = int(time.time()) * 10**9 + _fraction(checksum)
+def _is_sound(path: Path) -> bool:
+    try:
+        return _read(path) is not None
+    except FileNotFoundError:
+        return False
+
+
+def _seal(path: str | Path, checksum: str, second: int | None = None) -> None:
+    """Mark a file as one that has this checksum, and as used in a second, which is now where it is None."""
+    used = (int(time.time()) if second is None else second) * 10**9 + _fraction(checksum)
     os.utime(path, ns=(used, used))
 
 
 def _fraction(checksum: str) -> int:
-    """Return the nanoseconds of a seal; whole microseconds, which every file system that has fractions keeps."""
-    return zlib.crc32(checksum.encode()) % 10**6 * 1000
+    """Return the nanoseconds of a seal: whole microseconds, which every file system with fractions keeps, never 0."""
+    return (1 + zlib.crc32(checksum.encode()) % (10**6 - 1)) * 1000
+
+
+def _recency(found: tuple[Path, os.stat_result]) -> tuple[int, int, str]:
+    """Order entries by when they were used, and those that no stamp tells apart by name, so that all agree."""
+    path, status = found
+    return status.st_mtime_ns // 10**9, status.st_ctime_ns, path.name
 
 
 def _path(name: str, folder: Path) -> Path:
@@ -231,11 +255,11 @@ def _files(folder: Path | None, pattern: str = "*.safetensors") -> list[Path]:
 def _stats(folder: Path | None, pattern: str = "*.safetensors") -> Iterator[tuple[Path, os.stat_result]]:
     for path in _files(folder, pattern):
         try:
-            yield path, path.stat()
+            yield path, os.stat(path)
         except OSError:  # gone meanwhile
             continue
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # read-only
+    with suppress(OSError):  # read-only, or open in another process where that forbids it
         path.unlink(missing_ok=True)
