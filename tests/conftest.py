@@ -1,22 +1,40 @@
-"""Every test is seeded, offline, on one thread, and keeps what it caches to itself."""
+"""Every test is seeded, offline, on one thread unless OMP_NUM_THREADS says else, and keeps its caches to itself."""
 
 import os
 import random
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start too
 os.environ["SPECTUNE_HOME"] = tempfile.mkdtemp(prefix="spectune-tests-")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)
+import imitations
+
+pytest_addoption = imitations.pytest_addoption
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 if not torch.cuda.is_available():  # the tests of the kernels then run them on the CPU, and no other test does
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["SPECTUNE_KERNELS"] = "off"
+
+
+def pytest_configure(config):
+    """Draw hypothesis' examples alike in every run, unless other random numbers are asked for."""
+    imitations.begin(config)
+    name = "other seeds" if config.getoption("--seeds") else "alike"
+    hypothesis.settings.register_profile(name, derandomize=name == "alike", database=None, deadline=None)
+    hypothesis.settings.load_profile(name)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Shuffle where asked to."""
+    if config.getoption("--shuffle") is not None:
+        imitations.shuffle(items, config.getoption("--shuffle"))
 
 
 @pytest.fixture(autouse=True)
