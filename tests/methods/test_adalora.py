@@ -1,6 +1,7 @@
-"""AdaLoRA's scores, budget and orthogonality against the paper, in a plain loop and in transformers.Trainer."""
+"""AdaLoRA against its authors' algorithm, in a plain loop and in transformers.Trainer."""
 
 import copy
+import dataclasses
 import gc
 import warnings
 from typing import Any
@@ -59,49 +60,56 @@ def train(model, batches, optimizer=None):
     return optimizer
 
 
-def test_the_papers_algorithm_step_by_step():
-    """Algorithm 1 of the paper, with the regularizer in the loss, dense weights and plain loops."""
-    method = METHOD
+@pytest.mark.parametrize("clip", [None, 0.002])
+@pytest.mark.parametrize("penalty", ["mean_norm", "sum_of_squares"])
+def test_the_authors_algorithm_step_by_step(penalty, clip):
+    """The penalty in the loss, clipping, the step, scores of what is then there, and the mask, in plain loops."""
+    method = dataclasses.replace(METHOD, penalty=penalty)
     model = spectune.adapt(network(), method)
     ours = updates(model)
     layers = [{k: v.detach().clone().requires_grad_() for k, v in u.trained().items()} for u in ours]
     smooth = [{k: [torch.zeros_like(v), torch.zeros_like(v)] for k, v in layer.items()} for layer in layers]
     optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    reference = torch.optim.AdamW([p for layer in layers for p in layer.values()], lr=0.02)
-    base = network()
+    every = [p for layer in layers for p in layer.values()]
+    reference = torch.optim.AdamW(every, lr=0.02)
+    base, eye, end = network(), torch.eye(FIRST, dtype=torch.float64), STEPS - 5
     counts, final = [], None
     for t, (x, y) in enumerate(data(), start=1):
-        train(model, [(x, y)], optimizer)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trainable(model), clip)
+        optimizer.step()
 
-        h, penalty = x, 0
+        h, norms = x, []
         for i, layer in enumerate(layers):
             linear = base[2 * i]
             W = linear.weight + method.alpha / FIRST * layer["P"] @ torch.diag(layer["E"]) @ layer["Q"]
             h = F.linear(h, W, linear.bias)
             h = torch.tanh(h) if i < LAYERS - 1 else h
-            eye = torch.eye(FIRST, dtype=torch.float64)
-            penalty = penalty + (layer["P"].T @ layer["P"] - eye).pow(2).sum()
-            penalty = penalty + (layer["Q"] @ layer["Q"].T - eye).pow(2).sum()
+            norms += [(layer["P"].T @ layer["P"] - eye).norm(), (layer["Q"] @ layer["Q"].T - eye).norm()]
+        term = sum(norms) / (2 * LAYERS) if penalty == "mean_norm" else sum(norm**2 for norm in norms)
         reference.zero_grad()
-        (F.mse_loss(h, y) + method.gamma * penalty).backward()
+        (F.mse_loss(h, y) + method.gamma * term).backward()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_(every, clip) > clip
+        reference.step()
+        if t <= end:  # then scores rest
+            for layer, state in zip(layers, smooth, strict=True):
+                for key, w in layer.items():
+                    assert w.grad is not None
+                    I = (w * w.grad).abs().detach()
+                    bar, uncertain = state[key]
+                    bar = method.beta1 * bar + (1 - method.beta1) * I
+                    state[key] = [bar, method.beta2 * uncertain + (1 - method.beta2) * (I - bar).abs()]
         scores = torch.zeros(LAYERS, FIRST, dtype=torch.float64)
-        for i, layer in enumerate(layers):
-            importance = {}
-            for key, w in layer.items():
-                assert w.grad is not None
-                I = (w * w.grad).abs().detach()
-                bar, uncertain = smooth[i][key]
-                bar = method.beta1 * bar + (1 - method.beta1) * I
-                uncertain = method.beta2 * uncertain + (1 - method.beta2) * (I - bar).abs()
-                smooth[i][key] = [bar, uncertain]
-                importance[key] = bar * uncertain
+        for i, state in enumerate(smooth):
+            importance = {key: bar * uncertain for key, (bar, uncertain) in state.items()}
             for j in range(FIRST):
                 scores[i, j] = importance["E"][j] + importance["P"][:, j].mean() + importance["Q"][j, :].mean()
-        reference.step()
-        end = STEPS - 5
         if (3 < t <= end and t % 4 == 0) or t == end:
             budget = RANK + (FIRST - RANK) * (1 - (t - 3) / (STEPS - 5 - 3)) ** 3
-            best = scores.flatten().topk(round(budget * LAYERS)).indices
+            best = scores.flatten().topk(int(budget * LAYERS)).indices
             final = torch.zeros(LAYERS * FIRST, dtype=torch.bool)
             final[best] = True
             final = final.view(LAYERS, FIRST)
@@ -118,8 +126,69 @@ def test_the_papers_algorithm_step_by_step():
                 torch.testing.assert_close(state, scored[key], rtol=1e-9, atol=1e-15)
         counts.append(kept(model))
     assert counts[:3] == [12, 12, 12]
-    assert counts[7] == round(3 * (2 + 2 * (7 / 12) ** 3))
+    assert counts[7] == int(3 * (2 + 2 * (7 / 12) ** 3))
     assert counts[-6:] == [RANK * LAYERS] * 6
+
+
+def penalty_gradients(model: Any) -> Any:
+    """The gradients of gamma times the mean norm, by autograd."""
+    factors = {f"{i}.{name}": getattr(u, name) for i, u in enumerate(updates(model)) for name in ("P", "Q")}
+    leaves = {key: value.detach().clone().requires_grad_() for key, value in factors.items()}
+    eye = torch.eye(FIRST, dtype=torch.float64)
+    norms = [((w.T @ w if key.endswith("P") else w @ w.T) - eye).norm() for key, w in leaves.items()]
+    term: Any = METHOD.gamma * sum(norms) / len(norms)
+    grads = torch.autograd.grad(term, [*leaves.values()])
+    return {key: (factors[key], grad) for key, grad in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.parametrize("how", ["once", "accumulated", "zeroed", "set_to_none", "scaled", "copied", "stepped"])
+def test_the_penalty_joins_a_gradient_once_a_step_before_it_is_clipped(how):
+    """E is zero at the start, so that P and Q have no gradient but the penalty's."""
+    model = spectune.adapt(network(), METHOD)
+    if how == "copied":
+        model = copy.deepcopy(model)
+    (x, y), *rest = data()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=how == "scaled")
+    expected = penalty_gradients(model)
+    if how == "stepped":
+        train(model, rest[:1], optimizer)
+        optimizer.zero_grad()
+    for _ in range(3 if how == "accumulated" else 1):
+        scaler.scale(F.mse_loss(model(x), y)).backward()
+    if how in ("zeroed", "set_to_none"):  # as where a loss was not finite
+        optimizer.zero_grad(set_to_none=how == "set_to_none")
+        F.mse_loss(model(x), y).backward()
+    scaler.unscale_(optimizer)
+    if how == "copied":  # hooks are not copied: it joins at the first step, and from then on before it
+        scaler.step(optimizer)
+        for parameter, grad in expected.values():
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+    for parameter, grad in expected.values():
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
+    optimizer.step()
+    for parameter, grad in expected.values():
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
+
+
+def test_gradients_that_are_asked_for_are_the_losss_own():
+    model = spectune.adapt(network(), METHOD)
+    x, y = data()[0]
+    grads = torch.autograd.grad(F.mse_loss(model(x), y), trainable(model))
+    assert sum(bool(grad.any()) for grad in grads) == LAYERS  # of E
+
+
+def test_what_is_orthonormal_is_left_alone():
+    model = spectune.adapt(network(), dataclasses.replace(METHOD, gamma=1e6))
+    with torch.no_grad():
+        for update in updates(model):
+            update.P.copy_(torch.eye(*update.P.shape))
+            update.Q.copy_(torch.eye(*update.Q.shape))
+    x, y = data()[0]
+    F.mse_loss(model(x), y).backward()
+    assert not any(getattr(update, name).grad.any() for update in updates(model) for name in ("P", "Q"))
 
 
 def test_pruned_triplets_may_come_back_before_the_end():
@@ -129,7 +198,7 @@ def test_pruned_triplets_may_come_back_before_the_end():
     pruned = [update.E == 0 for update in updates(model)]
     train(model, batches[8:9], optimizer)
     seen = [bool((update.E[p] != 0).all()) for update, p in zip(updates(model), pruned, strict=True)]
-    assert sum(int(p.sum()) for p in pruned) == 12 - round(3 * (2 + 2 * (7 / 12) ** 3))
+    assert sum(int(p.sum()) for p in pruned) == 12 - int(3 * (2 + 2 * (7 / 12) ** 3))
     assert all(seen)
 
 

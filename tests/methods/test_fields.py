@@ -53,6 +53,7 @@ WRONG = [
     *[(SVF, "max_mult", v) for v in (0, -1, *NUMBERS)],
     *[(AdaLoRA, "initial_rank", v) for v in (7, 0, 9.5, "12")],
     *[(AdaLoRA, f, v) for f in ("t_init", "t_final", "gamma") for v in (-1, None, *NUMBERS)],
+    *[(AdaLoRA, "penalty", v) for v in ("sum", None, 1)],
     *[(AdaLoRA, f, v) for f in ("beta1", "beta2") for v in (1, -0.1, None, *NUMBERS)],
     *[(AdaLoRA, f, v) for f in ("interval", "total_steps") for v in (0, -1, 2.5, "10")],
     *[(spectune.VeRA, "d_initial", v) for v in (0, -1, None, *NUMBERS)],
@@ -64,6 +65,13 @@ WRONG = [
 def test_a_wrong_value_is_told_with_its_field(cls, field, value):
     with pytest.raises(SpectuneError, match=rf"^{field} of {cls.__name__} must be .*, not "):
         cls(**{field: value})
+
+
+def test_adaloras_of_older_files_keep_the_penalty_they_were_trained_with():
+    fields = AdaLoRA(rank=3).fields()
+    del fields["penalty"]
+    assert from_fields(fields) == AdaLoRA(rank=3, penalty="sum_of_squares")
+    assert from_fields(fields, complete=False) == AdaLoRA(rank=3)
 
 
 def test_adaloras_phases_must_fit_into_the_run():

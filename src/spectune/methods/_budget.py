@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -16,22 +17,29 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spectune.layers.shards import as_part, whole
+from spectune.layers.shards import as_part, is_part, whole
 
 _FACTORS = ("P", "E", "Q")
+_MATRICES = ("P", "Q")
+_SMALLEST = 1e-12  # a norm below it has no direction
 
 
 class BudgetSchedule:
-    """Score the triplets of many AdaLoRA updates at each optimizer step, and zero E outside the budget.
+    """Keep P and Q near orthonormal, score the triplets of many AdaLoRA updates, and zero E outside the budget.
 
-    With I = |w grad|: smoothed sensitivity Ib = b1 Ib + (1 - b1) I, uncertainty Ub = b2 Ub + (1 - b2) |I - Ib|, and a
-    triplet scores Ib Ub of its E plus the means over its column of P and row of Q, all taken before the step, of the
-    weights that the gradients belong to.  First of all the gradient of the orthogonality term, 4 gamma P (P^T P - I)
-    and 4 gamma (Q Q^T - I) Q, is added to the gradients.
+    The order is that of the authors' code, where the penalty is part of the loss: its gradient joins that of P and Q in
+    the backward pass, once for each optimizer step and before anything is clipped; the optimizer steps; then, with
+    I = |w grad| of the weights after the step, the smoothed sensitivity Ib = b1 Ib + (1 - b1) I and the uncertainty
+    Ub = b2 Ub + (1 - b2) |I - Ib| move, and a triplet scores Ib Ub of its E plus the means over its column of P and row
+    of Q.  In the last phase scores stay as they are.
+
+    The penalty is gamma times, for `mean_norm`, the mean over all P and Q of ||P^T P - I||_F and ||Q Q^T - I||_F, with
+    the gradient 2 gamma P (P^T P - I) / (n ||P^T P - I||_F), and for `sum_of_squares` the sum of their squares, with
+    4 gamma P (P^T P - I).
 
     It watches every optimizer and acts when one of its own parameters is stepped, so a plain loop, gradient
-    accumulation, transformers.Trainer and accelerate all drive it with nothing to call.  Scores are buffers of the
-    updates and travel in the model's state_dict.
+    accumulation, a GradScaler, transformers.Trainer and accelerate all drive it with nothing to call.  Scores are
+    buffers of the updates and travel in the model's state_dict.
 
     Args:
         updates: the modules that hold P, E and Q as parameters, and the method.
@@ -39,6 +47,7 @@ class BudgetSchedule:
 
     _alive: ClassVar[weakref.WeakSet[BudgetSchedule]] = weakref.WeakSet()
     _watching: ClassVar[bool] = False
+    loss_scale: ClassVar[Tensor | None] = None  # of the backward pass at hand, where a GradScaler scaled its loss
 
     def __init__(self, updates: Sequence[Any]) -> None:
         for update in updates:
@@ -50,13 +59,16 @@ class BudgetSchedule:
                 update.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter))
             update.__dict__["schedule"] = self
         self.__setstate__({"updates": list(updates), "total_steps": None})
+        self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"updates": self.updates(), "total_steps": self.total_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # reached by copies and pickles of a model as well: a copy has a schedule of its own, over its own updates
+        # reached by copies and pickles of a model as well: a copy has a schedule of its own, over its own updates,
+        # which are not complete at this time
         self._updates = [weakref.ref(update) for update in state["updates"]]
+        self._terms: dict[tuple[int, str], _Term] = {}
         self._scored: list[Any] = []
         self.total_steps: int | None = state["total_steps"]
         self._warned = False
@@ -66,6 +78,7 @@ class BudgetSchedule:
             register_optimizer_step_post_hook(_after_step)
             BudgetSchedule._watching = True
             _join_trainer()
+            _join_scaler()
 
     def updates(self) -> list[Any]:
         """Return the updates that are still part of a model."""
@@ -75,46 +88,67 @@ class BudgetSchedule:
         mine = {id(update.E) for update in self.updates()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
-    @torch.no_grad()
+    def _watch(self) -> None:
+        """Have the term of each P and Q join their gradients in the backward pass.
+
+        Not those that FSDP2 holds in parts: the parts come together outside of it only.
+        """
+        updates = self.updates()
+        for i, update in enumerate(updates):
+            for name in _MATRICES:
+                parameter, term = getattr(update, name), self._terms.get((i, name))
+                if term is None or term.parameter() is not parameter:
+                    self._terms[i, name] = _Term(parameter, name == "Q", _settings(update), 2 * len(updates))
+
+    def before_clip(self) -> None:
+        """Have what did not join a gradient in the backward pass join it now, with the gradients complete."""
+        self._watch()
+        for term in self._terms.values():
+            if not term.joined:
+                term.join(1.0)
+
     def before_step(self) -> None:
-        """Add the gradient of the orthogonality term, and score."""
+        """Complete the gradients, and remember what has some."""
+        self.before_clip()
         self._scored = [update for update in self.updates() if update.E.grad is not None]
-        for update in self._scored:
-            settings = _settings(update)
-            _add_orthogonality(update, settings.gamma)
-            update.step += 1
-            for name in _FACTORS:
-                parameter = getattr(update, name)
-                sensitivity = getattr(update, f"sensitivity_{name}")
-                uncertainty = getattr(update, f"uncertainty_{name}")
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                now = (whole(parameter) * whole(grad)).abs_()
-                sensitivity.lerp_(now, 1 - settings.beta1)
-                uncertainty.lerp_((now - sensitivity).abs_(), 1 - settings.beta2)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Allocate the budget by the scores."""
+        """Score, and allocate the budget by the scores."""
+        for term in self._terms.values():
+            term.joined = False
+        for update in self._scored:
+            update.step += 1
         if self._scored:
-            self._allocate(self._scored)
+            method = self._method(self._scored[0])
+            if method.total_steps is None or int(self._scored[0].step) <= method.total_steps - method.steps(
+                method.t_final
+            ):
+                for update in self._scored:
+                    _score(update, method)
+            self._allocate(self._scored, method)
         self._scored = []
 
-    def _allocate(self, updates: list[Any]) -> None:
-        method = _settings(updates[0])
-        if method.total_steps is None:
-            if self.total_steps is None:
-                if not self._warned:
-                    warnings.warn(
-                        "AdaLoRA does not know the length of the run and keeps its initial rank: "
-                        "give AdaLoRA(total_steps=...)",
-                        stacklevel=2,
-                    )
-                    self._warned = True
-                return
+    def _method(self, update: Any) -> Any:
+        """Return the AdaLoRA of an update, with the length of the run if it is known."""
+        method = _settings(update)
+        if method.total_steps is None and self.total_steps is not None:
             method = dataclasses.replace(method, total_steps=self.total_steps)
+        return method
+
+    def _allocate(self, updates: list[Any], method: Any) -> None:
+        if method.total_steps is None:
+            if not self._warned:
+                warnings.warn(
+                    "AdaLoRA does not know the length of the run and keeps its initial rank: "
+                    "give AdaLoRA(total_steps=...)",
+                    stacklevel=2,
+                )
+                self._warned = True
+            return
         step = int(updates[0].step)
         total, first, last = (
-            int(method.total_steps or 0),
+            method.total_steps,
             method.steps(method.t_init),
             method.steps(method.t_final),
         )
@@ -127,7 +161,7 @@ class BudgetSchedule:
             scores = [_triplet_scores(update) for update in updates]
             table = torch.stack([score.to(scores[0].device) for score in scores])
             keep = torch.zeros_like(table, dtype=torch.bool)
-            keep.view(-1)[table.flatten().topk(round(budget * len(updates))).indices] = True
+            keep.view(-1)[table.flatten().topk(int(budget * len(updates))).indices] = True
             for update, kept in zip(updates, keep, strict=True):
                 update.kept.copy_(kept)
         for update in updates:
@@ -139,13 +173,60 @@ def _settings(update: Any) -> Any:
     return getattr(update.method, "inner", update.method)
 
 
-def _add_orthogonality(update: Any, gamma: float) -> None:
-    for factor, rows in ((update.P, False), (update.Q, True)) if gamma else ():
-        if factor.grad is not None:
-            all_of_it = whole(factor)  # factors are thin
-            gram = all_of_it @ all_of_it.mT if rows else all_of_it.mT @ all_of_it
-            gram.diagonal().sub_(1)
-            factor.grad.add_(as_part(gram @ all_of_it if rows else all_of_it @ gram, factor), alpha=4 * gamma)
+class _Term:
+    """The penalty's part in the gradient of one matrix, which joins it once for each optimizer step.
+
+    Args:
+        parameter: P, or Q.
+        rows: whether its rows are to be orthonormal, and not its columns.
+        method: the AdaLoRA, with gamma and the kind of penalty.
+        count: matrices over which the mean is taken.
+    """
+
+    def __init__(self, parameter: Tensor, rows: bool, method: Any, count: int) -> None:
+        self.parameter = weakref.ref(parameter)
+        self.rows, self.joined = rows, False
+        self._mean = method.penalty == "mean_norm"
+        self._factor = 2 * method.gamma / count if self._mean else 4 * method.gamma
+        self._lacks: bool | Tensor = True
+        if self._factor and parameter.requires_grad and not is_part(parameter):
+            parameter.register_hook(self._before)
+            parameter.register_post_accumulate_grad_hook(self._after)
+
+    def _before(self, grad: Tensor) -> None:
+        # the next batch of one optimizer step finds the term there, unless the gradient was set to zero in between
+        there = self.joined and (parameter := self.parameter()) is not None and parameter.grad
+        self._lacks = there.count_nonzero() == 0 if isinstance(there, Tensor) else True
+
+    def _after(self, parameter: Tensor) -> None:
+        scale = BudgetSchedule.loss_scale
+        self.join(self._lacks if scale is None else scale.to(parameter.device) * self._lacks)
+
+    @torch.no_grad()
+    def join(self, times: float | Tensor) -> None:
+        """Add the term to the matrix' gradient, if it has one."""
+        parameter = self.parameter()
+        if not self._factor or parameter is None or parameter.grad is None:
+            return
+        W = whole(parameter)  # thin
+        gram = W @ W.mT if self.rows else W.mT @ W
+        gram.diagonal().sub_(1)
+        if self._mean:
+            gram /= torch.linalg.vector_norm(gram).clamp_min(_SMALLEST)
+        term = as_part((gram @ W if self.rows else W @ gram) * times, parameter)
+        parameter.grad.add_(term.to(parameter.grad.dtype), alpha=self._factor)
+        self.joined = True
+
+
+def _score(update: Any, method: Any) -> None:
+    for name in _FACTORS:
+        parameter = getattr(update, name)
+        sensitivity = getattr(update, f"sensitivity_{name}")
+        uncertainty = getattr(update, f"uncertainty_{name}")
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        now = (whole(parameter) * whole(grad)).abs_()
+        sensitivity.lerp_(now, 1 - method.beta1)
+        uncertainty.lerp_((now - sensitivity).abs_(), 1 - method.beta2)
 
 
 def _triplet_scores(update: Any) -> Tensor:
@@ -172,6 +253,33 @@ def tell_total_steps(model: Any, steps: int) -> None:
     for module in model.modules():
         if (schedule := module.__dict__.get("schedule")) is not None:
             schedule.total_steps = steps
+
+
+def before_clip(model: Any) -> None:
+    """Have every AdaLoRA schedule in a model complete its gradients, which are about to be clipped."""
+    schedules = {id(s): s for module in model.modules() if (s := module.__dict__.get("schedule")) is not None}
+    for schedule in schedules.values():
+        schedule.before_clip()
+
+
+def _join_scaler() -> None:
+    """Have every GradScaler tell by what it scaled the loss of a backward pass, which AdaLoRA's penalty is part of."""
+    scale = torch.amp.GradScaler.scale
+
+    @functools.wraps(scale)
+    def scale_and_tell(self: Any, outputs: Any) -> Any:
+        scaled = scale(self, outputs)
+        for loss in [scaled] if isinstance(scaled, Tensor) else scaled:
+            if self.is_enabled() and isinstance(loss, Tensor) and loss.requires_grad:
+                loss.register_hook(lambda grad: _during_this_pass(self._scale))
+        return scaled
+
+    torch.amp.GradScaler.scale = scale_and_tell
+
+
+def _during_this_pass(scale: Tensor) -> None:
+    BudgetSchedule.loss_scale = scale
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(BudgetSchedule, "loss_scale", None))
 
 
 def _join_trainer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
 from spectune.layers.factors import Factors
 from spectune.methods._budget import BudgetSchedule
-from spectune.methods.base import Method, Shapes, Tensors, check_int, check_range
+from spectune.methods.base import Method, Shapes, Tensors, check_choice, check_int, check_range
 from spectune.methods.registry import register
 
 
@@ -24,8 +24,9 @@ class AdaLoRA(Method):
 
     E starts at zero, P and Q at N(0, 0.02).  Every triplet is scored by smoothed sensitivity times uncertainty, and
     over the whole model the best b(t) keep their E: b(t) falls from `initial_rank` a layer to `rank` a layer along
-    a cubic between t_init and total_steps - t_final.  gamma (||P^T P - I||^2 + ||Q Q^T - I||^2) is added to the loss
-    through its gradient.  All of it happens at each optimizer step by itself.
+    a cubic between t_init and total_steps - t_final.  gamma times the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over
+    all P and Q of the model is part of the loss, through its gradient.  All of it happens at each optimizer step by
+    itself.
 
     Args:
         rank: average rank a layer at the end.
@@ -37,6 +38,8 @@ class AdaLoRA(Method):
         beta1: smoothing of the sensitivity.
         beta2: smoothing of the uncertainty.
         gamma: weight of the orthogonality term.
+        penalty: the orthogonality term: "mean_norm", the authors' code, which gamma is chosen for, or
+            "sum_of_squares", the paper's formula, with a gradient some thousand times as large.
         total_steps: length of the run; None takes it from transformers.Trainer or spectune's trainer, and without
             either nothing is pruned.
         dropout: probability of dropping an input of the branch in training.
@@ -49,6 +52,7 @@ class AdaLoRA(Method):
     paper: ClassVar[str] = "arXiv:2303.10512"
     summary: ClassVar[str] = "W + s P diag(E) Q, pruned to a budget over the model; P, E and Q train"
     learning_rate: ClassVar[float] = 2e-3
+    earlier: ClassVar[Mapping[str, Any]] = {"penalty": "sum_of_squares"}
 
     rank: int = 8
     initial_rank: int | None = None
@@ -59,6 +63,7 @@ class AdaLoRA(Method):
     beta1: float = 0.85
     beta2: float = 0.85
     gamma: float = 0.1
+    penalty: str = "mean_norm"
     total_steps: int | None = None
     dropout: float = 0.0
 
@@ -71,6 +76,7 @@ class AdaLoRA(Method):
             check_range(self, name, 0)
         for name in ("beta1", "beta2", "dropout"):
             check_range(self, name, 0, 1)
+        check_choice(self, "penalty", ("mean_norm", "sum_of_squares"))
         if self.total_steps is not None:
             check_int(self, "total_steps")
             if self.steps(self.t_init) + self.steps(self.t_final) >= self.total_steps:

@@ -32,6 +32,7 @@ class Method(abc.ABC):
     summary: ClassVar[str]
     learning_rate: ClassVar[float]  # a starting point for a short run on a small model
     basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
+    earlier: ClassVar[Mapping[str, Any]] = {}  # fields that older files lack, and what these were written with
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
     replaces: ClassVar[bool] = False  # W' does not depend on W

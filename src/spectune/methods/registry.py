@@ -87,7 +87,7 @@ def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
         raise SpectuneError("the description of a method has no 'name'")
     cls = find(str(fields["name"]))
     known = {f.name for f in dataclasses.fields(cls)}
-    given = {k: v for k, v in fields.items() if k != "name"}
+    given = {**(cls.earlier if complete else {}), **{k: v for k, v in fields.items() if k != "name"}}
     if "inner" in known and not complete:
         chosen = given.pop("inner", None)
         start = _default(cls, "inner").fields() if chosen is None else {"name": find(str(chosen)).name}

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.shards import whole
+from spectune.methods._budget import before_clip
 from spectune.training import processes
 from spectune.training.batches import BLANK, IGNORE, BlankCollator, EvenSampler, WithBlanks
 from spectune.training.checkpoints import AdapterCheckpoints
@@ -143,6 +144,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         super()._save_checkpoint(model, trial)
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        before_clip(self.model)
         return whole(super()._clip_grad_norm(model))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
