@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spectune.reports.about import describe
+from spectune.pages.about import describe
 
 RESULTS = Path(__file__).parent / "results"
 

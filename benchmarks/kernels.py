@@ -21,7 +21,7 @@ import torch.nn as nn
 import spectune
 from _machine import save
 from spectune.layers import products
-from spectune.layers.functional import band_entries, banded_entries, banded_product
+from spectune.layers.core_ops import band_entries, banded_entries, banded_product
 from spectune.layers.kernels import kernels
 
 SIZES = [(4096, 4096), (4096, 11008)]

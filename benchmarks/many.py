@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 import spectune
 from _machine import save
-from spectune.reports.probe import clock
+from spectune.planning.probe import clock
 
 METHODS = {"svf": "svf", "lora_xs": "lora_xs:rank=16", "lora": "lora:rank=16,alpha=32"}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

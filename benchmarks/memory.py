@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import spectune
 from _machine import save
-from spectune.training.batches import Packer
-from spectune.training.data import encode_one
-from spectune.training.loss import cross_entropy_sum
-from spectune.training.parts import training_parts
-from spectune.training.recompute import checkpoint_activations
+from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.loss import cross_entropy_sum
+from spectune.speed.parts import training_parts
+from spectune.training.data.encoding import encode_one
+from spectune.training.data.packing import Packer
 from train_job import BATCH, pairs
 
 METHODS = {"LoRA": "lora:rank=16,alpha=32", "DoRA": "dora:inner=lora,rank=16,alpha=32"}

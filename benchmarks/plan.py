@@ -35,11 +35,11 @@ import transformers  # noqa: F401 - part of the libraries that memory is counted
 
 import spectune
 from _machine import forget_peak, resident, save
-from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
-from spectune.reports.plan import plan
-from spectune.reports.probe import clock
-from spectune.training.heap import keep_memory, release_memory
-from spectune.training.recompute import checkpoint_activations
+from spectune.planning.batch import Batch, loss_of, make_inputs, training_attention
+from spectune.planning.plan import plan
+from spectune.planning.probe import clock
+from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.heap import keep_memory, release_memory
 
 METHODS = ["lora", "svf", "svft:pattern=banded", "svft:pattern=top_k", "pissa", "milora", "lora_xs", "dora"]
 METHODS += ["dora:inner=svf", "adalora", "vera", "full"]
@@ -104,7 +104,7 @@ def peak(connection: Any, name: str, method: str, dtype: str) -> None:
 
 def memory(name: str, found: dict[str, Any], dtype: str) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "spectune", "spectune.reports.plan"])
+    context.set_forkserver_preload(["transformers", "spectune", "spectune.planning.plan"])
     results = {}
     for method, row in found.items():
         ours, theirs = context.Pipe(duplex=False)

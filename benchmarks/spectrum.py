@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from _machine import forget_peak, resident, save
-from spectune.reports.checkpoint import open_checkpoint
-from spectune.reports.collect import collect
-from spectune.reports.spectrum_run import report
+from spectune.spectrum.checkpoint import open_checkpoint
+from spectune.spectrum.collect import collect
+from spectune.spectrum.run import report
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "spectrum.png"
 MODELS = ("smollm2-135m", "minilm-l6")

@@ -51,7 +51,7 @@ class Peak:
 
 def pairs(count: int) -> list[dict[str, Any]]:
     """Return exchanges of film dialogue of ordinary length as conversations of two turns."""
-    from spectune import sources
+    from spectune.bases import sources
 
     turns = [(a.strip(), b.strip()) for a, b in sources.dialogue() if 20 < len(a) < 200 and 20 < len(b) < 200]
     return [
@@ -61,7 +61,7 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 
 def apart(data: str, dtype: str, steps: int) -> dict[str, Any]:
-    from spectune.training.batches import Packer
+    from spectune.training.data.packing import Packer
 
     Packer._attends_to_shared = lambda *_: False  # type: ignore[method-assign]
     return ours(data, dtype, steps)
@@ -92,7 +92,7 @@ def theirs(data: str, dtype: str, steps: int) -> dict[str, Any]:
     import trl
 
     import spectune  # noqa: F401
-    from spectune.bases import load_base
+    from spectune.bases.loading import load_base
 
     with Peak() as peak, tempfile.TemporaryDirectory() as output:
         model, tokenizer = load_base("smollm2-135m", dtype)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import spectune
 from _machine import save
-from spectune.reports.probe import clock
-from spectune.training.parts import training_parts
+from spectune.planning.probe import clock
+from spectune.speed.parts import training_parts
 
 OURS = {
     "LoRA": "lora:rank=16,alpha=32",

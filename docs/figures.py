@@ -18,7 +18,7 @@ from typing import Any
 
 import spectune
 from spectune.methods import METHODS, Method, parse, to_text
-from spectune.reports.sizes import gigabytes
+from spectune.pages.units import gigabytes
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"

@@ -10,7 +10,8 @@ import torch.nn as nn
 
 import spectune
 import tiny
-from spectune.layers.adapted import adapted_layers, is_linear
+from spectune.layers.adapted import adapted_layers
+from spectune.layers.modules import is_linear
 
 METHODS = ["svf", "lora:rank=4", "dora:inner=pissa,rank=4"]
 HEADS = {"roberta": "classifier.out_proj", "deberta": "classifier", "vit": "classifier"}  # 3 rows: below the rank

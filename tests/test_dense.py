@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import spectune
-from spectune import dense
+from spectune.speed import dense
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()), reason="one library only"

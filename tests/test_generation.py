@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from spectune.bases.generation import generate, prompt_tokens
 from spectune.errors import SpectuneError
-from spectune.generation import generate, prompt_tokens
 from training.folder import make_model, make_tokenizer
 
 

@@ -1,6 +1,6 @@
 """The embedded data is read whole and as it is."""
 
-from spectune import sources
+from spectune.bases import sources
 
 
 def test_questions_have_labels_of_a_kind_and_a_detail():

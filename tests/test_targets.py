@@ -8,7 +8,7 @@ import torch.nn as nn
 import spectune
 import tiny
 from spectune import SVF, DoRA, LoRA
-from spectune.targets import resolve
+from spectune.model.targets import resolve
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

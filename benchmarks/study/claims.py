@@ -21,7 +21,7 @@ from typing import Any
 
 from run import TASKS
 
-from spectune.compare.statistics import holm, paired_difference
+from spectune.compare.report.statistics import holm, paired_difference
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

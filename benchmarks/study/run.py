@@ -22,7 +22,7 @@ from typing import Any
 
 import reasoning_gym
 
-from spectune import sources
+from spectune.bases import sources
 from spectune.compare.config import CompareConfig
 from spectune.compare.presets import film_reviews, question_types, write_records
 from spectune.training.config import load_config

@@ -43,8 +43,8 @@ def main() -> None:
 
 def write_data() -> None:
     """Write the questions, each once, as prompts with the kind of their answer as completion."""
-    from spectune import sources
-    from spectune.training.data import split
+    from spectune.bases import sources
+    from spectune.training.data.records import split
 
     labelled = {question: label for label, question in sources.questions()}
     records = [
@@ -63,7 +63,7 @@ def train(config: str, *settings: str) -> None:
 def answer(adapter: str | None) -> dict[str, str]:
     """Return prompt -> greedy completion of every held-out problem, by the base or with an adapter."""
     import spectune
-    from spectune.generation import generate
+    from spectune.bases.generation import generate
 
     model, tokenizer = spectune.load_base("smollm2-135m", "bf16")
     if adapter is not None:

@@ -27,8 +27,9 @@ from tasks import TASKS, Parts, Task, parts, records
 
 import spectune
 from spectune import FewShot, Library, Transformer2
-from spectune.adapters.files import CONFIG, write_atomically
-from spectune.generation import generate
+from spectune.adapters.folder import CONFIG
+from spectune.bases.generation import generate
+from spectune.storage import write_atomically
 from spectune.training.config import load_config
 from spectune.training.run import train_model
 from spectune.transformer2.classifier import Classifier

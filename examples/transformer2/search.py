@@ -22,8 +22,8 @@ from tasks import TASKS, records
 
 import spectune
 from spectune import FewShot, Library
-from spectune.adapters.files import write_atomically
-from spectune.reports.probe import clock
+from spectune.planning.probe import clock
+from spectune.storage import write_atomically
 from spectune.transformer2.pool import Pool
 from spectune.transformer2.shots import as_shot, population_likelihood
 

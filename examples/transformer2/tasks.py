@@ -12,9 +12,9 @@ from typing import Any
 
 import reasoning_gym
 
-from spectune import sources
-from spectune.adapters.files import write_atomically
+from spectune.bases import sources
 from spectune.demo import pirate_data, pirate_rate
+from spectune.storage import write_atomically
 
 SALTY = 0.12  # the share of pirate words from which a reply counts as pirate speech, as in the demo
 

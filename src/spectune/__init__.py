@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectune import spectral
     from spectune.adapters.adapter import Adapter
-    from spectune.bases import load_base
-    from spectune.classifiers import classify
+    from spectune.bases.classifiers import classify
+    from spectune.bases.loading import load_base
     from spectune.errors import SpectuneError
-    from spectune.layers.recompute import keep_products
     from spectune.methods import Method
     from spectune.methods.adalora import AdaLoRA
     from spectune.methods.dora import DoRA
@@ -30,20 +29,13 @@ if TYPE_CHECKING:
     from spectune.methods.pissa import PiSSA
     from spectune.methods.svf import SVF
     from spectune.methods.svft import SVFT
-    from spectune.model import (
-        Reference,
-        activate,
-        adapt,
-        adapter_names,
-        attach,
-        base_alone,
-        detach,
-        extract,
-        merge,
-        route,
-    )
-    from spectune.reports.plan import plan
-    from spectune.training.checkpoints import Trainer, trainer_for
+    from spectune.model.adapting import adapt, attach
+    from spectune.model.lifecycle import detach, extract, merge
+    from spectune.model.names import adapter_names
+    from spectune.model.routing import Reference, activate, base_alone, route
+    from spectune.planning.plan import plan
+    from spectune.speed.recompute_cache import keep_products
+    from spectune.training.trainer.checkpoints import Trainer, trainer_for
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.library import Library
     from spectune.transformer2.two_pass import Transformer2
@@ -55,16 +47,16 @@ _HOMES = {
     "Head": "methods.head",
     "FewShot": "transformer2.few_shot",
     "Library": "transformer2.library",
-    "Trainer": "training.checkpoints",
+    "Trainer": "training.trainer.checkpoints",
     "Transformer2": "transformer2.two_pass",
     "Method": "methods",
     "Reference": "model",
     "SpectuneError": "errors",
-    "classify": "classifiers",
-    "keep_products": "layers.recompute",
-    "load_base": "bases",
-    "plan": "reports.plan",
-    "trainer_for": "training.checkpoints",
+    "classify": "bases.classifiers",
+    "keep_products": "speed.recompute_cache",
+    "load_base": "bases.loading",
+    "plan": "planning.plan",
+    "trainer_for": "training.trainer.checkpoints",
     **dict.fromkeys(
         (
             "Reference",

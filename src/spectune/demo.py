@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from spectune import sources
-from spectune.adapters.files import CONFIG, WEIGHTS
-from spectune.bases import load_base
+from spectune.adapters.folder import CONFIG, WEIGHTS
+from spectune.bases import sources
+from spectune.bases.generation import Reply, generate
+from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError
-from spectune.generation import Reply, generate
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
-from spectune.training.data import Record
+from spectune.training.data.records import Record
 from spectune.training.run import train_model
 
 PROMPTS = (

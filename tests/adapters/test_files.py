@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import spectune
 import tiny
 from spectune import Adapter, SpectuneError
-from spectune.adapters import files, fingerprint
-from spectune.adapters.peft_format import is_peft
+from spectune.adapters import fingerprint
+from spectune.adapters import folder as files
+from spectune.adapters.formats.peft import is_peft
 from spectune.methods import parse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -70,7 +70,7 @@ def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, tmp_pa
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, model, tmp_path):
-    from spectune.reports import collect
+    from spectune.spectrum import collect
 
     def interrupted(W):
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from scipy import stats
 
 from compare.comparison import HEADER, METHODS, failed, final, results, whole
 from spectune.cli.train import file_and_pairs
-from spectune.compare.document import document
+from spectune.compare.report.document import document
 from spectune.training.config import load_config
 
 

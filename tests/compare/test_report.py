@@ -8,9 +8,9 @@ import pytest
 from compare.comparison import failed, results, whole
 from compare.test_document import made
 from reports.test_page import check_page
-from spectune.compare.document import document
-from spectune.compare.figures import COSTS, front
-from spectune.compare.report import write_report
+from spectune.compare.report.document import document
+from spectune.compare.report.figures import COSTS, front
+from spectune.compare.report.files import write_report
 
 FILES = ["report.html", "report.json", "report.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"]
 

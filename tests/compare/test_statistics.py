@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from spectune.compare.statistics import Difference, Interval, holm, mean_interval, paired_difference, record_difference
+from spectune.compare.report.statistics import (
+    Difference,
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    record_difference,
+)
 from spectune.errors import SpectuneError
 
 numbers = st.floats(-1e3, 1e3).map(lambda x: round(x, 3))

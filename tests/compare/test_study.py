@@ -10,13 +10,13 @@ import torch
 
 from compare.tiny_bench import CLASSES, config, write_data, write_encoder
 from spectune import SpectuneError
+from spectune.bases.generation import Reply
 from spectune.compare.bench import Bench, exact_matches
 from spectune.compare.candidates import baseline, candidates, further, grid
 from spectune.compare.config import CompareConfig, check_folder, digest
 from spectune.compare.meter import Peak, StepTimes
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
-from spectune.generation import Reply
 from training.folder import NUMBERS, make_tokenizer, save_folder
 
 

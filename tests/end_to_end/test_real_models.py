@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import spectune
-from spectune import sources
+from spectune.bases import sources
 from spectune.cli import app
 from spectune.layers.adapted import adapted_layers
 

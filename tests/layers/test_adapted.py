@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 
 import spectune
-from spectune.layers.adapted import Adapted, adapted_class, adapted_layers, find_linear, is_linear
+from spectune.layers.adapted import Adapted, adapted_class, adapted_layers
+from spectune.layers.modules import find_linear, is_linear
 
 
 def layer(*methods) -> Any:

@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.layers.cores import Banded, Dense, Diagonal, Identity, Sparse, mix
-from spectune.layers.factors import Factors
-from spectune.layers.functional import (
+from spectune.layers.core_ops import (
     band_entries,
     band_indices,
     banded_entries,
@@ -17,6 +15,8 @@ from spectune.layers.functional import (
     sparse_entries,
     sparse_product,
 )
+from spectune.layers.cores import Banded, Dense, Diagonal, Identity, Sparse, mix
+from spectune.layers.factors import Factors
 
 SIZE, WIDTH, BATCH = 7, 2, 3
 ROWS, COLUMNS = torch.tensor([0, 0, 3, 6, 5, 2]), torch.tensor([1, 4, 3, 0, 5, 2])
@@ -131,7 +131,7 @@ def test_a_banded_and_a_sparse_core_of_the_same_entries_agree(size, width, seed,
     rows, columns = band_indices(size, width)
     values = torch.randn(len(rows), generator=generator, dtype=torch.float64)
     t = torch.randn(2, 3, size, generator=generator, dtype=torch.float64)
-    with patch("spectune.layers.functional._DENSE", dense):
+    with patch("spectune.layers.core_ops._DENSE", dense):
         torch.testing.assert_close(banded_product(t, values, width, False), sparse_product(t, values, rows, columns))
         torch.testing.assert_close(banded_product(t, values, width, True), sparse_product(t, values, columns, rows))
 
@@ -139,7 +139,7 @@ def test_a_banded_and_a_sparse_core_of_the_same_entries_agree(size, width, seed,
 def test_the_sparse_gradient_is_the_same_however_it_is_taken(monkeypatch):
     grad, t = torch.randn(4, SIZE), torch.randn(4, SIZE)
     for name, value in (("_DENSE", 100), ("_DENSE", 0), ("_CHUNK", 8)):
-        monkeypatch.setattr(f"spectune.layers.functional.{name}", value)
+        monkeypatch.setattr(f"spectune.layers.core_ops.{name}", value)
         torch.testing.assert_close(sparse_entries(grad, t, ROWS, COLUMNS), (grad.T @ t)[ROWS, COLUMNS])
 
 
@@ -153,7 +153,7 @@ def test_the_banded_products_are_well_formed_operators():
 
 @pytest.mark.parametrize("dense", [0, 100])
 def test_the_sparse_product_is_a_well_formed_operator(dense, monkeypatch):
-    monkeypatch.setattr("spectune.layers.functional._DENSE", dense)
+    monkeypatch.setattr("spectune.layers.core_ops._DENSE", dense)
     t = torch.randn(2, 3, SIZE, requires_grad=True)
     values = torch.randn(len(ROWS), requires_grad=True)
     checks = torch.library.opcheck(sparse_product, (t, values, ROWS, COLUMNS))

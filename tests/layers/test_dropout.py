@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectune.layers.dropout import dropout
+from spectune.speed.dropout import dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

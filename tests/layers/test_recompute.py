@@ -88,7 +88,7 @@ class Products(TorchDispatchMode):
 @pytest.fixture
 def nothing_known(monkeypatch):
     """Regions begin without knowing what is behind their last layer."""
-    monkeypatch.setattr("spectune.layers.recompute._looked_at", set())
+    monkeypatch.setattr("spectune.speed.recompute_cache._looked_at", set())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,19 +145,19 @@ def test_only_products_are_held_and_not_for_longer_than_they_are_needed(nothing_
 
     def contexts():
         regions = spectune.keep_products()
-        tapes.append(regions[0]._tape)
+        tapes.append(regions[0]._cache)
         return regions
 
     y = checkpoint(block, leaf, use_reentrant=False, context_fn=contexts)
-    (tape,) = tapes
-    held = [tensor for tensors, _ in tape._results for tensor in tensors if tensor is not None]
+    (cache,) = tapes
+    held = [tensor for tensors, _ in cache._results for tensor in tensors if tensor is not None]
     widths = [t.shape[1] for t in held]
     assert sorted(widths) == [1, 1, 6, 9]  # not the last product
     assert {t.untyped_storage().nbytes() for t in held} == {sum(64 * -(-500 * width * 8 // 64) for width in widths)}
     y.sum().backward()
-    assert tape._results == [None] * 3
-    alive = weakref.ref(tape)
-    del y, held, tape
+    assert cache._results == [None] * 3
+    alive = weakref.ref(cache)
+    del y, held, cache
     tapes.clear()
     assert alive() is None  # without the help of the garbage collector
 

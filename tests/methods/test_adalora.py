@@ -15,7 +15,7 @@ import transformers
 import spectune
 import tiny
 from spectune import AdaLoRA, DoRA, LoRA
-from spectune.methods._budget import BudgetSchedule
+from spectune.methods._adalora_schedule import BudgetSchedule
 
 STEPS, LAYERS, RANK, FIRST = 20, 3, 2, 4
 METHOD = AdaLoRA(
@@ -276,7 +276,7 @@ def test_without_a_length_it_warns_once_and_keeps_every_triplet():
 
 
 def test_phases_longer_than_the_run_are_told_when_the_run_is_known():
-    from spectune.methods._budget import tell_total_steps
+    from spectune.methods._adalora_schedule import tell_total_steps
 
     model = spectune.adapt(network(), AdaLoRA(rank=2, t_init=30))
     tell_total_steps(model, STEPS)

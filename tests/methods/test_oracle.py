@@ -11,9 +11,9 @@ from oracle import dense, svd
 
 import spectune
 from spectune import SVFT, DoRA, LoRA, MiLoRA, PiSSA
-from spectune.layers.adapted import effective_weight
-from spectune.layers.dropout import dropout
-from spectune.layers.functional import band_entries
+from spectune.layers.core_ops import band_entries
+from spectune.layers.modules import effective_weight
+from spectune.speed.dropout import dropout
 
 every_method = pytest.mark.parametrize("method", EVERY, ids=name)
 every_layer = pytest.mark.parametrize("kind", LAYERS)

@@ -12,9 +12,9 @@ from matplotlib import image
 from test_spectrum_report import trained
 
 from compare.comparison import whole
-from spectune.compare.document import document
-from spectune.compare.report import write_report
-from spectune.reports.spectrum_run import report
+from spectune.compare.report.document import document
+from spectune.compare.report.files import write_report
+from spectune.spectrum.run import report
 from training.folder import make_model, save_folder
 
 pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium here")

@@ -4,7 +4,8 @@ import pytest
 
 import spectune
 from spectune import SVF, SVFT, AdaLoRA, DoRA, LoRA, LoRAXS, PiSSA, SpectuneError
-from spectune.reports.budget import least_of, parse_bytes, parse_count, within_budget
+from spectune.pages.units import parse_bytes, parse_count
+from spectune.planning.budget import least_of, within_budget
 
 SHAPES = [(12, 9), (9, 12), (10, 10), (10, 10)]
 

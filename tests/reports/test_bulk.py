@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from spectune.reports.bulk import fit_bulk
+from spectune.spectrum.bulk import fit_bulk
 
 
 def values(W):

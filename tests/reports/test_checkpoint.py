@@ -7,7 +7,7 @@ import torch
 from checkpoints import gguf, matrix, saved, sharded, tensors
 
 from spectune.errors import SpectuneError
-from spectune.reports.checkpoint import open_checkpoint
+from spectune.spectrum.checkpoint import open_checkpoint
 
 LINEAR = {name for name in tensors() if name.endswith("proj.weight")}
 

@@ -8,10 +8,10 @@ import torch
 from checkpoints import matrix, saved, tensors
 
 from spectune.errors import SpectuneError
-from spectune.reports import collect as module
-from spectune.reports.checkpoint import open_checkpoint
-from spectune.reports.collect import collect
-from spectune.reports.ledger import Ledger, packed, unpacked
+from spectune.spectrum import collect as module
+from spectune.spectrum.checkpoint import open_checkpoint
+from spectune.spectrum.collect import collect
+from spectune.spectrum.ledger import Ledger, packed, unpacked
 
 
 @pytest.fixture

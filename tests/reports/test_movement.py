@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spectune.reports.movement import PARTS, movement
+from spectune.spectrum.movement import PARTS, movement
 
 
 def orthonormal(n, k, seed):

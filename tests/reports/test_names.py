@@ -3,8 +3,8 @@
 import pytest
 
 import tiny
-from spectune.reports.names import is_embedding, override_names, places
-from spectune.targets import resolve
+from spectune.model.targets import resolve
+from spectune.spectrum.names import is_embedding, override_names, places
 
 
 def test_llama():

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from spectune.reports import page
-from spectune.reports.page import Column, Shown
+from spectune.pages import html as page
+from spectune.pages.html import Column, Shown
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "use", "image", "rect", "line", "circle", "stop"}
 

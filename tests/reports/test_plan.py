@@ -8,10 +8,10 @@ import torch
 import spectune
 from spectune import SpectuneError
 from spectune.methods import METHODS, parse, to_text
-from spectune.reports.machine import Machine, keep, this_machine
-from spectune.reports.memory import Parts, Weights
-from spectune.reports.plan import default_methods, parse_devices
-from spectune.reports.step import Cost
+from spectune.planning.machine import Machine, keep, this_machine
+from spectune.planning.memory import Parts, Weights
+from spectune.planning.plan import default_methods, parse_devices
+from spectune.planning.step import Cost
 from training.folder import make_model
 
 QUICK = {"precisions": ["bf16"], "measured": False, "batch_size": 2, "length": 8}
@@ -43,7 +43,7 @@ def test_targets_and_overrides_are_those_of_adapt(folder):
 
 
 def test_every_method_is_there_by_default_with_its_defaults(folder, monkeypatch):
-    monkeypatch.setattr("spectune.reports.rows.measure", lambda *_: Cost(1.0, 1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr("spectune.planning.planner.measure", lambda *_: Cost(1.0, 1.0, 1.0, 1.0, 1.0))
     found = spectune.plan("minilm-l6", **QUICK)
     assert [row["method"] for row in found.rows] == [m if m == "full" else to_text(parse(m)) for m in default_methods()]
     assert {row["method"] for row in found.rows} >= {"full", "dora:inner=pissa", *METHODS}
@@ -137,15 +137,15 @@ def test_malformed_devices(text):
 
 def test_measured_rates_are_kept_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECTUNE_HOME", str(tmp_path))
-    monkeypatch.setattr("spectune.reports.probe.rates", lambda: {"fp32": 3e9})
+    monkeypatch.setattr("spectune.planning.probe.rates", lambda: {"fp32": 3e9})
     machine = this_machine()
     assert (machine.measured, machine.fp32, machine.threads) == (True, 3e9, torch.get_num_threads())
     machine.times["full None 9 9"] = 0.5
     keep(machine)
-    monkeypatch.setattr("spectune.reports.probe.rates", lambda: pytest.fail("measured again"))
+    monkeypatch.setattr("spectune.planning.probe.rates", lambda: pytest.fail("measured again"))
     assert this_machine() == machine
     (tmp_path / "machine.json").write_text("{")
-    monkeypatch.setattr("spectune.reports.probe.rates", dict)
+    monkeypatch.setattr("spectune.planning.probe.rates", dict)
     assert this_machine().times == {}
 
 
@@ -160,7 +160,7 @@ def test_a_start_takes_longer_with_a_decomposition_and_in_proportion():
 
 def test_a_product_takes_what_one_of_its_shape_does(monkeypatch):
     timed = []
-    monkeypatch.setattr("spectune.reports.probe.product", lambda *like: timed.append(like) or 1.0)
+    monkeypatch.setattr("spectune.planning.probe.product", lambda *like: timed.append(like) or 1.0)
     machine = Machine(measured=True, overhead=0.0)
     plain = (False, False)
     small = machine.product(torch.float32, (1, 256, 512, 16), plain)

@@ -3,11 +3,11 @@
 import pytest
 
 from spectune import SVF, SVFT, DoRA, LoRA, LoRAXS
-from spectune.layers.adapted import effective_weight
+from spectune.bases.shapes import build, find_config, known
+from spectune.layers.modules import effective_weight
 from spectune.methods.adalora import AdaLoRA
-from spectune.reports.models import build, find_config, known
-from spectune.reports.sizes import keras_lora_parameters
-from spectune.targets import resolve
+from spectune.model.targets import resolve
+from spectune.planning.sizes import keras_lora_parameters
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 QKVUD = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -6,10 +6,10 @@ import torch
 import spectune
 import spectune.methods
 import tiny
-from spectune.adapters.files import CONFIG, WEIGHTS
-from spectune.reports.plan import default_methods
-from spectune.reports.sizes import adapter_sizes, bases_bytes
-from spectune.targets import resolve
+from spectune.adapters.folder import CONFIG, WEIGHTS
+from spectune.model.targets import resolve
+from spectune.planning.plan import default_methods
+from spectune.planning.sizes import adapter_sizes, bases_bytes
 
 SMALL = {"pissa": "pissa:rank=4", "milora": "milora:rank=4", "lora_xs": "lora_xs:rank=4", "vera": "vera:rank=8"}
 SMALL |= {"dora": "dora:rank=4", "dora:inner=pissa": "dora:inner=pissa,rank=4"}

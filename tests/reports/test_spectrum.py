@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spectune.reports.spectrum import curve, measure, recommended_ranks
+from spectune.spectrum.measures import curve, measure, recommended_ranks
 
 S = np.sort(np.random.RandomState(3).lognormal(0, 1, 60))[::-1]
 SHAPE = (90, 60)

@@ -13,11 +13,11 @@ import spectune
 import tiny
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.reports.checkpoint import open_checkpoint
-from spectune.reports.collect import collect
-from spectune.reports.spectrum_report import GAP, Spectra, describe
-from spectune.reports.spectrum_run import report
-from spectune.targets import resolve
+from spectune.model.targets import resolve
+from spectune.spectrum.checkpoint import open_checkpoint
+from spectune.spectrum.collect import collect
+from spectune.spectrum.document import GAP, Spectra, describe
+from spectune.spectrum.run import report
 from spectune.training.config import load_config
 from training.folder import make_model, save_folder
 

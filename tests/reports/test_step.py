@@ -11,11 +11,11 @@ import spectune
 import tiny
 from spectune.layers.adapted import adapted_layers
 from spectune.methods import parse
-from spectune.reports.batch import Batch, loss_of, make_inputs, training_attention
-from spectune.reports.machine import Machine
-from spectune.reports.step import _pass, measure
-from spectune.targets import resolve
-from spectune.training.recompute import checkpoint_activations
+from spectune.model.targets import resolve
+from spectune.planning.batch import Batch, loss_of, make_inputs, training_attention
+from spectune.planning.machine import Machine
+from spectune.planning.step import _pass, measure
+from spectune.speed.checkpointing import checkpoint_activations
 
 
 def addmm_flop(out, a, b, **_):

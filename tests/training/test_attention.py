@@ -7,9 +7,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import spectune
 from spectune.layers.adapted import adapted_layers
-from spectune.training.attention import NAME, packed_attention
-from spectune.training.batches import STEP, Packer
-from spectune.training.recompute import checkpoint_activations, keep_activations
+from spectune.speed.attention import NAME, packed_attention
+from spectune.speed.checkpointing import checkpoint_activations, keep_activations
+from spectune.speed.shapes import STEP
+from spectune.training.data.packing import Packer
 from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 import transformers as tf
 from hypothesis import given, settings
 
-from spectune.training.attention import packed_attention
-from spectune.training.batches import IGNORE, Packer
-from spectune.training.data import Example
-from spectune.training.layout import Layout
-from spectune.training.rollout import shares_prompts
+from spectune.speed.attention import packed_attention
+from spectune.speed.shapes import IGNORE
+from spectune.training.data.encoding import Example
+from spectune.training.data.layout import Layout
+from spectune.training.data.packing import Packer
+from spectune.training.tasks.reinforce.rollout import shares_prompts
 from spectune.training.tasks.sft import encode
 from tiny import ARCHITECTURES, TEXT
 from training.folder import make_model, make_tokenizer
@@ -137,10 +138,10 @@ def test_where_attention_has_windows_or_rules_of_its_own_nothing_is_shared():
 def test_what_is_shared_does_not_count_towards_the_longest_row(monkeypatch):
     packer = Packer(make_model(), 0)
     examples = [Example([*range(3, 15), end], [False] * 12 + [True]) for end in range(20, 30)]
-    monkeypatch.setattr("spectune.training.batches.PACKED_LIMIT", 12 + 10)
+    monkeypatch.setattr("spectune.training.data.packing.PACKED_LIMIT", 12 + 10)
     assert packer(examples)["input_ids"].shape == (1, 22)
     assert packer([*examples, Example([4, 5], [True, True])])["input_ids"].shape == (11, 13)
-    monkeypatch.setattr("spectune.training.batches._SEEN_LIMIT", 10 * 13 - 1)
+    monkeypatch.setattr("spectune.training.data.packing._SEEN_LIMIT", 10 * 13 - 1)
     assert packer(examples)["input_ids"].shape == (10, 13)
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import spectune
 from spectune.errors import SpectuneError
-from spectune.training import checkpoints as checkpoints_module
+from spectune.training.trainer import checkpoints as checkpoints_module
 from training.folder import make_model, make_tokenizer, save_folder
 
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")  # since transformers 5.23 or so

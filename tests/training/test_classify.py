@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score
 from transformers import BertConfig, BertModel, TrainingArguments
 
 import spectune
-from spectune.classifiers import classify
+from spectune.bases.classifiers import classify
 from spectune.errors import SpectuneError
 from spectune.methods.head import Head
 from spectune.training.config import load_config

@@ -8,7 +8,8 @@ import yaml
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
-from spectune.training.data import encode_one, read, read_jsonl, split
+from spectune.training.data.encoding import encode_one
+from spectune.training.data.records import read, read_jsonl, split
 from spectune.training.tasks import make_task
 from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode

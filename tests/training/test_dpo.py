@@ -68,7 +68,7 @@ def test_the_loss_is_the_one_computed_one_sequence_at_a_time(models, padded, mon
     base, model = models
     pairs = task.encode(PAIRS, model, tokenizer, 64).examples
     if padded:
-        monkeypatch.setattr("spectune.training.batches.PACKED_LIMIT", 0)
+        monkeypatch.setattr("spectune.training.data.packing.PACKED_LIMIT", 0)
     batch = task.collator(model, tokenizer)(pairs)
     assert ("position_ids" in batch) != padded
     sums = task.sums(model, dict(batch))

@@ -3,7 +3,7 @@
 import pytest
 
 from spectune.errors import SpectuneError
-from spectune.training.environments import Environment
+from spectune.training.tasks.reinforce.environments import Environment
 
 SUMS = {"max_terms": 2, "max_digits": 1}
 

@@ -15,13 +15,13 @@ import torch
 import spectune
 from spectune.cli import main
 from spectune.errors import SpectuneError
-from spectune.training import checkpoints as checkpoints_module
 from spectune.training import progress
-from spectune.training.checkpoints import checkpoints
 from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
-from spectune.training.trainer import AdapterTrainer
+from spectune.training.trainer import checkpoints as checkpoints_module
+from spectune.training.trainer.checkpoints import checkpoints
+from spectune.training.trainer.trainer import AdapterTrainer
 from training.folder import save_folder
 
 

@@ -1,6 +1,6 @@
 """What a run asks of the heap."""
 
-from spectune.training import heap
+from spectune.speed import heap
 
 
 def test_the_heap_keeps_what_steps_free_unless_the_user_said_otherwise(monkeypatch):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import spectune
-from spectune.training import loss as loss_module
-from spectune.training.batches import Packer
-from spectune.training.loss import IGNORE, cross_entropy_sum
+from spectune.speed import loss as loss_module
+from spectune.speed.loss import IGNORE, cross_entropy_sum
+from spectune.training.data.packing import Packer
 from spectune.training.tasks.sft import encode
 from training.folder import make_model, make_tokenizer
 

@@ -8,8 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import spectune
-from spectune.training.norms import fused_norms
-from spectune.training.recompute import checkpoint_activations
+from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.norms import fused_norms
 from training.folder import make_model
 
 KINDS = [LlamaRMSNorm, Olmo2RMSNorm, Gemma3RMSNorm]

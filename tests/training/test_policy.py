@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from spectune.training import policy
-from spectune.training.policy import advantages, policy_loss
+from spectune.training.tasks.reinforce import policy
+from spectune.training.tasks.reinforce.policy import advantages, policy_loss
 
 
 def test_the_baseline_of_a_completion_is_the_mean_of_the_others():

@@ -11,11 +11,12 @@ import torch
 
 import spectune
 from spectune.errors import SpectuneError
-from spectune.training import policy_trainer, processes
-from spectune.training import trainer as trainer_module
+from spectune.training import processes
 from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks import make_task
+from spectune.training.tasks.reinforce import policy_trainer
+from spectune.training.trainer import trainer as trainer_module
 from training.folder import NUMBERS, save_folder
 
 CHECKPOINTING = ["gradient_checkpointing=true"]

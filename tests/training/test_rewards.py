@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectune.errors import SpectuneError
-from spectune.training.rewards import Reward, RewardError, load_reward
+from spectune.training.tasks.reinforce.rewards import Reward, RewardError, load_reward
 
 RECORDS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2", "extra": 5}]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import spectune
-from spectune.training.attention import packed_attention
-from spectune.training.rollout import completion_logits, lay_out, sample, shares_prompts
+from spectune.speed.attention import packed_attention
+from spectune.training.tasks.reinforce.rollout import completion_logits, lay_out, sample, shares_prompts
 from tiny import ARCHITECTURES
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]

@@ -11,12 +11,12 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 import spectune
 from spectune.errors import SpectuneError
-from spectune.training import trainer as trainer_module
 from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
 from spectune.training.record import digest
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
+from spectune.training.trainer import trainer as trainer_module
 from tiny import ARCHITECTURES
 from training.folder import make_tokenizer, save_folder
 

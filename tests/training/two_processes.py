@@ -11,11 +11,12 @@ import torch
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
-from spectune.training import checkpoints, processes
+from spectune.training import processes
 from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
 from spectune.training.run import train
-from spectune.training.trainer import AdapterTrainer
+from spectune.training.trainer import checkpoints
+from spectune.training.trainer.trainer import AdapterTrainer
 
 # so few problems are held out that one process has none
 REINFORCE = ["task=reinforce", "reward=training.two_processes:length", "samples=2", "max_new_tokens=4", "max_steps=1"]

@@ -77,7 +77,7 @@ def from_mixture(pool, weights, count=6):
     words = ["one", "two", "three", "four", "five", "six"]
     prompts = [f"say {a} and {b}" for a, b in zip(words, reversed(words), strict=True)][:count]
     pool.activate(weights)
-    replies = spectune.generation.generate(pool.model, cases.tokenizer(), prompts, max_new_tokens=5)
+    replies = spectune.bases.generation.generate(pool.model, cases.tokenizer(), prompts, max_new_tokens=5)
     return [{"prompt": p, "completion": r.text} for p, r in zip(prompts, replies, strict=True) if r.text]
 
 

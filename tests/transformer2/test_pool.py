@@ -7,7 +7,7 @@ import spectune
 import tiny as models
 from spectune import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.model import adapter_names
+from spectune.model.names import adapter_names
 from spectune.transformer2.pool import Pool
 from transformer2 import cases
 

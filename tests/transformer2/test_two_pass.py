@@ -5,7 +5,7 @@ import torch
 
 import spectune
 from spectune import FewShot, SpectuneError, Transformer2
-from spectune.generation import generate
+from spectune.bases.generation import generate
 from spectune.transformer2.strategies import Decision
 from training.folder import save_folder
 from transformer2 import cases

@@ -3,133 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from spectune.adapters import fingerprint
-from spectune.adapters.terms import LayerUpdate, add_layers, needs_basis, on_cpu
-from spectune.errors import SpectuneError, nearest
-from spectune.layers.adapted import effective_weight, find_linear
-from spectune.spectral import Request, decompose_many
+from spectune.adapters.compress import compress, to_lora
+from spectune.adapters.contents import Contents
+from spectune.adapters.folder import read_whole
+from spectune.adapters.formats import choose
+from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
+from spectune.adapters.terms import add_layers
+from spectune.errors import SpectuneError
+from spectune.layers.modules import effective_weight, find_linear
 
 Path_ = str | PathLike[str]
 
 
-class Adapter:
+class Adapter(Contents):
     """A fine-tuned update of a model, off the model: saved, loaded, added, scaled, compressed and converted.
 
     Args:
         layers: module name -> update.
         base_model: id or folder of the model that it belongs to.
-        labels: what a classifier's logits stand for, in their order, where the adapter brings a classifier's head.
         error: relative Frobenius error ||dW - exact dW|| / ||exact dW|| over all layers, where it came from a
             truncation.
+        labels: what a classifier's logits stand for, in their order, where the adapter brings a classifier's head.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, LayerUpdate],
-        base_model: str | None = None,
-        error: float = 0.0,
-        labels: Sequence[str] | None = None,
-    ) -> None:
-        self.layers = dict(layers)
-        self.base_model = base_model
-        self.error = error
-        self.labels = None if labels is None else tuple(labels)
+    @classmethod
+    def of(cls, contents: Contents) -> Adapter:
+        """Return the adapter with these contents."""
+        return cls(contents.layers, contents.base_model, contents.error, contents.labels)
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(t.method.name for layer in self.layers.values() for t in layer.terms)
         return f"Adapter({'+'.join(methods)} on {len(self.layers)} layers, {self.parameter_count():,} parameters)"
-
-    def parameter_count(self) -> int:
-        """Count the trained values."""
-        return sum(t.numel() for layer in self.layers.values() for term in layer.terms for t in term.trained.values())
-
-    # -- the update
-
-    def layer(self, module_name: str) -> LayerUpdate:
-        """Return one layer's update.
-
-        Raises:
-            SpectuneError: the adapter has no such layer; the nearest names are listed.
-        """
-        if module_name not in self.layers:
-            raise SpectuneError(f"the adapter has no layer {module_name!r}{nearest(module_name, self.layers)}")
-        return self.layers[module_name]
-
-    def complete(self, *names: str) -> Adapter:
-        """Recompute from W the frozen tensors that are not at hand, of the named layers or of all.
-
-        Raises:
-            SpectuneError: no such layer, W is not at hand either, or the basis came out differently.
-        """
-        lacking: defaultdict[Request | None, set[str]] = defaultdict(set)
-        for name in names or self.layers:
-            for term in self.layer(name).terms:
-                if term.lacks_basis:
-                    if self.layers[name].weight is None:
-                        raise SpectuneError(
-                            f"{term.method.name} on {name!r} is stored without its basis and the base model is not "
-                            'at hand: attach the adapter, call adapter.bind(model), or save it with bases="embed"'
-                        )
-                    lacking[term.method.request()].add(name)
-        weights = {name: self.layers[name].trained_weight() for name in set().union(*lacking.values())}
-        found: dict[Request | None, Mapping[str, Any]] = {
-            request: decompose_many({name: weights[name] for name in of}, request)
-            for request, of in lacking.items()
-            if request is not None
-        }
-        for name, weight in weights.items():
-            layer, terms = self.layers[name], []
-            for term in layer.terms:
-                if term.lacks_basis:
-                    decomposition = found.get(term.method.request(), {}).get(name)
-                    term = replace(term, basis=term.method.basis(weight, decomposition))
-                    term.check(name, layer.weight, layer.base_sketch)
-                terms.append(term)
-            self.layers[name] = replace(layer, terms=tuple(terms))
-        return self
-
-    def delta(self, module_name: str) -> Tensor:
-        """Return dW (out x in) of one layer, dense float32; for checks, never needed in use.
-
-        Raises:
-            SpectuneError: no such layer, or no basis at hand.
-        """
-        layer = self.complete(module_name).layers[module_name]
-        total = torch.zeros(layer.shape)
-        for term in layer.terms:
-            if layer.weight is None and not term.method.additive:
-                raise SpectuneError(
-                    f"{term.method.name} on {module_name!r} needs the base weight: call adapter.bind(model)"
-                )
-            weight = torch.empty(0) if layer.weight is None else on_cpu(layer.weight)
-            total += term.weight * term.method.delta(term.tensors(), weight)
-        return total
-
-    def self_contained(self, module_name: str) -> bool:
-        """Whether dW of one layer can be had without the base's weight."""
-        return all(
-            (term.method.additive or term.method.replaces) and not term.lacks_basis
-            for term in self.layer(module_name).terms
-        )
-
-    def base_sketch(self, module_name: str) -> Tensor | None:
-        """Return the sketch of one layer's W where the update depends on W, else None."""
-        layer = self.layer(module_name)
-        if not any(needs_basis(term.method) for term in layer.terms):
-            return None
-        self.layers[module_name] = layer = replace(layer, base_sketch=layer.base())
-        return layer.base_sketch
 
     def bind(self, model: torch.nn.Module) -> Adapter:
         """Give the adapter the weights of its base, from which it recomputes bases when asked for dW.
@@ -141,19 +54,6 @@ class Adapter:
         self.check_base(weights)
         self.layers = {name: replace(layer, weight=weights[name]) for name, layer in self.layers.items()}
         return self
-
-    def check_base(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise unless weights (out x in), by layer, are those that the adapter was trained on.
-
-        Raises:
-            SpectuneError: a shape differs, or the values where the update depends on them; the layer is named.
-        """
-        for name, layer in self.layers.items():
-            fingerprint.check_shape(name, weights[name], layer.shape)
-        for name in list(self.layers):
-            sketch = self.base_sketch(name)
-            if sketch is not None:
-                fingerprint.check_weight(name, weights[name], sketch)
 
     # -- algebra
 
@@ -224,9 +124,7 @@ class Adapter:
         Raises:
             SpectuneError: rank below 1, or no basis at hand.
         """
-        from spectune.adapters.compress import compress
-
-        return compress(self, rank)
+        return Adapter.of(compress(self, rank))
 
     def to_lora(self, rank: int | None = None) -> Adapter:
         """Return a LoRA with this update: exact where `rank` is None or holds it, the best of that rank otherwise.
@@ -237,9 +135,7 @@ class Adapter:
         Raises:
             SpectuneError: rank below 1, or no basis at hand.
         """
-        from spectune.adapters.compress import to_lora
-
-        return to_lora(self, rank)
+        return Adapter.of(to_lora(self, rank))
 
     # -- files
 
@@ -258,9 +154,7 @@ class Adapter:
         """
         if bases not in ("none", "embed"):
             raise SpectuneError(f"bases must be 'none' or 'embed', not {bases!r}")
-        from spectune.adapters.spectune_format import save
-
-        return save(self, Path(path), embed=bases == "embed")
+        return choose.save(self, Path(path), embed=bases == "embed")
 
     @staticmethod
     def load(path: Path_) -> Adapter:
@@ -269,10 +163,7 @@ class Adapter:
         Raises:
             SpectuneError: missing, truncated or tampered files, or a config that is not understood.
         """
-        from spectune.adapters.files import read_whole
-        from spectune.adapters.spectune_format import load
-
-        return read_whole(load, Path(path))
+        return Adapter.of(read_whole(choose.load, Path(path)))
 
     def export(self, path: Path_, format: Literal["peft"] = "peft", *, rank: int | None = None) -> Adapter:
         """Write the adapter as a PEFT LoRA folder (DoRA around LoRA stays DoRA) and return what was written.
@@ -285,8 +176,6 @@ class Adapter:
         Raises:
             SpectuneError: an unknown format, or no basis at hand.
         """
-        from spectune.adapters.peft_format import is_peft, save_peft
-
         if format != "peft":
             raise SpectuneError(f"format must be 'peft', not {format!r}; spectune.merge(model) makes a merged model")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
@@ -300,7 +189,4 @@ class Adapter:
         Raises:
             SpectuneError: missing or damaged files, or a kind of adapter that is not one of these.
         """
-        from spectune.adapters.files import read_whole
-        from spectune.adapters.peft_format import load_peft
-
-        return read_whole(load_peft, Path(path))
+        return Adapter.of(read_whole(load_peft, Path(path)))

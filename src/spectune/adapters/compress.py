@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectune.adapters.adapter import Adapter
+from spectune.adapters.contents import Contents
 from spectune.adapters.terms import LayerUpdate, Term, lora_term
 from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
@@ -33,7 +33,7 @@ class _Part(NamedTuple):
     lost: float
 
 
-def to_lora(adapter: Adapter, rank: int | None) -> Adapter:
+def to_lora(adapter: Contents, rank: int | None) -> Contents:
     """See `Adapter.to_lora`."""
     if rank is not None:
         return compress(adapter, rank)
@@ -42,10 +42,10 @@ def to_lora(adapter: Adapter, rank: int | None) -> Adapter:
     updates = {name: layer for name, layer in adapter.layers.items() if name not in heads}
     exact = {name: _stacked(layer) or _as_product(adapter.delta(name)) for name, layer in updates.items()}
     layers = {name: _lora_layer(adapter.layers[name], f) for name, f in exact.items()}
-    return Adapter({**layers, **heads}, adapter.base_model, labels=adapter.labels)
+    return Contents({**layers, **heads}, adapter.base_model, labels=adapter.labels)
 
 
-def compress(adapter: Adapter, rank: int) -> Adapter:
+def compress(adapter: Contents, rank: int) -> Contents:
     """See `Adapter.compress`."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SpectuneError(f"rank must be an integer >= 1, not {rank!r}")
@@ -65,10 +65,10 @@ def compress(adapter: Adapter, rank: int) -> Adapter:
     total, lost = sum(p.total for p in parts.values()), sum(p.lost for p in parts.values())
     layers = {name: _lora_layer(layer, parts[name].product) for name, layer in updates.items()}
     error = (lost / total) ** 0.5 if total > 0 else 0.0
-    return Adapter({**layers, **heads}, adapter.base_model, error, adapter.labels)
+    return Contents({**layers, **heads}, adapter.base_model, error, adapter.labels)
 
 
-def _heads(adapter: Adapter) -> dict[str, LayerUpdate]:
+def _heads(adapter: Contents) -> dict[str, LayerUpdate]:
     """Return the layers that are whole heads, which no low rank is asked of, each as one term.
 
     Raises:
@@ -160,10 +160,14 @@ def _factored(term: Term) -> _Product:
 
 def _as_product(delta: Tensor) -> _Product:
     """Return a dense update as a product with an identity matrix, or as one of width 1 where it is zero."""
-    out, into = delta.shape
+    out_features, in_features = delta.shape
     if not delta.any():
-        return _Product(torch.zeros(out, 1), torch.zeros(1, into))
-    return _Product(delta, torch.eye(into)) if into <= out else _Product(torch.eye(out), delta)
+        return _Product(torch.zeros(out_features, 1), torch.zeros(1, in_features))
+    return (
+        _Product(delta, torch.eye(in_features))
+        if in_features <= out_features
+        else _Product(torch.eye(out_features), delta)
+    )
 
 
 def _squared_norm(product: _Product) -> float:

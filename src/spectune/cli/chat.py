@@ -43,7 +43,7 @@ def chat(
     """Talk to a model with a weighted mixture of adapters, or with a library's; /reset begins anew, /quit ends."""
     from transformers import TextStreamer
 
-    from spectune import generation
+    from spectune.bases import generation
 
     two = None
     if library is not None:

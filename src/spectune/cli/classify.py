@@ -25,7 +25,7 @@ def classify(
     asked = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not asked:
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
-    from spectune.classifiers import classify as classify_
+    from spectune.bases.classifiers import classify as classify_
 
     loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
     found = classify_(loaded, tokenizer, asked, pair or None, batch_size=batch_size)

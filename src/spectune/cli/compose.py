@@ -21,7 +21,7 @@ def compose(
 ) -> None:
     """Add adapters: spectune compose OUT pirate:0.7 chef:0.3 legalese:-0.2"""
     from spectune.adapters.adapter import Adapter
-    from spectune.bases import bind_to_base
+    from spectune.bases.loading import bind_to_base
 
     weighted_terms = [(Adapter.load(folder), weight) for folder, weight in map(weighted, terms)]
     total = None

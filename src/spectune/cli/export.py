@@ -32,8 +32,9 @@ def export(
 ) -> None:
     """Write an adapter as a PEFT LoRA folder, or merged into its model."""
     from spectune.adapters.adapter import Adapter
-    from spectune.bases import base_name, bind_to_base, load_base
-    from spectune.model import attach, merge
+    from spectune.bases.loading import base_name, bind_to_base, load_base
+    from spectune.model.adapting import attach
+    from spectune.model.lifecycle import merge
 
     loaded = Adapter.load(adapter)
     if format is Format.merged:

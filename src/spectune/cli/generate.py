@@ -47,7 +47,7 @@ def generate(
     asked = prompts or [sys.stdin.read().strip()]
     if not all(asked):
         raise SpectuneError("the prompt is empty; give it as an argument or on stdin")
-    from spectune import generation
+    from spectune.bases import generation
 
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "raw": raw}

@@ -52,7 +52,7 @@ def add(
     json: bool = JSON,
 ) -> None:
     """Copy an adapter into a library, which is made if need be."""
-    from spectune.bases import load_base
+    from spectune.bases.loading import load_base
     from spectune.transformer2.library import Library
     from spectune.transformer2.prompts import read_prompts
 
@@ -110,7 +110,7 @@ def train_classifier(
     model: str | None = MODEL,
     kind: Kind = typer.Option(Kind.hidden, help="A regression on the base's hidden states, or a trained adapter."),
     none: Path | None = typer.Option(None, help="Prompts that are for no adapter, as for `add --prompts`."),
-    held: float = typer.Option(0.3, help="Share of the prompts held out, to calibrate and to report."),
+    held: float = typer.Option(0.3, help="RowWeights of the prompts held out, to calibrate and to report."),
     layer: int | None = typer.Option(
         None, min=0, help="For the regression: which hidden state; two thirds of the way up if not given."
     ),

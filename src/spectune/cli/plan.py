@@ -22,7 +22,7 @@ def plan(
     override: list[str] = typer.Option([], metavar="PATTERN=METHOD", help="Another method, or null, for some layers."),
     batch_size: int = typer.Option(8, min=1, help="Sequences on each device."),
     length: int = typer.Option(512, min=1, help="Tokens of a sequence."),
-    supervised: float = typer.Option(1.0, help="Share of the positions with a loss, in (0, 1]."),
+    supervised: float = typer.Option(1.0, help="RowWeights of the positions with a loss, in (0, 1]."),
     gradient_checkpointing: str = typer.Option(
         "light", metavar="light|true|false", help="What the backward pass computes again, as in train."
     ),
@@ -37,8 +37,8 @@ def plan(
     json: bool = JSON,
 ) -> None:
     """What each method trains, stores, holds and costs on a model, without its weights."""
-    from spectune.reports.plan import PRECISIONS, parse_devices
-    from spectune.reports.plan import plan as make
+    from spectune.planning.plan import PRECISIONS, parse_devices
+    from spectune.planning.plan import plan as make
 
     again: Any = {"true": True, "false": False}.get(gradient_checkpointing, gradient_checkpointing)
     found = make(
@@ -84,7 +84,7 @@ def _progress(console: Console) -> Any:
 
 
 def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
-    from spectune.reports.sizes import gigabytes
+    from spectune.pages.units import gigabytes
 
     def size(value: float | None) -> str:
         return "-" if value is None else gigabytes(value)

@@ -85,8 +85,9 @@ def load_with_adapters(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
-    from spectune.bases import default_device, load_base
-    from spectune.model import activate, attach
+    from spectune.bases.loading import default_device, load_base
+    from spectune.model.adapting import attach
+    from spectune.model.routing import activate
 
     loaded = [(Adapter.load(folder), weight, folder) for folder, weight in map(weighted, adapters)]
     labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
@@ -113,7 +114,7 @@ def load_library(
     folder: Path, name: str | None, dtype: str | None, device: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any, Any]:
     """Open a library, and load its base, or the one that is named, with its tokenizer."""
-    from spectune.bases import default_device, load_base
+    from spectune.bases.loading import default_device, load_base
     from spectune.transformer2.library import Library
 
     library = Library.open(folder)

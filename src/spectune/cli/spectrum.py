@@ -39,7 +39,7 @@ def spectrum(
     json: bool = JSON,
 ) -> None:
     """Measure the singular values of a checkpoint, one matrix at a time: is there a big and a small group?"""
-    from spectune.reports.spectrum_run import report
+    from spectune.spectrum.run import report
 
     bar = _Bar()
     try:

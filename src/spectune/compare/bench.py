@@ -16,20 +16,23 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from spectune.bases.generation import generate
 from spectune.compare.candidates import BASE, FULL
 from spectune.compare.config import CompareConfig
 from spectune.compare.general import forgetting, general_texts, states_or_loss
 from spectune.compare.meter import Peak, StepTimes, floor
 from spectune.compare.trial import Trial
 from spectune.errors import SpectuneError
-from spectune.generation import generate
-from spectune.model import adapt, adapter_names, base_alone, detach, extract
-from spectune.targets import FRESH
+from spectune.model.adapting import adapt
+from spectune.model.lifecycle import detach, extract
+from spectune.model.names import adapter_names
+from spectune.model.routing import base_alone
+from spectune.model.targets import FRESH
+from spectune.speed.checkpointing import checkpoint_activations, keep_activations
+from spectune.speed.parts import training_parts
 from spectune.training.config import TrainConfig
-from spectune.training.data import Record, form, read, split
-from spectune.training.parts import training_parts
+from spectune.training.data.records import Record, form, read, split
 from spectune.training.progress import is_measure
-from spectune.training.recompute import checkpoint_activations, keep_activations
 from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
 from spectune.training.tasks.dpo import Dpo

@@ -7,11 +7,12 @@ from typing import Any
 
 from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import effective_weight
+from spectune.layers.modules import effective_weight
 from spectune.methods import parse, to_text
 from spectune.methods.head import Head
-from spectune.reports.budget import parse_count, within_budget
-from spectune.targets import resolve
+from spectune.model.targets import resolve
+from spectune.pages.units import parse_count
+from spectune.planning.budget import within_budget
 
 BASE, FULL = "base", "full"
 FULL_LR = 5e-5

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.classifiers import context, pad
+from spectune.bases.classifiers import context, pad
 from spectune.errors import SpectuneError
-from spectune.training.batches import Packer
+from spectune.speed.loss import cross_entropy_sum
 from spectune.training.config import TrainConfig
-from spectune.training.data import read
-from spectune.training.loss import cross_entropy_sum
+from spectune.training.data.packing import Packer
+from spectune.training.data.records import read
 from spectune.training.tasks.sft import Sft, encode
 
 _TEXTS, _TOKENS, _BATCH = 32, 128, 8

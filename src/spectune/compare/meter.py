@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from spectune.training.heap import release_memory
+from spectune.speed.heap import release_memory
 from spectune.training.tasks import Task
 
 _RESET = Path("/proc/self/clear_refs")  # "5" there sets the peak back to what is resident now

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from spectune import sources
-from spectune.adapters.files import write_atomically
+from spectune.bases import sources
 from spectune.errors import SpectuneError, nearest
+from spectune.storage import write_atomically
 
 _QUICK: dict[str, Any] = {
     "model": "minilm-l6",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import psutil
 import torch
 
-from spectune.bases import default_device, resolve_dtype
+from spectune.bases.loading import default_device, resolve_dtype
+from spectune.bases.shapes import build, find_config
 from spectune.compare.candidates import FULL
 from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
-from spectune.reports.memory import weights_of
-from spectune.reports.models import build, find_config
-from spectune.reports.sizes import gigabytes
+from spectune.pages.units import gigabytes
+from spectune.planning.memory import weights_of
 
 _FULL = 16  # bytes a weight: float32, its gradient, and AdamW's two moments
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import yaml
 
-from spectune.adapters.files import write_atomically
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError
-from spectune.reports.about import describe
+from spectune.pages.about import describe
+from spectune.storage import write_atomically
 from spectune.training import record
 
 _POLL = 0.5
@@ -44,8 +44,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         SpectuneError: bad data, a wrong value, another comparison in the folder, a missing package, or no trial that
             ran to its end.
     """
-    from spectune.compare.document import document
-    from spectune.compare.report import write_report
+    from spectune.compare.report.document import document
+    from spectune.compare.report.files import write_report
 
     _check_packages(config)
     from spectune.compare.study import Study

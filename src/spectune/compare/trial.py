@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from spectune.adapters.files import write_atomically
 from spectune.errors import SpectuneError
+from spectune.storage import write_atomically
 
 _ATTEMPTS = 3  # of a trial whose worker was killed, before it counts as failed
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.layers.functional import band_entries, banded_entries, banded_product, sparse_entries, sparse_product
+from spectune.layers.core_ops import band_entries, banded_entries, banded_product, sparse_entries, sparse_product
 
 
 def _per_row(values: Tensor, t: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spectune.dense import linear, matmul
 from spectune.layers import products
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
-from spectune.layers.recompute import current_tape
+from spectune.speed.dense import linear, matmul
+from spectune.speed.recompute_cache import current_cache
 
 _FEW_ROWS = 256  # a kernel takes rows in blocks, and fewer than these leave most of a GPU idle
 _SMALLEST = 1e-6  # the gradient of a ratio divides by it
@@ -94,8 +94,8 @@ class _AdaptedLinear(torch.autograd.Function):
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
-        tape = current_tape()
-        known = tape.recall() if tape is not None else None
+        cache = current_cache()
+        known = cache.recall() if cache is not None else None
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
         if known is None:
             t, u = ops.project(x, R, core)
@@ -103,10 +103,10 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             y, t = known
             u = core.apply(t)
-            if tape is not None and y is None:
-                y = tape.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
-        if tape is not None:
-            tape.keep(y, t, looked_at=of_ratio)
+            if cache is not None and y is None:
+                y = cache.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
+        if cache is not None:
+            cache.keep(y, t, looked_at=of_ratio)
         ctx.save_for_backward(
             x if of_right else None,
             t if of_values else None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectune.dense import linear, matmul
+from spectune.speed.dense import linear, matmul
 
 
 def factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:

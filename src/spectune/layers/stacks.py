@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectune.dense import linear
-
-if TYPE_CHECKING:
-    from spectune.layers.adapted import Adapted, Share, Update
+from spectune.layers.mixtures import RowWeights
+from spectune.layers.protocols import Layer
+from spectune.layers.updates import Update
+from spectune.speed.dense import linear
 
 _LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
 
-Use = tuple["Update", "Share"]
+Use = tuple[Update, RowWeights]
 
 
 class Pieces(NamedTuple):
@@ -48,7 +48,7 @@ class Stack:
         small: whether what is copied is little more than what trains.
     """
 
-    def __init__(self, layer: Adapted, like: Update, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer, like: Update, dtype: torch.dtype) -> None:
         self._layer, self._dtype = layer, _held_as(dtype, like)
         one, self.core, _ = self._of(like)
         basis: Any = layer.bases._modules.get(like.basis_key)
@@ -133,8 +133,8 @@ class Part(NamedTuple):
         if self.index is not None:
             core = replace(core, values=core.values.index_select(0, self.index))
         x = x if rows is None else x.index_select(0, rows)
-        count, m, into = x.shape
-        t = core.apply(_product(x.reshape(self.n, -1, into), self.right))
+        count, m, in_features = x.shape
+        t = core.apply(_product(x.reshape(self.n, -1, in_features), self.right))
         t = _weighted(t.reshape(count, m, -1), self.weights).reshape(t.shape)
         if rows is None and self.ratio is None and self.left.dim() == 2:
             y.view(count * m, -1).addmm_(t.reshape(count * m, -1), self.left.to(t.dtype).mT)
@@ -152,7 +152,7 @@ class Part(NamedTuple):
             y.index_add_(0, rows, added.to(y.dtype))
 
 
-class Gather:
+class RoutedForward:
     """How a layer answers a batch whose rows have different adapters, without gradients.
 
     Args:
@@ -164,7 +164,7 @@ class Gather:
 
     @torch.inference_mode(False)  # what is held may be written to later
     @torch.no_grad()
-    def __init__(self, layer: Adapted, shares: dict[str, Share], x: Tensor, stacks: dict[Any, Stack]) -> None:
+    def __init__(self, layer: Layer, shares: dict[str, RowWeights], x: Tensor, stacks: dict[Any, Stack]) -> None:
         self._layer, self._there = layer, list(layer.adapters._modules.values())
         self._stacks: list[tuple[Stack, tuple[int, int]]] = []
         self._parts: list[Part] = []

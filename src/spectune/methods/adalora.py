@@ -12,7 +12,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
 from spectune.layers.factors import Factors
-from spectune.methods._budget import BudgetSchedule
+from spectune.methods._adalora_schedule import BudgetSchedule
 from spectune.methods.base import Method, Shapes, Tensors, check_choice, check_int, check_range
 from spectune.methods.registry import register
 
@@ -94,12 +94,12 @@ class AdaLoRA(Method):
         """Return `t_init` or `t_final` as a number of steps of a run of `total_steps`."""
         return round(t * (self.total_steps or 0)) if t < 1 else int(t)
 
-    def check(self, out: int, into: int) -> str | None:
-        rank, limit = self.first_rank, min(out, into)
+    def check(self, out_features: int, in_features: int) -> str | None:
+        rank, limit = self.first_rank, min(out_features, in_features)
         return f"initial_rank {rank} is above min(out, in) = {limit}; take it <= {limit}" if rank > limit else None
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"P": (out, self.first_rank), "E": (self.first_rank,), "Q": (self.first_rank, into)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"P": (out_features, self.first_rank), "E": (self.first_rank,), "Q": (self.first_rank, in_features)}
 
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         return {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.dropout import dropout
 from spectune.layers.factors import Base, Factors
 from spectune.spectral import Request
+from spectune.speed.dropout import dropout
 
 Tensors = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -40,8 +40,8 @@ class Method(abc.ABC):
     # -- what a method declares
 
     @abc.abstractmethod
-    def shapes(self, out: int, into: int) -> Shapes:
-        """Return the shape of each trained tensor for a weight (out x into)."""
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        """Return the shape of each trained tensor for a weight (out_features x in_features)."""
 
     @abc.abstractmethod
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
@@ -59,10 +59,10 @@ class Method(abc.ABC):
         """Return the frozen tensors for a weight (out x in), given what `request` asked for."""
         return {}
 
-    def check(self, out: int, into: int) -> str | None:
-        """Return why a weight (out x into) cannot take this method, or None where it can."""
+    def check(self, out_features: int, in_features: int) -> str | None:
+        """Return why a weight (out_features x in_features) cannot take this method, or None where it can."""
         rank = getattr(self, "rank", 1)
-        limit = min(out, into)
+        limit = min(out_features, in_features)
         return f"rank {rank} is above min(out, in) = {limit}; take rank <= {limit}" if rank > limit else None
 
     # -- what follows from the declaration; a method that is not additive overrides `respond`, `ratio` and `delta`
@@ -122,9 +122,9 @@ class Method(abc.ABC):
         values = (str(getattr(self, field)).replace(".", "_") for field in self.basis_fields)
         return "-".join((self.name, *values))
 
-    def parameter_count(self, out: int, into: int) -> int:
-        """Count the trained parameters for a weight (out x into)."""
-        return sum(int(torch.Size(shape).numel()) for shape in self.shapes(out, into).values())
+    def parameter_count(self, out_features: int, in_features: int) -> int:
+        """Count the trained parameters for a weight (out_features x in_features)."""
+        return sum(int(torch.Size(shape).numel()) for shape in self.shapes(out_features, in_features).values())
 
     def fields(self) -> dict[str, Any]:
         """Return the name and every field, as JSON values."""

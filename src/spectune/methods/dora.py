@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors
-from spectune.layers.recompute import current_tape
 from spectune.methods.base import Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
 from spectune.spectral import Request
+from spectune.speed.recompute_cache import current_cache
 
 _CHUNK = 1 << 22  # elements of L C held at once while the norm is computed: 16 MiB of float32
 
@@ -60,8 +60,8 @@ class DoRA(Method):
     def basis_key(self) -> str:
         return f"dora-{self.inner.basis_key}"
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"magnitude": (out,), **self.inner.shapes(out, into)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"magnitude": (out_features,), **self.inner.shapes(out_features, in_features)}
 
     def request(self) -> Request | None:
         return self.inner.request()
@@ -74,8 +74,8 @@ class DoRA(Method):
         inner = {name: shape for name, shape in shapes.items() if name != "magnitude"}
         return {"magnitude": basis["norms"].clone(), **self.inner.initial(inner, basis)}
 
-    def check(self, out: int, into: int) -> str | None:
-        return self.inner.check(out, into)
+    def check(self, out_features: int, in_features: int) -> str | None:
+        return self.inner.check(out_features, in_features)
 
     def start_schedule(self, updates: Sequence[Any]) -> None:
         self.inner.start_schedule(updates)
@@ -85,8 +85,8 @@ class DoRA(Method):
 
     @torch.no_grad()
     def _norms(self, t: Tensors, f: Factors, base: Base) -> Tensor:
-        tape = current_tape()
-        known = tape.recall() if tape is not None else None
+        cache = current_cache()
+        known = cache.recall() if cache is not None else None
         if known is not None:
             return known[0]
         squared = []
@@ -103,8 +103,8 @@ class DoRA(Method):
                     rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
                 squared.append((p * rest).sum(1))
         norms = (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
-        if tape is not None:
-            tape.keep(norms, looked_at=True)
+        if cache is not None:
+            cache.keep(norms, looked_at=True)
         return norms
 
     def ratio(self, t: Tensors, base: Base) -> Tensor:

@@ -43,8 +43,8 @@ class Head(Method):
     def __post_init__(self) -> None:
         check_bool(self, "bias")
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"H": (out, into), **({"h": (out,)} if self.bias else {})}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"H": (out_features, in_features), **({"h": (out_features,)} if self.bias else {})}
 
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         return {key: torch.randn(shape) * (_SPREAD if key == "H" else 0.0) for key, shape in shapes.items()}

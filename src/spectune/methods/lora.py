@@ -52,8 +52,8 @@ class LoRA(Method):
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"A": (self.rank, into), "B": (out, self.rank)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"A": (self.rank, in_features), "B": (out_features, self.rank)}
 
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         bound = 1 / math.sqrt(shapes["A"][1])  # kaiming_uniform with a = sqrt 5

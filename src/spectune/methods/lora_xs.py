@@ -50,7 +50,7 @@ class LoRAXS(Method):
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def shapes(self, out: int, into: int) -> Shapes:
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"R": (self.rank, self.rank)}
 
     def request(self) -> Request:

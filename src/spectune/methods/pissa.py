@@ -58,8 +58,8 @@ class PiSSA(Method):
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"dA": (self.rank, into), "dB": (out, self.rank)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"dA": (self.rank, in_features), "dB": (out_features, self.rank)}
 
     def request(self) -> Request:
         return Request(self.which, self.rank)

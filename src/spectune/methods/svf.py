@@ -45,8 +45,8 @@ class SVF(Method):
         check_choice(self, "parametrization", ("plain", "sigmoid"))
         check_range(self, "max_mult", 0, open_low=True)
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"z" if self.parametrization == "plain" else "p": (min(out, into),)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"z" if self.parametrization == "plain" else "p": (min(out_features, in_features),)}
 
     def request(self) -> Request:
         return Request("one_sided")

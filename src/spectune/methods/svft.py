@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectune.layers.core_ops import band_entries
 from spectune.layers.cores import Banded, Diagonal, Sparse
 from spectune.layers.factors import Factors
-from spectune.layers.functional import band_entries
 from spectune.methods.base import Method, Shapes, Tensors, check_bool, check_choice, check_int, check_range
 from spectune.methods.registry import register
 from spectune.spectral import Request
@@ -65,8 +65,8 @@ class SVFT(Method):
         """The paper's for the pattern."""
         return {"plain": 5e-2, "banded": 5e-3, "top_k": 5e-3, "random": 1e-3}[self.pattern]
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        k = min(out, into)
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        k = min(out_features, in_features)
         entries = k if self.pattern == "plain" else band_entries(k, self.width)
         return {"M": (entries,), **({"g": (1,)} if self.gate else {})}
 

@@ -52,11 +52,11 @@ class VeRA(Method):
         check_range(self, "d_initial", 0, open_low=True)
         check_range(self, "dropout", 0, 1)
 
-    def check(self, out: int, into: int) -> str | None:
+    def check(self, out_features: int, in_features: int) -> str | None:
         return None
 
-    def shapes(self, out: int, into: int) -> Shapes:
-        return {"b": (out,), "d": (self.rank,)}
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return {"b": (out_features,), "d": (self.rank,)}
 
     def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
         A, B = _random(self.seed, self.rank, *weight.shape, weight.device)
@@ -70,10 +70,10 @@ class VeRA(Method):
 
 
 @lru_cache(maxsize=8)
-def _random(seed: int, rank: int, out: int, into: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _random(seed: int, rank: int, out_features: int, in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return A (rank x into) and B (out x rank), uniform with variance 2 / fan-in."""
     if device.type == "meta":
-        return torch.empty(rank, into, device=device), torch.empty(out, rank, device=device)
+        return torch.empty(rank, in_features, device=device), torch.empty(out_features, rank, device=device)
     draw = np.random.RandomState(seed).uniform
-    A, B = (draw(-1, 1, shape) * (6 / shape[1]) ** 0.5 for shape in ((rank, into), (out, rank)))
+    A, B = (draw(-1, 1, shape) * (6 / shape[1]) ** 0.5 for shape in ((rank, in_features), (out_features, rank)))
     return torch.from_numpy(A).to(device, torch.float32), torch.from_numpy(B).to(device, torch.float32)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectune.dense import linear, matmul
 from spectune.spectral._exact import gram_part, tall_svd, times
 from spectune.spectral._krylov import Product, block_krylov, polish, worthwhile
 from spectune.spectral._types import Certify
+from spectune.speed.dense import linear, matmul
 
 Rows = tuple[Tensor, Tensor, Tensor]  # U^T (rank x m), S (rank), V^T (rank x k)
 SMALLEST_PIVOT = 1e-7  # of the largest: bounds the inverse of a singular factor

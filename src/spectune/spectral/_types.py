@@ -130,3 +130,12 @@ def signs(rows: Tensor) -> Tensor:
     """Return +1 or -1 for each row, such that row * sign has a positive entry of largest magnitude."""
     peak = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
     return torch.where(peak < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def empty_decomposition(request: Request | None, out_features: int, in_features: int) -> SVD | OneSided | None:
+    """Return what a request for a weight (out_features x in_features) is answered with, on the meta device."""
+    if request is None:
+        return None
+    k = request.rank or min(out_features, in_features)
+    left, values, right = (torch.empty(shape, device="meta") for shape in ((out_features, k), (k,), (k, in_features)))
+    return OneSided(left, right, values) if request.kind == "one_sided" else SVD(left, values, right)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectune.adapters.files import write_atomically
+from spectune.storage import write_atomically
 
 
 def plot_curve(

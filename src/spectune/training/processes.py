@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from accelerate import PartialState
 
-from spectune.bases import default_device
+from spectune.bases.loading import default_device
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Basis
+from spectune.layers.updates import Basis
 
 T = TypeVar("T")
 

@@ -24,11 +24,11 @@ from rich.progress import (
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from spectune.adapters.files import telling_of_full_disks, write_atomically
 from spectune.errors import SpectuneError, nearest
+from spectune.storage import telling_of_full_disks, write_atomically
 from spectune.training import processes
 from spectune.training.curve import spoken
-from spectune.training.trainer import AdapterTrainer
+from spectune.training.trainer.trainer import AdapterTrainer
 
 _RISE, _SMOOTHED = 3, 10  # times what the loss was at first, and lines of the log that it is smoothed over
 _PACE = ("_runtime", "_per_second", "_time")

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from spectune.adapters.files import write_atomically
 from spectune.errors import SpectuneError
+from spectune.storage import write_atomically
 from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data import Record
+from spectune.training.data.records import Record
 
 # a resumed run would not be the same run with another of these
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")

@@ -14,23 +14,26 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import CONFIG, WEIGHTS, telling_of_full_disks
+from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.errors import SpectuneError
 from spectune.methods import to_text
-from spectune.model import adapt, attach, extract
+from spectune.model.adapting import adapt, attach
+from spectune.model.lifecycle import extract
 from spectune.spectral import cache
+from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.heap import keep_memory, release_memory
+from spectune.speed.parts import training_parts
+from spectune.storage import telling_of_full_disks
 from spectune.training import processes
-from spectune.training.checkpoints import checkpoints
 from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
-from spectune.training.data import Encoded, Record
-from spectune.training.heap import keep_memory, release_memory
-from spectune.training.parts import training_parts
+from spectune.training.data.encoding import Encoded
+from spectune.training.data.records import Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
-from spectune.training.recompute import checkpoint_activations
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.tasks import Task, make_task
-from spectune.training.trainer import AdapterTrainer
+from spectune.training.trainer.checkpoints import checkpoints
+from spectune.training.trainer.trainer import AdapterTrainer
 
 _CURVE = "curve.png"
 # oneDNN keeps a program of up to a megabyte for each shape of product, 1024 of them unless it is told otherwise before

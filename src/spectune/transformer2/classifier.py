@@ -15,9 +15,10 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import Entry, folder_digest, write_atomically
+from spectune.adapters.folder import folder_digest
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import effective_weight, find_linear
+from spectune.layers.modules import effective_weight, find_linear
+from spectune.storage import Entry, write_atomically
 from spectune.transformer2.calibration import Calibration
 from spectune.transformer2.labels import label_scores, labelling_prompt, opened
 from spectune.transformer2.library import Library, read_json, write_json

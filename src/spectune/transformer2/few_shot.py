@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spectune.bases.generation import generate
 from spectune.errors import SpectuneError
-from spectune.generation import generate
-from spectune.training.rewards import load_reward
+from spectune.training.tasks.reinforce.rewards import load_reward
 from spectune.transformer2.mix import By, Mix, layer_groups
 from spectune.transformer2.pool import Mixture, Pool
 from spectune.transformer2.search import Found, Progress, cross_entropy_method, gradient_ascent

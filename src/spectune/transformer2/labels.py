@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.bases.generation import last_logits, prompt_tokens
 from spectune.errors import SpectuneError
-from spectune.generation import last_logits, prompt_tokens
 from spectune.transformer2.library import NONE, Library
 
 CONTENT_FREE = ("N/A", "...", "")  # prompts that are for nothing (arXiv 2102.09690)

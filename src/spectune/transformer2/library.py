@@ -17,17 +17,10 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.files import (
-    CONFIG,
-    WEIGHTS,
-    Entry,
-    folder_digest,
-    locked,
-    telling_of_full_disks,
-    write_atomically,
-)
+from spectune.adapters.folder import CONFIG, WEIGHTS, folder_digest
 from spectune.errors import SpectuneError, nearest
-from spectune.layers.adapted import effective_weight, find_linear
+from spectune.layers.modules import effective_weight, find_linear
+from spectune.storage import Entry, locked, telling_of_full_disks, write_atomically
 
 INDEX, BASE, PROMPTS, LOCK = "library.json", "base.safetensors", "prompts.json", ".lock"
 NONE = "none"  # the label of a prompt that is for no adapter

@@ -17,9 +17,13 @@ from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.install import install, selections
-from spectune.layers.adapted import adapted_layers, effective_weight, find_linear
-from spectune.model import activate, adapter_names, attach, detach, route
+from spectune.layers.adapted import adapted_layers
+from spectune.layers.modules import effective_weight, find_linear
+from spectune.model.adapting import attach
+from spectune.model.install import install, selections
+from spectune.model.lifecycle import detach
+from spectune.model.names import adapter_names
+from spectune.model.routing import activate, route
 from spectune.transformer2.library import EMPTY, Library, Record
 from spectune.transformer2.packed import Packed, Structure, pack, structure_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
-from spectune.training.data import is_conversation, read
+from spectune.training.data.records import is_conversation, read
 from spectune.training.tasks import Task, make_task
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.bases.generation import last_logits
 from spectune.errors import SpectuneError
-from spectune.generation import last_logits
-from spectune.training.data import Example, encode_one
+from spectune.training.data.encoding import Example, encode_one
 from spectune.transformer2.pool import Mixture, Pool
 
 TOKENS = 1 << 15  # tokens in a forward pass of the population

@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.model import adapter_names, detach
+from spectune.model.lifecycle import detach
+from spectune.model.names import adapter_names
 from spectune.transformer2.calibration import Calibration, best, calibrate, calibration_error
 from spectune.transformer2.classifier import Classifier, Kind, base_sketches, hidden_states
 from spectune.transformer2.labels import answer_text, labelling_prompt

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
+from spectune.bases.generation import Message, generate
 from spectune.errors import SpectuneError
-from spectune.generation import Message, generate
 from spectune.transformer2.classifier import CONFIG, FOLDER
 from spectune.transformer2.few_shot import FewShot
 from spectune.transformer2.library import Library
@@ -82,7 +82,7 @@ class Transformer2:
         Args:
             prompts: texts or conversations.
             decisions: what `choose` returned for them, if it was asked already.
-            settings: as for `spectune.generation.generate`: max_new_tokens, temperature, streamer, ...
+            settings: as for `spectune.bases.generation.generate`: max_new_tokens, temperature, streamer, ...
 
         Raises:
             SpectuneError: no prompts, another number of decisions, or a prompt longer than the model's context.
@@ -121,7 +121,7 @@ def _asked(prompt: str | Sequence[Message]) -> str:
 def _tokenizer(model: Any) -> Any:
     import transformers
 
-    from spectune.bases import model_path, quiet
+    from spectune.bases.loading import model_path, quiet
 
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     try:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DEVICE, DTYPES, LAYOUTS, check, draw
 
-from spectune.layers.functional import band_entries, band_indices
+from spectune.layers.core_ops import band_entries, band_indices
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 

@@ -14,7 +14,7 @@ from operands import DEVICE, draw
 import spectune
 from spectune.layers import kernels as package
 from spectune.layers import linear
-from spectune.layers.functional import band_entries, banded_product
+from spectune.layers.core_ops import band_entries, banded_product
 from spectune.layers.kernels import kernels
 
 pytest.importorskip("triton", reason="the kernels need Triton")

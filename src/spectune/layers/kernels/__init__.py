@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectune.speed.shapes import switched_off
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when kernels are defined
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 1024  # sums over rows are split until there are about so many programs
-
-
-def switched_off() -> bool:
-    """Whether the user keeps to PyTorch: `SPECTUNE_KERNELS=off`."""
-    return os.environ.get("SPECTUNE_KERNELS") == "off"
 
 
 def kernels(name: str, *tensors: Tensor) -> Any | None:

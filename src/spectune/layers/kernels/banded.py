@@ -1,6 +1,6 @@
 """Products with a banded core as Triton kernels: each entry of t is read from memory once, and from the cache after.
 
-What they compute is said by `banded_product` and `banded_entries` of `spectune.layers.functional`.
+What they compute is said by `banded_product` and `banded_entries` of `spectune.layers.core_ops`.
 """
 
 from __future__ import annotations

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from spectune.bases import load_base
+from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data import Encoded, Record, read, split
-
-if TYPE_CHECKING:
-    from spectune.training.trainer import AdapterTrainer
+from spectune.training.data.encoding import Encoded
+from spectune.training.data.records import Record, read, split
+from spectune.training.trainer.trainer import AdapterTrainer
 
 
 class Task:
@@ -100,8 +99,6 @@ class Task:
 
     def trainer(self, **kwargs: Any) -> AdapterTrainer:
         """Return the trainer."""
-        from spectune.training.trainer import AdapterTrainer
-
         return AdapterTrainer(task=self, **kwargs)
 
     def files(self, model: Any) -> dict[str, str]:

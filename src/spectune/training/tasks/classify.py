@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases import load_base
-from spectune.classifiers import context, label_names, pad, tokenize
+from spectune.bases.classifiers import context, label_names, pad, tokenize
+from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError
 from spectune.methods.head import Head
 from spectune.training import processes
-from spectune.training.data import Encoded, Record
+from spectune.training.data.encoding import Encoded
+from spectune.training.data.records import Record
 from spectune.training.tasks.base import Task
-from spectune.training.trainer import AdapterTrainer
+from spectune.training.trainer.trainer import AdapterTrainer
 
 
 class Classify(Task):

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.model import Reference
-from spectune.training.batches import IGNORE, Packer
-from spectune.training.data import Encoded, Example, Record, encode_one, encode_turns, message_problem
-from spectune.training.layout import in_common
+from spectune.model.routing import Reference
+from spectune.speed.shapes import IGNORE
+from spectune.training.data.encoding import Encoded, Example, encode_one, encode_turns
+from spectune.training.data.layout import in_common
+from spectune.training.data.packing import Packer
+from spectune.training.data.records import Record, message_problem
 from spectune.training.tasks.base import Task
 
 

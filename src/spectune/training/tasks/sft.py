@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.training.batches import IGNORE, Packer
-from spectune.training.data import Encoded, Example, Record, encode_one, form, message_problem
-from spectune.training.loss import cross_entropy_sum
+from spectune.speed.loss import cross_entropy_sum
+from spectune.speed.shapes import IGNORE
+from spectune.training.data.encoding import Encoded, Example, encode_one
+from spectune.training.data.packing import Packer
+from spectune.training.data.records import Record, form, message_problem
 from spectune.training.tasks.base import Task
 
 

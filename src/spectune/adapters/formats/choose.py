@@ -1,0 +1,36 @@
+"""Which format an adapter's folder has: PEFT's own for LoRA and DoRA, spectune's for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spectune.adapters.contents import Contents
+from spectune.adapters.folder import read_config, write_folder
+from spectune.adapters.formats import peft, spectune
+from spectune.errors import SpectuneError
+
+
+def save(adapter: Contents, path: Path, *, embed: bool = False) -> Path:
+    """Write an adapter's folder; LoRA and DoRA around LoRA in PEFT's format, all else in spectune's.
+
+    Raises:
+        SpectuneError: the adapter has no layers.
+    """
+    return write_folder(path, *contents(adapter, embed=embed), adapter.labels)
+
+
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors that `save` writes."""
+    if not adapter.layers:
+        raise SpectuneError("the adapter has no layers, so there is nothing to save")
+    return peft.peft_contents(adapter) if peft.is_peft(adapter) else spectune.contents(adapter, embed=embed)
+
+
+def load(path: Path) -> Contents:
+    """Read an adapter's folder in either format."""
+    config = read_config(path)
+    foreign = config.get("library_name") != "spectune" and "peft_type" in config
+    return peft.load_peft(path) if foreign else spectune.load(path)

@@ -1,0 +1,166 @@
+"""Adapters as folders, in spectune's own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.contents import Contents
+from spectune.adapters.folder import CONFIG, WEIGHTS, read_config, read_labels, read_tensors
+from spectune.adapters.terms import LayerUpdate, Term, needs_basis
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.factors import Base
+from spectune.methods import Method, from_fields
+from spectune.storage import Entry
+
+FORMAT_VERSION = 1
+_KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
+
+
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors of an adapter's folder in this format."""
+    if embed:
+        adapter.complete()
+    tensors: dict[str, Tensor] = {}
+    methods: list[dict[str, Any]] = []
+    layers: dict[str, Any] = {}
+    for name in adapter.layers:
+        base = adapter.base_sketch(name)
+        if base is not None:
+            tensors[f"{name}.base"] = base
+        layer, terms = adapter.layers[name], []
+        for i, term in enumerate(layer.terms):
+            described = term.method.fields()
+            if described not in methods:
+                methods.append(described)
+            terms.append({"method": methods.index(described), "weight": term.weight})
+            tensors |= {f"{name}.{i}.{key}": value for key, value in term.trained.items()}
+            if embed:
+                tensors |= {f"{name}.{i}.basis.{key}": value for key, value in (term.basis or {}).items()}
+            sketch = term.sketched(layer.weight)
+            if sketch is not None:
+                tensors[f"{name}.{i}.sketch"] = sketch
+        layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
+    config = {
+        "library_name": "spectune",
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": adapter.base_model,
+        "error": adapter.error,
+        "methods": methods,
+        "layers": layers,
+    }
+    return config, tensors
+
+
+def load(path: Path) -> Contents:
+    """Read an adapter's folder in this format."""
+    config = read_config(path)
+    entry = Entry(config, str(path / CONFIG))
+    entry.check_keys(*_KEYS)
+    if entry.take("library_name", str) != "spectune":
+        raise SpectuneError(f"{path / CONFIG} has the library_name {config['library_name']!r}, which is not 'spectune'")
+    version = entry.take("format_version", int)
+    if version != FORMAT_VERSION:
+        raise SpectuneError(
+            f"{path / CONFIG} has format version {version}; this release reads {FORMAT_VERSION}: update spectune"
+        )
+    methods = [_method(fields, path) for fields in entry.take("methods", list)]
+    described = {name: _described(entry.inside("layers").inside(name), methods) for name in entry.take("layers", dict)}
+    if not described:
+        raise SpectuneError(f"{path / CONFIG} has no layers")
+    base, error = entry.take("base_model_name_or_path", str, type(None)), entry.number("error")
+    tensors = read_tensors(path, config)
+    layers = {name: _layer(name, layer, tensors, path / WEIGHTS) for name, layer in described.items()}
+    if tensors:
+        raise SpectuneError(f"{path / WEIGHTS} has a tensor that its config does not speak of: {min(tensors)!r}")
+    return Contents(layers, base, error, read_labels(path))
+
+
+def _method(fields: Any, path: Path) -> Method:
+    try:
+        return from_fields(fields)
+    except (SpectuneError, TypeError, AttributeError, OverflowError) as error:
+        raise SpectuneError(f"a method in {path / CONFIG} is not understood: {error}") from None
+
+
+class _Described(NamedTuple):
+    """What a config says of a layer: its shape and, for each term, the method and the weight."""
+
+    shape: tuple[int, int]
+    conv1d: bool
+    terms: list[tuple[Method, float]]
+
+
+def _described(entry: Entry, methods: list[Method]) -> _Described:
+    entry.check_keys("shape", "conv1d", "terms")
+    shape = entry.take("shape", list)
+    if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+        raise SpectuneError(f"'shape' in {entry.where} is {shape!r:.60}, not [out, in]")
+    terms = []
+    for i, values in enumerate(entry.take("terms", list)):
+        term = Entry(values, f"term {i} of {entry.where}")
+        term.check_keys("method", "weight")
+        index = term.take("method", int)
+        if not 0 <= index < len(methods):
+            raise SpectuneError(f"{term.where} has method {index}, and there are {len(methods)}")
+        terms.append((methods[index], float(term.number("weight"))))
+    if not terms:
+        raise SpectuneError(f"{entry.where} has no terms")
+    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), terms)
+
+
+def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: Path) -> LayerUpdate:
+    terms = []
+    for i, (method, weight) in enumerate(described.terms):
+        prefix, shapes = f"{name}.{i}", method.shapes(*described.shape)
+        trained = {key: _take(tensors, f"{prefix}.{key}", shape, where) for key, shape in shapes.items()}
+        frozen = [key for key in tensors if key.startswith(f"{prefix}.basis.")]
+        basis = {key.removeprefix(f"{prefix}.basis."): tensors.pop(key) for key in frozen}
+        sketch = _take(tensors, f"{prefix}.sketch", fingerprint.UPDATE_SHAPE, where, optional=True)
+        term = Term(method, trained, weight, basis or None, sketch)
+        if basis and not _fits(term, *described.shape):
+            raise SpectuneError(f"the stored basis of {prefix!r} in {where} does not fit the layer; get it again")
+        terms.append(term)
+    base = _take(tensors, f"{name}.base", fingerprint.WEIGHT_SHAPE, where, optional=True)
+    return LayerUpdate(described.shape, tuple(terms), described.conv1d, base_sketch=base)
+
+
+def _fits(term: Term, out_features: int, in_features: int) -> bool:
+    """Whether a term's stored basis makes an update of the right shape."""
+    tensors = term.tensors()
+    indices = [t for t in tensors.values() if not t.is_floating_point()]
+    if not needs_basis(term.method) or any(
+        t.numel() and not 0 <= t.min() <= t.max() < min(out_features, in_features) for t in indices
+    ):
+        return False
+    base = Base(lambda: torch.zeros(1, out_features), lambda R: torch.zeros(out_features, R.shape[0]))
+    try:
+        f = term.method.factors(tensors)
+        if (f.left.shape[0], f.right.shape[1]) != (out_features, in_features):
+            return False
+        return term.method.respond(tensors, torch.zeros(1, in_features), base, False).shape == (1, out_features)
+    except (KeyError, IndexError, RuntimeError, ValueError):
+        return False
+
+
+@overload
+def _take(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], where: Path) -> Tensor: ...
+@overload
+def _take(
+    tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], where: Path, *, optional: bool
+) -> Tensor | None: ...
+def _take(
+    tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], where: Path, *, optional: bool = False
+) -> Tensor | None:
+    if key not in tensors:
+        if optional:
+            return None
+        raise SpectuneError(f"{where} lacks the tensor {key!r}{nearest(key, tensors)}")
+    tensor = tensors.pop(key)
+    if tuple(tensor.shape) != tuple(shape) or not tensor.is_floating_point():
+        raise SpectuneError(f"{key!r} in {where} is {tensor.dtype} {tuple(tensor.shape)}, not floating point {shape}")
+    return tensor

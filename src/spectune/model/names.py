@@ -1,0 +1,58 @@
+"""The adapters on a model by name, and the sentences for names that are not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch.nn as nn
+
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.updates import Update
+from spectune.methods import Method
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the adapters on a model."""
+    return names_on(adapted_layers(model))
+
+
+def method_of(update: Update) -> Method:
+    """Return an update's method, of which the layer itself knows only what it asks of it."""
+    assert isinstance(update.method, Method)
+    return update.method
+
+
+def updates_of(layer: Adapted, name: str) -> list[Update]:
+    """Return the terms of an adapter on a layer."""
+    return list(layer.adapters[name]) if name in layer.adapters else []  # type: ignore[arg-type]
+
+
+def names_on(layers: Mapping[str, Adapted]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
+
+
+def check_some_adapter(layers: Mapping[str, Adapted]) -> None:
+    if not layers:
+        raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
+
+
+def check_known_on(model: nn.Module, name: str) -> None:
+    check_known(name, adapter_names(model))
+
+
+def check_known(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        there = ", ".join(names) if names else "none"
+        raise SpectuneError(f"no adapter {name!r} is on the model{nearest(name, names)} (there: {there})")
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+        raise SpectuneError(f"{name!r} cannot be an adapter's name; use letters, digits, '-' and '_'")
+    if name in adapter_names(model):
+        raise SpectuneError(f"an adapter {name!r} is on the model already; choose another name or detach it first")

@@ -1,0 +1,161 @@
+"""Which adapters answer: one choice for every row, or a choice for each row of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.mixtures import Mixture
+from spectune.layers.selection import Rows
+from spectune.model.install import selections
+from spectune.model.names import M, check_known, check_some_adapter, names_on
+
+# an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
+Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
+
+
+def activate(model: M, choice: Choice) -> M:
+    """Choose what answers: an adapter, a weighted mixture of adapters, or with None the base alone.
+
+    Args:
+        model: a model with adapters.
+        choice: `"a"`, `{"a": 0.7, "b": 0.3}`, or with weights by layer `{"a": {"model.layers.0.mlp.up_proj": 0.7}}`,
+            which are zero in layers that are not named.
+
+    Raises:
+        SpectuneError: no adapter, or no adapted layer, of that name is on the model.
+    """
+    layers = adapted_layers(model)  # once: a look at every module is most of what this costs
+    (mixture,) = _mixtures(layers, [choice])
+    for selection in selections(layers):
+        selection.mixture = mixture
+    return model
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Within the context the base alone answers, in evaluation mode; afterwards what answered before does."""
+    shared = selections(adapted_layers(model))
+    before = [(selection, selection.mixture, selection.rows) for selection in shared]
+    training = [module for module in model.modules() if module.training]
+    for selection in shared:
+        selection.mixture, selection.rows = {}, None
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for selection, mixture, rows in before:
+            selection.mixture, selection.rows = mixture, rows
+        for module in training:
+            module.training = True
+
+
+class Reference(nn.Module):
+    """A model without its adapters, to compare it with; the two share every weight, so that it takes no memory.
+
+    Has no parameters of its own, and answers to what the model does, so that it serves as the `ref_model` of TRL's
+    DPOTrainer.
+
+    Args:
+        model: the model with adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model  # not a submodule: modes, devices and checkpoints are the model's business
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with base_alone(self.__dict__["model"]):
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["model"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+
+@contextmanager
+def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Within the context, give each row of every batch an adapter, a mixture or none.
+
+    `model.generate` may expand each row to its beams or returned sequences.  With gradient checkpointing the backward
+    pass belongs in the context too, since it runs the layers again.
+
+    Args:
+        model: a model with adapters.
+        rows: for each row of the batch, what `activate` takes; a weight may be a tensor (), which gets a gradient.
+        stacks: keeps the copies of factors that rows without gradients are answered with, for a context to come; an
+            empty mapping at first. Without it they go with the context.
+
+    Raises:
+        SpectuneError: an unknown adapter, or later a batch with another number of rows.
+    """
+    if isinstance(rows, (str, Mapping)) or not len(rows):
+        raise SpectuneError("route takes a list with one entry for each row of the batch")
+    layers = adapted_layers(model)
+    shared = selections(layers)
+    before = [(selection, selection.rows, selection.expandable) for selection in shared]
+    routed = Rows(_mixtures(layers, rows), stacks)
+    generate, own = getattr(model, "generate", None), vars(model).get("generate")
+
+    def expanding(*args: Any, **kwargs: Any) -> Any:
+        for selection in shared:
+            selection.expandable = True
+        try:
+            return generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for selection in shared:
+                selection.expandable = False
+
+    for selection in shared:
+        selection.rows, selection.expandable = routed, False
+    if generate is not None:
+        vars(model)["generate"] = expanding
+    try:
+        yield
+    finally:
+        for selection, rows_before, expandable in before:
+            selection.rows, selection.expandable = rows_before, expandable
+        if own is not None:
+            vars(model)["generate"] = own
+        else:
+            vars(model).pop("generate", None)
+
+
+def _mixtures(layers: Mapping[str, Adapted], choices: Sequence[Choice]) -> list[Mixture]:
+    check_some_adapter(layers)
+    names = names_on(layers)
+    return [_mixture(choice, names, layers) for choice in choices]
+
+
+def _mixture(choice: Choice, names: Sequence[str], layers: Mapping[str, Adapted]) -> Mixture:
+    if choice is None:
+        return {}
+    mixture: dict[str, Any] = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    for name, weight in mixture.items():
+        check_known(name, names)
+        if not isinstance(weight, Mapping):
+            mixture[name] = _weight(name, weight)
+            continue
+        for layer_name in weight:
+            if layer_name not in layers:
+                raise SpectuneError(f"the model has no adapted layer {layer_name!r}{nearest(layer_name, layers)}")
+        mixture[name] = {layers[layer_name]: _weight(name, w) for layer_name, w in weight.items()}
+    return mixture
+
+
+def _weight(name: str, weight: Any) -> float | Tensor:
+    if isinstance(weight, Tensor) and weight.dim() == 0:
+        return weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise SpectuneError(f"the weight of adapter {name!r} must be a finite number, not {weight!r}")
+    return float(weight)

@@ -1,0 +1,1 @@
+"""What each method takes on a model, before anything is loaded: parameters, files, memory and time."""

@@ -1,1 +1,0 @@
-"""What the reports say of models and methods, without the command line."""

@@ -1,0 +1,35 @@
+"""Activation checkpointing in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from spectune.speed.recompute_cache import keep_products
+
+
+def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
+    """Have a model of transformers compute activations again in the backward pass.
+
+    Args:
+        model: the model; one that cannot is left alone by "light".
+        how: "light" keeps the products of linear layers, True only what goes into each block, False everything.
+    """
+    light = how == "light"
+    if not how or (light and not model.supports_gradient_checkpointing):
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if light:
+        options["context_fn"] = keep_products
+    _named(model, "enable")(options)
+
+
+def keep_activations(model: Any) -> None:
+    """Undo `checkpoint_activations`."""
+    _named(model, "disable")()
+
+
+def _named(model: Any, action: str) -> Callable[..., None]:
+    """Return the model's own method, under its new name where transformers has it."""
+    new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
+    return getattr(model, new, None) or getattr(model, old)

@@ -1,0 +1,118 @@
+"""Root-mean-square norms of a frozen model with their gradient in one piece, at a fifth of what autograd takes.
+
+A model's own norm is a chain of small operations, and autograd's gradient one of fifteen more, each over all of the
+hidden states in fp32; of an input in 16 bits they keep copies in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spectune.speed.recompute_cache import current_cache
+
+
+@contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """Within the context the norms of a model take their gradient in one piece.
+
+    That goes for those whose own answer is, to the last bit, the one of a known formula, and while they are frozen.
+    """
+    with ExitStack() as stack:
+        for module in list(model.modules()):
+            formula = _formula(module)
+            if formula is not None:
+                vars(module)["forward"] = _Forward(module, formula)
+                stack.callback(vars(module).pop, "forward", None)
+        yield
+
+
+class _Norm(torch.autograd.Function):
+    """y = w * x / sqrt(mean(x^2) + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, early: bool) -> Tensor:
+        exact = x.float()
+        inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+        normed = exact * inverse
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * normed.to(x.dtype) if early else (weight * normed).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad, exact = (grads[0] * weight).float(), x.float()
+        along = (grad * exact).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return grad.mul_(inverse).addcmul_(exact, along).to(x.dtype), None, None, None
+
+
+class _Formula(NamedTuple):
+    """How a norm is computed.
+
+    Args:
+        eps: what is added to the mean square.
+        early: whether it is cast to the input's dtype before the weight.
+        plus: what is added to the weight.
+    """
+
+    eps: float
+    early: bool
+    plus: float
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        scale = weight.detach() if self.early else weight.detach().float() + self.plus
+        return _Norm.apply(x, scale, self.eps, self.early)  # type: ignore[return-value]
+
+
+_KNOWN = (True, 0.0), (False, 0.0), (False, 1.0)  # Llama's, OLMo 2's, Gemma's
+
+
+class _Forward:
+    """Takes the place of a norm's forward method."""
+
+    def __init__(self, module: nn.Module, formula: _Formula) -> None:
+        self._module, self._formula = module, formula
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not self._applies(args[0]):  # such as a gate, beside the input
+            return type(self._module).forward(self._module, *args, **kwargs)
+        if (cache := current_cache()) is not None:
+            cache.materialize()
+        with torch._C.DisableTorchFunction():
+            return self._formula(args[0], self._module.weight)  # type: ignore[arg-type]
+
+    def _applies(self, x: Tensor) -> bool:
+        weight: Any = self._module.weight
+        learns = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
+        return learns and type(weight) is nn.Parameter and weight.dtype == x.dtype and not torch.compiler.is_compiling()
+
+
+def _formula(module: nn.Module) -> _Formula | None:
+    """Return the formula that a norm follows, or None for anything else."""
+    weight = module._parameters.get("weight")
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not alone or weight is None or weight.dim() != 1 or not isinstance(eps, float) or "forward" in vars(module):
+        return None
+    sample: Any = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    x, drawn = torch.randn(3, len(weight), generator=generator, device="cpu").to(weight.dtype).split([2, 1])
+    with torch.no_grad():
+        sample.weight.copy_(drawn[0])
+        try:
+            answer = type(module).forward(sample, x)  # without hooks
+        except Exception:  # whatever takes other inputs than a norm does
+            return None
+    found = (_Formula(eps, *known) for known in _KNOWN)
+    return next((formula for formula in found if _equal(formula(x, sample.weight), answer)), None)
+
+
+def _equal(ours: Tensor, answer: Any) -> bool:
+    return isinstance(answer, Tensor) and ours.dtype == answer.dtype and torch.equal(ours, answer)

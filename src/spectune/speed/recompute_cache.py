@@ -1,0 +1,196 @@
+"""Activation checkpointing that keeps the products of linear layers, and computes again what lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from spectune.speed.dense import linear, matmul
+
+
+def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
+    """Return the contexts of a region's two passes, for `context_fn` of torch.utils.checkpoint.
+
+    The first pass keeps what linear layers with a frozen weight answer, adapted or not, and the attention of packed
+    rows; the second one takes it from there, and computes norms and activations again, up to the last bit.
+
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": spectune.keep_products})
+    """
+    cache = RecomputeCache()
+    return _Region(cache, again=False), _Region(cache, again=True)
+
+
+class RecomputeCache:
+    """What the linear layers of a checkpointed region found, in the order of their calls.
+
+    The last product is not held, since a second pass mostly ends with it and nobody looks at it; it is taken again
+    only where something is done with it after all.
+    """
+
+    def __init__(self) -> None:
+        self._results: list[_Found | None] = []  # None once given back
+        self._next: int | None = None  # the call that comes next in a second pass
+        self._last: tuple[int, ...] = ()  # the shape of the last product's rows, if it may be let go
+        self._pending: tuple[Tensor, Callable[[], Tensor]] | None = None
+
+    def begin(self, again: bool) -> None:
+        """Begin the first pass, or a second one."""
+        self._next = 0 if again else None
+
+    def end(self) -> None:
+        """End a pass."""
+        self._pending = None
+        if self._next is None:
+            last = self._results[-1] if self._results else None
+            if last is not None and self._last and self._kind() not in _looked_at:
+                self._results[-1] = (None, *last[0][1:]), last[1]
+            self._results = _in_one_piece(self._results)
+
+    def _kind(self) -> tuple[int, ...]:
+        return (len(self._results), *self._last)
+
+    def recall(self) -> tuple[Any, ...] | None:
+        """Return the results of this call in the first pass; None in the first pass, and where they are gone.
+
+        The product, which is the first of them, is missing from the last: see `again`.
+        """
+        if self._next is None:
+            return None
+        self.materialize()
+        index, self._next = self._next, self._next + 1
+        if index >= len(self._results):
+            return None
+        found, self._results[index] = self._results[index], None
+        return None if found is None or _changed(found) else found[0]
+
+    def keep(self, *results: Tensor, looked_at: bool = False) -> None:
+        """Keep the results of a call, in the first pass.
+
+        Args:
+            results: the first is the layer's product.
+            looked_at: whether the layer itself looks at its product in the backward pass.
+        """
+        if self._next is None:
+            kept = tuple(result.detach() for result in results)  # without the graph, which holds this
+            self._results.append((kept, tuple(result._version for result in kept)))
+            self._last = () if looked_at else tuple(results[0].shape[1:])
+
+    def again(self, size: int, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Return the last product, or an empty tensor which becomes it when it is looked at.
+
+        Args:
+            size: of the product's rows.
+            x: what it is made of.
+            make: () -> the product.
+        """
+        if self._kind() in _looked_at:
+            return make()
+        product = x.new_empty(*x.shape[:-1], size)
+        self._pending = product, make
+        return product
+
+    def materialize(self) -> None:
+        """Take the product that is pending, before something is done with it."""
+        if self._pending is not None:
+            (product, make), self._pending = self._pending, None
+            _looked_at.add(self._kind())
+            with torch.no_grad():
+                product.copy_(make())
+
+
+_Found = tuple[tuple[Tensor | None, ...], tuple[int, ...]]  # results and their versions
+_looked_at: set[tuple[int, ...]] = set()  # kinds of regions whose last product is looked at, and held from then on
+_ALIGNED = 64
+
+
+def _changed(found: _Found) -> bool:
+    return any(t is not None and t._version != version for t, version in zip(*found, strict=True))
+
+
+def _in_one_piece(results: list[_Found | None]) -> list[_Found | None]:
+    """Move what a processor holds into one piece, so that what it frees between them is one piece as well."""
+    tensors = [t for found in results if found is not None for t in found[0] if t is not None]
+    if not tensors or any(t.device.type not in ("cpu", "meta") for t in tensors):
+        return results
+    sizes = [-(-t.numel() * t.element_size() // _ALIGNED) * _ALIGNED for t in tensors]
+    pieces = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device).split(sizes))
+
+    def moved(t: Tensor) -> Tensor:
+        piece = next(pieces)[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        return piece.copy_(t).detach()
+
+    held = [
+        None if found is None or _changed(found) else tuple(None if t is None else moved(t) for t in found[0])
+        for found in results
+    ]  # their versions are one, that of the piece
+    return [None if found is None else (found, tuple(0 if t is None else t._version for t in found)) for found in held]
+
+
+_cache: ContextVar[RecomputeCache | None] = ContextVar("_cache", default=None)
+
+
+def current_cache() -> RecomputeCache | None:
+    """Return the cache of the region that runs, or None outside of any."""
+    return None if torch.compiler.is_compiling() else _cache.get()
+
+
+class _Region(TorchFunctionMode):
+    def __init__(self, cache: RecomputeCache, again: bool) -> None:
+        super().__init__()
+        self._cache, self._again = cache, again
+
+    def __enter__(self) -> Any:
+        self._cache.begin(self._again)
+        self._token = _cache.set(self._cache)
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        _cache.reset(self._token)
+        self._cache.end()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._cache.materialize()
+        if func is F.linear and not kwargs and _is_frozen(*args):
+            return _Frozen.apply(*args[:2], args[2] if len(args) > 2 else None, self._cache)
+        return func(*args, **(kwargs or {}))
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, with a gradient for x alone; a region keeps it."""
+    return _Frozen.apply(x, weight, bias, current_cache())  # type: ignore[return-value]
+
+
+def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if not learns or trains or weight.dtype != x.dtype:
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)  # which does not know the meta device
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cache: RecomputeCache | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        known = cache.recall() if cache is not None else None
+        y = known[0] if known is not None else linear(x, weight, bias)
+        if cache is None:
+            return y  # type: ignore[return-value]
+        if y is None:
+            return cache.again(len(weight), x, lambda: linear(x, weight, bias))
+        cache.keep(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return matmul(grads[0], weight), None, None, None

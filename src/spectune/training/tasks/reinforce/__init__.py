@@ -1,0 +1,1 @@
+"""Learning from rewards: rollouts, what they are worth, the policy and its trainer."""

@@ -1,0 +1,194 @@
+"""Reinforcement learning with verifiable rewards: the policy gradient on completions that the model draws itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectune.bases.generation import pad_token, prompt_tokens
+from spectune.errors import SpectuneError
+from spectune.model.routing import base_alone
+from spectune.training import processes
+from spectune.training.config import TrainConfig
+from spectune.training.data.encoding import Encoded
+from spectune.training.data.records import Record, is_conversation, split
+from spectune.training.tasks.base import Task
+from spectune.training.tasks.reinforce.environments import Environment
+from spectune.training.tasks.reinforce.policy import advantages, policy_loss
+from spectune.training.tasks.reinforce.rewards import Reward, load_reward
+from spectune.training.tasks.reinforce.rollout import completion_logits, lay_out, sample
+
+_ANSWERS = ("answer", "completion")  # columns that an exact match is with
+
+
+@dataclass(frozen=True)  # no tuple: what moves batches to devices would look into it
+class Problem:
+    """A record with the tokens of its prompt."""
+
+    record: Record
+    tokens: list[int]
+
+
+class Reinforce(Task):
+    """Mean reward of sampled completions, less kl times the KL divergence to the base, by REINFORCE.
+
+    Every step draws `samples` completions of each prompt from the model as it is, weighs each by how much better than
+    the others it is, and takes one gradient step: on-policy, with no ratio to clip.
+    """
+
+    forms = "'prompt', as text or messages, and what the reward takes"
+    unit = "completion"
+    curve = "reward"
+    best_metric = "eval_reward"
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self._tokenizer: Any = None
+        self.outcomes: list[dict[str, Any]] = []  # of an evaluation, problem by problem
+        self._has_answers = False  # of what is held out, in every process alike
+        self.environment: Environment | None = None
+        if config.environment is not None:
+            self.environment = Environment(config.environment, config.environment_options, config.problems, config.seed)
+        if config.reward is not None:
+            self.reward = load_reward(config.reward)
+        else:
+            assert self.environment is not None  # or the configuration was not checked
+            self.reward = Reward(f"of the environment {config.environment}", self.environment.score)
+
+    def read(self) -> tuple[list[Record], list[Record]]:
+        if self.environment is None:
+            return super().read()
+        return split(self.environment.records(), self.config.held_out, self.config.seed)
+
+    def problem(self, record: Mapping[str, Any]) -> str | None:
+        prompt = record.get("prompt")
+        if prompt is None:
+            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+        if isinstance(prompt, str):
+            return None if prompt else "prompt is empty"
+        if not is_conversation(prompt):
+            return "prompt must be text, or a list of messages with role and content, both text"
+        return None
+
+    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+        if processes.wants_shards(self.config.fsdp):
+            raise SpectuneError(
+                "fsdp does not go with task: reinforce, whose processes draw completions of different lengths; without "
+                "it every process holds the whole base"
+            )
+        return super().load(records, held)
+
+    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+        self._tokenizer = tokenizer
+        self.reward.check_columns(records)
+        room = limit - self.config.max_new_tokens
+        raw = self.environment is None or self.config.raw
+        found = [
+            Problem(record, prompt_tokens(tokenizer, record["prompt"], raw=raw and isinstance(record["prompt"], str)))
+            for record in records
+        ]
+        kept = [problem for problem in found if 0 < len(problem.tokens) <= room]
+        if not kept:
+            raise SpectuneError(
+                f"no prompt leaves room for {self.config.max_new_tokens} new tokens within {limit}; lower "
+                "max_new_tokens, raise max_length, or shorten the prompts"
+            )
+        return Encoded(kept, 0, len(found) - len(kept))  # type: ignore[arg-type]
+
+    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        def collate(problems: Sequence[Problem]) -> dict[str, Any]:
+            # the items of a step are its completions
+            return {"labels": torch.zeros(len(problems), self.config.samples), "problems": list(problems)}
+
+        return collate
+
+    def sums(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        problems: list[Problem] = inputs["problems"]
+        if not model.training:
+            return self._greedy(model, problems)
+        config, own = self.config, getattr(model, "module", model)
+        own.eval()  # what is drawn and what is learned from are one distribution: no dropout
+        prompts = [problem.tokens for problem in problems]
+        groups = self._sample(own, prompts, config.samples, config.temperature)
+        rewards = torch.tensor(self._rewards(problems, groups), device=own.device).view(len(problems), -1)
+        rollout = lay_out(own, prompts, groups, pad_token(self._tokenizer))
+        with torch.no_grad(), base_alone(own):
+            reference = completion_logits(own, rollout)
+        own.train(config.gradient_checkpointing is True)  # which transformers does in training mode only
+        logits = completion_logits(model, rollout)
+        own.train()
+        loss, divergence = policy_loss(
+            logits,
+            reference,
+            rollout.tokens,
+            rollout.owner,
+            advantages(rewards, config.normalize_rewards).flatten(),
+            kl=config.kl,
+            temperature=config.temperature,
+        )
+        sums = {
+            "loss": loss * rewards.numel(),
+            "items": torch.tensor(rewards.numel()),
+            "tokens": torch.tensor(sum(map(len, prompts)) + len(rollout.tokens)),
+            "reward": rewards.sum(),
+            "kl": divergence * rewards.numel(),
+            "length": torch.tensor(len(rollout.tokens)),
+            "signal": (rewards.amax(1) > rewards.amin(1)).sum(),
+        }
+        return {key: value.to(own.device) for key, value in sums.items()}
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        known = ("reward", "exact_match", "kl", "length")
+        return {key: float(sums[key] / sums["items"]) for key in known if key in sums}
+
+    def trainer(self, **kwargs: Any) -> Any:
+        from spectune.training.tasks.reinforce.policy_trainer import PolicyTrainer
+
+        kwargs["args"].per_device_eval_batch_size *= self.config.samples  # as many completions at once as in training
+        if kwargs["eval_dataset"] is not None:  # prompts of about one length, for little padding
+            kwargs["eval_dataset"] = sorted(kwargs["eval_dataset"], key=lambda problem: len(problem.tokens))
+            self._has_answers = any(_answer(problem.record) is not None for problem in kwargs["eval_dataset"])
+        return PolicyTrainer(task=self, **kwargs)
+
+    def _greedy(self, model: Any, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        groups = self._sample(getattr(model, "module", model), [p.tokens for p in problems], 1, 0.0)
+        texts, rewards = self._texts(groups), self._rewards(problems, groups)
+        length = sum(len(completion) for group in groups for completion in group)
+        total = torch.tensor(sum(rewards))
+        sums = {"loss": -total, "items": torch.tensor(len(problems)), "reward": total, "length": torch.tensor(length)}
+        answers = [_answer(problem.record) for problem in problems]
+        if self._has_answers:
+            right = [text == answer for text, answer in zip(texts, answers, strict=True)]
+            sums["exact_match"] = torch.tensor(sum(right))
+        prompts = [problem.record["prompt"] for problem in problems]
+        for prompt, text, answer, reward in zip(prompts, texts, answers, rewards, strict=True):
+            self.outcomes.append({"prompt": prompt, "completion": text, "answer": answer, "reward": reward})
+        return {key: value.to(model.device) for key, value in sums.items()}
+
+    def _sample(self, model: Any, prompts: list[list[int]], samples: int, temperature: float) -> list[list[list[int]]]:
+        ends = model.generation_config.eos_token_id
+        ends = self._tokenizer.eos_token_id if ends is None else ends
+        return sample(
+            model,
+            prompts,
+            samples,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=temperature,
+            pad=pad_token(self._tokenizer),
+            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
+        )
+
+    def _texts(self, groups: Sequence[Sequence[list[int]]]) -> list[str]:
+        return [self._tokenizer.decode(c, skip_special_tokens=True).strip() for group in groups for c in group]
+
+    def _rewards(self, problems: Sequence[Problem], groups: Sequence[Sequence[list[int]]]) -> list[float]:
+        records = [problem.record for problem, group in zip(problems, groups, strict=True) for _ in group]
+        return self.reward(records, self._texts(groups))
+
+
+def _answer(record: Record) -> str | None:
+    return next((record[key].strip() for key in _ANSWERS if isinstance(record.get(key), str)), None)

@@ -1,0 +1,1 @@
+"""The trainer, the order of its examples, and checkpoints of the adapter alone."""

@@ -1,0 +1,304 @@
+"""Checkpoints of the adapter alone, for transformers.Trainer and every trainer that is built on it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from huggingface_hub import upload_folder
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
+
+from spectune.adapters.folder import CONFIG, WEIGHTS
+from spectune.errors import SpectuneError
+from spectune.layers.shards import as_part, is_part, whole
+from spectune.model.lifecycle import extract
+from spectune.storage import publish, telling_of_full_disks
+from spectune.training import processes
+
+STATE = "adapter_state.safetensors"
+_OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+_OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
+_NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
+_PARTIAL = ".{}.partial"
+T = TypeVar("T")
+
+
+def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
+    """Return a trainer's class that saves, resumes from and pushes the adapter alone, and never the base.
+
+    Works for transformers.Trainer and what is built on it, TRL's SFTTrainer, DPOTrainer and GRPOTrainer among them.
+    `spectune.Trainer` is `trainer_for(transformers.Trainer)`.
+
+    Args:
+        kind: the trainer's class.
+        adapter: the name that the adapter has on the model.
+    """
+    members = {"adapter_name": adapter, "__doc__": kind.__doc__}
+    return type(f"Adapter{kind.__name__}", (AdapterCheckpoints, kind), members)  # type: ignore[return-value]
+
+
+class AdapterCheckpoints:
+    """Mixed in before a Trainer: what it saves, resumes from and pushes is the adapter, and never the base.
+
+    A checkpoint holds the adapter as `Adapter.save` writes it, which is what to take from it, and every tensor of it
+    with its schedules as they are in the model, from which a run goes on bit for bit.  It is written in full under
+    another name, flushed to the disk and renamed, by the main process alone, so that whatever ends a run, the folders
+    named checkpoint-N are whole.  The tensors in it are whole too, however the model is sharded.
+
+    Attributes:
+        adapter_name: the adapter on the model.
+        last_checkpoint: the folder of the last checkpoint of this run.
+    """
+
+    adapter_name = "default"
+    last_checkpoint: str | None = None
+    args: Any
+    model: Any
+    state: Any
+    accelerator: Any
+    processing_class: Any
+    optimizer: Any
+    lr_scheduler: Any
+    hub_model_id: Any
+    push_in_progress: Any = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter to a folder."""
+        adapter = self._extracted()
+        with processes.together():
+            if self.args.should_save:
+                self._write(adapter, Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def _write(self, adapter: Any, folder: Path) -> None:
+        adapter.save(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _extracted(self) -> Any:
+        return extract(self.accelerator.unwrap_model(self.model), self.adapter_name)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint whole or not at all.
+
+        Raises:
+            SpectuneError: the disk is full; the half-written folder is taken away.
+        """
+        output = Path(self.args.output_dir)
+        place = output / f"checkpoint-{self.state.global_step}"
+        partial = output / _PARTIAL.format(place.name)
+        self.store_flos()  # type: ignore[attr-defined]
+        adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
+        optimizer = _optimizer_state(self.optimizer)
+        remedy = f"{self.kept()}; free some space and go on with resume=true"
+        with processes.together(), telling_of_full_disks(place, remedy):
+            own_rng = self._rng_files()
+        rngs = processes.gather(own_rng)
+        with processes.together():
+            if self.args.should_save:
+                try:
+                    with telling_of_full_disks(place, remedy):
+                        shutil.rmtree(partial, ignore_errors=True)
+                        self._write(adapter, partial)
+                        save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial / STATE)
+                        torch.save(optimizer, partial / _OPTIMIZER)
+                        torch.save(self.lr_scheduler.state_dict(), partial / _SCHEDULER)
+                        self._save_scaler(str(partial))  # type: ignore[attr-defined]
+                        for name, content in (item for files in rngs for item in files.items()):
+                            (partial / name).write_bytes(content)
+                        self._save_state(place, partial)
+                        publish(partial, place)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+        self.state.best_model_checkpoint = processes.gather(self.state.best_model_checkpoint)[0]  # all go back to it
+        self.last_checkpoint = str(place)
+        if self.args.push_to_hub:
+            with processes.together(), telling_of_full_disks(output, remedy):
+                self._push_from_checkpoint(str(place))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's adapter; transformers' own needs peft to find it, and pickles the arguments."""
+        strategy, before = self.args.hub_strategy, self.push_in_progress or PushInProgress()
+        if not processes.is_main() or strategy == HubStrategy.END:
+            return
+        if not before.is_done() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[attr-defined]
+        checkpoint, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        for name in (CONFIG, WEIGHTS):  # the checkpoint may be gone before it is uploaded
+            shutil.copy(checkpoint / name, output / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output)
+        folders: list[tuple[Path, str | None]] = [(output, None)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            folders.append((checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name))
+        jobs = [
+            upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                path_in_repo=place,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                ignore_patterns=_NOT_UPLOADED,
+                run_as_future=True,
+            )
+            for folder, place in folders
+        ]
+        self.push_in_progress = PushInProgress([*before.jobs, *jobs])  # type: ignore[arg-type]
+
+    def _rng_files(self) -> dict[str, bytes]:
+        """Return the file in which transformers keeps this process' random states, by its name."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)  # type: ignore[attr-defined]
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _save_state(self, place: Path, partial: Path) -> None:
+        best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == place or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:  # type: ignore[attr-defined]
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / _TRAINER))
+
+    def kept(self) -> str:
+        """Say which checkpoint a run that fails now can go on from."""
+        last = self.last_checkpoint
+        return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
+
+    def _load_best_model(self) -> None:
+        self._load_adapter(str(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / _TRAINER))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(resume_from_checkpoint, error) from None
+        self._load_adapter(resume_from_checkpoint, model)
+        self.last_checkpoint = resume_from_checkpoint
+
+    def _load_adapter(self, checkpoint: str, model: Any = None) -> None:
+        try:
+            state = load_file(Path(checkpoint) / STATE)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(checkpoint, error) from None
+        target = adapter_state(model if model is not None else self.model)
+        if state.keys() != target.keys():
+            differing = min(state.keys() ^ target.keys())
+            raise SpectuneError(
+                f"{checkpoint} was made with other settings (it differs in {differing!r}); "
+                "resume with the configuration of the run"
+            )
+        with torch.no_grad():
+            for key, tensor in state.items():
+                target[key].copy_(as_part(tensor, target[key]))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with processes.together():
+            try:
+                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            except Exception as error:  # whatever a damaged file makes of the reader
+                raise _damaged(str(checkpoint), error) from None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        try:
+            optimizer, schedule = (
+                torch.load(folder / name, map_location="cpu", weights_only=True) for name in (_OPTIMIZER, _SCHEDULER)
+            )
+        except Exception as error:  # whatever a damaged file makes of the reader
+            raise _damaged(checkpoint, error) from None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in optimizer["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
+                    values[key] = as_part(value, parameters[index])
+        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except ValueError as error:
+            raise SpectuneError(
+                f"{checkpoint} was made with other groups of parameters ({error}); resume with the configuration of "
+                "the run"
+            ) from None
+        self.lr_scheduler.load_state_dict(schedule)
+        self._keep_rates(own)
+
+    def _keep_rates(self, own: list[dict[str, Any]]) -> None:
+        """Train with this run's learning rates and decay, where the schedule is, and not with those of before."""
+        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
+        for group, values in zip(groups, own, strict=True):
+            group.update(values)
+        if isinstance(schedule, LambdaLR):  # as all of transformers' are that do not look at the loss
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
+
+
+Trainer = trainer_for(transformers.Trainer)
+
+
+def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
+    """Return the whole checkpoints of a run folder, the last one last, and say which are not.
+
+    Args:
+        output: the folder.
+        console: where to say so.
+    """
+    found: dict[int, Path] = {}
+    for path in output.glob("*checkpoint-*"):
+        named = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if named and _is_whole(path):
+            found[int(named[1])] = path
+        elif console is not None and (named or re.fullmatch(r"\.checkpoint-\d+\.partial", path.name)):
+            console.print(f"{path.name} was not written to its end and is left out", style="yellow", highlight=False)
+    return [found[step] for step in sorted(found)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    rngs = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    of_each = {f"rng_state_{number}.pth" for number in range(len(rngs))}
+    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER))
+    return files and bool(rngs) and rngs in ({"rng_state.pth"}, of_each)
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """Return every tensor of the adapters in a model's state, schedules included, by name."""
+    return {key: value for key, value in model.state_dict().items() if ".adapters." in f".{key}"}
+
+
+def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's state with its tensors whole."""
+    state = optimizer.state_dict()
+    found = {
+        index: {key: whole(value) if is_part(value) else value for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": found}
+
+
+def _damaged(checkpoint: str, error: Exception) -> SpectuneError:
+    return SpectuneError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before")

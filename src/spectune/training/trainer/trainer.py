@@ -1,0 +1,246 @@
+"""The trainer: transformers.Trainer, with a task's loss and measures and checkpoints of the adapter alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
+
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.shards import whole
+from spectune.methods._adalora_schedule import before_clip
+from spectune.speed.shapes import IGNORE
+from spectune.training import processes
+from spectune.training.trainer.checkpoints import AdapterCheckpoints
+from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, WithBlanks
+
+
+class Objective(Protocol):
+    """What the trainer asks of a task: the losses of a batch, and the measures of an evaluation."""
+
+    curve: ClassVar[str]  # the measure that is shown and drawn
+    shown: ClassVar[tuple[str, ...]]  # the measures of an evaluation that are shown and drawn beside the loss
+    by_length: ClassVar[bool]  # batches are of examples of about one length
+
+    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
+        ...
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the measures of an evaluation, given sums over all its batches."""
+        ...
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    """Train the adapter on a model by a task's loss; checkpoints hold it and not the base.
+
+    Args:
+        task: whose examples, batches, loss and measures these are.
+        adapter_name: the adapter.
+        group_lr: learning rates of trained tensors by their name in the method, such as "magnitude" or "z".
+        args, kwargs: as for transformers.Trainer.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        task: Objective,
+        adapter_name: str = "default",
+        group_lr: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.task = task
+        self.adapter_name = adapter_name
+        self.group_lr = dict(group_lr or {})
+        self.model_accepts_loss_kwargs = True  # so that the items of a step are counted
+        self._tokens: Any = 0  # a tensor where the device counts them, which nobody waits for
+        self._tr_loss: Any = 0.0
+        self._order: EvenSampler | None = None
+        if self.args.world_size > 1:
+            self.data_collator = BlankCollator(self.data_collator, self.train_dataset[0])  # type: ignore[index]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return AdamW, with a group of its own for each tensor name that has its own learning rate.
+
+        Raises:
+            SpectuneError: no trained tensor has such a name.
+        """
+        if not self.group_lr or self.optimizer is not None:
+            return super().create_optimizer(model)
+        stepped: Any = model if model is not None else self.model
+        trained = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
+        tails = {n: n.rpartition(".")[2] for n in trained}
+        for name in self.group_lr:
+            if name not in tails.values():
+                raise SpectuneError(f"group_lr: no trained tensor is named {name!r}{nearest(name, tails.values())}")
+        groups: dict[str | None, list[Tensor]] = {}  # by name and not by rate, so that a resumed run may change rates
+        for name, parameter in trained.items():
+            groups.setdefault(tails[name] if tails[name] in self.group_lr else None, []).append(parameter)
+        rates: dict[str | None, float] = {None: self.args.learning_rate, **self.group_lr}
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        options |= {"weight_decay": self.args.weight_decay}
+        self.optimizer = kind([{"params": p, "lr": rates[name]} for name, p in groups.items()], **options)
+        return self.optimizer  # type: ignore[return-value]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the sum of the task's losses over the items of the batch, divided by those of the whole step.
+
+        With several processes it is multiplied by their number, because gradients are averaged over them.
+        """
+        sums = self._sums(model, inputs)
+        if num_items_in_batch is None:
+            loss = sums["loss"] / sums["items"]
+        else:
+            loss = sums["loss"] * (self.args.world_size / num_items_in_batch)
+        if model.training and not inputs.get(BLANK):
+            self._tokens = self._tokens + (sums["tokens"] if "tokens" in sums else _token_count(inputs))
+        return (loss, sums) if return_outputs else loss
+
+    def _sums(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        inputs = dict(inputs)
+        blank = inputs.pop(BLANK, False)
+        sums = self.task.sums(model, inputs)
+        return {key: value * 0 for key, value in sums.items()} if blank else sums
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
+        """Count the items of the loss in an optimizer step, over all processes."""
+        counts = [(batch["labels"] != IGNORE).sum() for batch in batch_samples if not batch.get(BLANK)]
+        return self.accelerator.reduce(torch.as_tensor(sum(counts), device=device))  # type: ignore[return-value]
+
+    def total_tokens(self) -> int:
+        """Return the tokens that all processes have trained on; every process must ask for it."""
+        return round(processes.total(float(self._tokens))[0])
+
+    # -- what must not go unseen: looked at where the loss is read anyway, so that no forward pass waits for it
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, unless the loss is not finite.
+
+        Raises:
+            SpectuneError: it is not; the last checkpoint is named and kept.
+        """
+        self._check("loss", logs.get("loss", 0.0))
+        super().log(logs, *args, **kwargs)
+
+    def check_loss(self) -> None:
+        """Raise unless the loss of every step so far was finite.
+
+        Raises:
+            SpectuneError: it was not; the last checkpoint is named and kept.
+        """
+        self._check("loss", processes.total(float(self._tr_loss))[0])
+
+    def _check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise SpectuneError(
+                f"the {what} became {value} at step {self.state.global_step}: lower the learning rate ({self.kept()})"
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_loss()
+        norms = [p.detach().float().norm() for p in self.model.parameters() if p.requires_grad]
+        self._check(
+            "adapter", float(whole(torch.stack(norms).sum()))
+        )  # a gradient can be infinite where the loss is not
+        super()._save_checkpoint(model, trial)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        before_clip(self.model)
+        return whole(super()._clip_grad_norm(model))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():  # the other name of this argument has other defaults
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return super()._prepare_for_training(*args, **kwargs)
+
+    # -- the same batches and measures, whatever the number of processes
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1:
+            dataset = WithBlanks(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if isinstance(train_dataset, WithBlanks):
+            train_dataset = train_dataset.examples
+        sampler = super()._get_train_sampler(train_dataset)
+        grouped = isinstance(sampler, LengthGroupedSampler)
+        if grouped:  # by the examples of an optimizer step, which are those of all processes
+            sampler.batch_size *= self.args.world_size
+        if grouped or self.args.world_size > 1:  # accelerate sees to the order of the other one
+            sampler = self._order = EvenSampler(
+                sampler, self._even(self.args.per_device_train_batch_size), self.args.seed
+            )
+        return sampler
+
+    def _load_callback_state(self) -> None:
+        """Go on counting evaluations without a better one; with transformers' own the patience would be the old one."""
+        for callback in self._stoppers():
+            saved = self.state.stateful_callbacks.get(type(callback).__name__, {"attributes": {}})
+            vars(callback).update(saved["attributes"])
+
+    def _stoppers(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._stoppers())
+        if ended or self.state.global_step >= self.state.max_steps:  # resumed there, where transformers would go on
+            self.control.should_training_stop = True
+            return
+        if self._order is not None:  # accelerate does not find it behind the batches that a resumed run skips
+            self._order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return EvenSampler(SequentialSampler(eval_dataset), self._even(self.args.per_device_eval_batch_size))
+
+    def _even(self, batch: int) -> int:
+        """Return the examples in a forward pass of all processes; what one process has need not be filled up."""
+        processes = self.args.world_size
+        return batch * processes if processes > 1 else 1
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Add the task's sums up over all batches of all processes, and report its metrics of them.
+
+        transformers' own loop weighs batches and not items, counts some examples twice on several processes, and marks
+        a model so that a later `train` does not wrap it in DDP.
+
+        Raises:
+            SpectuneError: the loss is not finite.
+        """
+        self.model.eval()
+        totals: dict[str, Tensor] = {}
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for key, value in self._sums(self.model, inputs).items():
+                    totals[key] = totals[key] + value if key in totals else value
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        totals = {key: self.accelerator.reduce(value) for key, value in totals.items()}  # type: ignore[misc]
+        measures = self.task.metrics(totals)
+        self._check("held-out loss", measures.get("loss", 0.0))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in measures.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+
+
+def _token_count(inputs: Any) -> Any:
+    for lengths in ("cu_seq_lens_k", "cu_seq_lens_q"):  # those of the examples, though computed once for several
+        if lengths in inputs:
+            return inputs[lengths][-1]
+    mask = inputs.get("attention_mask")
+    return mask.sum() if mask is not None else inputs["input_ids"].numel()
