@@ -7,10 +7,11 @@ their `layout` is the same.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,42 +32,71 @@ def _rows(t: Tensor, batch: Sequence[int]) -> Tensor:
     return t.reshape(*batch, math.prod(t.shape[len(batch) : -1]), t.shape[-1])
 
 
+class Core(abc.ABC):
+    """The contract of a core C (p x q): two products, their gradients, and how cores over one basis add.
+
+    A subclass is a frozen dataclass; what trains is one tensor, its field `values`.  A leading axis (batch) before the
+    shape that the class states gives every row of a batch a core of its own.  `tests/layers/core_contract.py` proves a
+    core, given an example of it.
+    """
+
+    values: Tensor | None  # None where nothing trains
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Cores of the same layout over one basis add value by value."""
+        return (type(self).__name__.lower(),)
+
+    @property
+    def diagonal(self) -> Tensor | None:
+        """The values (q) or (batch, q) of a core that is nothing but a diagonal, which a kernel can fold in."""
+        return None
+
+    @abc.abstractmethod
+    def apply(self, t: Tensor) -> Tensor:
+        """Return t C^T (..., p) for t (..., q), in t's dtype."""
+
+    @abc.abstractmethod
+    def transposed(self, t: Tensor) -> Tensor:
+        """Return t C (..., q) for t (..., p), in t's dtype."""
+
+    @abc.abstractmethod
+    def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of t (n, q) and, `of_values`, of the values, given that of t C^T (n, p)."""
+
+
 @dataclass(frozen=True)
-class Identity:
+class Identity(Core):
     """C = I."""
 
+    values = None
+
     def apply(self, t: Tensor) -> Tensor:
-        """Return t C^T for t (..., q)."""
         return t
 
     def transposed(self, t: Tensor) -> Tensor:
-        """Return t C for t (..., p)."""
         return t
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, None]:
-        """Return the gradients of t and of the values, given that of t C^T."""
         return grad, None
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Core):
     """C = diag(values), values (k) or (batch, k)."""
 
     values: Tensor
 
     @property
-    def layout(self) -> tuple[Any, ...]:
-        """Cores of the same layout over one basis add value by value."""
-        return ("diagonal",)
+    def diagonal(self) -> Tensor:
+        return self.values
 
     def apply(self, t: Tensor) -> Tensor:
-        """Return t C^T for t (..., k)."""
         return t * _per_row(self.values.to(t.dtype), t)
 
     transposed = apply
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of t (n, k) and of the values, given that of t C^T."""
         return self.transposed(grad), (grad * t).sum(0) if of_values else None
 
     def plus(self, diagonal: Tensor) -> Diagonal:
@@ -75,7 +105,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class Banded:
+class Banded(Core):
     """C_ij = 0 beyond |i - j| <= width; values (entries) hold the diagonals from -width to width, end to end."""
 
     values: Tensor
@@ -88,11 +118,9 @@ class Banded:
         return ("banded", self.width)
 
     def apply(self, t: Tensor) -> Tensor:
-        """Return t C^T for t (..., size)."""
         return self._product(t, False)
 
     def transposed(self, t: Tensor) -> Tensor:
-        """Return t C for t (..., size)."""
         return self._product(t, True)
 
     def _product(self, t: Tensor, transpose: bool) -> Tensor:
@@ -100,7 +128,6 @@ class Banded:
         return banded_product(_rows(t, values.shape[:-1]), values, self.width, transpose).reshape(t.shape)
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of t (n, size) and of the values, given that of t C^T."""
         return self.transposed(grad), banded_entries(grad, t, self.width, False) if of_values else None
 
     def plus(self, diagonal: Tensor) -> Banded:
@@ -110,7 +137,7 @@ class Banded:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Core):
     """C[rows, columns] = values, zero elsewhere; rows and columns are (entries) and frozen."""
 
     values: Tensor
@@ -118,17 +145,10 @@ class Sparse:
     columns: Tensor
     size: int
 
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """Cores of the same layout over one basis add value by value."""
-        return ("sparse",)
-
     def apply(self, t: Tensor) -> Tensor:
-        """Return t C^T for t (..., size)."""
         return self._product(t, self.rows, self.columns)
 
     def transposed(self, t: Tensor) -> Tensor:
-        """Return t C for t (..., size)."""
         return self._product(t, self.columns, self.rows)
 
     def _product(self, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
@@ -138,7 +158,6 @@ class Sparse:
         return torch.stack([sparse_product(row, v, to, of) for row, v in zip(t, values, strict=True)])
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of t (n, size) and of the values, given that of t C^T."""
         return self.transposed(grad), sparse_entries(grad, t, self.rows, self.columns) if of_values else None
 
     def plus(self, diagonal: Tensor) -> Sparse:
@@ -149,36 +168,28 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Core):
     """C = values, (p x q) or (batch, p, q)."""
 
     values: Tensor
 
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """Cores of the same layout over one basis add value by value."""
-        return ("dense",)
-
     def apply(self, t: Tensor) -> Tensor:
-        """Return t C^T for t (..., q)."""
         return self._product(t, self.values.to(t.dtype).mT)
 
     def transposed(self, t: Tensor) -> Tensor:
-        """Return t C for t (..., p)."""
         return self._product(t, self.values.to(t.dtype))
 
     def _product(self, t: Tensor, matrix: Tensor) -> Tensor:
         return (_rows(t, matrix.shape[:-2]) @ matrix).reshape(*t.shape[:-1], matrix.shape[-1])
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of t (n, q) and of the values, given that of t C^T."""
         return self.transposed(grad), grad.mT @ t if of_values else None
 
 
-Core = Identity | Diagonal | Banded | Sparse | Dense
+C = TypeVar("C", bound=Core)
 
 
-def mix(cores: Sequence[Any], weights: Sequence[float | Tensor]) -> Any:
+def mix(cores: Sequence[C], weights: Sequence[float | Tensor]) -> C:
     """Add cores over one basis: values = sum_k weights_k values_k.
 
     Args:

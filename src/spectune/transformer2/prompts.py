@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
@@ -15,7 +15,7 @@ from spectune.training.tasks import Task, make_task
 class _Prompts(Task):
     """What asks something, in the records of any task."""
 
-    forms = "'messages', 'prompt' or 'text'"
+    forms: ClassVar[str] = "'messages', 'prompt' or 'text'"
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         asked = _asked(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Classify(Task):
     Batches are of texts of about one length: padding is what bidirectional attention would otherwise spend its time on.
     """
 
-    forms = "'text' and 'label', and 'text_pair' where there are two texts"
+    forms: ClassVar[str] = "'text' and 'label', and 'text_pair' where there are two texts"
     unit = "text"
     shown = ("accuracy",)
     by_length = True

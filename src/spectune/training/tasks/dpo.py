@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,9 @@ class Dpo(Task):
     max(0, 1 - beta h) (arXiv 2305.10425), and `ipo` is (h - 1 / (2 beta))^2 with log-ratios a token (arXiv 2310.12036).
     """
 
-    forms = "'prompt', 'chosen' and 'rejected', all text or all lists of messages (the prompt may be part of both)"
+    forms: ClassVar[str] = (
+        "'prompt', 'chosen' and 'rejected', all text or all lists of messages (the prompt may be part of both)"
+    )
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
     reference: Any = None  # another model as p0, where the base's own weights train

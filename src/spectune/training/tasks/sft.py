@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from spectune.training.tasks.base import Task
 class Sft(Task):
     """Mean cross-entropy over supervised tokens."""
 
-    forms = "'messages', 'prompt' and 'completion', or 'text'"
+    forms: ClassVar[str] = "'messages', 'prompt' and 'completion', or 'text'"
     unit = "token"
 
     def problem(self, record: Mapping[str, Any]) -> str | None:

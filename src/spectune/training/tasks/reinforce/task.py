@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Reinforce(Task):
     the others it is, and takes one gradient step: on-policy, with no ratio to clip.
     """
 
-    forms = "'prompt', as text or messages, and what the reward takes"
+    forms: ClassVar[str] = "'prompt', as text or messages, and what the reward takes"
     unit = "completion"
     curve = "reward"
     best_metric = "eval_reward"
