@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from adapter_cases import METHODS, assert_same_update, deltas, made, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectune
+from adapters.adapter_cases import METHODS, assert_same_update, deltas, made, small
 from spectune import Adapter, SpectuneError
 from spectune.methods import parse
 

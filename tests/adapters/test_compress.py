@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import METHODS, assert_same_update, deltas, made, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.adapter_cases import METHODS, assert_same_update, deltas, made, small
 from spectune import Adapter, LoRA, SpectuneError
 from spectune.adapters.terms import LayerUpdate, Term
 

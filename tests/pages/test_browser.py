@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 import pytest
 from matplotlib import image
-from test_spectrum_report import trained
 
 from compare.comparison import whole
+from spectrum.test_spectrum_run import trained
 from spectune.compare.report.document import document
 from spectune.compare.report.files import write_report
 from spectune.spectrum.run import report

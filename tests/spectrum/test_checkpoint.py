@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
-from checkpoints import gguf, matrix, saved, sharded, tensors
 
+from spectrum.checkpoints import gguf, matrix, saved, sharded, tensors
 from spectune.errors import SpectuneError
 from spectune.spectrum.checkpoint import open_checkpoint
 

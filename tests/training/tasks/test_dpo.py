@@ -13,7 +13,7 @@ from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks.dpo import Dpo
 from training.folder import make_model, make_tokenizer, save_folder
-from training.test_checkpoints import PLAINLY, settings
+from training.trainer.test_checkpoints import PLAINLY, settings
 
 TURNS = [
     {"role": "user", "content": "say"},

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import gguf, matrix, saved, sharded, tensors
-from test_page import check_page
 from transformers import BertConfig, BertForSequenceClassification
 
 import spectune
 import tiny
+from pages.test_html import check_page
+from spectrum.checkpoints import gguf, matrix, saved, sharded, tensors
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.model.targets import resolve

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers as tf
-from adapter_cases import assert_same_update, deltas, made, moved
 from safetensors.torch import load_file, save_file
 
 import spectune
 import tiny
+from adapters.adapter_cases import assert_same_update, deltas, made, moved
 from spectune import Adapter, SpectuneError
 
 IDS = torch.arange(5, 15).repeat(2, 1)

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from compare.comparison import failed, results, whole
-from compare.test_document import made
-from reports.test_page import check_page
+from compare.report.test_document import made
+from pages.test_html import check_page
 from spectune.compare.report.document import document
 from spectune.compare.report.figures import COSTS, front
 from spectune.compare.report.files import write_report

@@ -5,13 +5,14 @@ import json
 import os
 import re
 import struct
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
-from adapter_cases import METHODS, assert_same_update, made, moved, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import spectune
 import tiny
+from adapters.adapter_cases import METHODS, assert_same_update, made, moved, small
 from spectune import Adapter, SpectuneError
 from spectune.adapters import fingerprint
 from spectune.adapters import folder as files
@@ -233,12 +235,12 @@ class Full(OSError):
 def steps() -> list[tuple[Any, str]]:
     return [
         (files, "save_file"),
-        (files.Path, "write_text"),
-        (files.Path, "chmod"),
-        (files.os, "fsync"),
-        (files.os, "replace"),
-        (files.tempfile, "mkstemp"),
-        (files.Path, "mkdir"),
+        (Path, "write_text"),
+        (Path, "chmod"),
+        (os, "fsync"),
+        (os, "replace"),
+        (tempfile, "mkstemp"),
+        (Path, "mkdir"),
     ]
 
 

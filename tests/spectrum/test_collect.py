@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import matrix, saved, tensors
 
+from spectrum.checkpoints import matrix, saved, tensors
 from spectune.errors import SpectuneError
 from spectune.spectrum import collect as module
 from spectune.spectrum.checkpoint import open_checkpoint
