@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _machine import RESULTS, save
 from rich.console import Console
 
+from _machine import RESULTS, save
 from spectune.compare.presets import question_types, write_records
 from spectune.methods import METHODS, parse
 from spectune.training.config import TrainConfig
