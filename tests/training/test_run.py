@@ -1,5 +1,6 @@
 """A whole run on a tiny model: it learns, resumes bit for bit, and stops at a loss that is not finite."""
 
+import itertools
 import json
 import signal
 from datetime import datetime
@@ -19,6 +20,7 @@ from spectune.training.tasks.sft import Sft
 from spectune.training.trainer import trainer as trainer_module
 from tiny import ARCHITECTURES
 from training.folder import make_tokenizer, save_folder
+from training.setbacks import forgetting
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +213,20 @@ def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatc
     assert run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "resume=true").steps == 10
 
 
-def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path):
-    more = ["eval_steps=5", "save_steps=5", "patience=1", "max_steps=60", "lr=2", "schedule=constant"]
+def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path, monkeypatch):
+    forgetting(monkeypatch, after=5)
+    more = ["eval_steps=5", "save_steps=5", "patience=1", "max_steps=60", "schedule=constant"]
     result = run(settings, f"output={tmp_path / 'out'}", *more)
-    losses = [line["eval_loss"] for line in result.history if "eval_loss" in line]
-    assert result.steps < 60
-    assert result.loss_after == pytest.approx(min(losses[1:]))
+    first, best, last, after = (line["eval_loss"] for line in result.history if "eval_loss" in line)
+    assert result.steps == 10
+    assert best < 0.99 * first
+    assert last == pytest.approx(first, rel=1e-5)
+    assert after == result.loss_after == pytest.approx(best, rel=1e-5)
 
 
 def test_a_resumed_run_is_as_patient_as_a_whole_one(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sft, "metrics", lambda self, sums: {"loss": -float(sums["loss"])})  # rises as it learns
+    evaluations = itertools.count()
+    monkeypatch.setattr(Sft, "metrics", lambda self, sums: {"loss": float(next(evaluations))})  # each is worse
     more = [*settings, "eval_steps=5", "patience=2", "max_steps=30", "lr=5e-2", "schedule=constant"]
     whole = run(more, f"output={tmp_path / 'whole'}")
     assert whole.steps == 15
@@ -231,12 +237,13 @@ def test_a_resumed_run_is_as_patient_as_a_whole_one(settings, tmp_path, monkeypa
     assert run(part, "resume=true", "patience=3").steps == 20
 
 
-def test_the_best_evaluation_has_a_checkpoint(settings, tmp_path):
-    given = ("best=true", "eval_steps=1", "max_steps=5", "lr=3", "schedule=constant")  # save_steps is 5
+def test_the_best_evaluation_has_a_checkpoint(settings, tmp_path, monkeypatch):
+    forgetting(monkeypatch, after=3)
+    given = ("best=true", "eval_steps=1", "max_steps=5", "schedule=constant")  # save_steps is 5
     result = run(settings, f"output={tmp_path / 'out'}", *given)
     *losses, after = (line["eval_loss"] for line in result.history if "eval_loss" in line and line["step"])
-    assert losses[4] > min(losses)
-    assert after == result.loss_after == pytest.approx(min(losses))
+    assert min(losses) < 0.99 * losses[4]
+    assert after == result.loss_after == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_an_interrupt_names_what_it_saved_and_not_the_best_checkpoint(settings, tmp_path, monkeypatch):

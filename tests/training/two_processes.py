@@ -17,6 +17,7 @@ from spectune.training.progress import Interrupted
 from spectune.training.run import train
 from spectune.training.trainer import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
+from training.setbacks import forgetting
 
 # so few problems are held out that one process has none
 REINFORCE = ["task=reinforce", "reward=training.two_processes:length", "samples=2", "max_new_tokens=4", "max_steps=1"]
@@ -90,12 +91,14 @@ def not_finite(folder, settings):
 
 def best(folder, settings):
     """Every process ends with the best checkpoint, sharded or not."""
-    more = ["eval_steps=2", "save_steps=2", "best=true", "lr=3", "schedule=constant"]
+    more = ["eval_steps=2", "save_steps=2", "best=true", "schedule=constant"]
     for sharding in ("false", "true"):
         output = folder / f"best-{sharding}"
-        result = run([*settings, *more], f"output={output}", f"fsdp={sharding}")
+        with pytest.MonkeyPatch.context() as patch:
+            forgetting(patch, after=4)
+            result = run([*settings, *more], f"output={output}", f"fsdp={sharding}")
         losses = [line["eval_loss"] for line in result.history if "eval_loss" in line][1:-1]
-        assert losses[-1] > min(losses)  # or the last is the best
+        assert min(losses) < 0.99 * losses[-1]
         assert result.loss_after == pytest.approx(min(losses), rel=1e-5)
         step = 2 * (losses.index(min(losses)) + 1)
         ours, saved = tensors(result), Adapter.load(output / f"checkpoint-{step}")
