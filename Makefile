@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow lint format bench docs install clean
+.PHONY: demo test slow test-portable test-wheel lint format bench docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -25,6 +25,12 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests
+
+test-portable: .venv/installed
+	$(BIN)/python tests/portable.py
+
+test-wheel: .venv/installed
+	$(BIN)/python .ci/wheel.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

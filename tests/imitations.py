@@ -11,9 +11,11 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 import warnings
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,11 +57,13 @@ def shuffle(items: list[pytest.Item], seed: int) -> None:
 
 
 def _move_seeds(by: int) -> None:
-    seed, seed_one = torch.manual_seed, torch.Generator.manual_seed
+    """Move what tests and runs seed, but no generator of the library's own, which makes the same on every machine."""
+    seed, here = torch.manual_seed, str(Path(__file__).parent)
 
     class Generator(torch.Generator):
         def manual_seed(self, number: int) -> Any:
-            return seed_one(self, number + by)
+            of_a_test = sys._getframe(1).f_code.co_filename.startswith(here)
+            return super().manual_seed(number + by if of_a_test else number)
 
     torch.manual_seed = lambda number: seed(int(number) + by)
     torch.Generator = Generator  # type: ignore[misc]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spectune
+from spectune.bases.generation import prompt_tokens
 from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import load_config
@@ -20,9 +21,18 @@ from spectune.training.trainer import trainer as trainer_module
 from training.folder import NUMBERS, save_folder
 
 CHECKPOINTING = ["gradient_checkpointing=true"]
+RECORDS = [
+    {"prompt": prompt, "answer": "ahoy"}
+    for n in NUMBERS
+    for prompt in (f"what is {n}", [{"role": "user", "content": f"say {n}"}])
+    for _ in range(2)
+]
 REWARDS = """
 def ahoy(completions, answer):
     return [(a in c.split()) / len(c.split() or [1]) for c, a in zip(completions, answer)]
+
+def one_word(completions, answer):
+    return [float(c.strip() == a) for c, a in zip(completions, answer)]
 
 def nothing(completions):
     return [0.0] * len(completions)
@@ -46,9 +56,7 @@ def settings(tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.delitem(sys.modules, "tiny_rewards", raising=False)
     (tmp_path / "tiny_rewards.py").write_text(REWARDS)
-    records = [{"prompt": f"what is {n}", "answer": "ahoy"} for n in NUMBERS * 2]
-    records += [{"prompt": [{"role": "user", "content": f"say {n}"}], "answer": "ahoy"} for n in NUMBERS * 2]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
     common = [f"model={model_folder}", "data=data.jsonl", "dtype=fp32", "device=cpu", "held_out=0.25", "save_steps=5"]
     return [*common, "task=reinforce", "reward=tiny_rewards:ahoy", "max_new_tokens=4", "lr=5e-2"]
 
@@ -62,14 +70,30 @@ def values(result):
     return {(n, k): t for n, layer in layers for k, t in layer.terms[0].trained.items()}
 
 
+@torch.no_grad()
+def expected_reward(model_folder, adapter=None):
+    """Return the reward to be expected of completions of one word, over all of them and over all prompts."""
+    model, tokenizer = spectune.load_base(model_folder, "fp32")
+    if adapter is not None:
+        spectune.attach(model, adapter)
+    (ahoy,) = tokenizer("ahoy")["input_ids"]
+    prompts = [prompt_tokens(tokenizer, record["prompt"]) for record in RECORDS[::2]]
+    return sum(float(model(torch.tensor([p])).logits[0, -1].softmax(-1)[ahoy]) for p in prompts) / len(prompts)
+
+
+ONE_WORD = ["reward=tiny_rewards:one_word", "max_new_tokens=1"]
+
+
 @pytest.mark.parametrize("method", ["svf", "lora:rank=2"])
-def test_it_learns_what_is_rewarded(settings, tmp_path, method):
-    result = run(settings, "output=out", f"method={method}", "max_steps=25", "normalize_rewards=true", "kl=0.001")
-    assert result.after["reward"] > result.before["reward"] + 0.3
+def test_it_learns_what_is_rewarded(settings, tmp_path, model_folder, method):
+    more = [*ONE_WORD, "output=out", f"method={method}", "max_steps=25", "normalize_rewards=true", "kl=0.001"]
+    result = run(settings, *more)
+    before, after = expected_reward(model_folder), expected_reward(model_folder, result.adapter)
+    assert after > 10 * before  # 0.015 before; 0.48 and more after, over twelve seeds
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"reward", "kl", "length"} <= lines[1].keys()
     assert lines[1]["kl"] == pytest.approx(0, abs=1e-5)  # a new adapter is the base
-    assert lines[-2]["kl"] > 0.01
+    assert lines[-2]["kl"] > 0.5
     outcomes = (tmp_path / "out" / "outcomes" / "step-25.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward"] for line in outcomes]
     assert sum(rewards) / len(rewards) == pytest.approx(result.after["reward"])
@@ -77,8 +101,8 @@ def test_it_learns_what_is_rewarded(settings, tmp_path, method):
 
 
 def test_a_large_coefficient_keeps_it_at_the_base(settings):
-    free = run(settings, "output=free", "max_steps=10")
-    held = run(settings, "output=held", "max_steps=10", "kl=10")
+    free = run(settings, *ONE_WORD, "output=free", "max_steps=15", "normalize_rewards=true")
+    held = run(settings, *ONE_WORD, "output=held", "max_steps=15", "normalize_rewards=true", "kl=10")
     free_kl, held_kl = ([line["kl"] for line in r.history if "kl" in line][-1] for r in (free, held))
     assert held_kl < 0.2 * free_kl
 
