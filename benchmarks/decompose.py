@@ -61,7 +61,7 @@ class Table:
     """Rows of results, shown and kept as they come."""
 
     def __init__(self) -> None:
-        self.rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
+        self.rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.is_file() else {}
 
     def add(self, name: str, ours: list[float], theirs: list[float], target: float | None, **more: object) -> None:
         """Keep one row; `target` is the speed-up wanted."""
@@ -87,13 +87,15 @@ class Table:
         about = {"date": date.today().isoformat(), "machine": machine}
         about["versions"] = {name: metadata.version(name) for name in packages}
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(about | {"rows": dict(sorted(self.rows.items()))}, indent=1) + "\n")
+        text = json.dumps(about | {"rows": dict(sorted(self.rows.items()))}, indent=1) + "\n"
+        RESULTS.write_text(text, encoding="utf-8")
 
 
 def cpu_name() -> str:
     """Return the processor's name."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 

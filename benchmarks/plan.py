@@ -175,7 +175,7 @@ def main() -> None:
     keep_memory()
     start = time.perf_counter()
     before = Path(__file__).parent / "results" / "plan.json"
-    results: dict[str, Any] = json.loads(before.read_text())["results"] if options.update else {}
+    results: dict[str, Any] = json.loads(before.read_text(encoding="utf-8"))["results"] if options.update else {}
     made: Any = None
     for name in options.models:
         made = plan(

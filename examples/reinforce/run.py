@@ -53,7 +53,7 @@ def write_data() -> None:
     ]
     RUNS.mkdir(exist_ok=True)
     for name, part in zip(("train", "held-out"), split(records, HELD_OUT, seed=0), strict=True):
-        (RUNS / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+        (RUNS / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part), encoding="utf-8")
 
 
 def train(config: str, *settings: str) -> None:
@@ -76,7 +76,7 @@ def answer(adapter: str | None) -> dict[str, str]:
 
 
 def held_out() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (RUNS / "held-out.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (RUNS / "held-out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def write_results(outcomes: dict[str, dict[str, str]], **notes: str) -> None:
@@ -84,12 +84,12 @@ def write_results(outcomes: dict[str, dict[str, str]], **notes: str) -> None:
     from spectune.training.curve import plot_curve
 
     problems = held_out()
-    trained = {json.loads(line)["prompt"] for line in (RUNS / "train.jsonl").read_text().splitlines()}
+    trained = {json.loads(line)["prompt"] for line in (RUNS / "train.jsonl").read_text(encoding="utf-8").splitlines()}
     assert not trained & {p["prompt"] for p in problems}
     right = {
         name: [int(texts[p["prompt"]] == p["completion"].strip()) for p in problems] for name, texts in outcomes.items()
     }
-    lines = [json.loads(line) for line in (RUNS / "rl" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (RUNS / "rl" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     log = list({line["step"]: line for line in lines}.values())  # a resumed run repeats steps since its checkpoint
     results = {
         "problems": len(problems),
@@ -104,8 +104,8 @@ def write_results(outcomes: dict[str, dict[str, str]], **notes: str) -> None:
         "outcomes_order": list(right),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (RESULTS / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     plot_curve(
         log, RESULTS / "curve.png", "SmolLM2-135M, svf: the kind of a question's answer", "completion", (), "reward"
     )
@@ -132,7 +132,7 @@ def paired(before: list[int], after: list[int], draws: int = 20_000) -> dict[str
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 

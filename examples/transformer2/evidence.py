@@ -233,7 +233,9 @@ def summarize(setting: Setting, results: dict[str, dict[str, Any]], library: Lib
             "prompt_minus_hand": difference(right["prompt"], right[hand]),
             "classifier_minus_hand": difference(right["classifier"], right[hand]),
             "few_shot_minus_best_single": difference(right["few-shot"], right[single]),
-            "few_shot_weights": json.loads((setting.out / "mixes" / f"{name}.json").read_text())["weights"]["all"],
+            "few_shot_weights": json.loads((setting.out / "mixes" / f"{name}.json").read_text(encoding="utf-8"))[
+                "weights"
+            ]["all"],
         }
     summary["classifier"] = dict(Classifier.load(library).report)
     return summary

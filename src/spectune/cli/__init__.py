@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -69,11 +70,20 @@ def _options(
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # a console of one byte a character lacks most of what models say
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SpectuneError as error:
         let_the_main_process_speak(10)
         say_error(str(error))
+        sys.exit(2)
+    except PermissionError as error:
+        say_error(
+            f"{error.filename2 or error.filename} cannot be read or written ({error.strerror}): another program "
+            "may have it open, or its permissions forbid it; close the program, or give another folder"
+        )
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         say_error(str(interrupt) or "interrupted")

@@ -102,7 +102,8 @@ def load_with_adapters(
     )
     mixture: dict[str, float] = {}
     for adapter, weight, folder in loaded:
-        label = re.sub(r"\W", "_", folder.resolve().name) + ("" if len(loaded) == 1 else f"-{len(mixture)}")
+        label = re.sub(r"\W", "_", folder.resolve().name, flags=re.ASCII)
+        label += "" if len(loaded) == 1 else f"-{len(mixture)}"
         attach(model, adapter, f"a-{label}")
         mixture[f"a-{label}"] = weight
     if mixture:

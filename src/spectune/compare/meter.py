@@ -35,7 +35,7 @@ class Peak:
         self._before = psutil.Process().memory_info().rss
         self._known = False
         with suppress(OSError):
-            _RESET.write_text("5")
+            _RESET.write_text("5", encoding="ascii")
             self._known = True
 
     def bytes(self) -> int | None:
@@ -44,7 +44,8 @@ class Peak:
             return torch.cuda.max_memory_allocated() - self._before
         if not self._known:
             return None
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
         return max(0, int(line.split()[1]) * 1024 - self._before)
 
 

@@ -99,7 +99,7 @@ def shards(checkpoint: Path) -> list[Path]:
         raise SpectuneError(f"there is no checkpoint {checkpoint}")
     if checkpoint.name.endswith(".index.json"):
         try:
-            names = sorted(set(json.loads(checkpoint.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(checkpoint.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SpectuneError(f"{checkpoint} is not an index of shards: it has no weight_map") from error
         return [checkpoint.parent / name for name in names]

@@ -199,7 +199,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     values: dict[str, Any] = presets
     if path is not None:
         try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            read = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

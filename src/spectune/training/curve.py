@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def plot_curve(
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set_ylabel(f"{spoken(measure)} a {unit}")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     for name in shown:
         points = [(line["step"], line[f"eval_{name}"]) for line in history if f"eval_{name}" in line]
         beside[0].plot(*zip(*points, strict=True) if points else ([], []), "o--", label=f"held out: {spoken(name)}")
@@ -44,7 +45,9 @@ def plot_curve(
         each.set_xlabel("step")
         each.grid(alpha=0.3)
         each.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name, in the script of another language
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def spoken(measure: str) -> str:

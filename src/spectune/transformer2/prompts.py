@@ -44,7 +44,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if Path(path).suffix != ".txt":
         return [prompt_of(record) for record in read(path, _Prompts(_config(path)))]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpectuneError(f"cannot read {path}: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import random
@@ -106,7 +107,7 @@ def read_jsonl(path: str | Path, task: Form) -> list[Record]:
     """
     records: list[Record] = []
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
