@@ -13,15 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import spectune
-from spectune import home
-from spectune.adapters import files
+from spectune import home, storage
 from spectune.cli import app, main
 from spectune.compare.meter import Peak
 from spectune.compare.trial import Trial
 from spectune.errors import SpectuneError
-from spectune.reports import about
+from spectune.pages import about
 from spectune.training.config import load_config
-from spectune.training.data import read_jsonl
+from spectune.training.data.records import read_jsonl
 from spectune.training.tasks.sft import Sft
 from spectune.transformer2.prompts import read_prompts
 from training.folder import save_folder
@@ -82,7 +81,7 @@ def without_proc(monkeypatch):
 
 
 def test_without_proc_the_processor_is_named_otherwise_and_peaks_are_not_told(without_proc):
-    from spectune import dense
+    from spectune.speed import dense
 
     assert isinstance(dense._processor(), str)
     dense._mkl_is_slow.cache_clear()
@@ -172,7 +171,7 @@ def test_a_file_that_is_open_elsewhere_leaves_the_old_adapter_whole(tmp_path, mo
     def locked(source, target):
         raise PermissionError(13, "The process cannot access the file", str(source), None, str(target))
 
-    monkeypatch.setattr(files.os, "replace", locked)
+    monkeypatch.setattr(storage.os, "replace", locked)
     with pytest.raises(PermissionError):
         (2.0 * adapter).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
