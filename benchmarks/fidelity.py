@@ -30,7 +30,7 @@ VARIANTS = [
     *("svft:pattern=banded,gate=true", "dora:inner=pissa", "dora:inner=svf"),
     *("lora:dropout=0.1", "dora:dropout=0.1", "adalora:gamma=0", "adalora:penalty=sum_of_squares"),
 ]
-STEPS, BATCH, RECORDS = 200, 16, 1500
+STEPS, BATCH, RECORDS = 200, 16, 1000
 HEAD = "head"
 
 
@@ -38,7 +38,7 @@ def run(method: str, data: Path, folder: Path) -> dict[str, Any]:
     """Train one method and return what came of it."""
     own: dict[str, Any] = {"method": method}
     if method == HEAD:  # an update of zero that does not move
-        own = {"method": "svf", "group_lr": {"z": 1e-30}, "lr": 1e-3}
+        own = {"method": "lora_xs:rank=1", "group_lr": {"R": 1e-30}, "lr": 1e-3}
     config = TrainConfig(
         model="minilm-l6",
         task="classify",

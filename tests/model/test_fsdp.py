@@ -11,7 +11,7 @@ import spectune
 import tiny
 
 METHODS = ["svf", "lora:rank=4", "dora:inner=pissa,rank=4", "svft:pattern=random,width=2,gate=true"]
-METHODS += ["adalora:rank=2,total_steps=3,interval=1"]
+METHODS += ["adalora:rank=2,total_steps=3,interval=1,gamma=9"]
 
 
 def trained(model):

@@ -116,10 +116,11 @@ class Adapted(nn.Module):
     def base(self, output: Tensor | None = None) -> Base:
         """Return what an update may ask of the frozen layer whose output is `output`."""
 
-        def without_bias() -> Tensor:
-            if output is None:
+        def without_bias(x: Tensor | None = None) -> Tensor:
+            y = output if x is None else self._plain(x)
+            if y is None:
                 raise RuntimeError("this update was asked for outside a forward pass")
-            return output if self.bias is None else output - self.bias.to(output.dtype)
+            return y if self.bias is None else y - self.bias.to(y.dtype)
 
         return Base(without_bias, lambda R: linear(effective_weight(self), R.to(self.weight.dtype)), self.bias)
 

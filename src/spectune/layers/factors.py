@@ -15,12 +15,12 @@ class Base(NamedTuple):
     """What an update may ask of the frozen layer, without assuming how its weight is held.
 
     Args:
-        output: () -> x W^T, without the bias, for the input at hand.
+        output: () -> x W^T, without the bias, for the input at hand; in a forward pass (z) -> z W^T for another.
         project: R (q x in) -> W R^T (out x q).
         bias: (out), or None.
     """
 
-    output: Callable[[], Tensor]
+    output: Callable[..., Tensor]
     project: Callable[[Tensor], Tensor]
     bias: Tensor | None = None
 

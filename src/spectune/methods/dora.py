@@ -27,7 +27,8 @@ class DoRA(Method):
     """Train a magnitude for each output row: W' = m * (W + dW) / ||W + dW||, dW = s L C R of the inner method.
 
     m (out) starts at ||W_i||, and the norm is detached from the gradient.  Nothing out x in is built:
-    ||W_i + s (L C)_i R||^2 = ||W_i||^2 + 2 s (L C)_i . (W R^T)_i + s^2 (L C)_i (R R^T) (L C)_i^T.
+    ||W_i + s (L C)_i R||^2 = ||W_i||^2 + 2 s (L C)_i . (W R^T)_i + s^2 (L C)_i (R R^T) (L C)_i^T.  Where the inner
+    method has dropout, y = W x + (m / ||W + dW|| - 1) W drop(x) + (m / ||W + dW||) dW drop(x), as the authors have it.
 
     Args:
         inner: the additive method inside.
@@ -116,7 +117,9 @@ class DoRA(Method):
 
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
         ratio = self.ratio(t, base)
-        output, inner = base.output(), self.inner.respond(t, x, base, training)
+        dropped = self._dropped(x, training)
+        output, x = base.output() if dropped is x else base.output(dropped), dropped
+        inner = self.inner.respond(t, x, base, False)
         return (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class SVFT(Method):
     Args:
         pattern: "plain", "banded", "random" or "top_k".
         width: the band's reach on either side of the diagonal; sets the number of entries of the last three.
-        gate: the authors' code: M = sigmoid(g) m with a trained scalar g from 0 and m kaiming-normal, so that the
-            model is changed at the start.
+        gate: the authors' code: M = sigmoid(g) m with a trained scalar g from 0 and m of the deviation
+            sqrt(2 / entries), kaiming-normal over all of them, so that the model is changed at the start.
         seed: of the random pattern, which is not stored.
 
     Raises:
@@ -92,8 +92,7 @@ class SVFT(Method):
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         if not self.gate:
             return {"M": torch.zeros(shapes["M"])}
-        k = len(basis["S"])
-        return {"M": torch.randn(shapes["M"]) * (2 / k) ** 0.5, "g": torch.zeros(1)}
+        return {"M": torch.randn(shapes["M"]) * (2 / shapes["M"][0]) ** 0.5, "g": torch.zeros(1)}
 
     def factors(self, t: Tensors) -> Factors:
         values, k = self._values(t), len(t["S"])

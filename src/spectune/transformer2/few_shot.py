@@ -36,6 +36,7 @@ class FewShot:
         population: of the cross-entropy method.
         elites: of them that the next generation is drawn around.
         std: of the first generation.
+        anchors: whether the uniform mixture, each adapter alone and none are tried beside the first generation.
         iterations: at most; 100 of the cross-entropy method and 30 gradient steps if not given.
         lr: of the gradient steps.
         max_new_tokens: of a reply that is rewarded.
@@ -53,6 +54,7 @@ class FewShot:
     population: int = 32
     elites: int = 6
     std: float = 0.5
+    anchors: bool = True
     iterations: int | None = None
     lr: float = 0.1
     max_new_tokens: int = 64
@@ -134,6 +136,7 @@ class FewShot:
             elites=self.elites,
             iterations=100 if self.iterations is None else self.iterations,
             std=self.std,
+            anchors=self.anchors,
             seed=self.seed,
             progress=progress,
         )

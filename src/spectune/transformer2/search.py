@@ -37,6 +37,7 @@ def cross_entropy_method(
     elites: int = 6,
     iterations: int = 100,
     std: float = 0.5,
+    anchors: bool = True,
     tolerance: float = 1e-2,
     seed: int = 0,
     progress: Progress | None = None,
@@ -44,8 +45,10 @@ def cross_entropy_method(
     """Maximise over weights in [0, 1] as Transformer-squared does (arXiv 2501.06252).
 
     Weights are drawn from a normal distribution of mean 1/K and standard deviation `std`, clamped, and scored; the
-    distribution becomes that of the elites.  The first generation holds the uniform mixture, each adapter alone and
-    none, as far as the population has room, so that what is found is at least as good as those on the shots.
+    distribution becomes that of the elites (mean, and standard deviation with n - 1), and the best so far is tried
+    again with the next generation, as in the authors' code.  What is more is `anchors`: the uniform mixture, each
+    adapter alone and none are tried beside the first generation, so that what is found is at least as good as those on
+    the shots.  They do not count as elites, whose distribution they would bend (`benchmarks/cem.py`).
 
     Args:
         evaluate: weights (n x G x K) -> scores (n x s); the first column counts, the others break ties.
@@ -54,6 +57,7 @@ def cross_entropy_method(
         elites: the best of them, whose mean and standard deviation go on.
         iterations: at most.
         std: at the start.
+        anchors: whether the K + 2 are tried as well; else the first generation holds the uniform mixture.
         tolerance: stop where no standard deviation is above this.
         seed: of the draws.
         progress: called as progress(iteration, iterations, best score).
@@ -61,15 +65,13 @@ def cross_entropy_method(
     groups, count = shape
     drawn = torch.Generator().manual_seed(seed)
     mean, spread = torch.full(shape, 1.0 / count), torch.full(shape, std)
-    anchors = torch.stack([mean, *torch.eye(count)[:, None].expand(-1, groups, -1), torch.zeros(shape)])
+    alone = torch.stack([mean, *torch.eye(count)[:, None].expand(-1, groups, -1), torch.zeros(shape)])
     best, best_score, history, evaluations = mean, None, [], 0
     for iteration in range(iterations):
         tried = (mean + spread * torch.randn(population, *shape, generator=drawn)).clamp(0, 1)
-        if iteration == 0:
-            kept = anchors[:population]
-            tried[: len(kept)] = kept
-        else:
-            tried[0] = mean
+        tried[0] = best
+        if beside := len(alone) if anchors and iteration == 0 else 0:
+            tried = torch.cat([tried, alone])
         scores = evaluate(tried).nan_to_num(nan=-torch.inf)  # what overflows is the worst, not the best
         evaluations += len(tried)
         order = sorted(range(len(tried)), key=lambda i: tuple(scores[i].tolist()), reverse=True)
@@ -77,8 +79,8 @@ def cross_entropy_method(
         if best_score is None or tuple(scores[top].tolist()) > tuple(best_score.tolist()):
             best, best_score = tried[top].clone(), scores[top]
         history.append(float(best_score[0]))
-        elite = tried[order[:elites]]
-        mean, spread = elite.mean(0), elite.std(0, unbiased=False)
+        elite = tried[[i for i in order if i < len(tried) - beside][:elites]]
+        mean, spread = elite.mean(0), elite.std(0, unbiased=elites > 1)
         if progress is not None:
             progress(iteration + 1, iterations, history[-1])
         if float(spread.max()) <= tolerance:
