@@ -56,6 +56,12 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def tokens_of(line):
+    """Return the tokens that a line of the log says were trained on, and by how much its rounding may be off."""
+    pace, seconds = line["tokens_per_second"], line["seconds"]
+    return pace * seconds, 0.05 * seconds + 0.0005 * pace + 1
+
+
 @pytest.mark.parametrize("kind", ["--multi_gpu", pytest.param("--use_fsdp", marks=pytest.mark.slow)])
 def test_accelerate_launches_it_too(settings, tmp_path, kind):
     settings += ["method=lora:rank=2", "max_steps=4"]
@@ -85,8 +91,8 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tm
     for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
-    tokens = [line["tokens_per_second"] * line["seconds"] for line in (ours[-2], theirs[-2])]
-    assert tokens[0] == pytest.approx(tokens[1], rel=1e-2)
+    tokens = [tokens_of(line) for line in (ours[-2], theirs[-2])]  # as the log rounds pace and time
+    assert abs(tokens[0][0] - tokens[1][0]) <= tokens[0][1] + tokens[1][1]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in (tmp_path / "two" / "checkpoint-5").iterdir()}
     loaded = spectune.Adapter.load(tmp_path / "two")
     for name, layer in one.adapter.layers.items():
