@@ -144,7 +144,8 @@ class Adapter(Contents):
 
         Args:
             path: the folder, made if need be.
-            bases: "embed" stores the frozen tensors too, so that no decomposition is needed to load it.
+            bases: "embed" stores the frozen tensors too, so that no decomposition is needed to load it; "none" stores
+                those alone that another processor would not find again, of a W with equal singular values.
 
         Returns:
             The folder.

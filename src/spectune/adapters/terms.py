@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from spectune.layers.factors import Base
 from spectune.layers.shards import whole
 from spectune.methods import Method
 from spectune.methods.lora import LoRA
+
+_TURNED = 0.1  # part of a basis that may come out otherwise elsewhere, beyond which it is stored with the adapter
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,21 @@ class Term:
     def lacks_basis(self) -> bool:
         """Whether the method has frozen tensors that are not at hand."""
         return self.basis is None and needs_basis(self.method)
+
+    @property
+    def hangs_on_rounding(self) -> bool:
+        """Whether another processor would decompose W into other singular vectors than those at hand.
+
+        Vectors of singular values that differ by d are turned into each other by about rounding * S_1 / d; where W has
+        equal singular values, as an orthogonal W has, nothing but rounding chooses them.
+        """
+        S = None if self.basis is None else self.method.spectrum(self.basis)
+        if S is None or S.is_meta or not S.any():
+            return False
+        S = on_cpu(S).double().sort(descending=True).values
+        apart = torch.cat([S.new_tensor([math.inf]), -S.diff(), S.new_tensor([math.inf])])
+        turned = (torch.finfo(torch.float32).eps * S[0] / torch.minimum(apart[1:], apart[:-1])).clamp(max=1)
+        return float((S * turned).norm() / S.norm()) > _TURNED
 
     def sketched(self, weight: Tensor | None) -> Tensor | None:
         """Return the sketch, made now where it was not; None where none is needed or what it takes is not at hand.

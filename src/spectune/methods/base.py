@@ -103,6 +103,10 @@ class Method(abc.ABC):
         """Return g and h with W R^T = L diag(g) and R R^T = diag(h), where the basis makes it so."""
         return None
 
+    def spectrum(self, t: Tensors) -> Tensor | None:
+        """Return the singular values whose vectors are frozen tensors, or None where there are none."""
+        return t.get("S")
+
     def coefficients(self, t: Tensors) -> dict[str, Tensor] | None:
         """Return trained tensors that are linear in dW, zero where dW is; None where there are none."""
         return None

@@ -71,6 +71,9 @@ class DoRA(Method):
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         return {"norms": norms, **self.inner.basis(weight, decomposition)}
 
+    def spectrum(self, t: Tensors) -> Tensor | None:
+        return self.inner.spectrum(t)
+
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         inner = {name: shape for name, shape in shapes.items() if name != "magnitude"}
         return {"magnitude": basis["norms"].clone(), **self.inner.initial(inner, basis)}

@@ -69,6 +69,9 @@ class PiSSA(Method):
         root = (S / self.scale).sqrt()
         return {"A0": root[:, None] * Vh, "B0": U * root}
 
+    def spectrum(self, t: Tensors) -> Tensor:
+        return self.scale * t["A0"].square().sum(1)
+
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
 

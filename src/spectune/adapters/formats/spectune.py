@@ -39,7 +39,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
                 methods.append(described)
             terms.append({"method": methods.index(described), "weight": term.weight})
             tensors |= {f"{name}.{i}.{key}": value for key, value in term.trained.items()}
-            if embed:
+            if embed or term.hangs_on_rounding:
                 tensors |= {f"{name}.{i}.basis.{key}": value for key, value in (term.basis or {}).items()}
             sketch = term.sketched(layer.weight)
             if sketch is not None:
