@@ -56,6 +56,11 @@ def test_every_text_that_is_read_or_written_names_its_encoding():
     assert not silent
 
 
+def test_every_file_is_python_of_the_oldest_version():
+    for path in SOURCES:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+
+
 def test_nothing_depends_on_how_processes_start():
     for path in SOURCES:
         for name, call in calls(ast.parse(path.read_text(encoding="utf-8"))):
