@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -75,11 +76,15 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device = 
 
 
 def fast_bf16(device: str | torch.device = "cpu") -> bool:
-    """Whether bf16 products are faster than fp32 here; on a CPU, by timing one of each (3 ms)."""
+    """Whether bf16 products are faster than fp32 here; on a CPU, by timing one of each once a process (3 ms)."""
     device = torch.device(device)
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported()
+    return _bf16_is_faster()
 
+
+@cache
+def _bf16_is_faster() -> bool:
     def seconds(kind: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=kind)
         times = []

@@ -176,7 +176,7 @@ def qwen3_next():
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         num_experts=2,
-        num_experts_per_tok=1,
+        num_experts_per_tok=2,  # all: which one is the better is a matter of rounding
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
         layer_types=["linear_attention", "full_attention"],
