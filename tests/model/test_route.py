@@ -322,11 +322,12 @@ def test_layers_that_are_not_there_are_told():
         spectune.activate(model, {"a": {"model.layers.0.mlp.up_proj": float("nan")}})
 
 
-def test_a_weight_of_one_that_takes_gradients_takes_them():
+@pytest.mark.parametrize("start", [1.0, 0.0])
+def test_a_weight_of_one_or_zero_that_takes_gradients_takes_them(start):
     model: Any = spectune.adapt(nn.Sequential(nn.Linear(6, 8)), "lora:rank=2")
     with torch.no_grad():
         model[0].adapters["default"][0].B.normal_()
-    weight = torch.tensor(1.0, requires_grad=True)
+    weight = torch.tensor(start, requires_grad=True)
     spectune.activate(model, {"default": weight})
     model(torch.randn(3, 6)).square().sum().backward()
     assert weight.grad is not None

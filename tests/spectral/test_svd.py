@@ -10,6 +10,7 @@ from spectra import LARGE, ORDINARY, orthonormal, weight_like, with_spectrum
 
 from spectune.errors import SpectuneError
 from spectune.spectral import certificate, one_sided, singular_values, svd
+from spectune.speed.dense import float32_is_exact
 
 
 def reference(W):
@@ -202,6 +203,25 @@ def test_low_matmul_precision_and_autocast_do_not_reach_the_decomposition():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("library", ["mkldnn", "cuda"])
+def test_a_precision_set_for_one_library_does_not_reach_the_decomposition(library):
+    chosen = getattr(torch.backends, library).matmul
+    if not hasattr(chosen, "fp32_precision"):
+        pytest.skip("this PyTorch has one setting for all")
+    W = weight_like(400, 400)
+    expected = svd(W, 8, "top")
+    before = chosen.fp32_precision
+    chosen.fp32_precision = "tf32"
+    try:
+        assert not float32_is_exact()
+        found = svd(W, 8, "top")
+        assert chosen.fp32_precision == "tf32"
+    finally:
+        chosen.fp32_precision = before
+    assert float32_is_exact()
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 

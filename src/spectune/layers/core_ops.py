@@ -18,6 +18,7 @@ from spectune.speed.dense import linear, matmul
 _DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
 _LARGE = 1 << 22  # places, of which there are too many to be filled for each product
 _CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
+_FAR = 1 << 7  # times as many of the last two on an accelerator, where each call costs more and each number less
 
 
 def band_entries(size: int, width: int) -> int:
@@ -38,8 +39,8 @@ def _offsets(size: int, width: int) -> range:
     return range(-width, width + 1)
 
 
-@cache
-def _band_blocks(size: int, width: int, transpose: bool) -> tuple[int, int, Tensor, Tensor]:
+@cache  # for each device, or every product would wait for a copy
+def _band_blocks(size: int, width: int, transpose: bool, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
     """Return a band's block size b, its reach w, each block entry's place in `values`, and each value's in the blocks.
 
     Row i of the product needs columns i - w to i + w: block n, (b x (b + 2 w)), holds rows n b to n b + b of the core
@@ -54,7 +55,7 @@ def _band_blocks(size: int, width: int, transpose: bool) -> tuple[int, int, Tens
     places = torch.full((count, block, block + 2 * width), len(rows))
     slots = rows * places.shape[2] + columns + width - rows // block * block
     places.view(-1)[slots] = torch.arange(len(rows))
-    return block, width, places, slots
+    return block, width, places.to(device), slots.to(device)
 
 
 def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
@@ -82,8 +83,8 @@ def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Te
     """
     if (banded := _banded_kernels(width, t, values)) is not None:
         return banded.product(t, values, width, transpose)
-    block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose)
-    blocks = F.pad(values, (0, 1))[..., places.to(t.device)]
+    block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose, t.device)
+    blocks = F.pad(values, (0, 1))[..., places]
     out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
     return out.movedim(-3, -2).flatten(-2)[..., : t.shape[-1]].contiguous()
 
@@ -98,10 +99,10 @@ def banded_entries(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tens
     """Return the gradient of `banded_product` with respect to its values, (entries) or (batch, entries)."""
     if (banded := _banded_kernels(width, grad, t)) is not None:
         return banded.entries(grad, t, width, transpose, band_entries(t.shape[-1], width))
-    block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose)
+    block, reach, places, slots = _band_blocks(t.shape[-1], width, transpose, t.device)
     rows = F.pad(grad, (0, len(places) * block - t.shape[-1])).unflatten(-1, (len(places), block)).movedim(-2, -3)
     blocks = torch.matmul(rows.mT, _windows(t, block, reach, len(places)))
-    return blocks.flatten(-3)[..., slots.to(t.device)]
+    return blocks.flatten(-3)[..., slots]
 
 
 @banded_entries.register_fake
@@ -146,13 +147,17 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
     if _fills(values, t):
         matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
         return linear(rows, matrix).reshape(t.shape)
+    if t.device.type != "cpu":  # cuSPARSE is called by PyTorch for 32 and 64 bits only
+        values, rows = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (values, rows))
     matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, square, check_invariants=False)
-    return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).contiguous()
+    return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).to(t.dtype).contiguous()
 
 
 def _fills(entries: Tensor, t: Tensor) -> bool:
     """Whether a core (size x size) has so many entries that a product with all of its places is the faster."""
-    return t.shape[-1] ** 2 <= min(_LARGE, _DENSE * len(entries))
+    places = t.shape[-1] ** 2
+    near = t.device.type in ("cpu", "meta")
+    return places <= (min(_LARGE, _DENSE * len(entries)) if near else _LARGE * _FAR)
 
 
 @sparse_product.register_fake
@@ -176,7 +181,8 @@ def sparse_entries(grad: Tensor, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
     g, s = grad.reshape(-1, t.shape[-1]).mT, t.reshape(-1, t.shape[-1]).mT
     if _fills(to, t):
         return matmul(g, s.mT)[to, of]
-    step = max(1, _CHUNK // max(1, s.shape[1]))
+    held = _CHUNK if t.device.type in ("cpu", "meta") else _CHUNK * _FAR
+    step = max(1, held // max(1, s.shape[1]))
     return torch.cat([(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)])
 
 

@@ -37,7 +37,7 @@ class Rows:
             column = [weight_at(row, name, layer) for row in self.mixtures for _ in range(times)]
             rows = [i for i, weight in enumerate(column) if isinstance(weight, Tensor) or weight]
             if any(isinstance(weight, Tensor) for weight in column):
-                weights = torch.stack([torch.as_tensor(weight, dtype=torch.float32) for weight in column]).to(device)
+                weights = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device) for w in column])
             else:
                 weights = torch.tensor(column, device=device)
             index = torch.tensor(rows, device=device, dtype=torch.int64)
@@ -96,5 +96,6 @@ class Selection:
         if self.rows is None:
             there = layer.adapters._modules  # of which there may be many more than are in use
             weights = {name: weight_at(self.mixture, name, layer) for name in self.mixture if name in there}
-            return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
+            # a tensor of zero takes gradients too, and a look at it would wait for the device
+            return {n: weight for n, weight in weights.items() if isinstance(weight, Tensor) or weight}  # type: ignore
         return self.rows.shares(layer, x, self.rows.times(x, self.expandable))  # type: ignore[return-value]

@@ -51,7 +51,7 @@ class BudgetSchedule:
 
     def __init__(self, updates: Sequence[Any]) -> None:
         for update in updates:
-            update.register_buffer("step", torch.zeros((), dtype=torch.int64))
+            update.register_buffer("step", torch.zeros((), dtype=torch.int64, device=update.E.device))
             update.register_buffer("kept", torch.ones_like(update.E, dtype=torch.bool))
             for name in _FACTORS:
                 parameter = getattr(update, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.spectral._exact import eigen, minus_gram
 from spectune.spectral._partial import bottom, exact, top
 from spectune.spectral._types import SVD, Certify, OneSided, Which, check_criterion, check_rank, checked, signs
+from spectune.speed.dense import exact_float32
 
 
 def svd(
@@ -133,15 +134,8 @@ def _scaled_gram(W: Tensor | Callable[[], Tensor]) -> tuple[Tensor, float]:
 @contextmanager
 def full_precision(W: Tensor) -> Iterator[None]:
     """Within the context products of float32 are products of float32: no autocast, no TF32, no bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+    with exact_float32(), torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+        yield
 
 
 def _scale(largest: float) -> float:

@@ -1,8 +1,13 @@
-"""Products of matrices without gradients, by whichever of PyTorch's two libraries for processors is the faster."""
+"""Products of matrices without gradients, by whichever of PyTorch's two libraries for processors is the faster.
+
+And whether products of float32 are products of float32, which PyTorch has two kinds of settings for.
+"""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,3 +64,41 @@ def _processor() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor()
+
+
+def float32_is_exact() -> bool:
+    """Whether PyTorch takes products of float32 in float32, and not in TF32 or bfloat16."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set library by library, which the one setting for all does not know
+        return not _coarse_libraries()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the context products of float32 are taken in float32."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        libraries = _coarse_libraries()
+        for library, _ in libraries:
+            library.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for library, precision in libraries:
+                library.fp32_precision = precision
+        return
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def _coarse_libraries() -> list[tuple[Any, str]]:
+    """Return the settings of libraries that take products of float32 in fewer bits, and what they are."""
+    both: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    return [(library, library.fp32_precision) for library in both if library.fp32_precision not in ("ieee", "none")]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectune.layers.kernels import INTERPRETED, blocks, parts
+from spectune.speed.dense import float32_is_exact
 
 jit: Any = triton.jit  # type checkers know no grid
 
@@ -201,7 +202,7 @@ def _padded(rank: int) -> int:
 def _precision() -> str:
     if INTERPRETED:
         return "interpreted"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if float32_is_exact() else "tf32"
 
 
 def agrees(device: torch.device) -> bool:
