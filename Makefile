@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-portable test-wheel lint format bench docs install clean
+.PHONY: demo test slow test-portable test-wheel lint format bench gpu docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -43,6 +43,10 @@ format: .venv/installed
 
 bench: .venv/installed
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+# on whatever Python there is that has torch for the card: nothing is installed
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu/run.py $(GPU)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/installed

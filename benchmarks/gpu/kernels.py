@@ -1,30 +1,25 @@
-"""Time of the Triton kernels over that of the PyTorch code in whose place they are, on a GPU, in one run.
+"""Time of the Triton kernels over that of the PyTorch code in whose place they are, in one run.
 
 Products alone, and forward and backward of whole adapted layers, at the sizes of a 7B model's projections.  The two
 sides take turns, and the median of the ratios of each round is kept; below 1 the kernels are faster.
-
-    python benchmarks/kernels.py [--rows 8192] [--rounds 20]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 import spectune
-from _machine import save
+from gpu.models import made_up_decompositions
+from gpu.part import Part, Place, ratio
 from spectune.layers import products
 from spectune.layers.core_ops import band_entries, banded_entries, banded_product
 from spectune.layers.kernels import kernels
 
-SIZES = [(4096, 4096), (4096, 11008)]
 DTYPES = [torch.bfloat16, torch.float32]
 RANK = 16
 METHODS = [
@@ -37,101 +32,115 @@ METHODS = [
 Sides = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def of_products(rows: int, n_in: int, n_out: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Sides]]:
+def measure(part: Part) -> None:
+    """Fill the rows of the part."""
+    place = part.place
+    rows, sizes = place.of((8192, [(4096, 4096), (4096, 14336)]), (16, [(40, 40)]))
+    for dtype in DTYPES:
+        for n_in, n_out in sizes:
+            shape = (place, rows, n_in, n_out, dtype)
+            bands = of_bands(place, rows, n_in, dtype) if n_out == n_in else ()
+            for name, sides in (*of_products(*shape), *bands, *of_layers(*shape)):
+                key = f"{name} {n_in}x{n_out} {str(dtype).removeprefix('torch.')}"
+                part.row(key, lambda sides=sides: compared(place, sides()))
+
+
+def of_products(
+    place: Place, rows: int, n_in: int, n_out: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Sides]]]:
     """Yield each product with thin factors, with the casts that PyTorch needs."""
-    low_rank: Any = kernels("low_rank", torch.zeros(1, device=device))
-    x, y = (torch.randn(rows, k, device=device, dtype=dtype) for k in (n_in, n_out))
-    t = torch.randn(rows, RANK, device=device, dtype=dtype)
-    A, B = torch.randn(RANK, n_in, device=device), torch.randn(n_out, RANK, device=device)
-    ratio, bias = torch.rand(n_out, device=device) + 0.5, torch.randn(n_out, device=device, dtype=dtype)
-    work = y.clone()
 
-    def sides(run: Callable[[Any], Any]) -> Sides:
-        return lambda: run(low_rank), lambda: run(products)
+    def sides(run: Callable[[Any, dict[str, Any]], Any]) -> Callable[[], Sides]:
+        def made() -> Sides:
+            low_rank = kernels("low_rank", torch.zeros(1, device=place.device)) or products
+            drawn: dict[str, Any] = {
+                "x": torch.randn(rows, n_in, device=place.device, dtype=dtype),
+                "y": torch.randn(rows, n_out, device=place.device, dtype=dtype),
+                "t": torch.randn(rows, RANK, device=place.device, dtype=dtype),
+                "A": torch.randn(RANK, n_in, device=place.device),
+                "B": torch.randn(n_out, RANK, device=place.device),
+                "ratio": torch.rand(n_out, device=place.device) + 0.5,
+                "bias": torch.randn(n_out, device=place.device, dtype=dtype),
+            }
+            return lambda: run(low_rank, drawn), lambda: run(products, drawn)
 
-    yield "project", sides(lambda ops: ops.project(x, ops.factor(A, dtype)))
-    yield "add", sides(lambda ops: ops.add(work, t, ops.factor(B, dtype), 0.1))
-    yield "add, ratio, bias", sides(lambda ops: ops.add(work, t, ops.factor(B, dtype), 0.1, ratio, bias))
-    yield "over_rows", sides(lambda ops: ops.over_rows(y, t, 0.1))
-    yield "through_ratio", sides(lambda ops: ops.through_ratio(y, y, bias, ratio))
+        return made
+
+    def factor(ops: Any, matrix: Any) -> Any:
+        return ops.factor(matrix, dtype)
+
+    yield "project", sides(lambda ops, d: ops.project(d["x"], factor(ops, d["A"])))
+    yield "add", sides(lambda ops, d: ops.add(d["y"], d["t"], factor(ops, d["B"]), 0.1))
+    yield (
+        "add, ratio, bias",
+        sides(lambda ops, d: ops.add(d["y"], d["t"], factor(ops, d["B"]), 0.1, d["ratio"], d["bias"])),
+    )
+    yield "over_rows", sides(lambda ops, d: ops.over_rows(d["y"], d["t"], 0.1))
+    yield "through_ratio", sides(lambda ops, d: ops.through_ratio(d["y"], d["y"], d["bias"], d["ratio"]))
 
 
 def of_switch(run: Callable[[], Any]) -> Sides:
     """Return the same with kernels and without."""
 
     def without() -> None:
+        before = os.environ.get("SPECTUNE_KERNELS")
         os.environ["SPECTUNE_KERNELS"] = "off"
-        run()
-        del os.environ["SPECTUNE_KERNELS"]
+        try:
+            run()
+        finally:
+            del os.environ["SPECTUNE_KERNELS"]
+            if before is not None:
+                os.environ["SPECTUNE_KERNELS"] = before
 
     return run, without
 
 
-def of_bands(rows: int, size: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Sides]]:
+def of_bands(place: Place, rows: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Sides]]]:
     """Yield products with banded cores, and their gradients."""
-    t = torch.randn(rows, size, device=device, dtype=dtype)
     for width in (1, 8, 16):
-        values = torch.randn(band_entries(size, width), device=device, dtype=dtype)
-        yield f"banded {width}", of_switch(lambda v=values, w=width: banded_product(t, v, w, False))
-        yield f"banded {width} gradient", of_switch(lambda w=width: banded_entries(t, t, w, False))
+
+        def made(width: int, gradient: bool) -> Sides:
+            t = torch.randn(rows, size, device=place.device, dtype=dtype)
+            values = torch.randn(band_entries(size, width), device=place.device, dtype=dtype)
+            if gradient:
+                return of_switch(lambda: banded_entries(t, t, width, False))
+            return of_switch(lambda: banded_product(t, values, width, False))
+
+        yield f"banded {width}", lambda width=width, made=made: made(width, False)
+        yield f"banded {width} gradient", lambda width=width, made=made: made(width, True)
 
 
-def of_layers(rows: int, n_in: int, n_out: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Sides]]:
+def of_layers(
+    place: Place, rows: int, n_in: int, n_out: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Sides]]]:
     """Yield forward and backward of adapted layers."""
+
+    def made(method: str) -> Sides:
+        model = nn.Sequential(nn.Linear(n_in, n_out, bias=False, device=place.device, dtype=dtype))
+        with made_up_decompositions():
+            spectune.adapt(model, method).train()
+        x = torch.randn(rows, n_in, device=place.device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, n_out, device=place.device, dtype=dtype)
+        return of_switch(lambda: model(x).backward(grad))
+
     for method in METHODS:
-        model = nn.Sequential(nn.Linear(n_in, n_out, bias=False, device=device, dtype=dtype))
-        spectune.adapt(model, method).train()
-        x = torch.randn(rows, n_in, device=device, dtype=dtype, requires_grad=True)
-        grad = torch.randn(rows, n_out, device=device, dtype=dtype)
-        yield f"layer {method}", of_switch(lambda m=model, x=x, g=grad: m(x).backward(g))
+        yield f"layer {method}", lambda method=method: made(method)
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-def ratio_of(sides: Sides, rounds: int) -> dict[str, float]:
-    ours, theirs = sides
-    for _ in range(3):
-        ours(), theirs()
-    pairs = [(milliseconds(ours), milliseconds(theirs)) for _ in range(rounds)]
+def compared(place: Place, sides: Sides) -> dict[str, Any]:
+    """Return the ratio of the two sides' times."""
+    times = place.in_turn({"kernel": sides[0], "pytorch": sides[1]}, place.of(15, 1), warm=place.of(3, 1))
     return {
-        "kernel_over_pytorch": round(statistics.median(a / b for a, b in pairs), 3),
-        "kernel_ms": round(statistics.median(a for a, _ in pairs), 4),
-        "pytorch_ms": round(statistics.median(b for _, b in pairs), 4),
+        "kernel_over_pytorch": ratio(times["kernel"], times["pytorch"]),
+        "kernel_ms": round(1e3 * min(times["kernel"]), 4),
+        "pytorch_ms": round(1e3 * min(times["pytorch"]), 4),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("There is no GPU here, and the kernels run on nothing else: nothing is measured.")
-        return
-    if kernels("low_rank", torch.zeros(1, device="cuda")) is None:
-        raise SystemExit("Triton's kernels are switched off here, or do not work")
-    results: dict[str, Any] = {}
-    for dtype in DTYPES:
-        for n_in, n_out in SIZES:
-            shape = (arguments.rows, n_in, n_out, dtype, "cuda")
-            bands = of_bands(arguments.rows, n_in, dtype, "cuda") if n_out == n_in else ()
-            for name, sides in (*of_products(*shape), *bands, *of_layers(*shape)):
-                key = f"{name} {n_in}x{n_out} {str(dtype).removeprefix('torch.')}"
-                results[key] = ratio_of(sides, arguments.rounds)
-                print(key, results[key], flush=True)
-    versions = {"triton": metadata.version("triton")}
-    save(
-        "kernels",
-        {"versions": versions, "rows": arguments.rows, "rank": RANK, "rounds": arguments.rounds, "results": results},
-    )
-
-
-if __name__ == "__main__":
-    main()
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what is shown of the part."""
+    return [
+        f"{name:60s} {row['kernel_over_pytorch']:6.3f} of {row['pytorch_ms']:8.3f} ms"
+        for name, row in rows.items()
+        if "kernel_over_pytorch" in row and ("bfloat16" in name)
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 class SpectuneError(ValueError):
@@ -14,3 +16,20 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` for the known names closest to `name`, or the empty string."""
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.4)
     return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
+
+
+def need(package: str, what: str, install: str | None = None) -> Any:
+    """Return a package that not every installation has.
+
+    Args:
+        package: its name.
+        what: what needs it.
+        install: what to give to pip, if that is another name.
+
+    Raises:
+        SpectuneError: it is not there, or lacks what it needs itself.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise SpectuneError(f"{what} needs {error.name or package}: pip install {install or package}") from None

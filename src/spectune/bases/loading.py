@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from spectune.bases.classifiers import load_classifier
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
 
 if TYPE_CHECKING:
@@ -225,6 +225,8 @@ def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
         return target
     import transformers
 
+    if whole:
+        need("gguf", f"the embedded model {name}")
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

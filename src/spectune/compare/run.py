@@ -21,7 +21,7 @@ from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, need
 from spectune.pages.about import describe
 from spectune.storage import write_atomically
 from spectune.training import record
@@ -99,18 +99,10 @@ def _finals(study: Any, method: str) -> list[dict[str, Any]]:
 
 
 def _check_packages(config: CompareConfig) -> None:
-    try:
-        import optuna
-        import scipy  # noqa: F401
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-    except ImportError as error:
-        raise SpectuneError(f"compare needs {error.name}: pip install 'spectune[compare]'") from None
+    optuna, _ = (need(package, "compare", "'spectune[compare]'") for package in ("optuna", "scipy"))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.launcher == "ray":
-        try:
-            import ray  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError:
-            raise SpectuneError("launcher: ray needs ray: pip install 'spectune[ray]'") from None
+        need("ray", "launcher: ray", "'spectune[ray]'")
 
 
 def _run(config: CompareConfig, methods: list[str], study: Any, bench: Bench, told: Callable[..., None]) -> None:

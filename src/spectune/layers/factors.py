@@ -43,7 +43,7 @@ class Factors(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """Return x dW^T for x (..., in), in x's dtype."""
         t = self.core.apply(F.linear(x, self.right.to(x.dtype)))
-        if isinstance(self.scale, Tensor) or self.scale != 1.0:  # a tensor is not looked at: a device would be waited for
+        if isinstance(self.scale, Tensor) or self.scale != 1.0:  # not to look at a tensor, which waits
             t = t * self.scale
         return F.linear(t, self.left.to(x.dtype))
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectune.bases.loading import model_path
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, need
 from spectune.model.targets import matching
 from spectune.spectral import shards
 from spectune.spectrum.names import Place, is_embedding, places
@@ -227,14 +227,13 @@ def _safetensors(file: Path) -> Iterator[Stored]:
 
 
 def _gguf(file: Path) -> Iterator[Stored]:
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+    gguf, quants = (need(name, f"reading {str(file)!r}", "gguf") for name in ("gguf", "gguf.quants"))
 
     def read(tensor: Any, index: int | None) -> Tensor:
         data = tensor.data if index is None else tensor.data[index]
-        return torch.from_numpy(dequantize(data, tensor.tensor_type).copy())
+        return torch.from_numpy(quants.dequantize(data, tensor.tensor_type).copy())
 
-    for tensor in GGUFReader(file).tensors:
+    for tensor in gguf.GGUFReader(file).tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
         yield Stored(tensor.name, shape, tensor.tensor_type.name, True, partial(read, tensor))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spectune.errors import SpectuneError
+from spectune.errors import need
 
 LEVEL = 0.95
 _DRAWS = 20_000
@@ -137,8 +137,4 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _scipy_stats() -> Any:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise SpectuneError("intervals need the package scipy: pip install 'spectune[compare]'") from None
-    return stats
+    return need("scipy.stats", "an interval", "'spectune[compare]'")

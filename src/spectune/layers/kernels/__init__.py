@@ -3,7 +3,7 @@
 They answer for float32, bfloat16 and float16 on a GPU where Triton works: on its first use of a device each module
 compares its kernels with PyTorch on a small case, and leaves the device to PyTorch if one fails.
 `SPECTUNE_KERNELS=off` leaves everything to PyTorch; `TRITON_INTERPRET=1` runs them on the CPU, slowly, which is how
-they are tested.  They were never run on a GPU, so what they gain is not measured: `benchmarks/kernels.py` does that.
+they are tested.  They were never run on a GPU, so what they gain is not measured: `make gpu` does that.
 """
 
 from __future__ import annotations

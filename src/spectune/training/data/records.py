@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError, nearest, need
 
 Record = Mapping[str, Any]
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -85,8 +85,7 @@ def _csv_rows(path: Path) -> list[Record]:
 
 def _table_rows(source: str, **options: Any) -> list[Record]:
     """Return what datasets.load_dataset reads, with the names of labels for their numbers."""
-    import datasets
-
+    datasets = need("datasets", f"reading {options.get('data_files', source)!r}")
     try:
         table = datasets.load_dataset(source, **options)
     except Exception as error:  # whatever the many readers raise
