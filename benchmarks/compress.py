@@ -28,7 +28,7 @@ RANK, WEIGHTS = 16, {"a": 0.7, "b": 0.5, "c": -0.3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--rounds", type=int, default=3, help="rounds: five runs of spectune, then one of PEFT")
-    parser.add_argument("--name", default="compress", help="results/<name>.json")
+    parser.add_argument("--name", default="compress", help="of the file in results/")
     options = parser.parse_args()
     adapters = {name: trained(seed) for seed, name in enumerate(WEIGHTS)}
     exact = {layer: dense(adapters, layer) for layer in adapters["a"].layers}

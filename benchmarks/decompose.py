@@ -1,8 +1,8 @@
 """Decompositions against LAPACK, PEFT's initialisations and scikit-learn: python benchmarks/decompose.py [PART ...].
 
 Parts: model (the 210 linears of SmolLM2-135M), 2048, 4096, 14336, cache, adapt; all by default.  Both sides of a row
-run in turn in one process, and the medians and their ratio are kept in results/decompose.json.  OpenMP waits passively
-for both, or what else runs on the machine would slow the multi-threaded side many times over.
+run in turn in one process, and the medians and their ratio are kept in results/decompose.<processor>.json.  OpenMP
+waits passively for both, or what else runs on the machine would slow the multi-threaded side many times over.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ import argparse
 import gc
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from _machine import path_of, save
 from spectune.spectral import Request, certificate, decompose_many, one_sided, svd
 
-RESULTS = Path(__file__).parent / "results" / "decompose.json"
 HEAD = 1 / 16  # of the triplets make the power-law head of the synthetic weights
 
 
@@ -61,7 +57,8 @@ class Table:
     """Rows of results, shown and kept as they come."""
 
     def __init__(self) -> None:
-        self.rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.is_file() else {}
+        path = path_of("decompose")
+        self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
 
     def add(self, name: str, ours: list[float], theirs: list[float], target: float | None, **more: object) -> None:
         """Keep one row; `target` is the speed-up wanted."""
@@ -75,28 +72,9 @@ class Table:
 
     def save(self) -> None:
         """Write the file."""
-        packages = ("torch", "numpy", "peft", "scikit-learn", "transformers")
-        machine = {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "blas": "mkl" if torch.backends.mkl.is_available() else "other",
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "python": platform.python_version(),
-        }
-        about = {"date": date.today().isoformat(), "machine": machine}
-        about["versions"] = {name: metadata.version(name) for name in packages}
-        RESULTS.parent.mkdir(exist_ok=True)
-        text = json.dumps(about | {"rows": dict(sorted(self.rows.items()))}, indent=1) + "\n"
-        RESULTS.write_text(text, encoding="utf-8")
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        blas = "mkl" if torch.backends.mkl.is_available() else "other"
+        about = {"blas": blas, "capability": torch.backends.cpu.get_cpu_capability()}
+        save("decompose", {**about, "rows": dict(sorted(self.rows.items()))})
 
 
 def in_turn(*sides: Callable[[], object], runs: int) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """Each method at its own defaults and learning rate, end to end: question types on MiniLM, one run of each.
 
-    python benchmarks/fidelity.py                 every method; results/fidelity.json and the table of docs/fidelity.md
+    python benchmarks/fidelity.py                 every method; results/fidelity.<processor>.json, docs/fidelity.md
     python benchmarks/fidelity.py adalora dora    these anew, beside the rows that are there
 
 `head` is the classifier's new head alone, which every method trains as well: a method that stays at its level did
@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from _machine import RESULTS, save
+from _machine import path_of, save, saved, spread
 from spectune.compare.presets import question_types, write_records
 from spectune.methods import METHODS, parse
 from spectune.training.config import TrainConfig
@@ -67,11 +67,16 @@ def run(method: str, data: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Return the rows as the page has them."""
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Return the results, by processor, as the page has them: one row for a method, the worst and the best of it."""
     lines = ["| method | lr | accuracy, % | loss |", "|---|---|---|---|"]
-    for name, row in rows.items():
-        lines.append(f"| `{name}` | {row['lr']:.2g} | {100 * row['accuracy']:.1f} | {row['loss']:.3f} |")
+    for name in [HEAD, *VARIANTS]:
+        rows = {where: run["results"][name] for where, run in runs.items() if name in run["results"]}
+        if rows:
+            lr = spread({where: row["lr"] for where, row in rows.items()}, "{:.2g}".format)
+            right = spread({where: 100 * row["accuracy"] for where, row in rows.items()}, "{:.1f}".format, max)
+            loss = spread({where: row["loss"] for where, row in rows.items()}, "{:.3f}".format)
+            lines.append(f"| `{name}` | {lr} | {right} | {loss} |")
     return "\n".join(lines)
 
 
@@ -80,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=[HEAD, *VARIANTS])
     chosen = parser.parse_args().methods
-    path = RESULTS / "fidelity.json"
+    path = path_of("fidelity")
     known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "questions.jsonl"
@@ -97,7 +102,7 @@ def main() -> None:
                 before, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- end to end -->\n")
                 _, end, after = rest.partition("<!-- end -->")
                 if end:
-                    PAGE.write_text(f"{before}{begin}\n{table(rows)}\n\n{end}{after}", encoding="utf-8")
+                    PAGE.write_text(f"{before}{begin}\n{table(saved('fidelity'))}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

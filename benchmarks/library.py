@@ -1,6 +1,6 @@
 """A thousand SVF adapters of SmolLM2-135M in one library: memory, the first use of each, activation in memory.
 
-python benchmarks/library.py            writes results/library.json
+python benchmarks/library.py            writes results/library.<processor>.json
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ settings there, and for times those of `spectune train`.
     python benchmarks/plan.py [--models NAME ...] [--methods METHOD ...] [--dtype fp32|bf16] [--parts PART ...]
 
 With one thread (OMP_NUM_THREADS=1) times are the processor's, which other processes hardly lengthen.  All of it is
-written to results/plan.json, and a part, unless --output names another file, to results/plan_part.json.
+written to results/plan.<processor>.json, and a part, unless --output gives another name, to plan_part.<processor>.json.
 """
 
 from __future__ import annotations

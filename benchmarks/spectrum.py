@@ -86,7 +86,7 @@ def spectra() -> dict[str, dict[str, object]]:
 
 
 def main() -> None:
-    """Run everything and keep it in results/spectrum.json."""
+    """Run everything and keep it in results/spectrum.<processor>.json."""
     if "--child" in sys.argv:
         child(sys.argv[-1])
         return

@@ -1,11 +1,13 @@
-"""Print the tables of docs/spectral.md and docs/plan.md from results/decompose.json and results/plan.json."""
+"""Print the tables of docs/spectral.md and docs/plan.md from the results of decompose.py and plan.py.
+
+Where there are results of several processors a cell has the worst and the best.
+"""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from _machine import RESULTS
+from _machine import saved, spread
 
 PLANNED = {  # a row of the table: the part of the results, and whether its rows of seconds are meant
     "start-up": ("setup", False),
@@ -15,41 +17,50 @@ PLANNED = {  # a row of the table: the part of the results, and whether its rows
 }
 
 
-def row(name: str, figures: dict[str, Any]) -> str:
-    target = figures["target"]
+def row(name: str, figures: dict[str, dict[str, Any]]) -> str:
+    """Return a row of the table of decompositions, given its figures by processor."""
+    every = list(figures.values())
+    worst = min(every, key=lambda found: found["ratio"])
     faster = name.endswith("niter 16")
-    wanted = "faster" if faster else f">= {target:g}" if target else ""
-    reached = {True: "yes", False: "no", None: ""}[figures["reached"]]
+    wanted = "faster" if faster else f">= {worst['target']:g}" if worst["target"] else ""
+    reached = {True: "yes", False: "no", None: ""}[worst["reached"]]
     if faster:
-        reached += f", error {figures['error_ratio']:g} times smaller"
-    ours, theirs = (f"{figures[side]:.3g}" for side in ("ours_s", "theirs_s"))
-    cells = (name, ours, theirs, f"{figures['ratio']:g}", wanted, reached, figures["runs"], figures["load"])
-    return f"| {' | '.join(map(str, cells))} |"
+        reached += f", error {min(found['error_ratio'] for found in every):g} times smaller"
+
+    def of(key: str, shown: str, best: Any = min) -> str:
+        return spread({where: found[key] for where, found in figures.items()}, shown.format, best)
+
+    cells = (name, of("ours_s", "{:.3g}"), of("theirs_s", "{:.3g}"), of("ratio", "{:g}", max), wanted, reached)
+    return f"| {' | '.join((*cells, of('runs', '{}', max), of('load', '{}')))} |"
 
 
-def planned(rows: dict[str, Any], seconds: bool) -> str:
+def planned(runs: list[dict[str, Any]], seconds: bool) -> str:
     """Return how many predictions are within 20%, and the range of their ratios to what was measured."""
-    chosen = [row for name, row in rows.items() if name.endswith(" seconds") == seconds]
-    ratios = [row["ratio"] for row in chosen]
-    within = sum(row["within_20_percent"] for row in chosen)
-    return f"{within} of {len(chosen)}, {min(ratios):.2f} to {max(ratios):.2f}"
+    found = []
+    for rows in runs:
+        chosen = [row for name, row in rows.items() if name.endswith(" seconds") == seconds]
+        ratios = [row["ratio"] for row in chosen]
+        within = sum(row["within_20_percent"] for row in chosen)
+        found.append((within / len(chosen), f"{within} of {len(chosen)}, {min(ratios):.2f} to {max(ratios):.2f}"))
+    return " / ".join(dict.fromkeys(text for _, text in (min(found), max(found))))
 
 
 def print_plan() -> None:
-    results = json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))["results"]
-    columns = [key.removeprefix("memory ") for key in results if key.startswith("memory ")]
+    runs = [run["results"] for run in saved("plan").values()]
+    columns = list(dict.fromkeys(key.removeprefix("memory ") for run in runs for key in run if key[:7] == "memory "))
     print(f"| | {' | '.join(columns)} |")
     print(f"|{'---|' * (len(columns) + 1)}")
     for what, (part, seconds) in PLANNED.items():
-        print(f"| {what} | {' | '.join(planned(results[f'{part} {column}'], seconds) for column in columns)} |")
+        of = [[run[f"{part} {column}"] for run in runs if f"{part} {column}" in run] for column in columns]
+        print(f"| {what} | {' | '.join(planned(found, seconds) if found else '' for found in of)} |")
 
 
 def print_decompose() -> None:
-    rows = json.loads((RESULTS / "decompose.json").read_text(encoding="utf-8"))["rows"]
+    runs = {where: run["rows"] for where, run in saved("decompose").items()}
     print("| what / against | ours, s | theirs, s | ratio | target | reached | runs | load |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, figures in sorted(rows.items()):
-        print(row(name, figures))
+    for name in sorted({name for rows in runs.values() for name in rows}):
+        print(row(name, {where: rows[name] for where, rows in runs.items() if name in rows}))
 
 
 if __name__ == "__main__":

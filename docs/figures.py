@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ def options(method: type[Method]) -> str:
     return "\n".join(lines)
 
 
-def load(name: str) -> dict[str, Any] | None:
-    path = BENCHMARKS / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def results() -> tuple[Callable[[str], Any], Callable[..., str]]:
+    """Return what reads benchmarks' results by processor, and what writes the worst and the best of them."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from _machine import saved, spread
+
+    return saved, spread
 
 
 def timed() -> dict[str, str]:
@@ -52,18 +55,23 @@ def timed() -> dict[str, str]:
 
 def figures(method: type[Method]) -> str:
     """Return the measured figures of a method's variants on the embedded decoder."""
-    step, start = load("train_step"), load("plan")
+    saved, spread = results()
+    step, start = saved("train_step"), saved("plan")
     steps = {to_text(parse(text)): name for name, text in timed().items() if parse(text).name == method.name}
-    starts = (start or {}).get("results", {}).get(f"setup {MODEL} fp32", {})
-    started = {to_text(parse(text)): row["measured"] for text, row in starts.items() if parse(text).name == method.name}
+    started: dict[str, dict[str, float]] = {}
+    for where, run in start.items():
+        for text, row in run["results"].get(f"setup {MODEL} fp32", {}).items():
+            if parse(text).name == method.name:
+                started.setdefault(to_text(parse(text)), {})[where] = row["measured"]
     lines = ["| | trained | adapter file | start-up | step, fp32 | step, bf16 |", "|---|---|---|---|---|---|"]
     for text in dict.fromkeys([method.name, *steps, *started]):
         (row,) = spectune.plan(MODEL, [text], measured=False, precisions=["fp32"], batch_size=1, length=8).rows
         cells = [f"`{text}`", f"{row['trainable_parameters']:,}", gigabytes(row["adapter_bytes"])]
-        cells.append(f"{started[text]:.2g} s" if text in started else "")
+        cells.append(spread(started.get(text, {}), "{:.2g} s".format))
         for dtype in ("fp32", "bf16"):
-            at = (step or {}).get("results", {}).get(f"{steps.get(text)} {dtype}")
-            cells.append(f"{at['step_over_floor']:.2f}" if at else "")
+            key = f"{steps.get(text)} {dtype}"
+            at = {where: run["results"].get(key, {}).get("step_over_floor") for where, run in step.items()}
+            cells.append(spread(at, "{:.2f}".format))
         lines.append(f"| {' | '.join(cells)} |")
     about = [
         f"SmolLM2-135M, all {row['layers']} linear layers but the output embedding. Trained values and the file are "
@@ -71,10 +79,12 @@ def figures(method: type[Method]) -> str:
         "forward and gradient to its embeddings (`benchmarks/train_step.py`)."
     ]
     for found, what in ((step, "step"), (start, "start-up")):
-        if found:
-            machine = found["machine"]
+        for run in found.values():
+            machine = run["machine"]
             threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
             about.append(f"{what.capitalize()} on {machine['processor']}, {threads}.")
+    if len(step) > 1 or len(start) > 1:
+        about.append("Two figures are the worst and the best of the processors.")
     note = textwrap.fill(" ".join(about) + " Empty: not measured.", 120, break_on_hyphens=False)
     return "\n".join([*lines, "", note])
 
