@@ -256,5 +256,5 @@ def test_the_report_needs_no_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     for name in [name for name in sys.modules if name.startswith("spectune.compare.")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("document", "report"):
-        importlib.import_module(f"spectune.compare.{name}")
+    for name in ("document", "page"):
+        importlib.import_module(f"spectune.compare.report.{name}")
