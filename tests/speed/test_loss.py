@@ -161,7 +161,8 @@ def test_which_package_sums_the_loss(names, dtype, taken, as_on_a_gpu):
     ours, theirs = cross_entropy_sum(model, inputs, labels), reference(model, inputs, labels)
     close = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, theirs, **close)
-    torch.testing.assert_close(gradients(model, 3 * ours), gradients(model, 3 * theirs), atol=0.1, rtol=0.1)
+    for one, other in zip(gradients(model, 3 * ours), gradients(model, 3 * theirs), strict=True):
+        assert (one - other).norm() <= 0.1 * other.norm() + 1e-3  # as a whole: a number of few bits may be far off
     assert [name for name, *_ in calls] == ([taken] if taken else [])
     for _, (hidden, weight, targets), options in calls:
         wanted = labels[labels != IGNORE]
