@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectune.bases.prompts import Message, prompt_tokens, stop_tokens
 from spectune.errors import SpectuneError
-
-Message = Mapping[str, str]
 
 
 class Reply(NamedTuple):
@@ -19,28 +18,6 @@ class Reply(NamedTuple):
 
     text: str
     tokens: list[int]
-
-
-def prompt_tokens(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
-    """Return the tokens of a prompt, as a user's turn where the tokenizer has a chat template.
-
-    Args:
-        tokenizer: the model's.
-        prompt: the user's text, or the messages so far.
-        raw: continue the text as it is.
-
-    Raises:
-        SpectuneError: messages for a tokenizer that has no chat template.
-    """
-    templated = bool(getattr(tokenizer, "chat_template", None)) and not raw
-    if isinstance(prompt, str):
-        if not templated:
-            return tokenizer(prompt)["input_ids"]
-        prompt = [{"role": "user", "content": prompt}]
-    elif not templated:
-        raise SpectuneError("the tokenizer has no chat template; give one text instead of messages")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -104,7 +81,10 @@ def generate(
             raise SpectuneError(
                 f"the prompt has {len(row)} tokens and the model's context holds {context}; shorten the prompt"
             )
+        if not row:
+            raise SpectuneError("the prompt has no token, and a reply must have one to begin with")
     longest, pad = max(map(len, rows)), pad_token(tokenizer)
+    ends = stop_tokens(model, tokenizer)
     ids, mask = left_padded(rows, pad, model.device)
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - longest)
@@ -118,6 +98,7 @@ def generate(
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
+        eos_token_id=ends or None,
         streamer=streamer,
         **last_logits(model),
         **sampling,
@@ -125,7 +106,7 @@ def generate(
     replies = []
     for row in out.tolist():
         tokens = row[longest:]
-        if pad in tokens:
-            tokens = tokens[: tokens.index(pad)]
+        end = next((i for i, token in enumerate(tokens) if token == pad or token in ends), len(tokens))
+        tokens = tokens[:end]
         replies.append(Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens))
     return replies

@@ -339,6 +339,8 @@ def _report_changes(config: TrainConfig, output: Path, records: Sequence[Record]
 def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit: int) -> None:
     held = len(evaluated.examples) if evaluated else 0
     console.print(f"{len(learned.examples)} examples to learn from, {held} held out", highlight=False)
+    for note in learned.notes:
+        console.print(note, highlight=False, markup=False)
     for what, encoded in (("training", learned), ("held-out", evaluated)):
         if encoded and encoded.cut:
             console.print(f"{encoded.cut} {what} examples were cut to {limit} tokens", style="yellow")

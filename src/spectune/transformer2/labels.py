@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases.generation import last_logits, prompt_tokens
+from spectune.bases.generation import last_logits
+from spectune.bases.prompts import prompt_tokens
 from spectune.errors import SpectuneError
 from spectune.transformer2.library import NONE, Library
 

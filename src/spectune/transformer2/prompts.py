@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
-from spectune.training.data.records import is_conversation, read
+from spectune.training.data.messages import is_conversation
+from spectune.training.data.records import read
 from spectune.training.tasks import Task, make_task
 
 

@@ -1,13 +1,32 @@
-"""Examples: records tokenized with the loss on completions only."""
+"""Examples: records tokenized so that what is learned is the answer and a stop, behind the prompt of inference."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from spectune.bases.prompts import (
+    MARK,
+    Ending,
+    added_tokens,
+    continuation,
+    ending,
+    first_added,
+    ids,
+    marked,
+    plain,
+    prompt_text,
+    render,
+    text_tokens,
+    uses,
+)
 from spectune.errors import SpectuneError
+from spectune.training.data.messages import check_calls, is_learned, other_fields
 from spectune.training.data.records import Record, form
+
+_NO_TEMPLATE = "the tokenizer has no chat template for 'messages'; use prompt and completion, or text"
 
 
 class Example(NamedTuple):
@@ -30,61 +49,264 @@ class Encoded:
         examples: those that are trained on, as the task has them.
         cut: how many were longer than the limit and were cut off.
         dropped: how many had no supervised token (left).
+        notes: what a user should know of the way they were made.
     """
 
     examples: list[Any]
     cut: int
     dropped: int
+    notes: tuple[str, ...] = field(default=())
+
+
+class Encoder:
+    """Records to examples.
+
+    Each learned turn of the assistant is the prompt that inference builds for it (`spectune.bases.prompts`), followed
+    by the tokens of what the chat template writes as its answer, and one stop.  A turn whose tokens the next one's
+    prompt begins with becomes part of its example, so that a conversation is one example where the template writes
+    earlier turns again as they were, and one a turn where it rewrites them.
+
+    Args:
+        tokenizer: the model's.
+        ends: tokens that end the model's generation.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
+        self._tokenizer, self._ends = tokenizer, tuple(ends)
+        self._ways: Counter[str] = Counter()
+        self._unused: set[str] = set()
+
+    def examples(self, record: Record, everything: bool = False) -> list[Example]:
+        """Return the examples of one record.
+
+        Args:
+            record: in one of the forms of `Sft`.
+            everything: the loss is on every token.
+
+        Raises:
+            SpectuneError: messages without a chat template, or that it refuses.
+        """
+        kind = form(record)
+        if kind == "text":
+            return [self._text(record["text"])]
+        options: dict[str, Any] = {key: record.get(key) for key in ("tools", "chat_template_kwargs")}
+        if kind == "messages":
+            return self.turns(record["messages"], everything=everything, **options)
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list):
+            return self.turns([*prompt, *completion], len(prompt), everything=everything, **options)
+        example = self.completed(prompt, completion)
+        return [Example(example.tokens, [True] * len(example.tokens)) if everything else example]
+
+    def one(self, record: Record) -> Example:
+        """Return the one example of a record.
+
+        Raises:
+            SpectuneError: as `examples`; or there are several.
+        """
+        return _only(self.examples(record))
+
+    def completed(self, prompt: str, completion: str) -> Example:
+        """Return a text prompt and its completion, with the end of text that is learned."""
+        before = text_tokens(self._tokenizer, prompt)
+        after = continuation(self._tokenizer, prompt, ids(self._tokenizer, prompt), completion)
+        after = self._ended(after)
+        return Example([*before, *after], [False] * len(before) + [True] * len(after))
+
+    def _text(self, text: str) -> Example:
+        tokens = self._ended(text_tokens(self._tokenizer, text))
+        return Example(tokens, [True] * len(tokens))
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """Return tokens with one end of text, which may be there already, with white space behind it."""
+        end = self._tokenizer.eos_token_id
+        last = len(tokens)
+        while last > 0 and not self._tokenizer.decode(tokens[last - 1 : last]).strip():
+            last -= 1
+        return tokens if end is None or tokens[last - 1 : last] == [end] else [*tokens, end]
+
+    def turns(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        first: int = 0,
+        *,
+        tools: Any = None,
+        chat_template_kwargs: Any = None,
+        everything: bool = False,
+    ) -> list[Example]:
+        """Return the examples of a conversation; the loss is on the assistant's turns from the `first` message on.
+
+        Args:
+            messages: the conversation.
+            first: the first message that may be learned.
+            tools: of the conversation, for the chat template.
+            chat_template_kwargs: other variables of the template.
+            everything: the loss is on every token.
+
+        Raises:
+            SpectuneError: no chat template, or messages that it refuses, or leaves out.
+        """
+        tokenizer = self._tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise SpectuneError(_NO_TEMPLATE)
+        chat = list(messages)
+        self._watch(messages, tools)
+        options: dict[str, Any] = {"tools": tools, "variables": chat_template_kwargs}
+        whole = render(tokenizer, chat, **options)
+        if everything:
+            prompt_text(tokenizer, chat, **options)  # which checks that no message is left out
+            stop = ending(tokenizer, self._ends).stop
+            tokens = ids(tokenizer, whole)
+            tokens += [] if stop is None or stop in tokens[-3:] else [stop]
+            return [Example(tokens, [True] * len(tokens))]
+        learned = [i for i, message in enumerate(messages) if i >= first and is_learned(message)]
+        found: list[Example] = []
+        for i in learned:
+            turn = self._turn(chat, i, options)
+            if found and turn.tokens[: len(found[-1].tokens)] == found[-1].tokens:
+                before = found.pop().supervised
+                turn = Example(turn.tokens, [*before, *turn.supervised[len(before) :]])
+            found.append(turn)
+        if found:  # what the template writes behind the last stop is seen, as it would be in a longer conversation
+            last, tokens = found[-1], ids(tokenizer, whole)
+            if tokens[: len(last.tokens)] == last.tokens:
+                found[-1] = Example(tokens, last.supervised + [False] * (len(tokens) - len(last.tokens)))
+        self._ways["turns"] += len(learned) > 1
+        self._ways["split"] += len(found) > 1
+        self._ways["parts"] += len(found) if len(found) > 1 else 0
+        return found
+
+    def _turn(self, chat: Sequence[Any], i: int, options: dict[str, Any]) -> Example:
+        """Return the prompt of an assistant's message, and its answer with a stop."""
+        tokenizer = self._tokenizer
+        prompt = prompt_text(tokenizer, chat[:i], **options)
+        whole = render(tokenizer, chat[: i + 1], **options)
+        end = ending(tokenizer, self._ends)
+        pieces, stop = self._parts(chat, i, prompt, whole, end, options)
+        check_calls(chat[i], "".join(text for text, _ in pieces))
+        tokens = ids(tokenizer, prompt)
+        supervised = [False] * len(tokens)
+        before = prompt
+        for text, is_answer in pieces:
+            more = continuation(tokenizer, before, tokens, text)
+            before, tokens = before + text, [*tokens, *more]
+            supervised += [is_answer] * len(more)
+        if stop is not None:
+            tokens, supervised = [*tokens, stop], [*supervised, True]
+        self._ways["stop"] += 1
+        self._ways["unstopped"] += stop is None
+        self._ways["foreign"] += stop is not None and not end.own
+        return Example(tokens, supervised)
+
+    def _parts(
+        self, chat: Sequence[Any], i: int, prompt: str, whole: str, end: Ending, options: dict[str, Any]
+    ) -> tuple[list[tuple[str, bool]], int | None]:
+        """Return what a template writes behind a prompt, in pieces that are learned or not, and the stop."""
+        tokenizer = self._tokenizer
+        if whole.startswith(prompt):
+            start, spans = len(prompt), marked(tokenizer, chat[: i + 1], **options)
+            rest = whole[start:]
+        else:  # the template writes something else in place of its own generation prompt
+            rest, spans = self._rewritten(chat, i, prompt, whole, options), None
+            start = 0
+        answer, gap, stop = rest.removesuffix(end.suffix), end.gap, end.stop
+        if not rest.endswith(end.suffix) or not end.suffix:
+            answer, gap, stop = self._ended_otherwise(rest, chat, i, whole, end, options)
+        if stop is not None:
+            name = tokenizer.convert_ids_to_tokens(stop)
+            while answer.rstrip().endswith(name):  # the data has the stop too
+                answer = answer.rstrip().removesuffix(name)
+        if spans is None:
+            return [(answer, True), (gap, stop is not None)], stop
+        self._ways["marks"] += 1
+        spans = [(max(0, a - start), b - start) for a, b in spans if b > start]
+        if not spans:
+            return [(rest, False)], None  # the template says that this turn is not learned
+        a, b = spans[0][0], spans[-1][1]
+        within = b >= len(answer + gap) and stop is not None
+        return [(answer[:a], False), (answer[a:b], True), (answer[b:], False), (gap, within)], stop
+
+    def _ended_otherwise(
+        self, rest: str, chat: Sequence[Any], i: int, whole: str, end: Ending, options: Any
+    ) -> tuple[str, str, int | None]:
+        """Return the answer, gap and stop of a turn that does not end as an answer without calls does."""
+        bare = rest.rstrip()
+        start, until, stop = next(reversed(added_tokens(self._tokenizer, bare)), (0, -1, None))
+        if until == len(bare) and (end.suffix or stop in (*self._ends, self._tokenizer.eos_token_id)):
+            return bare[:start], "", stop
+        if i + 1 < len(chat):  # what the next turn begins with may be the stop
+            after = render(self._tokenizer, chat[: i + 2], **options)
+            gap, stop = first_added(self._tokenizer, after[len(whole) :]) if after.startswith(whole) else ("", None)
+            if stop in self._ends and not gap.strip():
+                return rest, gap, stop
+        return rest, end.gap, end.stop
+
+    def _rewritten(self, chat: Sequence[Any], i: int, prompt: str, whole: str, options: dict[str, Any]) -> str:
+        """Return what follows a prompt that the template does not write when the answer is there."""
+        (message,) = plain(chat[i : i + 1])
+        shown = render(self._tokenizer, [*chat[:i], {**message, "content": MARK}], **options)
+        header, mark, _ = shown.partition(MARK)
+        if not mark or not whole.startswith(header):
+            raise SpectuneError("the chat template writes an answer otherwise than behind its own generation prompt")
+        rest = whole[len(header) :]
+        if not prompt.rstrip().endswith("<think>"):
+            return rest
+        thought, content = message.get("reasoning_content") or message.get("thinking") or "", message["content"]
+        if not thought and "</think>" in content:  # which templates of this kind leave out
+            thought = content.partition("</think>")[0].replace("<think>", "")
+            rest = rest.rpartition("</think>")[2].lstrip("\n")
+        thought = thought.strip("\n")
+        return f"{thought}\n</think>\n\n{rest}"
+
+    def _watch(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+        names = other_fields(messages) | ({"tools"} if tools else set())
+        self._unused |= {name for name in names if not uses(self._tokenizer, name)}
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the way in which records became examples."""
+        ways, notes = self._ways, []
+        if ways["marks"]:
+            notes.append("the loss is on what the chat template marks with {% generation %}")
+        if ways["split"]:
+            notes.append(
+                f"the chat template writes earlier turns otherwise: {ways['split']} conversations became "
+                f"{ways['parts']} examples, one a turn, each behind the prompt that inference builds"
+            )
+        elif ways["turns"]:
+            notes.append("the chat template keeps earlier turns as they were: each conversation is one example")
+        if ways["unstopped"]:
+            notes.append("nothing ends an answer: neither the chat template nor the tokenizer has an end token")
+        if ways["foreign"]:
+            notes.append(
+                f"the chat template ends answers with no token: {self._tokenizer.eos_token} is put behind each of them"
+            )
+        if self._unused:
+            notes.append(f"not read by the chat template: {', '.join(sorted(self._unused))}")
+        return tuple(notes)
+
+
+def _only(examples: list[Example]) -> Example:
+    if len(examples) != 1:
+        raise SpectuneError(
+            f"the chat template rewrites earlier turns, so that this conversation is {len(examples)} examples and not "
+            "one: give all but the last answer as the prompt"
+        )
+    return examples[0]
 
 
 def encode_one(record: Record, tokenizer: Any) -> Example:
-    """Tokenize one record."""
-    kind = form(record)
-    if kind == "messages":
-        return encode_turns(record["messages"], tokenizer)
-    if kind == "text":
-        return _pieces(tokenizer, [(record["text"], True)])
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, list):
-        return encode_turns([*prompt, *completion], tokenizer, len(prompt))
-    return _pieces(tokenizer, [(prompt, False), (completion, True)])
-
-
-def _pieces(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Example:
-    tokens: list[int] = [] if tokenizer.bos_token_id is None or not _adds_bos(tokenizer) else [tokenizer.bos_token_id]
-    supervised = [False] * len(tokens)
-    for text, learned in pieces:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        tokens += ids
-        supervised += [learned] * len(ids)
-    if tokenizer.eos_token_id is not None:
-        tokens.append(tokenizer.eos_token_id)
-        supervised.append(True)
-    return Example(tokens, supervised)
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def encode_turns(messages: Sequence[Mapping[str, str]], tokenizer: Any, first: int = 0) -> Example:
-    """Tokenize a conversation; the loss is on the assistant's turns from the `first` message on.
+    """Tokenize one record that is one example.
 
     Raises:
-        SpectuneError: no chat template, or one that rewrites earlier turns.
+        SpectuneError: as `Encoder.one`.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise SpectuneError("the tokenizer has no chat template for 'messages'; use prompt and completion, or text")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if i < first or message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (text.startswith(until.rstrip()) and until.startswith(before)):
-            raise SpectuneError("the chat template rewrites earlier turns, so that completions cannot be told apart")
-        spans.append((len(before), len(until.rstrip())))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    supervised = [any(a <= start and end <= b for a, b in spans) for start, end in encoded["offset_mapping"]]
-    return Example(encoded["input_ids"], supervised)
+    return Encoder(tokenizer).one(record)
+
+
+def encode_turns(messages: Sequence[Mapping[str, Any]], tokenizer: Any, first: int = 0) -> Example:
+    """Tokenize a conversation that is one example; the loss is on the assistant's turns from the `first` message on.
+
+    Raises:
+        SpectuneError: as `Encoder.one`.
+    """
+    return _only(Encoder(tokenizer).turns(messages, first))

@@ -6,13 +6,38 @@ import codecs
 import csv
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from spectune.errors import SpectuneError, nearest, need
 
 Record = Mapping[str, Any]
+
+
+class Row(dict[str, Any]):
+    """A record that knows where it comes from.
+
+    Args:
+        where: file and line, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+
+@contextmanager
+def of(record: Record) -> Iterator[None]:
+    """Within the context, a `SpectuneError` says which record it is about."""
+    try:
+        yield
+    except SpectuneError as error:
+        where = getattr(record, "where", None)
+        raise (SpectuneError(f"{where}: {error}") if where else error) from None
+
+
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -57,7 +82,7 @@ def read(source: str | Path, task: Form, config_name: str | None = None, split_n
             raise SpectuneError(f"cannot read {path}: no such file")
     else:
         rows = _table_rows(str(source), name=config_name, split=split_name or "train")
-    records: list[Record] = [_renamed(row, task) for row in rows]
+    records: list[Record] = [Row(_renamed(row, task), f"{source}, row {i}") for i, row in enumerate(rows, start=1)]
     for number, record in enumerate(records, start=1):
         problem = _problem(record, task)
         if problem is not None:
@@ -120,7 +145,7 @@ def read_jsonl(path: str | Path, task: Form) -> list[Record]:
         problem = _problem(record, task)
         if problem is not None:
             raise SpectuneError(f"{path}, line {number}: {problem}")
-        records.append(record)
+        records.append(Row(record, f"{path}, line {number}"))
     if not records:
         raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {task.forms}")
     return records
@@ -151,26 +176,6 @@ def form(record: Record) -> str | None:
     if "messages" in there:
         return "messages"
     return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, at least one, each with a role and a content."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in value)
-    )
-
-
-def message_problem(messages: Any, first: int = 0) -> str | None:
-    """Return what is wrong with a conversation to learn from, from the `first` message on, or None."""
-    if not isinstance(messages, list) or not messages:
-        return "messages must be a list of objects with role and content"
-    if not is_conversation(messages):
-        return "each message needs a role and a content, both text"
-    if not any(message["role"] == "assistant" for message in messages[first:]):
-        return "messages has no assistant turn to learn from"
-    return None
 
 
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:

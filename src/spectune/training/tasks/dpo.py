@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
 from spectune.model.routing import Reference
 from spectune.speed.shapes import IGNORE
-from spectune.training.data.encoding import Encoded, Example, encode_one, encode_turns
+from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.layout import in_common
+from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
-from spectune.training.data.records import Record, message_problem
+from spectune.training.data.records import Record, of
 from spectune.training.tasks.base import Task
 
 
@@ -59,9 +61,10 @@ class Dpo(Task):
         return None
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
-        pairs, cut = [], 0
+        pairs, cut, encoder = [], 0, Encoder(tokenizer, stop_tokens(model, tokenizer))
         for record in records:
-            pair = _pair(record, tokenizer)
+            with of(record):
+                pair = _pair(record, tokenizer, encoder)
             cut += any(len(example.tokens) > limit for example in pair)
             pair = Pair(*(Example(e.tokens[:limit], e.supervised[:limit]) for e in pair))
             if all(any(e.supervised[1:]) for e in pair) and pair.chosen.tokens != pair.rejected.tokens:
@@ -71,7 +74,7 @@ class Dpo(Task):
                 f"no pair has a chosen and another rejected completion within max_length={limit}; raise it, or check "
                 "the data"
             )
-        return Encoded(pairs, cut, len(records) - len(pairs))
+        return Encoded(pairs, cut, len(records) - len(pairs), encoder.notes())
 
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         packer = Packer(model, tokenizer.pad_token_id or 0)
@@ -127,16 +130,24 @@ class Dpo(Task):
         return {key: float(value / sums["items"]) for key, value in sums.items() if key != "items"}
 
 
-def _pair(record: Record, tokenizer: Any) -> Pair:
-    chosen, rejected = record["chosen"], record["rejected"]
-    prompt = record.get("prompt")
-    if prompt is None:
-        shared = _shared(chosen, rejected)
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+def _pair(record: Record, tokenizer: Any, encoder: Encoder | None = None) -> Pair:
+    encoder = encoder or Encoder(tokenizer)
+    prompt, chosen, rejected = parts_of(record)
     if isinstance(prompt, str):
-        return Pair(*(encode_one({"prompt": prompt, "completion": text}, tokenizer) for text in (chosen, rejected)))
-    conversations: Any = ([*prompt, *turns] for turns in (chosen, rejected))
-    return Pair(*(encode_turns(turns, tokenizer, len(prompt)) for turns in conversations))
+        return Pair(encoder.completed(prompt, chosen), encoder.completed(prompt, rejected))
+    options = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key) is not None}
+    return Pair(*(encoder.one({"prompt": prompt, "completion": turns, **options}) for turns in (chosen, rejected)))
+
+
+def parts_of(record: Record) -> tuple[Any, Any, Any]:
+    """Return the prompt and what follows it of both completions, which may have it, or share a beginning that is it."""
+    chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
+    if prompt is not None:
+        size = len(prompt)
+        repeated = size > 0 and all(size < len(text) and text[:size] == prompt for text in (chosen, rejected))
+        return (prompt, chosen[size:], rejected[size:]) if repeated else (prompt, chosen, rejected)
+    shared = _shared(chosen, rejected)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _shared(chosen: Any, rejected: Any) -> int:

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.shapes import IGNORE
-from spectune.training.data.encoding import Encoded, Example, encode_one
+from spectune.training.data.encoding import Encoded, Encoder, Example
+from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
-from spectune.training.data.records import Record, form, message_problem
+from spectune.training.data.records import Record, form, of
 from spectune.training.tasks.base import Task
 
 
@@ -40,7 +42,7 @@ class Sft(Task):
         return None if problem is None else f"completion: {problem}"
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
-        return encode(records, tokenizer, limit, self.config.completion_only)
+        return encode(records, tokenizer, limit, self.config.completion_only, stop_tokens(model, tokenizer))
 
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         return Packer(model, tokenizer.pad_token_id or 0)
@@ -51,7 +53,13 @@ class Sft(Task):
         return {"loss": loss, "items": (labels != IGNORE).sum()}
 
 
-def encode(records: Sequence[Record], tokenizer: Any, max_length: int, completion_only: bool = True) -> Encoded:
+def encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_length: int,
+    completion_only: bool = True,
+    ends: Sequence[int] = (),
+) -> Encoded:
     """Tokenize records; the loss is on assistant turns, completions, or all of a text.
 
     Args:
@@ -59,24 +67,26 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, completio
         tokenizer: with a chat template, where there are messages.
         max_length: tokens kept of each example.
         completion_only: False puts the loss on every token.
+        ends: tokens that end the model's generation.
 
     Raises:
-        SpectuneError: messages without a chat template, or nothing left to learn from.
+        SpectuneError: messages without a chat template or that it refuses, or nothing left to learn from.
     """
+    encoder = Encoder(tokenizer, ends)
     examples, cut, dropped = [], 0, 0
     for record in records:
-        example = encode_one(record, tokenizer)
-        if not completion_only:
-            example = Example(example.tokens, [True] * len(example.tokens))
-        if len(example.tokens) > max_length:
-            cut += 1
-            example = Example(example.tokens[:max_length], example.supervised[:max_length])
-        if any(example.supervised[1:]):
-            examples.append(example)
-        else:
-            dropped += 1
+        with of(record):
+            found = encoder.examples(record, everything=not completion_only)
+        for example in found:
+            if len(example.tokens) > max_length:
+                cut += 1
+                example = Example(example.tokens[:max_length], example.supervised[:max_length])
+            if any(example.supervised[1:]):
+                examples.append(example)
+            else:
+                dropped += 1
     if not examples:
         raise SpectuneError(
             f"no example has a token to learn from within max_length={max_length}; raise it, or check the data"
         )
-    return Encoded(examples, cut, dropped)
+    return Encoded(examples, cut, dropped, encoder.notes())

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spectune.bases.generation import pad_token, prompt_tokens
+from spectune.bases.generation import pad_token
+from spectune.bases.prompts import prompt_tokens, stop_tokens
 from spectune.errors import SpectuneError
 from spectune.model.routing import base_alone
 from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoded
-from spectune.training.data.records import Record, is_conversation, split
+from spectune.training.data.messages import is_conversation
+from spectune.training.data.records import Record, of, split
 from spectune.training.tasks.base import Task
 from spectune.training.tasks.reinforce.environments import Environment
 from spectune.training.tasks.reinforce.policy import advantages, policy_loss
@@ -87,10 +89,16 @@ class Reinforce(Task):
         self.reward.check_columns(records)
         room = limit - self.config.max_new_tokens
         raw = self.environment is None or self.config.raw
-        found = [
-            Problem(record, prompt_tokens(tokenizer, record["prompt"], raw=raw and isinstance(record["prompt"], str)))
-            for record in records
-        ]
+        found = []
+        for record in records:
+            prompt, options = (
+                record["prompt"],
+                {"tools": record.get("tools"), "variables": record.get("chat_template_kwargs")},
+            )
+            with of(record):
+                found.append(
+                    Problem(record, prompt_tokens(tokenizer, prompt, raw=raw and isinstance(prompt, str), **options))
+                )
         kept = [problem for problem in found if 0 < len(problem.tokens) <= room]
         if not kept:
             raise SpectuneError(
@@ -170,8 +178,6 @@ class Reinforce(Task):
         return {key: value.to(model.device) for key, value in sums.items()}
 
     def _sample(self, model: Any, prompts: list[list[int]], samples: int, temperature: float) -> list[list[list[int]]]:
-        ends = model.generation_config.eos_token_id
-        ends = self._tokenizer.eos_token_id if ends is None else ends
         return sample(
             model,
             prompts,
@@ -179,7 +185,7 @@ class Reinforce(Task):
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
             pad=pad_token(self._tokenizer),
-            ends=[] if ends is None else [ends] if isinstance(ends, int) else ends,
+            ends=stop_tokens(model, self._tokenizer),
         )
 
     def _texts(self, groups: Sequence[Sequence[list[int]]]) -> list[str]:
