@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
+from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.modules import effective_weight
-from spectune.layers.selection import Selection
+from spectune.layers.selection import Rows, Selection
 from spectune.layers.updates import Update
 from spectune.speed.dense import by_onednn, linear
 from spectune.speed.recompute_cache import frozen_linear
@@ -35,9 +36,22 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.selection.rows
-        if rows is not None and not torch.is_grad_enabled() and self._fuses(x):
-            return rows.forward_of(self, x, self.selection.expandable).answer(x, super().forward(x))
-        weights = self.selection.weights(self, x)
+        layout = None if rows is None else rows.layout(self, x)
+        if rows is None or layout is None:
+            return self._answer(x, self.selection.weights(self))
+        if layout.in_front:
+            return self._by_row(x, rows, layout)
+        count = rows.count or len(rows.mixtures)
+        return layout.back(self._by_row(layout.front(x, count), rows, layout), count)
+
+    def _by_row(self, x: Tensor, rows: Rows, layout: Layout) -> Tensor:
+        """Return the answer to x (rows x ... x in), each row with a mixture of its own."""
+        if not torch.is_grad_enabled() and self._fuses(x):
+            return rows.forward_of(self, x, layout).answer(x, super().forward(x))
+        return self._answer(x, rows.shares(self, x, layout))
+
+    def _answer(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
+        """Return the answer to x of adapters with their weights: numbers, or one for each row of x."""
         if not weights:
             return super().forward(x)
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.layouts import UNTRIED, Layout, Layouts
 from spectune.layers.mixtures import Mixture, RowWeights, weight_at
 from spectune.layers.protocols import Layer
 from spectune.layers.stacks import RoutedForward, Stack
@@ -20,15 +21,74 @@ class Rows:
 
     Args:
         mixtures: adapter names and weights of each row.
+        layouts: where rows lie in the inputs of layers.
         stacks: the factors that are held side by side, which other batches may go on from.
+
+    Attributes:
+        count: how many rows the batch at hand has; with beams a multiple of the mixtures.
+        alike: whether every row has the same mixture.
     """
 
-    def __init__(self, mixtures: Sequence[Mixture], stacks: dict[Any, Stack] | None = None) -> None:
+    def __init__(
+        self, mixtures: Sequence[Mixture], layouts: Layouts | None = None, stacks: dict[Any, Stack] | None = None
+    ) -> None:
         self.mixtures = list(mixtures)
+        self.layouts = Layouts() if layouts is None else layouts
         self.stacks = {} if stacks is None else stacks
+        self.count: int | None = None
+        self._kinds: dict[Any, list[int]] = {}
+        for i, mixture in enumerate(mixtures):
+            self._kinds.setdefault(_identity(mixture), []).append(i)
+        self.alike = len(self._kinds) == 1
         self._forwards: dict[Any, RoutedForward] = {}
         self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
         self._shares: dict[tuple[str, Layer | None, int, torch.device], RowWeights | None] = {}
+        self._layouts: dict[tuple[Layer, int], Layout | None] = {}
+
+    def groups(self) -> list[tuple[Mixture, list[int]]]:
+        """Return the different mixtures, and the rows of the batch at hand that have each."""
+        times = (self.count or len(self.mixtures)) // len(self.mixtures)
+        return [
+            (self.mixtures[rows[0]], [row * times + i for row in rows for i in range(times)])
+            for rows in self._kinds.values()
+        ]
+
+    def layout(self, layer: Layer, x: Tensor) -> Layout | None:
+        """Return where rows lie in a layer's input x, or None where the layer answers all of them alike.
+
+        Raises:
+            SpectuneError: that cannot be said.
+        """
+        key = (layer, x.dim())
+        if key in self._layouts:
+            return self._layouts[key]
+        place = None if self.same(layer) else self.layouts.places.get(key, UNTRIED)
+        if place is None or isinstance(place, Layout):
+            self._layouts[key] = place
+            return place
+        if self.count is None and place == UNTRIED:  # the layer itself was called with the batch
+            return Layout()
+        axes = x.dim()
+        name, failure = self.layouts.names.get(layer, "a layer"), self.layouts.failure
+        why = (
+            f"the model could not be tried with two of the rows ({failure})" if place == UNTRIED and failure else place
+        )
+        raise SpectuneError(
+            f"rows cannot have different adapters in {name!r}, whose input has {axes} axes: {why}; leave the layer out "
+            "of the adapters, or give all rows the same choice"
+        )
+
+    def forget(self) -> None:
+        """Look again where rows lie, since more is known."""
+        self._layouts.clear()
+
+    def same(self, layer: Layer) -> bool:
+        """Whether all rows have the same mixture in a layer."""
+        if self.alike:
+            return True
+        first, *others = (self.mixtures[rows[0]] for rows in self._kinds.values())
+        there = layer.adapters._modules
+        return all(_same(weight_at(first, n, layer), weight_at(row, n, layer)) for row in others for n in there)
 
     def share(self, name: str, layer: Layer, times: int, device: torch.device) -> RowWeights | None:
         """Return an adapter's part in a layer, or None if it has none; a row stands for `times` rows of the batch."""
@@ -45,30 +105,48 @@ class Rows:
             self._shares[key] = RowWeights(weights, index, weights[index], uses) if rows else None
         return self._shares[key]
 
-    def times(self, x: Tensor, expandable: bool) -> int:
-        """Return for how many consecutive rows of a layer's input x a mixture stands; more than one if `expandable`."""
-        given = len(self.mixtures)
-        times, rest = divmod(x.shape[0], given)
-        if rest or x.dim() < 2 or (times != 1 and x.dim() > 2 and not expandable):
+    def times(self, layer: Layer, x: Tensor, layout: Layout) -> int:
+        """Return for how many consecutive slices of a layer's input x, its rows in front, a mixture stands."""
+        given, count = len(self.mixtures), self.count or len(self.mixtures)
+        each, rest = divmod(x.shape[0], count) if x.dim() > 1 else (0, 0)
+        if rest or not each or (each != 1 and not layout.several):
             raise SpectuneError(
-                f"route was given {given} rows and the input of a layer is {tuple(x.shape)}; give one entry for "
-                "each row of the batch"
+                f"route was given {given} rows and the input of {self.layouts.names.get(layer, 'a layer')!r} is "
+                f"{tuple(x.shape)}; give one entry for each row of the batch"
             )
-        return times
+        return x.shape[0] // given
 
-    def shares(self, layer: Layer, x: Tensor, times: int) -> dict[str, RowWeights]:
-        """Return the part of each adapter that has one in a layer."""
-        shares = {name: self.share(name, layer, times, x.device) for name in layer.adapters}
+    def shares(self, layer: Layer, x: Tensor, layout: Layout) -> dict[str, RowWeights]:
+        """Return the part of each adapter that has one in a layer, whose input x has rows in front."""
+        return self._shares_of(layer, self.times(layer, x, layout), x.device)
+
+    def _shares_of(self, layer: Layer, times: int, device: torch.device) -> dict[str, RowWeights]:
+        shares = {name: self.share(name, layer, times, device) for name in layer.adapters}
         return {name: share for name, share in shares.items() if share is not None}
 
-    def forward_of(self, layer: Layer, x: Tensor, expandable: bool) -> RoutedForward:
+    def forward_of(self, layer: Layer, x: Tensor, layout: Layout) -> RoutedForward:
         """Return how a layer answers without gradients, kept as long as its adapters do not change."""
-        times = self.times(x, expandable)
-        key = (layer, times, x.dtype, x.device, layer.training)
+        key = (layer, x.shape[0], x.dim(), self.count, x.dtype, x.device, layer.training)
         found = self._forwards.get(key)
         if found is None or found.outdated:
-            found = self._forwards[key] = RoutedForward(layer, self.shares(layer, x, times), x, self.stacks)
+            shares = self.shares(layer, x, layout)
+            found = self._forwards[key] = RoutedForward(layer, shares, x, self.stacks)
         return found
+
+
+def _identity(mixture: Mixture) -> Any:
+    """Return what equal mixtures have in common."""
+
+    def of(weight: Any) -> Any:
+        if isinstance(weight, dict):
+            return tuple((id(layer), of(w)) for layer, w in weight.items())
+        return id(weight) if isinstance(weight, Tensor) else weight
+
+    return frozenset((name, of(weight)) for name, weight in mixture.items())
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
 class Selection:
@@ -80,6 +158,7 @@ class Selection:
     Attributes:
         mixture: adapter names and weights for every row.
         rows: a mixture for each row of the batch instead.
+        layouts: where rows lie in the inputs of layers, as far as it was found out.
         expandable: each row of `rows` may stand for several consecutive rows of the batch (beams).
         factored: whether training goes through the factors of W where a basis holds all of it.
     """
@@ -87,15 +166,15 @@ class Selection:
     def __init__(self, frozen: Iterable[nn.Parameter] = ()) -> None:
         self.mixture: Mixture = {}
         self.rows: Rows | None = None
+        self.layouts = Layouts()
         self.expandable = False
         self.factored = False
         self.frozen = list(frozen)
 
-    def weights(self, layer: Layer, x: Tensor) -> dict[str, float | RowWeights]:
-        """Return the weight of each adapter in use in a layer: a number, or one for each row of its input x."""
-        if self.rows is None:
-            there = layer.adapters._modules  # of which there may be many more than are in use
-            weights = {name: weight_at(self.mixture, name, layer) for name in self.mixture if name in there}
-            # a tensor of zero takes gradients too, and a look at it would wait for the device
-            return {n: weight for n, weight in weights.items() if isinstance(weight, Tensor) or weight}  # type: ignore
-        return self.rows.shares(layer, x, self.rows.times(x, self.expandable))  # type: ignore[return-value]
+    def weights(self, layer: Layer) -> dict[str, float | Tensor]:
+        """Return the weight of each adapter in use in a layer, where all rows have the same."""
+        mixture = self.mixture if self.rows is None else self.rows.mixtures[0]
+        there = layer.adapters._modules  # of which there may be many more than are in use
+        weights = {name: weight_at(mixture, name, layer) for name in mixture if name in there}
+        # a tensor of zero takes gradients too, and a look at it would wait for the device
+        return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor) or weight}

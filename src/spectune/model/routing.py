@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.nn as nn
@@ -14,8 +14,10 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.mixtures import Mixture
 from spectune.layers.selection import Rows
+from spectune.model.apart import answering_apart
 from spectune.model.install import selections
 from spectune.model.names import M, check_known, check_some_adapter, names_on
+from spectune.model.trial import Call, find_layouts, rows_of
 
 # an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
 Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
@@ -104,7 +106,7 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
     layers = adapted_layers(model)
     shared = selections(layers)
     before = [(selection, selection.rows, selection.expandable) for selection in shared]
-    routed = Rows(_mixtures(layers, rows), stacks)
+    routed = Rows(_mixtures(layers, rows), shared[0].layouts, stacks)
     generate, own = getattr(model, "generate", None), vars(model).get("generate")
 
     def expanding(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +123,8 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
     if generate is not None:
         vars(model)["generate"] = expanding
     try:
-        yield
+        with _told_apart(model, layers, routed, shared):
+            yield
     finally:
         for selection, rows_before, expandable in before:
             selection.rows, selection.expandable = rows_before, expandable
@@ -129,6 +132,75 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
             vars(model)["generate"] = own
         else:
             vars(model).pop("generate", None)
+
+
+@contextmanager
+def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, shared: Any) -> Iterator[None]:
+    """Within the context see to it, before a call of the model or a part of it, that its rows are known in each layer.
+
+    Parts are watched only as long as there are layers that no pass has shown.
+    """
+    layouts = routed.layouts
+    within = {model: dict(layers)}
+    new = {layer: name for name, layer in layers.items() if layer not in layouts.shown}
+    layouts.names.update(new)
+    if new and not routed.alike and not hasattr(model, "_orig_mod"):
+        for name, layer in layers.items():
+            parts = name.split(".")
+            for i in range(1, len(parts)):
+                module = model.get_submodule(".".join(parts[:i]))
+                within.setdefault(module, {})[".".join(parts[i:])] = layer
+    calls: list[nn.Module] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if shared[0].rows is not routed:
+            return
+        calls.append(module)
+        if len(calls) > 1:
+            return
+        given = len(routed.mixtures)
+        count = rows_of(args, kwargs, given, shared[0].expandable)
+        if not isinstance(count, int):
+            if count is not None:
+                raise SpectuneError(
+                    f"route was given {given} rows and the input of the model is {count}; give one entry for each row "
+                    "of the batch"
+                )
+            return
+        routed.count = count
+        if routed.alike:
+            return
+        call = Call(module, args, kwargs, count)
+        structure = call.structure if module is model else None
+        parts = within[module]
+        if structure not in layouts.tried | {None} or not layouts.shown.issuperset(parts.values()):
+            _refuse_batch_norm(module)
+            layouts.tried.add(structure)
+            with base_alone(module):
+                find_layouts(layouts, call, parts)
+            routed.forget()
+        begin()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if shared[0].rows is routed and calls[-1:] == [module]:
+            calls.pop()
+            if not calls:
+                routed.count = None
+
+    with ExitStack() as stack:
+        begin = stack.enter_context(answering_apart(shared, layouts, routed))
+        for module in within:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+        yield
+
+
+def _refuse_batch_norm(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            raise SpectuneError(
+                f"rows cannot have different adapters while {name!r} takes its mean over all of them; set it to eval()"
+            )
 
 
 def _mixtures(layers: Mapping[str, Adapted], choices: Sequence[Choice]) -> list[Mixture]:

@@ -1,0 +1,94 @@
+"""Modules that answer the rows of a batch apart, those of one choice at a time, where their layers cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.layouts import Layouts
+from spectune.layers.selection import Rows, Selection
+from spectune.model.trial import leaves, structure_of, walk
+
+
+@contextmanager
+def answering_apart(shared: Sequence[Selection], layouts: Layouts, rows: Rows) -> Iterator[Callable[[], None]]:
+    """Within the context have modules answer rows apart where layers of theirs need it, once what is given is called."""
+    done: set[nn.Module] = set()
+    with ExitStack() as undo:
+
+        def begin() -> None:
+            for layer, module in layouts.apart.items():
+                if module not in done and not rows.same(layer):
+                    done.add(module)
+                    own = vars(module).get("forward")
+                    undo.callback(_restore, module, own)
+                    vars(module)["forward"] = partial(_forward, shared, layouts, module, module.forward)
+
+        yield begin
+
+
+def _restore(module: nn.Module, own: Any) -> None:
+    if own is None:
+        vars(module).pop("forward", None)
+    else:
+        vars(module)["forward"] = own
+
+
+def _forward(
+    shared: Sequence[Selection], layouts: Layouts, module: nn.Module, forward: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Return what a module makes of all rows, put together from what it makes of those of each choice."""
+    rows = shared[0].rows
+    if rows is None:
+        return forward(*args, **kwargs)
+    tensors = dict(leaves((args, kwargs)))
+    plan = layouts.plans[module].get(structure_of(tensors))
+    count = rows.count or len(rows.mixtures)
+    if plan is None or any(p and tensors[path].shape[p.axis] % count for path, p in plan.taken.items()):
+        raise SpectuneError(
+            f"rows cannot have different adapters in {type(module).__name__}: it was called in another way than in the "
+            "pass that rows were told apart by"
+        )
+    outputs, order, counts = [], [], []
+    for mixture, wanted in rows.groups():
+
+        def taken(path: Any, value: Any, wanted: Sequence[int] = wanted) -> Any:
+            layout = plan.taken.get(path)
+            if layout is None:
+                return value
+            return layout.take(value, count, torch.tensor(wanted, device=value.device))
+
+        some_args, some_kwargs = walk((args, kwargs), taken)
+        with _answering(shared, mixture):
+            outputs.append(forward(*some_args, **some_kwargs))
+        order += wanted
+        counts.append(len(wanted))
+    places = torch.tensor(order).argsort()
+    each = [dict(leaves(output)) for output in outputs]
+
+    def joined(path: Any, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return plan.given[path].join([found[path] for found in each], counts, places.to(value.device))
+
+    return walk(outputs[0], joined)
+
+
+@contextmanager
+def _answering(shared: Sequence[Selection], mixture: Any) -> Iterator[None]:
+    """Within the context have a mixture answer every row."""
+    before = [(selection, selection.mixture, selection.rows) for selection in shared]
+    for selection in shared:
+        selection.mixture, selection.rows = mixture, None
+    try:
+        yield
+    finally:
+        for selection, mixture_before, rows in before:
+            selection.mixture, selection.rows = mixture_before, rows
