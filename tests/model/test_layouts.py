@@ -115,9 +115,9 @@ def test_windows_of_pictures():
 
 def test_time_before_rows():
     torch.manual_seed(0)
-    model = adapted(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False))
+    model = adapted(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32), 2))
     for length in (4, 5, 1):
-        check(model, lambda x: model(x.transpose(0, 1)).transpose(0, 1), torch.randn(4, length, 16))
+        check(model, lambda x: model(x.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1), torch.randn(4, length, 16))
 
 
 def test_experts_answer_with_the_adapter_of_the_row_that_a_token_is_of_while_generating():

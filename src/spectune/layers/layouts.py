@@ -137,6 +137,7 @@ class Layouts:
         names: of the layers.
         shown: layers of the modules that were tried.
         tried: structures of calls that were tried.
+        entrances: modules that were called from outside.
         failure: why the last try failed.
     """
 
@@ -147,6 +148,7 @@ class Layouts:
         self.names: dict[Layer, str] = {}
         self.shown: set[Layer] = set()
         self.tried: set[Any] = set()
+        self.entrances: set[nn.Module] = set()
         self.failure: str | None = None
 
     def learn(self, key: tuple[Layer, int], verdict: Layout | str) -> None:

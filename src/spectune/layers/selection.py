@@ -68,14 +68,12 @@ class Rows:
             return place
         if self.count is None and place == UNTRIED:  # the layer itself was called with the batch
             return Layout()
-        axes = x.dim()
-        name, failure = self.layouts.names.get(layer, "a layer"), self.layouts.failure
-        why = (
-            f"the model could not be tried with two of the rows ({failure})" if place == UNTRIED and failure else place
-        )
+        name, why = self.layouts.names.get(layer, "a layer"), place
+        if place == UNTRIED and self.layouts.failure is not None:
+            why = f"the model could not be tried with two of the rows ({self.layouts.failure})"
         raise SpectuneError(
-            f"rows cannot have different adapters in {name!r}, whose input has {axes} axes: {why}; leave the layer out "
-            "of the adapters, or give all rows the same choice"
+            f"rows cannot have different adapters in {name!r}, whose input has {x.dim()} axes: {why}; leave the layer "
+            "out of the adapters, or give all rows the same choice"
         )
 
     def forget(self) -> None:

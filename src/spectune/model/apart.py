@@ -19,7 +19,7 @@ from spectune.model.trial import leaves, structure_of, walk
 
 @contextmanager
 def answering_apart(shared: Sequence[Selection], layouts: Layouts, rows: Rows) -> Iterator[Callable[[], None]]:
-    """Within the context have modules answer rows apart where layers of theirs need it, once what is given is called."""
+    """Within the context, once what it gives is called, have modules answer rows apart where their layers need it."""
     done: set[nn.Module] = set()
     with ExitStack() as undo:
 

@@ -138,18 +138,19 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
 def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, shared: Any) -> Iterator[None]:
     """Within the context see to it, before a call of the model or a part of it, that its rows are known in each layer.
 
-    Parts are watched only as long as there are layers that no pass has shown.
+    All parts are watched as long as there are layers that no pass has shown, afterwards those that were called.
     """
     layouts = routed.layouts
     within = {model: dict(layers)}
     new = {layer: name for name, layer in layers.items() if layer not in layouts.shown}
-    layouts.names.update(new)
-    if new and not routed.alike and not hasattr(model, "_orig_mod"):
+    layouts.names.update(new)  # type: ignore[arg-type]
+    if not routed.alike and not hasattr(model, "_orig_mod"):
         for name, layer in layers.items():
-            parts = name.split(".")
-            for i in range(1, len(parts)):
-                module = model.get_submodule(".".join(parts[:i]))
-                within.setdefault(module, {})[".".join(parts[i:])] = layer
+            module = model
+            for i, part in enumerate(parts := name.split(".")[:-1], 1):
+                module = getattr(module, part)
+                if new or module in layouts.entrances:
+                    within.setdefault(module, {})[".".join([*parts[i:], name.rpartition(".")[2]])] = layer
     calls: list[nn.Module] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -170,6 +171,7 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, s
         routed.count = count
         if routed.alike:
             return
+        layouts.entrances.add(module)
         call = Call(module, args, kwargs, count)
         structure = call.structure if module is model else None
         parts = within[module]

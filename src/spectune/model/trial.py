@@ -154,7 +154,7 @@ def _part(call: Call, guess: _Guess, wanted: Sequence[int], turned: int | None) 
             if not guess.fits(value, call.rows):
                 return value.detach().clone()
             own = value.detach().index_select(guess.axis, torch.tensor(wanted, device=value.device))
-            if first and turned in wanted and own.dim() > 1:
+            if first and turned is not None and turned in wanted and own.dim() > 1:
                 place = [slice(None)] * guess.axis + [list(wanted).index(turned)]
                 own[tuple(place)] = own[tuple(place)].flip(-1)
             first = False
