@@ -29,7 +29,7 @@ from spectune.training.data.packing import Packer
 from train_job import BATCH, pairs
 
 METHODS = {"LoRA": "lora:rank=16,alpha=32", "DoRA": "dora:inner=lora,rank=16,alpha=32"}
-HOW: dict[str, Any] = {"false": False, "light": "light", "true": True}
+HOW: dict[str, Any] = {"false": False, "selective": "selective", "true": True}
 
 
 def peak_bytes(step: Callable[[], None]) -> int:

@@ -42,7 +42,7 @@ def methods_of(model, text):
 
 
 @pytest.mark.parametrize("text", METHODS)
-@pytest.mark.parametrize("again", [False, "light", True])
+@pytest.mark.parametrize("again", [False, "selective", True])
 def test_flops_are_those_of_a_real_step(text, again):
     real = spectune.adapt(llama(), text, factored=True).train()
     checkpoint_activations(real, again)
@@ -87,7 +87,7 @@ def test_what_is_computed_again_is_not_held():
     chosen = methods_of(model, "lora:rank=2")
     for dtype in (torch.float32, torch.bfloat16):
         everything, light, blocks = (
-            cost(model, chosen, Batch(4, 64, gradient_checkpointing=how), dtype) for how in (False, "light", True)
+            cost(model, chosen, Batch(4, 64, gradient_checkpointing=how), dtype) for how in (False, "selective", True)
         )
         assert everything.saved > 1.5 * light.saved > 2 * blocks.saved
         assert everything.seconds < min(light.seconds, blocks.seconds)
@@ -97,7 +97,7 @@ def test_what_is_computed_again_is_not_held():
 
 
 def test_a_step_with_dropout_is_counted_too():
-    again = replace(BATCH, gradient_checkpointing="light")
+    again = replace(BATCH, gradient_checkpointing="selective")
     counts = []
     for text in ("lora:rank=2,dropout=0.1", "lora:rank=2"):
         model = llama().to("meta")
@@ -105,7 +105,7 @@ def test_a_step_with_dropout_is_counted_too():
     assert counts[0].seconds > counts[1].seconds > 0
 
 
-@pytest.mark.parametrize("again", [False, "light", True])
+@pytest.mark.parametrize("again", [False, "selective", True])
 @pytest.mark.parametrize("text", ["floor", "full", "lora:rank=2", "svf", "dora:rank=2"])
 def test_two_short_models_tell_of_a_deep_one(text, again):
     model, batch = llama(7).to("meta"), replace(BATCH, gradient_checkpointing=again)

@@ -129,7 +129,7 @@ def test_a_region_keeps_attention_and_its_gradients_to_the_last_bit():
             parameter.add_(0.1)
     examples = encode(RECORDS, make_tokenizer(), 32).examples
     found = {}
-    for how in (False, "light", True):
+    for how in (False, "selective", True):
         checkpoint_activations(model, how)
         with packed_attention(model):
             batch = Packer(model, 0)(examples)
@@ -138,5 +138,5 @@ def test_a_region_keeps_attention_and_its_gradients_to_the_last_bit():
         found[how] = attentions.count, logits, *gradients.values()
         if how:
             keep_activations(model)
-    assert [found[how][0] for how in (False, "light", True)] == [6, 6, 12]  # of two layers for three examples
-    assert all(torch.equal(a, b) for a, b in zip(found[False][1:], found["light"][1:], strict=True))
+    assert [found[how][0] for how in (False, "selective", True)] == [6, 6, 12]  # of two layers for three examples
+    assert all(torch.equal(a, b) for a, b in zip(found[False][1:], found["selective"][1:], strict=True))

@@ -79,7 +79,7 @@ def test_accelerate_launches_it_too(settings, tmp_path, kind):
 def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tmp_path):
     settings += ["method=adalora:rank=2,interval=1", "epochs=2", "save_steps=5"]
     one = train(load_config(None, [*settings, f"output={tmp_path / 'one'}", "batch_size=8"]))
-    two = [*settings, f"output={tmp_path / 'two'}", "batch_size=2", "accumulate=2", "--json"]
+    two = [*settings, f"output={tmp_path / 'two'}", "batch_size=2", "gradient_accumulation_steps=2", "--json"]
     done = torchrun("-m", "spectune", "train", *two)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)  # of one process

@@ -129,7 +129,9 @@ def test_resuming_with_another_method_is_refused(settings, tmp_path):
 
 def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
     large = run(settings, f"output={tmp_path / 'a'}", "batch_size=8", "max_steps=3", "lr=1e-2")
-    small = run(settings, f"output={tmp_path / 'b'}", "batch_size=2", "accumulate=4", "max_steps=3", "lr=1e-2")
+    small = run(
+        settings, f"output={tmp_path / 'b'}", "batch_size=2", "gradient_accumulation_steps=4", "max_steps=3", "lr=1e-2"
+    )
     name = "model.layers.1.self_attn.q_proj"
     torch.testing.assert_close(
         large.adapter.layers[name].terms[0].trained["z"],

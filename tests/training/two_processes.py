@@ -85,7 +85,14 @@ def not_finite(folder, settings):
         if processes.rank() == 1:
             at_step(3, patch, poison)
         with pytest.raises(SpectuneError, match=r"loss became nan at step 4: .*checkpoint-2"):
-            run(settings, f"output={output}", "accumulate=2", "batch_size=2", "save_steps=2", "log_steps=100")
+            run(
+                settings,
+                f"output={output}",
+                "gradient_accumulation_steps=2",
+                "batch_size=2",
+                "save_steps=2",
+                "log_steps=100",
+            )
     assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
 
 

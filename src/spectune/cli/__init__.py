@@ -26,6 +26,7 @@ from spectune.cli import (
 )
 from spectune.cli.shared import let_the_main_process_speak, say_error
 from spectune.errors import SpectuneError
+from spectune.plugins import import_module_of_user
 
 app = typer.Typer(
     name="spectune",
@@ -62,9 +63,12 @@ def _version(value: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     cache: str | None = typer.Option(None, "--cache", metavar="FOLDER", help="For decompositions; `off` goes without."),
+    plugin: list[str] = typer.Option([], "--plugin", metavar="MODULE", help="Import first: methods of your own."),
 ) -> None:
     if cache is not None:
         os.environ["SPECTUNE_CACHE"] = cache
+    for module in plugin:
+        import_module_of_user(module)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ goes on with the same command.  --preset quick compares on an embedded encoder w
 Settings come from the preset, then a YAML file, then key=value or --key value, which win.  The keys of `spectune
 train`, but for those that a comparison sets itself, and:
 
-{keys(CompareConfig, _OWN)}
+{keys(CompareConfig.model_fields, _OWN)}
 """
 
 

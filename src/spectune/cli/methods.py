@@ -12,10 +12,11 @@ from spectune.cli.shared import JSON, print_json
 
 def methods(json: bool = JSON) -> None:
     """List the methods, their options with defaults, and their papers."""
-    from spectune.methods import METHODS, Method, to_text
+    from spectune.methods import Method, to_text
+    from spectune.methods.registry import load_plugins
 
     rows = []
-    for name, cls in METHODS.items():
+    for name, cls in load_plugins().items():
         fields = {
             field.name: to_text(value) if isinstance(value := getattr(cls(), field.name), Method) else value
             for field in dataclasses.fields(cls)

@@ -24,7 +24,7 @@ def plan(
     length: int = typer.Option(512, min=1, help="Tokens of a sequence."),
     supervised: float = typer.Option(1.0, help="RowWeights of the positions with a loss, in (0, 1]."),
     gradient_checkpointing: str = typer.Option(
-        "light", metavar="light|true|false", help="What the backward pass computes again, as in train."
+        "selective", metavar="selective|true|false", help="What the backward pass computes again, as in train."
     ),
     precision: list[str] = typer.Option(
         [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."

@@ -91,7 +91,7 @@ class Bench:
         self.examples["sample"] = learned[:: len(learned) // count][:count]
         self.general = None if config.general is None else general_texts(config.general, self.model)
         self._before = None if self.general is None else states_or_loss(self.model, self.tokenizer, self.general)
-        per_step = config.batch_size * config.accumulate
+        per_step = config.batch_size * config.gradient_accumulation_steps
         self._bytes: dict[str, int] = {}
         self._base: dict[str, Any] | None = None
         self.steps = config.max_steps or max(1, round(config.epochs * len(self.examples["train"]) / per_step))

@@ -12,12 +12,8 @@ from pydantic import Field
 
 from spectune.errors import SpectuneError, nearest
 from spectune.training.config import TrainConfig
+from spectune.training.registry import options_of, task_names
 
-METRICS = {
-    "sft": ("loss", "exact_match"),
-    "classify": ("accuracy", "macro_f1", "loss"),
-    "dpo": ("reward_accuracy", "loss"),
-}
 _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "method": "give methods",
     "lr": "a learning rate is searched for each method: give lrs, their number",
@@ -87,10 +83,11 @@ class CompareConfig(TrainConfig):
         for key, instead in _CHOSEN.items():
             if key in self.model_fields_set:
                 raise SpectuneError(f"{key} is not a key of compare: {instead}")
-        if self.task not in METRICS:
-            raise SpectuneError(f"task: {self.task} cannot be compared; known: {', '.join(METRICS)}")
-        if self.metric is not None and self.metric not in METRICS[self.task]:
-            known = METRICS[self.task]
+        known = self.of_task().measures
+        if not known:
+            comparable = [name for name in task_names() if options_of(name).measures]
+            raise SpectuneError(f"task: {self.task} cannot be compared; known: {', '.join(comparable)}")
+        if self.metric is not None and self.metric not in known:
             raise SpectuneError(
                 f"metric: {self.metric} does not fit task: {self.task}{nearest(self.metric, known)} "
                 f"(known: {', '.join(known)})"
@@ -102,7 +99,7 @@ class CompareConfig(TrainConfig):
     @property
     def measure(self) -> str:
         """The metric, given or the task's own."""
-        return self.metric or METRICS[self.task][0]
+        return self.metric or self.of_task().measures[0]
 
     @property
     def greater_is_better(self) -> bool:
@@ -116,7 +113,8 @@ class CompareConfig(TrainConfig):
 
     def for_trial(self, method: str, lr: float | None, seed: int, steps: int, eval_steps: int) -> TrainConfig:
         """Return the configuration of one run."""
-        own: dict[str, Any] = {key: getattr(self, key) for key in TrainConfig.model_fields if key not in _CHOSEN}
+        keys = [*TrainConfig.model_fields, *options_of(self.task).model_fields]
+        own: dict[str, Any] = {key: getattr(self, key) for key in keys if key not in _CHOSEN}
         own |= {"seed": seed, "max_steps": steps, "eval_steps": eval_steps, "lr": lr}
         own |= {} if method in ("base", "full") else {"method": method}
         return TrainConfig(**own)

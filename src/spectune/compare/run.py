@@ -207,7 +207,7 @@ def _header(
         "baseline": against,
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "steps": bench.steps,
-        "batch_size": config.batch_size * config.accumulate,
+        "batch_size": config.batch_size * config.gradient_accumulation_steps,
         "split": {name: len(part) for name, part in bench.records.items()},
         "budget": config.budget,
         "general": config.general,

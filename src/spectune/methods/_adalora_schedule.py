@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from spectune.layers.shards import as_part, is_part, whole
+from spectune.shared import WhileNeeded, replaced
 
 _FACTORS = ("P", "E", "Q")
 _MATRICES = ("P", "Q")
@@ -46,7 +47,6 @@ class BudgetSchedule:
     """
 
     _alive: ClassVar[weakref.WeakSet[BudgetSchedule]] = weakref.WeakSet()
-    _watching: ClassVar[bool] = False
     loss_scale: ClassVar[Tensor | None] = None  # of the backward pass at hand, where a GradScaler scaled its loss
 
     def __init__(self, updates: Sequence[Any]) -> None:
@@ -73,12 +73,9 @@ class BudgetSchedule:
         self.total_steps: int | None = state["total_steps"]
         self._warned = False
         BudgetSchedule._alive.add(self)
-        if not BudgetSchedule._watching:
-            register_optimizer_step_pre_hook(_before_step)
-            register_optimizer_step_post_hook(_after_step)
-            BudgetSchedule._watching = True
-            _join_trainer()
-            _join_scaler()
+        for effect in _effects():
+            effect.acquire()
+            weakref.finalize(self, effect.release).atexit = False
 
     def updates(self) -> list[Any]:
         """Return the updates that are still part of a model."""
@@ -262,9 +259,21 @@ def before_clip(model: Any) -> None:
         schedule.before_clip()
 
 
-def _join_scaler() -> None:
-    """Have every GradScaler tell by what it scaled the loss of a backward pass, which AdaLoRA's penalty is part of."""
-    scale = torch.amp.GradScaler.scale
+@functools.cache
+def _effects() -> tuple[WhileNeeded, ...]:
+    """Return what is process-wide while a schedule is alive: optimizers, GradScalers and Trainers are listened to."""
+    from transformers.trainer_callback import CallbackHandler  # which takes its time to import
+
+    return (
+        WhileNeeded(lambda: register_optimizer_step_pre_hook(_before_step).remove),
+        WhileNeeded(lambda: register_optimizer_step_post_hook(_after_step).remove),
+        replaced(torch.amp.GradScaler, "scale", _telling_of_scale),
+        replaced(CallbackHandler, "__init__", _telling_of_length),
+    )
+
+
+def _telling_of_scale(scale: Any) -> Any:
+    """Have a GradScaler tell by what it scaled the loss of a backward pass, which AdaLoRA's penalty is part of."""
 
     @functools.wraps(scale)
     def scale_and_tell(self: Any, outputs: Any) -> Any:
@@ -274,7 +283,7 @@ def _join_scaler() -> None:
                 loss.register_hook(lambda grad: _during_this_pass(self._scale))
         return scaled
 
-    torch.amp.GradScaler.scale = scale_and_tell
+    return scale_and_tell
 
 
 def _during_this_pass(scale: Tensor) -> None:
@@ -282,21 +291,21 @@ def _during_this_pass(scale: Tensor) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(BudgetSchedule, "loss_scale", None))
 
 
-def _join_trainer() -> None:
-    """Have every transformers.Trainer made from now on tell the length of its run.
+def _telling_of_length(begin: Any) -> Any:
+    """Have a transformers.Trainer of a model with AdaLoRA on it tell the length of its run.
 
     Its own list of callbacks is in a module that takes ten times as long to import, with all of `datasets`.
     """
-    from transformers.trainer_callback import CallbackHandler, TrainerCallback
+    from transformers.trainer_callback import TrainerCallback
 
     class SpectuneRunLength(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             tell_total_steps(model, state.max_steps)
 
-    begin = CallbackHandler.__init__
+    @functools.wraps(begin)
+    def begin_with_ours(self: Any, callbacks: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, callbacks, model, *args, **kwargs)
+        if isinstance(model, torch.nn.Module) and any("schedule" in module.__dict__ for module in model.modules()):
+            self.add_callback(SpectuneRunLength)
 
-    def begin_with_ours(self: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
-        self.add_callback(SpectuneRunLength)
-
-    CallbackHandler.__init__ = begin_with_ours
+    return begin_with_ours

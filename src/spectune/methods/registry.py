@@ -6,11 +6,14 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar, overload
 
 from spectune.errors import SpectuneError, nearest
 from spectune.methods.base import Method
+from spectune.plugins import imported, load, offered
 
+GROUP = "spectune.methods"  # of entry points: name = "package.module:Class", or a module that registers some
 METHODS: dict[str, type[Method]] = {}
 _UNLISTED: dict[str, type[Method]] = {}  # of single layers, not to be chosen for a whole model
 T = TypeVar("T", bound=type[Method])
@@ -37,17 +40,50 @@ def load_all() -> None:
         importlib.import_module(f"spectune.methods.{module.name}")
 
 
+def load_plugins() -> dict[str, type[Method]]:
+    """Return the listed methods by name, those that installed packages offer among them."""
+    for point in offered(GROUP).values():
+        _known(load(point))
+    return METHODS
+
+
 def find(name: str) -> type[Method]:
-    """Return the method class of this name (`lora_xs`, `lora-xs` and `LoRAXS` are one).
+    """Return the method class of this name (`lora_xs`, `lora-xs` and `LoRAXS` are one), or of `module:Class`.
 
     Raises:
         SpectuneError: there is none.
     """
-    plain = {key.replace("_", ""): cls for key, cls in {**METHODS, **_UNLISTED}.items()}
-    cls = plain.get(name.lower().replace("_", "").replace("-", ""))
+    cls = _registered(name)
+    if cls is None and ":" in name:
+        return _known(imported(name, "method", "Class, such as methods:Mine for a methods.py here"))
+    if cls is None:  # packages are imported only for a name that is not known without them
+        load_plugins()
+        cls = _registered(name)
     if cls is None:
-        raise SpectuneError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+        raise SpectuneError(
+            f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)}; one of a package of your "
+            "own is known once its module is imported: module:Class on the command line, or an entry point of "
+            f"{GROUP})"
+        )
     return cls
+
+
+def _registered(name: str) -> type[Method] | None:
+    plain = {key.replace("_", ""): cls for key, cls in {**METHODS, **_UNLISTED}.items()}
+    return plain.get(name.lower().replace("_", "").replace("-", ""))
+
+
+def _known(found: Any) -> type[Method]:
+    """Return a method class that a package offers, registered."""
+    if isinstance(found, type) and issubclass(found, Method):
+        if _registered(found.name) is not found:
+            if _registered(found.name) is not None:
+                raise SpectuneError(f"{found!r} has the name {found.name!r}, which another method has; rename it")
+            register(found)
+        return found
+    if isinstance(found, ModuleType):  # which has registered its methods as it was imported
+        return Method
+    raise SpectuneError(f"{found!r:.60} is not a subclass of spectune.Method")
 
 
 def parse(text: str | Method) -> Method:
@@ -61,7 +97,7 @@ def parse(text: str | Method) -> Method:
     """
     if isinstance(text, Method):
         return text
-    name, _, rest = text.strip().partition(":")
+    name, rest = _taken_apart(text.strip())
     values: dict[str, Any] = {}
     for pair in filter(None, (p.strip() for p in rest.split(","))):
         field, equals, value = pair.partition("=")
@@ -71,6 +107,15 @@ def parse(text: str | Method) -> Method:
             raise SpectuneError(f"{field!r} is given twice in method {text!r}")
         values[field] = _literal(value.strip())
     return from_fields({"name": name, **values}, complete=False)
+
+
+def _taken_apart(text: str) -> tuple[str, str]:
+    """Return the method and the fields of `name:fields` or `module:Class:fields`."""
+    name, _, rest = text.partition(":")
+    second, _, fields = rest.partition(":")
+    if second[:1].isupper() and second.isidentifier():
+        return f"{name}:{second}", fields
+    return name, rest
 
 
 def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
@@ -85,7 +130,10 @@ def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
     """
     if "name" not in fields:
         raise SpectuneError("the description of a method has no 'name'")
-    cls = find(str(fields["name"]))
+    name = str(fields["name"])
+    if complete and ":" in name:  # a file does not say what is imported
+        raise SpectuneError(f"the description of a method names {name!r}; a method has a plain name")
+    cls = find(name)
     known = {f.name for f in dataclasses.fields(cls)}
     given = {**(cls.earlier if complete else {}), **{k: v for k, v in fields.items() if k != "name"}}
     if "inner" in known and not complete:

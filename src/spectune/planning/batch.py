@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.shared import replaced
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.parts import training_parts
 from spectune.training.data.encoding import Example
@@ -31,7 +32,7 @@ class Batch:
     rows: int = 8
     length: int = 512
     supervised: float = 1.0
-    gradient_checkpointing: bool | Literal["light"] = "light"
+    gradient_checkpointing: bool | Literal["selective"] = "selective"
 
 
 def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
@@ -83,7 +84,7 @@ def training_attention(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(training_parts(model))
         if model.device.type == "meta":
-            stack.enter_context(_whole_attention())
+            stack.enter_context(_whole_attention.needed())
         try:
             yield
         finally:
@@ -91,14 +92,12 @@ def training_attention(model: Any) -> Iterator[None]:
                 del module.__dict__[looks]
 
 
-@contextmanager
-def _whole_attention() -> Iterator[None]:
-    """On the meta device PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.
+def _attends_whole(attend: Any) -> Any:
+    """Return what on the meta device has attention as one operation, and elsewhere is `attend`.
 
-    The function is replaced, since what handles calls (TorchFunctionMode) sees none of those that a checkpointed block
-    makes in the backward pass.
+    There PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.  The function is replaced,
+    since what handles calls (TorchFunctionMode) sees none of those that a checkpointed block makes in the backward pass.
     """
-    attend = F.scaled_dot_product_attention
 
     def attend_whole(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
@@ -107,11 +106,10 @@ def _whole_attention() -> Iterator[None]:
             return _fused(query, *args, **kwargs)
         return attend(query, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attend_whole  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = attend
+    return attend_whole
+
+
+_whole_attention = replaced(F, "scaled_dot_product_attention", _attends_whole)
 
 
 def _fused(

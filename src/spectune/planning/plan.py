@@ -62,7 +62,7 @@ def plan(
     batch_size: int = 8,
     length: int = 512,
     supervised: float = 1.0,
-    gradient_checkpointing: bool | Literal["light"] = "light",
+    gradient_checkpointing: bool | Literal["selective"] = "selective",
     precisions: Sequence[str] = PRECISIONS,
     devices: Iterable[int] = (1,),
     memory: str | int | None = None,
@@ -136,8 +136,10 @@ def _check(batch: Batch, precisions: Sequence[str]) -> None:
         raise SpectuneError(f"batch_size and length must be at least 1, not {batch.rows} and {batch.length}")
     if not 0 < batch.supervised <= 1:
         raise SpectuneError(f"supervised must be a share in (0, 1], not {batch.supervised}")
-    if batch.gradient_checkpointing not in (True, False, "light"):
-        raise SpectuneError(f"gradient_checkpointing must be light, true or false, not {batch.gradient_checkpointing}")
+    if batch.gradient_checkpointing not in (True, False, "selective"):
+        raise SpectuneError(
+            f"gradient_checkpointing must be selective, true or false, not {batch.gradient_checkpointing!r}"
+        )
     for precision in precisions:
         if precision not in DTYPES:
             raise SpectuneError(f"unknown precision {precision!r} (known: {', '.join(PRECISIONS)})")

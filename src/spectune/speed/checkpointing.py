@@ -8,18 +8,18 @@ from typing import Any, Literal
 from spectune.speed.recompute_cache import keep_products
 
 
-def checkpoint_activations(model: Any, how: bool | Literal["light"]) -> None:
+def checkpoint_activations(model: Any, how: bool | Literal["selective"]) -> None:
     """Have a model of transformers compute activations again in the backward pass.
 
     Args:
-        model: the model; one that cannot is left alone by "light".
-        how: "light" keeps the products of linear layers, True only what goes into each block, False everything.
+        model: the model; one that cannot is left alone by "selective".
+        how: "selective" keeps the products of linear layers, True only what goes into each block, False everything.
     """
-    light = how == "light"
-    if not how or (light and not model.supports_gradient_checkpointing):
+    selective = how == "selective"
+    if not how or (selective and not model.supports_gradient_checkpointing):
         return
     options: dict[str, Any] = {"use_reentrant": False}
-    if light:
+    if selective:
         options["context_fn"] = keep_products
     _named(model, "enable")(options)
 

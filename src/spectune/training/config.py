@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError, nearest
+from spectune.training.aliases import aliased, hint
+from spectune.training.options import TaskOptions
+from spectune.training.registry import options_of, owner_of, task_keys
 
 if TYPE_CHECKING:
     from spectune.methods import Method
 
-_OF_TASK = {
-    "dpo": ("beta", "dpo_loss", "label_smoothing"),
-    "reinforce": (
-        *("environment", "environment_options", "problems", "raw", "reward", "samples", "max_new_tokens"),
-        *("temperature", "kl", "normalize_rewards"),
-    ),
-}
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _checkpointing(value: Any) -> Any:
+    return "selective" if value == "light" else value  # as it was called once
 
 
 class TrainConfig(BaseModel):
@@ -29,6 +31,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
     command: ClassVar[str] = "train"
+    options_type: ClassVar[type[TaskOptions] | None] = None  # of the task whose keys the class has beside these
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
     data: str | None = Field(
@@ -39,10 +42,10 @@ class TrainConfig(BaseModel):
     data_config: str | None = Field(None, description="configuration of a data set that has several (glue: sst2)")
     data_split: str | None = Field(None, description="split of a data set to train on; train if not given")
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
-    task: Literal["sft", "classify", "dpo", "reinforce"] = Field(
+    task: str = Field(
         "sft",
         description="sft: messages, prompt and completion, or text; classify: text and label; dpo: prompt, chosen and "
-        "rejected; reinforce: prompts and a reward",
+        "rejected; reinforce: prompts and a reward; or what an installed package offers, or module:Class",
     )
     method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
     targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
@@ -56,16 +59,13 @@ class TrainConfig(BaseModel):
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(8, ge=1, description="examples in a forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes in an optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes in an optimizer step")
     max_length: int = Field(1024, ge=8, description="tokens of an example; the rest is cut off")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
     completion_only: bool = Field(True, description="loss on completions and assistant turns only")
-    beta: float = Field(0.1, gt=0, description="dpo: how much of a step away from the base a preference is worth")
-    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="dpo: of a pair's margin")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, sigmoid: share of pairs that may be swapped")
     columns: dict[str, str] = Field(
         {}, description="the data's names for what the task takes: {text: sentence, label: spam}"
     )
@@ -79,21 +79,6 @@ class TrainConfig(BaseModel):
     best: bool = Field(False, description="end with the checkpoint that is best on what is held out; needs eval_steps")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints; with best or patience eval_steps")
     log_steps: int = Field(1, ge=1, description="steps between lines of the log")
-    environment: str | None = Field(None, description="reinforce: reasoning-gym environment, such as chain_sum")
-    environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
-    problems: int = Field(2000, ge=2, description="reinforce: the environment's problems, those held out included")
-    raw: bool = Field(False, description="reinforce: put the environment's questions without a chat template")
-    reward: str | None = Field(
-        None, description="reinforce: module:function, from the working directory or installed; wins over the "
-        "environment's own"
-    )  # fmt: skip
-    samples: int = Field(8, ge=2, description="reinforce: completions of each prompt, each other's baseline")
-    max_new_tokens: int = Field(64, ge=1, description="reinforce: tokens of a completion")
-    temperature: float = Field(1.0, gt=0, description="reinforce: of the sampling; evaluations are greedy")
-    kl: float = Field(0.0, ge=0, description="reinforce: coefficient of the KL divergence to the base, per completion")
-    normalize_rewards: bool = Field(
-        False, description="reinforce: divide advantages by the rewards' standard deviation among a prompt's samples"
-    )
     dtype: str | None = Field(
         None, description="of the base: fp32, bf16, fp16; the faster of the first two if not given"
     )
@@ -103,9 +88,9 @@ class TrainConfig(BaseModel):
         True,
         description="train svf and svft through the factors of W: faster, and equal up to rounding",
     )
-    gradient_checkpointing: bool | Literal["light"] = Field(
-        "light",
-        description="compute activations again to save memory: light, all but the products of linear layers; true, "
+    gradient_checkpointing: Annotated[bool | Literal["selective"], BeforeValidator(_checkpointing)] = Field(
+        "selective",
+        description="compute activations again to save memory: selective, all but the products of linear layers; true, "
         "everything; false, nothing",
     )
     report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
@@ -114,9 +99,19 @@ class TrainConfig(BaseModel):
     overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
+    def __new__(cls, **values: Any) -> TrainConfig:
+        # a configuration is of a class that has the keys of its task as well
+        if cls.options_type is None:
+            cls = with_task(cls, str(values.get("task", cls.model_fields["task"].default)))
+        return super().__new__(cls)
+
+    def __reduce__(self) -> Any:  # the class is made at run time
+        base = next(c for c in type(self).__mro__ if issubclass(c, TrainConfig) and c.options_type is None)
+        return _made, (base, self.model_dump(exclude_unset=True))
+
     def parsed_method(self) -> Method:
         """Return the method."""
-        from spectune.methods import parse
+        from spectune.methods import parse  # with torch, which the command line's help does without
 
         return parse(self.method)
 
@@ -129,14 +124,13 @@ class TrainConfig(BaseModel):
         """Raise for keys that do not go together.
 
         Raises:
-            SpectuneError: no data, evaluation on what is trained on, a key of another task, an adapter and what it has
-                already, patience or best without evaluations, or checkpoints at other steps than evaluations.
+            SpectuneError: no data, evaluation on what is trained on, an adapter and what it has already, patience or
+                best without evaluations, checkpoints at other steps than evaluations, or what the task refuses.
         """
-        for task, keys in _OF_TASK.items():
-            for key in keys if task != self.task else ():
-                if self._given(key):
-                    raise SpectuneError(f"{key} is a key of task: {task}, and this is task: {self.task}")
-        self._check_data()
+        options = self.of_task()
+        if not options.makes_records:
+            self._check_data()
+        options.check_task(self)
         for key in ("targets", "exclude", "overrides") if self.adapter is not None else ():
             if self._given(key):
                 raise SpectuneError(f"{key} cannot change with adapter: the adapter in {self.adapter} has its layers")
@@ -151,22 +145,20 @@ class TrainConfig(BaseModel):
     def _given(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default
 
+    def of_task(self) -> TaskOptions:
+        """Return the same configuration, as the task's own part of it."""
+        assert isinstance(self, TaskOptions)  # by __new__
+        return self
+
     def _check_data(self) -> None:
-        if self.environment is None:
-            if self.data is None:
-                raise SpectuneError(f"data is not given: {type(self).model_fields['data'].description}")
-            if self.task == "reinforce" and self.reward is None:
-                raise SpectuneError("task: reinforce needs a reward: give reward (module:function) or environment")
-            other = self.evaluation()
-            if other is not None and (other[0], other[2] or "train") == (self.data, self.data_split or "train"):
-                raise SpectuneError(
-                    "the evaluation would be on what is trained on: give another eval_data or eval_split, or leave "
-                    "both out for a held_out share"
-                )
-            return
-        for key in ("data", "data_config", "data_split", "eval_data", "eval_split"):
-            if getattr(self, key) is not None:
-                raise SpectuneError(f"{key} and environment are both given; the problems come from one of them")
+        if self.data is None:
+            raise SpectuneError(f"data is not given: {type(self).model_fields['data'].description}")
+        other = self.evaluation()
+        if other is not None and (other[0], other[2] or "train") == (self.data, self.data_split or "train"):
+            raise SpectuneError(
+                "the evaluation would be on what is trained on: give another eval_data or eval_split, or leave "
+                "both out for a held_out share"
+            )
 
     def evaluation(self) -> tuple[str, str | None, str | None] | None:
         """Return the data, configuration and split to evaluate on, or None where it is a share of the training data."""
@@ -182,6 +174,25 @@ class TrainConfig(BaseModel):
 
 
 C = TypeVar("C", bound=TrainConfig)
+
+
+@cache
+def with_task(kind: type[C], task: str) -> type[C]:
+    """Return a kind of configuration that has the keys of a task beside its own.
+
+    Raises:
+        SpectuneError: there is no such task, or a key of its has the name of one of a run's.
+    """
+    options = options_of(task)
+    for key in options.model_fields.keys() & kind.model_fields.keys():
+        raise SpectuneError(f"task: {task} has the key {key!r}, which every run has; its class must name it otherwise")
+    made = create_model(kind.__name__, __base__=(kind, options), __module__=kind.__module__)
+    made.options_type = options
+    return made
+
+
+def _made(kind: type[C], values: dict[str, Any]) -> C:
+    return kind(**values)
 
 
 def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = TrainConfig, **presets: Any) -> C:
@@ -211,11 +222,21 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         key, equals, text = pair.partition("=")
         if not equals:
             raise SpectuneError(f"{pair!r} is not key=value")
-        values[key.strip()] = _value(text)
+        values[(key := key.strip())] = _value(text, kind.model_fields.get(key))
+    values = aliased(values, {*kind.model_fields, *task_keys()})
+    kind = with_task(kind, str(values.get("task", kind.model_fields["task"].default)))
     known = kind.model_fields
-    for key in values:
-        if key not in known:
-            raise SpectuneError(f"unknown key {key!r}{nearest(str(key), known)} (see `spectune {kind.command} --help`)")
+    for key in list(values):
+        if key in known:
+            continue
+        owner = owner_of(str(key))
+        if owner is None:
+            raise SpectuneError(
+                f"unknown key {key!r}{hint(str(key)) or nearest(str(key), [*known, *task_keys()])} "
+                f"(see `spectune {kind.command} --help`)"
+            )
+        if values.pop(key) != task_keys()[key].default:  # folders of earlier runs hold the keys of every task
+            raise SpectuneError(f"{key} is a key of task: {owner}, and this is task: {values.get('task', 'sft')}")
     if isinstance(values.get("lr"), str):  # YAML 1.1 reads 1e-4 as text
         values["lr"] = _number(values["lr"])
     try:
@@ -227,7 +248,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
             raise SpectuneError(f"{key} is not given: {known[key].description}") from None
         raise SpectuneError(f"{key}: {first['msg']} (given: {first['input']!r})") from None
     config.check()
-    from spectune.methods import parse
+    from spectune.methods import parse  # with torch, which the command line's help does without
 
     for text in (config.method, *config.overrides.values()):
         if text is not None:
@@ -239,7 +260,10 @@ def _place(data: str) -> str:
     return os.path.abspath(data)  # an id, too, is then equal to itself only
 
 
-def _value(text: str) -> Any:
+def _value(text: str, field: FieldInfo | None) -> Any:
+    """Return what a text on the command line means: what YAML makes of it, but text where a key takes nothing else."""
+    if field is not None and field.annotation in (str, str | None):
+        return None if field.annotation is not str and text in ("null", "~", "") else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

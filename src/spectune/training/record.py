@@ -16,16 +16,22 @@ import yaml
 from spectune.errors import SpectuneError
 from spectune.storage import write_atomically
 from spectune.training import processes
+from spectune.training.aliases import aliased
 from spectune.training.config import TrainConfig
 from spectune.training.data.records import Record
+from spectune.training.options import resumes
 
-# a resumed run would not be the same run with another of these
-_MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides")
-_MEANING += ("data_config", "data_split", "eval_split")
-_MEANING += ("max_length", "completion_only", "seed", "dtype", "adapter")
-_MEANING += ("beta", "dpo_loss", "label_smoothing", "columns")
-_MEANING += ("environment", "environment_options", "problems", "raw", "reward", "samples", "max_new_tokens")
-_STEP = ("batch_size", "accumulate", "processes")  # whose product is the examples of a step, and has a meaning
+# a resumed run would not be the same run with another of these, nor with another of what its task has for keys
+_MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
+_MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
+# of these one is told, and the run goes on
+_TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")
+_TOLD += ("patience", "best", "save_steps", "fsdp", "factored", "gradient_checkpointing")
+_STEP = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "processes",
+)  # whose product is the examples of a step, and has a meaning
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 
 
@@ -65,7 +71,11 @@ def read_run(output: Path) -> Mapping[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         path = output / "run.json"
         run = json.loads(path.read_text(encoding="utf-8"))
-        return {**config, "processes": run["processes"], "digest": run["data"]["sha256"]}
+        return {
+            **aliased(config, TrainConfig.model_fields),
+            "processes": run["processes"],
+            "digest": run["data"]["sha256"],
+        }
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise SpectuneError(f"cannot read {path} of the run to resume: {error}") from None
 
@@ -74,10 +84,14 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     """Return what changed and makes it another run, and what else did."""
     now = {**config.model_dump(), "processes": processes.count()}
     examples = [math.prod(int(run.get(key) or 1) for key in _STEP) for run in (before, now)]
-    meaning = _MEANING if examples[0] == examples[1] else (*_MEANING, *_STEP)
+    of_task = config.options_type.model_fields if config.options_type is not None else {}
+    meaning = (*_MEANING, *(key for key, field in of_task.items() if resumes(field) == "same"))
+    meaning = meaning if examples[0] == examples[1] else (*meaning, *_STEP)
+    ignored = (*_INCIDENTAL, *(key for key, field in of_task.items() if resumes(field) == "ignored"))
+    defaults = {key: field.get_default() for key, field in of_task.items()}  # folders of earlier versions lack keys
     if set(before.get("group_lr") or ()) != set(config.group_lr):  # the optimizer has a group for each
         meaning += ("group_lr",)
-    keys = [key for key in now if key not in _INCIDENTAL and before.get(key) != now[key]]
+    keys = [key for key in now if key not in ignored and before.get(key, defaults.get(key)) != now[key]]
     named = {
         key: f"number of processes ({now[key]}, not {before.get(key)})" if key == "processes" else key for key in keys
     }

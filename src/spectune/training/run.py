@@ -21,7 +21,7 @@ from spectune.model.adapting import adapt, attach
 from spectune.model.lifecycle import extract
 from spectune.spectral import cache
 from spectune.speed.checkpointing import checkpoint_activations
-from spectune.speed.heap import keep_memory, release_memory
+from spectune.speed.heap import memory_kept, release_memory
 from spectune.speed.parts import training_parts
 from spectune.storage import telling_of_full_disks
 from spectune.training import processes
@@ -115,12 +115,8 @@ def train_model(
     Raises:
         SpectuneError: as `train`.
     """
-    keep_memory()
-    try:
-        with training_parts(model):
-            return _train(config, model, tokenizer, records, held, console)
-    finally:
-        release_memory()
+    with memory_kept.needed(), training_parts(model):
+        return _train(config, model, tokenizer, records, held, console)
 
 
 def _train(
@@ -275,7 +271,7 @@ def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: T
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         lr_scheduler_type=schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,

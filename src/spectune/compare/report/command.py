@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from spectune.training.config import TrainConfig
+from spectune.training.registry import options_of
 
 _SET = ("model", "data", "output", "task", "method", "lr", "epochs", "max_steps", "seed", "overwrite")
 
@@ -25,6 +26,7 @@ def train_command(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | 
     if method in ("base", "full") or not row["ran"]:
         return None
     given = yaml.safe_load(document.get("config") or "") or {}
+    keys = {*TrainConfig.model_fields, *options_of(document["task"]).model_fields}
     pairs = {
         "model": document["model"],
         "data": document["data"],
@@ -34,7 +36,7 @@ def train_command(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | 
         "lr": row["lr"],
         "max_steps": document.get("steps"),
         "seed": row["seeds"][0],
-        **{key: given[key] for key in given if key in TrainConfig.model_fields and key not in _SET},
+        **{key: given[key] for key in given if key in keys and key not in _SET},
     }
     return " ".join(
         ["spectune train", *(shlex.quote(f"{key}={_text(v)}") for key, v in pairs.items() if v is not None)]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from spectune.training.config import TrainConfig
+from spectune.training.registry import find_task
 from spectune.training.tasks.base import Task
-
-_HOMES = {"sft": "sft:Sft", "classify": "classify:Classify", "dpo": "dpo:Dpo", "reinforce": "reinforce.task:Reinforce"}
 
 
 def make_task(config: TrainConfig) -> Task:
     """Return the task of a configuration."""
-    module, _, name = _HOMES[config.task].partition(":")
-    return getattr(import_module(f"{__name__}.{module}"), name)(config)
+    return find_task(config.task)(config)
 
 
 __all__ = ["Task", "make_task"]

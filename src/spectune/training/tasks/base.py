@@ -13,6 +13,7 @@ from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoded
 from spectune.training.data.records import Record, read, split
+from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
 
 
@@ -27,6 +28,7 @@ class Task:
         config: of the run.
     """
 
+    options_type: ClassVar[type[TaskOptions]] = TaskOptions  # its keys in the configuration, and what compare measures
     forms: ClassVar[str]  # the keys of a record, for messages
     unit: ClassVar[str]  # what the loss is a mean over
     curve: ClassVar[str] = "loss"  # the measure that is shown and drawn

@@ -17,6 +17,7 @@ from spectune.methods.head import Head
 from spectune.training import processes
 from spectune.training.data.encoding import Encoded
 from spectune.training.data.records import Record
+from spectune.training.options import ClassifyOptions, TaskOptions
 from spectune.training.tasks.base import Task
 from spectune.training.trainer.trainer import AdapterTrainer
 
@@ -27,6 +28,7 @@ class Classify(Task):
     Batches are of texts of about one length: padding is what bidirectional attention would otherwise spend its time on.
     """
 
+    options_type: ClassVar[type[TaskOptions]] = ClassifyOptions
     forms: ClassVar[str] = "'text' and 'label', and 'text_pair' where there are two texts"
     unit = "text"
     shown = ("accuracy",)

@@ -18,6 +18,7 @@ from spectune.training.data.layout import in_common
 from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, of
+from spectune.training.options import DpoOptions, TaskOptions
 from spectune.training.tasks.base import Task
 
 
@@ -39,12 +40,19 @@ class Dpo(Task):
     max(0, 1 - beta h) (arXiv 2305.10425), and `ipo` is (h - 1 / (2 beta))^2 with log-ratios a token (arXiv 2310.12036).
     """
 
+    options_type: ClassVar[type[TaskOptions]] = DpoOptions
     forms: ClassVar[str] = (
         "'prompt', 'chosen' and 'rejected', all text or all lists of messages (the prompt may be part of both)"
     )
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
     reference: Any = None  # another model as p0, where the base's own weights train
+
+    @property
+    def options(self) -> DpoOptions:
+        """The task's own part of the configuration."""
+        assert isinstance(self.config, DpoOptions)  # or it was made for another task
+        return self.config
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         keys = [key for key in ("prompt", "chosen", "rejected") if key in record]
@@ -105,17 +113,17 @@ class Dpo(Task):
             reference = log_probabilities(Reference(self.reference or getattr(model, "module", model)))
         ratios = log_probabilities(model) - reference
         chosen, rejected = ratios.chunk(2)
-        if self.config.dpo_loss == "ipo":
+        if self.options.dpo_loss == "ipo":
             lengths = ratios.new_zeros(2 * count).index_add(0, owners.flatten(), (targets != IGNORE).flatten().float())
             normal = ratios / lengths
-            loss = (normal[:count] - normal[count:] - 1 / (2 * self.config.beta)).square()
+            loss = (normal[:count] - normal[count:] - 1 / (2 * self.options.beta)).square()
         else:
-            h = self.config.beta * (chosen - rejected)
-            smooth = self.config.label_smoothing
+            h = self.options.beta * (chosen - rejected)
+            smooth = self.options.label_smoothing
             loss = -(1 - smooth) * F.logsigmoid(h) - smooth * F.logsigmoid(-h)
-            if self.config.dpo_loss == "hinge":
+            if self.options.dpo_loss == "hinge":
                 loss = F.relu(1 - h)
-        rewards = self.config.beta * ratios.detach()
+        rewards = self.options.beta * ratios.detach()
         chosen, rejected = rewards.chunk(2)
         return {
             "loss": loss.sum(),

@@ -15,12 +15,14 @@ from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, form, of
+from spectune.training.options import SftOptions, TaskOptions
 from spectune.training.tasks.base import Task
 
 
 class Sft(Task):
     """Mean cross-entropy over supervised tokens."""
 
+    options_type: ClassVar[type[TaskOptions]] = SftOptions
     forms: ClassVar[str] = "'messages', 'prompt' and 'completion', or 'text'"
     unit = "token"
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
 from spectune.errors import SpectuneError, nearest
+from spectune.plugins import imported, where
 from spectune.training.data.records import Record
 
 Function = Callable[..., Sequence[float]]
@@ -69,7 +66,7 @@ class Reward:
             returned = self._function(**taken)
         except Exception as error:  # whatever a user's function raises
             raise RewardError(
-                f"the reward {self.name} raised {type(error).__name__}: {error}{_where(error)}; it got "
+                f"the reward {self.name} raised {type(error).__name__}: {error}{where(error)}; it got "
                 f"{len(completions)} completions, the first {completions[0]!r}"
             ) from error
         return self._checked(returned, completions)
@@ -96,35 +93,8 @@ def load_reward(name: str) -> Reward:
     Raises:
         SpectuneError: no such module or function, or what is there is not a function.
     """
-    module_name, colon, path = name.partition(":")
-    if not (module_name and colon and path):
-        raise SpectuneError(f"reward {name!r} is not module:function, such as rewards:exact for a rewards.py here")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-    importlib.invalidate_caches()
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise SpectuneError(f"reward {name!r}: {module_name} needs the module {error.name!r}") from error
-        raise SpectuneError(
-            f"reward {name!r}: there is no module {error.name!r} in {os.getcwd()} or among what is installed"
-        ) from None
-    except Exception as error:  # whatever the module does when it is imported
-        raise SpectuneError(
-            f"reward {name!r}: importing {module_name} raised {type(error).__name__}: {error}{_where(error)}"
-        ) from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise SpectuneError(f"reward {name!r}: {module_name} has no {part!r}{nearest(part, dir(found))}")
-        found = getattr(found, part)
+    found = imported(name, "reward", "function, such as rewards:exact for a rewards.py here")
     if not callable(found):
         raise SpectuneError(f"reward {name!r} is a {type(found).__name__}, not a function")
     function: Any = found
     return Reward(name, function)
-
-
-def _where(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
-    frames = [f for f in frames if not f.filename.startswith("<frozen")]
-    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""

@@ -18,6 +18,7 @@ from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoded
 from spectune.training.data.messages import is_conversation
 from spectune.training.data.records import Record, of, split
+from spectune.training.options import ReinforceOptions, TaskOptions
 from spectune.training.tasks.base import Task
 from spectune.training.tasks.reinforce.environments import Environment
 from spectune.training.tasks.reinforce.policy import advantages, policy_loss
@@ -42,6 +43,7 @@ class Reinforce(Task):
     the others it is, and takes one gradient step: on-policy, with no ratio to clip.
     """
 
+    options_type: ClassVar[type[TaskOptions]] = ReinforceOptions
     forms: ClassVar[str] = "'prompt', as text or messages, and what the reward takes"
     unit = "completion"
     curve = "reward"
@@ -53,18 +55,27 @@ class Reinforce(Task):
         self.outcomes: list[dict[str, Any]] = []  # of an evaluation, problem by problem
         self._has_answers = False  # of what is held out, in every process alike
         self.environment: Environment | None = None
-        if config.environment is not None:
-            self.environment = Environment(config.environment, config.environment_options, config.problems, config.seed)
-        if config.reward is not None:
-            self.reward = load_reward(config.reward)
+        options = self.options
+        if options.environment is not None:
+            self.environment = Environment(
+                options.environment, options.environment_options, options.problems, config.seed
+            )
+        if options.reward is not None:
+            self.reward = load_reward(options.reward)
         else:
             assert self.environment is not None  # or the configuration was not checked
-            self.reward = Reward(f"of the environment {config.environment}", self.environment.score)
+            self.reward = Reward(f"of the environment {options.environment}", self.environment.score)
 
     def read(self) -> tuple[list[Record], list[Record]]:
         if self.environment is None:
             return super().read()
         return split(self.environment.records(), self.config.held_out, self.config.seed)
+
+    @property
+    def options(self) -> ReinforceOptions:
+        """The task's own part of the configuration."""
+        assert isinstance(self.config, ReinforceOptions)  # or it was made for another task
+        return self.config
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         prompt = record.get("prompt")
@@ -87,8 +98,8 @@ class Reinforce(Task):
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         self._tokenizer = tokenizer
         self.reward.check_columns(records)
-        room = limit - self.config.max_new_tokens
-        raw = self.environment is None or self.config.raw
+        room = limit - self.options.max_new_tokens
+        raw = self.environment is None or self.options.raw
         found = []
         for record in records:
             prompt, options = (
@@ -102,7 +113,7 @@ class Reinforce(Task):
         kept = [problem for problem in found if 0 < len(problem.tokens) <= room]
         if not kept:
             raise SpectuneError(
-                f"no prompt leaves room for {self.config.max_new_tokens} new tokens within {limit}; lower "
+                f"no prompt leaves room for {self.options.max_new_tokens} new tokens within {limit}; lower "
                 "max_new_tokens, raise max_length, or shorten the prompts"
             )
         return Encoded(kept, 0, len(found) - len(kept))  # type: ignore[arg-type]
@@ -110,7 +121,7 @@ class Reinforce(Task):
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
         def collate(problems: Sequence[Problem]) -> dict[str, Any]:
             # the items of a step are its completions
-            return {"labels": torch.zeros(len(problems), self.config.samples), "problems": list(problems)}
+            return {"labels": torch.zeros(len(problems), self.options.samples), "problems": list(problems)}
 
         return collate
 
@@ -118,15 +129,15 @@ class Reinforce(Task):
         problems: list[Problem] = inputs["problems"]
         if not model.training:
             return self._greedy(model, problems)
-        config, own = self.config, getattr(model, "module", model)
+        options, own = self.options, getattr(model, "module", model)
         own.eval()  # what is drawn and what is learned from are one distribution: no dropout
         prompts = [problem.tokens for problem in problems]
-        groups = self._sample(own, prompts, config.samples, config.temperature)
+        groups = self._sample(own, prompts, options.samples, options.temperature)
         rewards = torch.tensor(self._rewards(problems, groups), device=own.device).view(len(problems), -1)
         rollout = lay_out(own, prompts, groups, pad_token(self._tokenizer))
         with torch.no_grad(), base_alone(own):
             reference = completion_logits(own, rollout)
-        own.train(config.gradient_checkpointing is True)  # which transformers does in training mode only
+        own.train(self.config.gradient_checkpointing is True)  # which transformers does in training mode only
         logits = completion_logits(model, rollout)
         own.train()
         loss, divergence = policy_loss(
@@ -134,9 +145,9 @@ class Reinforce(Task):
             reference,
             rollout.tokens,
             rollout.owner,
-            advantages(rewards, config.normalize_rewards).flatten(),
-            kl=config.kl,
-            temperature=config.temperature,
+            advantages(rewards, options.normalize_rewards).flatten(),
+            kl=options.kl,
+            temperature=options.temperature,
         )
         sums = {
             "loss": loss * rewards.numel(),
@@ -156,7 +167,7 @@ class Reinforce(Task):
     def trainer(self, **kwargs: Any) -> Any:
         from spectune.training.tasks.reinforce.policy_trainer import PolicyTrainer
 
-        kwargs["args"].per_device_eval_batch_size *= self.config.samples  # as many completions at once as in training
+        kwargs["args"].per_device_eval_batch_size *= self.options.samples  # as many completions at once as in training
         if kwargs["eval_dataset"] is not None:  # prompts of about one length, for little padding
             kwargs["eval_dataset"] = sorted(kwargs["eval_dataset"], key=lambda problem: len(problem.tokens))
             self._has_answers = any(_answer(problem.record) is not None for problem in kwargs["eval_dataset"])
@@ -182,7 +193,7 @@ class Reinforce(Task):
             model,
             prompts,
             samples,
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             temperature=temperature,
             pad=pad_token(self._tokenizer),
             ends=stop_tokens(model, self._tokenizer),

@@ -1,0 +1,102 @@
+"""The names that other tools have for keys of a run: taken where they mean the same, answered with ours where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectune.errors import SpectuneError
+
+# ours -> what transformers and TRL, PEFT, axolotl and LLaMA-Factory call it
+_SAME = {
+    "lr": ("learning_rate",),
+    "batch_size": ("per_device_train_batch_size", "micro_batch_size", "train_batch_size"),
+    "gradient_accumulation_steps": ("accumulate", "accumulation_steps", "grad_accum"),
+    "epochs": ("num_train_epochs", "num_epochs"),
+    "schedule": ("lr_scheduler_type", "lr_scheduler"),
+    "warmup": ("warmup_ratio",),
+    "max_length": ("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len", "model_max_length"),
+    "log_steps": ("logging_steps",),
+    "max_grad_norm": ("gradient_clip_val", "max_norm"),
+    "model": ("model_name_or_path", "base_model", "model_name", "model_id"),
+    "output": ("output_dir",),
+    "data": ("dataset", "dataset_name", "train_file", "dataset_path"),
+    "data_config": ("dataset_config", "dataset_config_name"),
+    "data_split": ("dataset_train_split", "train_split"),
+    "eval_split": ("dataset_test_split", "test_split"),
+    "eval_data": ("eval_dataset", "validation_file", "test_file"),
+    "held_out": ("val_set_size", "val_size", "validation_split_percentage"),
+    "targets": ("target_modules", "lora_target_modules", "lora_target"),
+    "exclude": ("exclude_modules",),
+    "completion_only": ("assistant_only_loss", "completion_only_loss"),
+    "patience": ("early_stopping_patience",),
+    "best": ("load_best_model_at_end",),
+    "resume": ("resume_from_checkpoint",),
+    "overwrite": ("overwrite_output_dir",),
+    "dtype": ("torch_dtype",),
+    "dpo_loss": ("loss_type",),
+    "beta": ("pref_beta",),
+    "samples": ("num_generations",),
+    "max_new_tokens": ("max_completion_length",),
+    "normalize_rewards": ("scale_rewards",),
+}
+_OURS = {theirs: ours for ours, names in _SAME.items() for theirs in names}
+
+_SHARES = ("val_set_size", "val_size", "validation_split_percentage")  # which may be numbers of records, or percents
+
+# what means something else here, or is said in another way
+_INSTEAD = {
+    **dict.fromkeys(
+        ("lora_r", "lora_rank", "r", "rank", "lora_alpha", "alpha", "lora_dropout", "use_dora", "use_rslora", "rslora"),
+        "it is a field of the method: write method: lora:rank=16,alpha=32 (dora:rank=16 for DoRA, lora:rslora=true)",
+    ),
+    **dict.fromkeys(("peft_type", "finetuning_type", "peft", "use_peft"), "write method: lora, svf, pissa, ..."),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantization"),
+        "load the base in 16 bits: write dtype: bf16",
+    ),
+    "bf16": "write dtype: bf16",
+    "fp16": "write dtype: fp16",
+    "tf32": "set torch.backends in your own script",
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps"), "write warmup, the share of the steps: warmup: 0.05"),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "do_eval"), "write eval_steps: 50, or leave it out for the end only"
+    ),
+    **dict.fromkeys(("save_strategy",), "write save_steps: 100"),
+    **dict.fromkeys(("packing", "sample_packing", "group_by_length", "padding_free"), "examples are packed by itself"),
+    **dict.fromkeys(("optim", "optimizer"), "the optimizer is AdamW; write lr, weight_decay and group_lr"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt", "mask_history"), "write completion_only: false or true"),
+    **dict.fromkeys(("stage", "rl", "trainer"), "write task: sft, classify, dpo or reinforce"),
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "eval_batch_size"), "evaluations take batch_size, and no gradient: leave it out"
+    ),
+    **dict.fromkeys(("modules_to_save", "additional_target"), "give the layer a method of its own with overrides"),
+    **dict.fromkeys(("deepspeed", "fsdp_config"), "write fsdp: true, and start with torchrun"),
+    **dict.fromkeys(("chat_template", "template"), "the tokenizer's own chat template is taken"),
+}
+
+
+def aliased(values: dict[str, Any], known: Any) -> dict[str, Any]:
+    """Return settings under our names, given some under those of other tools.
+
+    Args:
+        values: by key.
+        known: the keys that are taken as they are.
+
+    Raises:
+        SpectuneError: a setting is given twice, under two names, or a share as a number of records.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        ours = key if key in known else _OURS.get(key, key)
+        if ours in result or (ours != key and ours in values):
+            other = ours if ours in values else next(k for k in values if _OURS.get(k) == ours)
+            raise SpectuneError(f"{key} and {other} are the same setting: give one of them")
+        if key in _SHARES and isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1:
+            raise SpectuneError(f"{key}: {value} is not a share: write held_out: 0.05, or eval_data: a file")
+        result[ours] = value
+    return result
+
+
+def hint(key: str) -> str:
+    """Return ``": write ..."`` for a key of another tool that is said in another way here, or the empty string."""
+    return f": {_INSTEAD[key]}" if key in _INSTEAD else ""

@@ -1,0 +1,98 @@
+"""What each task adds to the configuration of a run: its keys, what a comparison may measure, and what must hold.
+
+Light on purpose: the command line reads these for its help, and imports no model for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from spectune.errors import SpectuneError
+
+
+class TaskOptions(BaseModel):
+    """The keys of one task, which a run's configuration has beside its own.
+
+    A key means the same in a resumed run as in the first one, so a resumed run refuses another value; a key that may
+    change says `json_schema_extra={"resume": "told"}`, and one that does not matter `"ignored"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    measures: ClassVar[tuple[str, ...]] = ()  # what `spectune compare` can compare by, the usual one first
+
+    @property
+    def makes_records(self) -> bool:
+        """Whether the records come from the task itself, and not from `data`."""
+        return False
+
+    def check_task(self, config: Any) -> None:
+        """Raise for keys of a configuration that do not go together.
+
+        Raises:
+            SpectuneError: they do not.
+        """
+
+
+class SftOptions(TaskOptions):
+    """The keys of task: sft, which are a run's own."""
+
+    measures: ClassVar[tuple[str, ...]] = ("loss", "exact_match")
+
+
+class ClassifyOptions(TaskOptions):
+    """The keys of task: classify, which are a run's own."""
+
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
+
+
+class DpoOptions(TaskOptions):
+    """The keys of task: dpo."""
+
+    measures: ClassVar[tuple[str, ...]] = ("reward_accuracy", "loss")
+
+    beta: float = Field(0.1, gt=0, description="dpo: how much of a step away from the base a preference is worth")
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="dpo: of a pair's margin")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, sigmoid: share of pairs that may be swapped")
+
+
+class ReinforceOptions(TaskOptions):
+    """The keys of task: reinforce."""
+
+    environment: str | None = Field(None, description="reinforce: reasoning-gym environment, such as chain_sum")
+    environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
+    problems: int = Field(2000, ge=2, description="reinforce: the environment's problems, those held out included")
+    raw: bool = Field(False, description="reinforce: put the environment's questions without a chat template")
+    reward: str | None = Field(
+        None, description="reinforce: module:function, from the working directory or installed; wins over the "
+        "environment's own"
+    )  # fmt: skip
+    samples: int = Field(8, ge=2, description="reinforce: completions of each prompt, each other's baseline")
+    max_new_tokens: int = Field(64, ge=1, description="reinforce: tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="reinforce: of the sampling; evaluations are greedy")
+    kl: float = Field(0.0, ge=0, description="reinforce: coefficient of the KL divergence to the base, per completion")
+    normalize_rewards: bool = Field(
+        False, description="reinforce: divide advantages by the rewards' standard deviation among a prompt's samples"
+    )
+
+    @property
+    def makes_records(self) -> bool:
+        return self.environment is not None
+
+    def check_task(self, config: Any) -> None:
+        if self.environment is None:
+            if config.data is not None and self.reward is None:
+                raise SpectuneError("task: reinforce needs a reward: give reward (module:function) or environment")
+            return
+        for key in ("data", "data_config", "data_split", "eval_data", "eval_split"):
+            if getattr(config, key) is not None:
+                raise SpectuneError(f"{key} and environment are both given; the problems come from one of them")
+
+
+def resumes(field: FieldInfo) -> str:
+    """Return what another value of a task's key makes of a resumed run: "same" (refused), "told" or "ignored"."""
+    extra = field.json_schema_extra
+    return str(extra.get("resume", "same")) if isinstance(extra, dict) else "same"
