@@ -95,7 +95,7 @@ def training_attention(model: Any) -> Iterator[None]:
 def _attends_whole(attend: Any) -> Any:
     """Return what on the meta device has attention as one operation, and elsewhere is `attend`.
 
-    There PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.  It is replaced by name, since
+    There PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.  It is replaced, since
     what handles calls (TorchFunctionMode) sees none of those that a checkpointed block makes in the backward pass.
     """
 
