@@ -2,7 +2,8 @@
 
     python benchmarks/study/claims.py
 
-Writes results/claims.md, results/study.png and the part of README.md that shows them (run.py does this at its end).
+Writes results/claims.md, results/study.png, the part of docs/study.md that shows them and the verdicts in README.md
+(run.py does this at its end).
 
 * That one method is better than another, or overfits more (the gap between training and test), is tested on every task
   by the paired differences over the seeds at which both ran, corrected for the number of tasks (Holm): supported where
@@ -186,12 +187,35 @@ def main() -> None:
     text = "\n".join(lines) + f"\n\n\\* {note}\n"
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, begin, rest = readme.partition("<!-- study -->\n")
-    _, end, after = rest.partition("<!-- /study -->")
-    shown = f"{setting(found)}\n\n![{ALT}](benchmarks/study/results/study.png)\n\n{text}"
-    (ROOT / "README.md").write_text(before + begin + shown + end + after, encoding="utf-8")
+    shown = f"{setting(found)}\n\n![{ALT}](../benchmarks/study/results/study.png)\n\n{text}"
+    put(ROOT / "docs/study.md", shown)
+    put(ROOT / "README.md", f"{verdicts(claims(found))}\n")
     print(text)
+
+
+def verdicts(found: list[tuple[str, str, str]]) -> str:
+    """Return five lines: which claims hold here, which do not, and what is open."""
+    by: dict[str, list[str]] = {"supported": [], "refuted": [], "undecided": []}
+    subject = ""
+    for claim, verdict, _ in found:
+        if not claim.startswith("..."):
+            subject = claim.split()[0]
+        by[verdict].append(claim.replace("... and is", f"{subject} is"))
+    counts = f"Of {len(found)} claims of the article {len(by['supported'])} hold here"
+    return "\n".join(
+        [
+            f"- {counts}, {len(by['refuted'])} do not, and {len(by['undecided'])} are open.",
+            *(f"- **{verdict}**: {'; '.join(named) or 'none'}." for verdict, named in by.items()),
+            "- The runs are short, and rates were searched coarsely: [the tables](docs/study.md) say how sure each is.",
+        ]
+    )
+
+
+def put(path: Path, text: str) -> None:
+    """Replace what a page has between the study's marks."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- study -->\n")
+    _, end, after = rest.partition("<!-- /study -->")
+    path.write_text(before + begin + text + end + after, encoding="utf-8")
 
 
 def setting(found: dict[str, Any]) -> str:
@@ -204,7 +228,7 @@ def setting(found: dict[str, Any]) -> str:
     about = next(iter(found.values()))
     processor = f"{about['machine']['processor']}, {about['machine']['cores']} cores"
     return (
-        "The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](benchmarks/study/results)) "
+        "The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](../benchmarks/study/results)) "
         f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate "
         "was searched for each method. The runs are short: they say which method learns much from few steps, not which "
         "is best in the end."

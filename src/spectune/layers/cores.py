@@ -196,8 +196,8 @@ def mix(cores: Sequence[C], weights: Sequence[float | Tensor]) -> C:
         cores: cores of one layout, each with unbatched `values`.
         weights: for each core a number, or a tensor (batch) that gives every row a core of its own.
     """
-    parts = [
-        (w.reshape(-1, *(1,) * core.values.dim()) if isinstance(w, Tensor) else w) * core.values
-        for core, w in zip(cores, weights, strict=True)
-    ]
-    return replace(cores[0], values=sum(parts[1:], parts[0]))
+    parts = []
+    for core, w in zip(cores, weights, strict=True):
+        assert core.values is not None  # or it would have nothing to add
+        parts.append((w.reshape(-1, *(1,) * core.values.dim()) if isinstance(w, Tensor) else w) * core.values)
+    return replace(cores[0], values=sum(parts[1:], parts[0]))  # type: ignore[type-var]  # every core is a dataclass

@@ -186,7 +186,7 @@ def with_task(kind: type[C], task: str) -> type[C]:
     options = options_of(task)
     for key in options.model_fields.keys() & kind.model_fields.keys():
         raise SpectuneError(f"task: {task} has the key {key!r}, which every run has; its class must name it otherwise")
-    made = create_model(kind.__name__, __base__=(kind, options), __module__=kind.__module__)
+    made: Any = create_model(kind.__name__, __base__=(kind, options), __module__=kind.__module__)
     made.options_type = options
     return made
 
