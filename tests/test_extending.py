@@ -56,7 +56,8 @@ print(repr(result.adapter))
     assert "column_scale on" in done.stdout
     unknown = run(folder, "-W", "ignore", "-c", "import spectune; spectune.Adapter.load('out')")
     assert "unknown method 'column_scale'" in unknown.stderr
-    opened = "import spectune; from spectune.methods import parse; parse('methods:ColumnScale'); print(spectune.Adapter.load('out'))"
+    known_first = "import spectune; from spectune.methods import parse; parse('methods:ColumnScale'); "
+    opened = known_first + "print(spectune.Adapter.load('out'))"
     known = run(folder, "-W", "ignore", "-c", opened)
     assert "column_scale on" in known.stdout, known.stderr
     listed = run(folder, "-m", "spectune", "--plugin", "register_all", "methods", "--json")

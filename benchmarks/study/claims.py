@@ -228,7 +228,8 @@ def setting(found: dict[str, Any]) -> str:
     about = next(iter(found.values()))
     processor = f"{about['machine']['processor']}, {about['machine']['cores']} cores"
     return (
-        "The study (`python benchmarks/study/run.py`; reports in [benchmarks/study/results](../benchmarks/study/results)) "
+        "The study (`python benchmarks/study/run.py`; reports in "
+        "[benchmarks/study/results](../benchmarks/study/results)) "
         f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate "
         "was searched for each method. The runs are short: they say which method learns much from few steps, not which "
         "is best in the end."
