@@ -136,7 +136,8 @@ def test_a_reward_decides_and_likelihood_breaks_ties(tmp_path):
         pool, cases.tokenizer()
     )
     assert found.score == 1.0
-    assert len(calls) == 6 * len(wanted) * len(found.history)
+    anchors = len(pool.library) + 2
+    assert len(calls) == (6 * len(found.history) + anchors) * len(wanted)
 
 
 def test_a_reward_may_be_named(tmp_path, monkeypatch):

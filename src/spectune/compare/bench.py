@@ -162,7 +162,7 @@ class Bench:
         arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
         times = StepTimes()
         rungs = _Rungs(quarter, report)
-        with training_parts(self.model), training_parts(model):
+        with training_parts(self.model), training_parts(model, task.dropout):
             trainer = task.trainer(
                 model=model,
                 args=arguments,

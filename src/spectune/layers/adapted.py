@@ -16,7 +16,7 @@ from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
-from spectune.layers.mixtures import RowWeights
+from spectune.layers.mixtures import RowWeights, weight_at
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows, Selection
 from spectune.layers.updates import Update
@@ -53,7 +53,7 @@ class Adapted(nn.Module):
     def _answer(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
         """Return the answer to x of adapters with their weights: numbers, or one for each row of x."""
         if not weights:
-            return super().forward(x)
+            return self._compared(x) if self.selection.aside else super().forward(x)
         updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
         update, weight = updates[0]
         if len(updates) > 1 or isinstance(weight, (RowWeights, Tensor)) or weight * update.weight != 1.0:
@@ -83,6 +83,34 @@ class Adapted(nn.Module):
             training,
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _compared(self, x: Tensor) -> Tensor:
+        """Return the base's answer, to the last bit that of an adapter beside it that does nothing.
+
+        With an update that is added this is W x + b.  One that goes through the factors of W, or has a ratio, rounds
+        elsewhere.
+        """
+        aside = {name: weight_at(self.selection.aside, name, self) for name in self.selection.aside}
+        updates = [u for name, weight in aside.items() if weight and name in self.adapters for u in self.adapters[name]]  # type: ignore[attr-defined]
+        weights = [weight for name, weight in aside.items() if weight and name in self.adapters]
+        if len(updates) == len(weights) == 1 and not isinstance(weights[0], Tensor):
+            (update,), (weight,) = updates, weights
+            method, training = update.method, update.training
+            dropped = training and method.drop
+            if weight * update.weight == 1.0 and not method.replaces and self._fuses(x) and not dropped:
+                tensors = method.still(self.tensors(update))
+                whole = method.whole(tensors) if training and self.selection.factored else None
+                if whole is not None or not method.additive:
+                    y = adapted_linear(
+                        x.reshape(-1, x.shape[-1]),
+                        effective_weight(self) if whole is None else None,
+                        self.bias,
+                        whole or method.factors(tensors)._replace(scale=0.0),
+                        None if method.additive else x.new_ones(len(effective_weight(self)), dtype=torch.float32),
+                        training,
+                    )
+                    return y.reshape(*x.shape[:-1], y.shape[-1])
+        return self._plain(x)
 
     def _plain(self, x: Tensor) -> Tensor:
         """Return the answer of the frozen layer."""

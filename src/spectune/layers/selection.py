@@ -157,6 +157,7 @@ class Selection:
         mixture: adapter names and weights for every row.
         rows: a mixture for each row of the batch instead.
         layouts: where rows lie in the inputs of layers, as far as it was found out.
+        aside: what the base is compared with while it answers alone; empty where it is not.
         expandable: each row of `rows` may stand for several consecutive rows of the batch (beams).
         factored: whether training goes through the factors of W where a basis holds all of it.
     """
@@ -165,6 +166,7 @@ class Selection:
         self.mixture: Mixture = {}
         self.rows: Rows | None = None
         self.layouts = Layouts()
+        self.aside: Mixture = {}
         self.expandable = False
         self.factored = False
         self.frozen = list(frozen)

@@ -83,6 +83,10 @@ class Method(abc.ABC):
         """Return the factors of W + s L C R itself, where the basis holds all of W."""
         return None
 
+    def still(self, t: Tensors) -> Tensors:
+        """Return the tensors as they are where W' = W, for a method with `whole`."""
+        return t
+
     @property
     def drop(self) -> float:
         """The probability of dropping an input of the update in training."""

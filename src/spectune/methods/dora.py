@@ -118,6 +118,9 @@ class DoRA(Method):
     def whole(self, t: Tensors) -> Factors | None:
         return self.inner.whole(t)
 
+    def still(self, t: Tensors) -> Tensors:
+        return self.inner.still(t)
+
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
         ratio = self.ratio(t, base)
         dropped = self._dropped(x, training)

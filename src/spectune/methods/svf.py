@@ -66,6 +66,9 @@ class SVF(Method):
     def whole(self, t: Tensors) -> Factors:
         return Factors(t["L"], t["R"], Diagonal(self._multiples(t)))
 
+    def still(self, t: Tensors) -> Tensors:
+        return {**t, **({"z": torch.ones_like(t["z"])} if "z" in t else {"p": torch.zeros_like(t["p"])})}
+
     def _multiples(self, t: Tensors) -> Tensor:
         if self.parametrization == "plain":
             return t["z"]

@@ -109,6 +109,9 @@ class SVFT(Method):
         core: Any = update.core
         return update._replace(core=core.plus(t["S"]))
 
+    def still(self, t: Tensors) -> Tensors:
+        return {**t, "M": torch.zeros_like(t["M"])}
+
     def _values(self, t: Tensors) -> Tensor:
         return torch.sigmoid(t["g"]) * t["M"] if self.gate else t["M"]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from spectune.model.apart import answering_apart
 from spectune.model.install import selections
 from spectune.model.names import M, check_known, check_some_adapter, names_on
 from spectune.model.trial import Call, find_layouts, rows_of
+from spectune.speed.recompute_cache import like_learning
 
 # an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
 Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
@@ -42,20 +44,29 @@ def activate(model: M, choice: Choice) -> M:
 
 
 @contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
-    """Within the context the base alone answers, in evaluation mode; afterwards what answered before does."""
+def base_alone(model: nn.Module, *, compared: bool = False) -> Iterator[None]:
+    """Within the context the base alone answers, in evaluation mode; afterwards what answered before does.
+
+    Args:
+        model: the model with adapters.
+        compared: it is subtracted from what answers outside of the context. It is computed in the same way then, in the
+            model's mode, and equal to the last bit where the adapter does nothing; with gradients where the context is
+            entered, as a pass with gradients would be, which go off inside.
+    """
     shared = selections(adapted_layers(model))
     before = [(selection, selection.mixture, selection.rows) for selection in shared]
-    training = [module for module in model.modules() if module.training]
+    training = [] if compared else [module for module in model.modules() if module.training]
     for selection in shared:
+        selection.aside = selection.mixture if compared and selection.rows is None else {}
         selection.mixture, selection.rows = {}, None
     for module in training:
         module.training = False
     try:
-        yield
+        with like_learning(compared and torch.is_grad_enabled()):
+            yield
     finally:
         for selection, mixture, rows in before:
-            selection.mixture, selection.rows = mixture, rows
+            selection.mixture, selection.rows, selection.aside = mixture, rows, {}
         for module in training:
             module.training = True
 

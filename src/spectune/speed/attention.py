@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from spectune.speed.recompute_cache import current_cache
+from spectune.speed.recompute_cache import current_cache, learns
 
 NAME = "spectune_packed"
 _PROCESSOR = ("cpu", "meta")  # what stands on the meta device is counted as a processor's
@@ -58,7 +58,7 @@ def _attention(
         spans = _Spans(cu_seq_lens_q, cu_seq_lens_k, context_rows)
     dtype = query.dtype
     low = dtype in (torch.bfloat16, torch.float16) and query.device.type in _PROCESSOR
-    if low and query.requires_grad and max(spans.seen if spans else query.shape[2:3]) <= _SHORT:
+    if low and learns() and max(spans.seen if spans else query.shape[2:3]) <= _SHORT:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()

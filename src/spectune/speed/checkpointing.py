@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
-from spectune.speed.recompute_cache import keep_products
+import torch
+
+from spectune.speed.recompute_cache import SameProducts, keep_products, learns
 
 
 def checkpoint_activations(model: Any, how: bool | Literal["selective"]) -> None:
@@ -22,6 +25,16 @@ def checkpoint_activations(model: Any, how: bool | Literal["selective"]) -> None
     if selective:
         options["context_fn"] = keep_products
     _named(model, "enable")(options)
+    for module in model.modules() if selective else ():
+        if (own := vars(module).get("_gradient_checkpointing_func")) is not None:
+            module._gradient_checkpointing_func = partial(_pass, own)
+
+
+def _pass(own: Callable[..., Any], block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.is_grad_enabled() or not learns():
+        return own(block, *args, **kwargs)
+    with SameProducts():
+        return block(*args, **kwargs)
 
 
 def keep_activations(model: Any) -> None:

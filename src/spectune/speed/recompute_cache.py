@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -141,6 +142,37 @@ def current_cache() -> RecomputeCache | None:
     return None if torch.compiler.is_compiling() else _cache.get()
 
 
+_like_learning: ContextVar[bool] = ContextVar("_like_learning", default=False)
+
+
+@contextmanager
+def like_learning(really: bool = True) -> Iterator[None]:
+    """Within the context a pass without gradients computes what one with gradients would, to the last bit.
+
+    It is for what is subtracted from a pass with gradients: a reference, of which the difference is to be zero where
+    nothing was learned.
+    """
+    token = _like_learning.set(really)
+    try:
+        yield
+    finally:
+        _like_learning.reset(token)
+
+
+def learns() -> bool:
+    """Whether gradients are taken here, or what is computed is to be as if they were."""
+    return torch.is_grad_enabled() or _like_learning.get()
+
+
+class SameProducts(TorchFunctionMode):
+    """Without gradients: the products that a region of `keep_products` takes in its first pass, and keeps."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and _is_frozen(*args):
+            return linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
 class _Region(TorchFunctionMode):
     def __init__(self, cache: RecomputeCache, again: bool) -> None:
         super().__init__()
@@ -170,8 +202,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    learns = x.requires_grad and torch.is_grad_enabled()
-    if not learns or trains or weight.dtype != x.dtype:
+    if not learns() or trains or weight.dtype != x.dtype:
         return False
     return x.is_meta or not torch.is_autocast_enabled(x.device.type)  # which does not know the meta device
 

@@ -70,10 +70,16 @@ class ReinforceOptions(TaskOptions):
         None, description="reinforce: module:function, from the working directory or installed; wins over the "
         "environment's own"
     )  # fmt: skip
-    samples: int = Field(8, ge=2, description="reinforce: completions of each prompt, each other's baseline")
+    samples: int = Field(8, ge=1, description="reinforce: completions of each prompt, each other's baseline")
     max_new_tokens: int = Field(64, ge=1, description="reinforce: tokens of a completion")
-    temperature: float = Field(1.0, gt=0, description="reinforce: of the sampling; evaluations are greedy")
+    temperature: float = Field(1.0, ge=0, description="reinforce: of the sampling, 0 is greedy; evaluations are greedy")
+    reward_baseline: Literal["leave_one_out", "none"] = Field(
+        "leave_one_out", description="reinforce: what a reward is measured against: the others of its prompt, or zero"
+    )
     kl: float = Field(0.0, ge=0, description="reinforce: coefficient of the KL divergence to the base, per completion")
+    log_kl: bool = Field(
+        False, description="reinforce: log the KL divergence though kl is 0, which takes a pass of the base each step"
+    )
     normalize_rewards: bool = Field(
         False, description="reinforce: divide advantages by the rewards' standard deviation among a prompt's samples"
     )
@@ -83,6 +89,14 @@ class ReinforceOptions(TaskOptions):
         return self.environment is not None
 
     def check_task(self, config: Any) -> None:
+        if self.reward_baseline == "none" and self.normalize_rewards:
+            raise SpectuneError(
+                "normalize_rewards divides what is measured against a baseline: leave out reward_baseline: none"
+            )
+        if self.reward_baseline != "none" and self.samples < 2:
+            raise SpectuneError("samples: 1 has no others to be measured against: give more, or reward_baseline: none")
+        if self.temperature == 0 and self.samples > 1:
+            raise SpectuneError("temperature: 0 draws the same completion each time: give samples: 1")
         if self.environment is None:
             if config.data is not None and self.reward is None:
                 raise SpectuneError("task: reinforce needs a reward: give reward (module:function) or environment")

@@ -31,6 +31,7 @@ from spectune.training.data.encoding import Encoded
 from spectune.training.data.records import Record
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.record import changed, digest, read_run, write_run
+from spectune.training.registry import find_task
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer.checkpoints import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -115,7 +116,7 @@ def train_model(
     Raises:
         SpectuneError: as `train`.
     """
-    with memory_kept.needed(), training_parts(model):
+    with memory_kept.needed(), training_parts(model, find_task(config.task).dropout):
         return _train(config, model, tokenizer, records, held, console)
 
 

@@ -1,14 +1,19 @@
 """The loss of preference pairs is DPO's, packed or padded, and a run learns the preference."""
 
 import json
+import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import spectune
 from spectune.errors import SpectuneError
+from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.parts import training_parts
 from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks.dpo import Dpo
@@ -86,6 +91,51 @@ def test_the_loss_is_the_one_computed_one_sequence_at_a_time(models, padded, mon
     model.zero_grad()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+START = [
+    ("llama", "lora:rank=4", "all-linear"),
+    ("llama", "lora:rank=4", ["down_proj"]),  # layers before the first adapter have no gradients
+    ("llama", "svf", "all-linear"),  # through the factors of W
+    ("llama", "dora:inner=svf", "all-linear"),
+    ("llama", "svft:pattern=banded,width=2", "all-linear"),
+    ("llama", "dora:rank=4,dropout=0.2", "all-linear"),
+    ("qwen2", "dora:rank=4", "all-linear"),  # a ratio, and a bias behind it
+    ("gpt2", "lora:rank=4", "all-linear"),  # dropout of its own
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("kind", "method", "targets"), START)
+def test_an_adapter_that_does_nothing_yet_starts_at_the_base_to_the_bit(kind, method, targets, dtype):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(1)
+    model: Any
+    if kind == "llama":
+        model = make_model()
+    elif kind == "qwen2":
+        config = {key: getattr(make_model().config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config, **sizes))
+    else:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model = spectune.adapt(model.to(dtype), method, targets, factored=True)
+    checkpoint_activations(model, "selective")
+    task = make(beta=1.0)
+    batch = task.collator(model, tokenizer)(task.encode(PAIRS, model, tokenizer, 64).examples)
+    with training_parts(model, task.dropout):
+        learning = task.sums(model.train(), dict(batch))
+        learning["loss"].backward()
+        with torch.no_grad():
+            judged = task.sums(model.eval(), dict(batch))
+    for sums in (learning, judged):
+        assert float(sums["reward_chosen"]) == float(sums["reward_rejected"]) == float(sums["reward_margin"]) == 0
+        assert float(sums["loss"].detach()) == pytest.approx(len(PAIRS) * math.log(2), abs=1e-6)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    if kind == "gpt2":
+        assert model.config.resid_pdrop == model.transformer.h[0].mlp.dropout.p == 0.1  # as it was
 
 
 def test_smoothed_hinge_and_ipo_losses(models):

@@ -37,6 +37,8 @@ class Task:
     shown: ClassVar[tuple[str, ...]] = ()  # the measures of an evaluation that are shown and drawn beside the loss
     by_length: ClassVar[bool] = False  # batches are of examples of about one length; these are mappings with input_ids
 
+    dropout: ClassVar[bool] = True  # the model's own stays on in training; an adapter's does
+
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
-from spectune.model.routing import Reference
+from spectune.model.routing import base_alone
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.layout import in_common
@@ -46,6 +46,7 @@ class Dpo(Task):
     )
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
+    dropout = False
     reference: Any = None  # another model as p0, where the base's own weights train
 
     @property
@@ -109,8 +110,9 @@ class Dpo(Task):
             each = -F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
             return each.new_zeros(2 * count).index_add(0, owners.flatten(), each)
 
-        with torch.no_grad():
-            reference = log_probabilities(Reference(self.reference or getattr(model, "module", model)))
+        base = self.reference or getattr(model, "module", model)
+        with base_alone(base, compared=True), torch.no_grad():
+            reference = log_probabilities(base)
         ratios = log_probabilities(model) - reference
         chosen, rejected = ratios.chunk(2)
         if self.options.dpo_loss == "ipo":

@@ -41,6 +41,20 @@ def test_loss_divergence_and_gradient(monkeypatch, temperature):
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
+def test_without_a_reference_the_rest_is_the_same():
+    logits, tokens, owner = (
+        torch.randn(7, 11, requires_grad=True),
+        torch.randint(11, (7,)),
+        torch.tensor([0] * 3 + [1] * 4),
+    )
+    advantage = torch.tensor([1.0, -0.5])
+    alone = policy_loss(logits, None, tokens, owner, advantage)
+    beside = policy_loss(logits, torch.randn(7, 11), tokens, owner, advantage)
+    assert alone.kl is None
+    torch.testing.assert_close(alone.loss, beside.loss)
+    torch.testing.assert_close(*(torch.autograd.grad(x.loss, logits)[0] for x in (alone, beside)))
+
+
 def test_its_mean_is_the_gradient_of_the_expected_reward():
     """Over every pair of one-token completions, weighted by their probability: the baseline leaves no bias."""
     logits, worth = torch.randn(5, requires_grad=True), torch.randn(5)

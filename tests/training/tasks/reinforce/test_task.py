@@ -17,6 +17,7 @@ from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks import make_task
 from spectune.training.tasks.reinforce import policy_trainer
+from spectune.training.tasks.reinforce import task as task_module
 from spectune.training.trainer import trainer as trainer_module
 from training.folder import NUMBERS, save_folder
 
@@ -33,6 +34,9 @@ def ahoy(completions, answer):
 
 def one_word(completions, answer):
     return [float(c.strip() == a) for c, a in zip(completions, answer)]
+
+def signed(completions):
+    return [1.0 if "ahoy" in c.split() else -1.0 for c in completions]
 
 def nothing(completions):
     return [0.0] * len(completions)
@@ -101,15 +105,55 @@ def test_it_learns_what_is_rewarded(settings, tmp_path, model_folder, method):
 
 
 def test_a_large_coefficient_keeps_it_at_the_base(settings):
-    free = run(settings, *ONE_WORD, "output=free", "max_steps=15", "normalize_rewards=true")
+    free = run(settings, *ONE_WORD, "output=free", "max_steps=15", "normalize_rewards=true", "log_kl=true")
     held = run(settings, *ONE_WORD, "output=held", "max_steps=15", "normalize_rewards=true", "kl=10")
     free_kl, held_kl = ([line["kl"] for line in r.history if "kl" in line][-1] for r in (free, held))
     assert held_kl < 0.2 * free_kl
 
 
 def test_dropout_is_off_so_that_the_first_step_is_at_the_base(settings):
-    line = run(settings, "output=out", "method=milora:rank=2,dropout=0.5", "max_steps=1").history[1]
-    assert line["kl"] == pytest.approx(0, abs=1e-5)
+    line = run(settings, "output=out", "method=milora:rank=2,dropout=0.5", "max_steps=1", "log_kl=true").history[1]
+    assert line["kl"] == 0
+
+
+@pytest.mark.parametrize("how", ["selective", "true"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("method", ["dora:rank=2", "svf"])
+def test_the_divergence_starts_at_zero_to_the_bit(settings, method, dtype, how):
+    more = [
+        "output=out",
+        f"method={method}",
+        "max_steps=1",
+        "kl=0.1",
+        f"dtype={dtype}",
+        f"gradient_checkpointing={how}",
+    ]
+    assert run(settings, *more, "held_out=0").history[0]["kl"] == 0
+
+
+def test_the_base_answers_only_where_the_divergence_is_used(settings, monkeypatch):
+    passes = []
+    own = task_module.completion_logits
+    monkeypatch.setattr(task_module, "completion_logits", lambda *args: passes.append(args) or own(*args))
+    for count, more in ((1, []), (2, ["log_kl=true"]), (2, ["kl=0.1"])):
+        passes.clear()
+        line = run(settings, "output=out", "overwrite=true", "max_steps=1", "held_out=0", *more).history[0]
+        assert len(passes) == count
+        assert ("kl" in line) == (count == 2)
+
+
+def test_the_recipe_of_transformer_squared(settings):
+    """One greedy completion of each prompt, weighed by its reward alone."""
+    recipe = ["samples=1", "temperature=0", "reward_baseline=none", "max_grad_norm=1e-3", "lr=2e-3", "method=svf"]
+    first, again = (
+        run(settings, f"output=out{i}", "max_steps=2", "held_out=0", "reward=tiny_rewards:signed", *recipe)
+        for i in range(2)
+    )
+    assert [line["reward"] for line in first.history] == [line["reward"] for line in again.history]
+    assert all(torch.equal(value, values(again)[key]) for key, value in values(first).items())
+    moved = torch.cat([(value - 1).flatten() for value in values(first).values()])
+    assert moved.any()
+    assert moved.abs().max() < 2 * 2.1e-3  # Adam's steps
 
 
 def test_recomputed_activations_give_the_same_adapter(settings):
@@ -190,7 +234,10 @@ def test_rewards_that_never_differ_are_told_once(settings):
         (["task=sft"], "reward is a key of task: reinforce"),
         (["reward=tiny_rewards:ahoi"], "has no 'ahoi'; did you mean 'ahoy'"),
         (["max_new_tokens=64"], "no prompt leaves room for 64 new tokens within 64"),
-        (["samples=1"], "samples: .*greater than or equal to 2"),
+        (["samples=1"], "samples: 1 has no others to be measured against: .*reward_baseline: none"),
+        (["samples=0"], "samples: .*greater than or equal to 1"),
+        (["temperature=0"], "temperature: 0 draws the same completion each time: give samples: 1"),
+        (["reward_baseline=none", "normalize_rewards=true"], "leave out reward_baseline: none"),
     ],
 )
 def test_mistakes(settings, more, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -31,15 +32,15 @@ def advantages(rewards: Tensor, normalize: bool = False) -> Tensor:
 
 
 class PolicyLoss(NamedTuple):
-    """The loss, and the mean over completions of the sum over tokens of KL(policy || reference), in nats."""
+    """The loss, and the mean over completions of the sum over tokens of KL(policy || reference), in nats, if known."""
 
     loss: Tensor
-    kl: Tensor
+    kl: Tensor | None
 
 
 def policy_loss(
     logits: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     tokens: Tensor,
     owner: Tensor,
     advantage: Tensor,
@@ -55,7 +56,7 @@ def policy_loss(
 
     Args:
         logits: (tokens, vocabulary), of the policy at each completion token.
-        reference: the same of the reference.
+        reference: the same of the reference; None leaves the divergence out, whose coefficient must be 0 then.
         tokens: (tokens,), those that were drawn.
         owner: (tokens,), the completion that each belongs to.
         advantage: (completions,).
@@ -64,18 +65,24 @@ def policy_loss(
     """
     total = logits.new_zeros((), dtype=torch.float32)
     divergence = total
-    pieces = (x.split(_CHUNK) for x in (logits, reference, tokens, advantage[owner]))
-    for piece in zip(*pieces, strict=True):  # recomputed in the backward pass: fp32 over the vocabulary is large
-        gain, kl_piece = checkpoint(_statistics, *piece, temperature, use_reentrant=False)  # type: ignore[misc]
+    others = repeat(None) if reference is None else reference.split(_CHUNK)
+    pieces = (x.split(_CHUNK) for x in (logits, tokens, advantage[owner]))
+    for *piece, other in zip(*pieces, others, strict=reference is not None):
+        # recomputed in the backward pass: fp32 over the vocabulary is large
+        gain, kl_piece = checkpoint(_statistics, *piece, other, temperature, use_reentrant=False)  # type: ignore[misc]
         total, divergence = total + gain, divergence + kl_piece
     count = len(advantage)
+    if reference is None:
+        return PolicyLoss(-total / count, None)
     return PolicyLoss((kl * divergence - total) / count, divergence.detach() / count)
 
 
 def _statistics(
-    logits: Tensor, reference: Tensor, tokens: Tensor, advantage: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, tokens: Tensor, advantage: Tensor, reference: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor | float]:
     log_p = torch.log_softmax(logits.float() / temperature, -1)
+    gain = (advantage * log_p.gather(-1, tokens[:, None])[:, 0]).sum()
+    if reference is None:
+        return gain, 0.0
     log_q = torch.log_softmax(reference.float() / temperature, -1)
-    chosen = log_p.gather(-1, tokens[:, None])[:, 0]
-    return (advantage * chosen).sum(), (log_p.exp() * (log_p - log_q)).sum()
+    return gain, (log_p.exp() * (log_p - log_q)).sum()

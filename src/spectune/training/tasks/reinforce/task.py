@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.bases.generation import pad_token
 from spectune.bases.prompts import prompt_tokens, stop_tokens
 from spectune.errors import SpectuneError
+from spectune.layers.adapted import adapted_layers
 from spectune.model.routing import base_alone
 from spectune.training import processes
 from spectune.training.config import TrainConfig
@@ -47,6 +48,7 @@ class Reinforce(Task):
     forms: ClassVar[str] = "'prompt', as text or messages, and what the reward takes"
     unit = "completion"
     curve = "reward"
+    dropout = False
     best_metric = "eval_reward"
 
     def __init__(self, config: TrainConfig) -> None:
@@ -135,30 +137,39 @@ class Reinforce(Task):
         groups = self._sample(own, prompts, options.samples, options.temperature)
         rewards = torch.tensor(self._rewards(problems, groups), device=own.device).view(len(problems), -1)
         rollout = lay_out(own, prompts, groups, pad_token(self._tokenizer))
-        with torch.no_grad(), base_alone(own):
-            reference = completion_logits(own, rollout)
-        own.train(self.config.gradient_checkpointing is True)  # which transformers does in training mode only
+        # which transformers does in training mode only
+        _without_dropout(own, self.config.gradient_checkpointing is True)
+        reference = None
+        if options.kl or options.log_kl:
+            with base_alone(own, compared=True), torch.no_grad():
+                reference = completion_logits(own, rollout)
         logits = completion_logits(model, rollout)
-        own.train()
+        _without_dropout(own, True)
         loss, divergence = policy_loss(
             logits,
             reference,
             rollout.tokens,
             rollout.owner,
-            advantages(rewards, options.normalize_rewards).flatten(),
+            self._advantages(rewards).flatten(),
             kl=options.kl,
-            temperature=options.temperature,
+            temperature=options.temperature or 1.0,
         )
         sums = {
             "loss": loss * rewards.numel(),
             "items": torch.tensor(rewards.numel()),
             "tokens": torch.tensor(sum(map(len, prompts)) + len(rollout.tokens)),
             "reward": rewards.sum(),
-            "kl": divergence * rewards.numel(),
             "length": torch.tensor(len(rollout.tokens)),
-            "signal": (rewards.amax(1) > rewards.amin(1)).sum(),
+            "signal": self._advantages(rewards).any(1).sum(),
         }
+        if divergence is not None:
+            sums["kl"] = divergence * rewards.numel()
         return {key: value.to(own.device) for key, value in sums.items()}
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        if self.options.reward_baseline == "none":
+            return rewards
+        return advantages(rewards, self.options.normalize_rewards)
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         known = ("reward", "exact_match", "kl", "length")
@@ -205,6 +216,13 @@ class Reinforce(Task):
     def _rewards(self, problems: Sequence[Problem], groups: Sequence[Sequence[list[int]]]) -> list[float]:
         records = [problem.record for problem, group in zip(problems, groups, strict=True) for _ in group]
         return self.reward(records, self._texts(groups))
+
+
+def _without_dropout(model: Any, training: bool) -> None:
+    """Set a model's mode but its adapters', whose dropout stays off, in the backward pass of a checkpoint too."""
+    model.train(training)
+    for layer in adapted_layers(model).values():
+        layer.adapters.eval()
 
 
 def _answer(record: Record) -> str | None:
