@@ -252,4 +252,4 @@ def test_doras_dropout_by_hand():
     model.train()
     y = model(torch.ones(64, 1, dtype=torch.float64)).detach().flatten()
     assert {round(float(value), 9) for value in y} == {2.0, 7.0}
-    assert model.eval()(torch.ones(1, 1, dtype=torch.float64)).item() == pytest.approx(4.5)
+    assert model.eval()(torch.ones(1, 1, dtype=torch.float64)).detach().item() == pytest.approx(4.5)
