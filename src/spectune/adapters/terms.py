@@ -94,7 +94,11 @@ class Term:
             assert weight is not None
             return rows @ on_cpu(weight).mT
 
-        base = Base(lambda: through_base(x), lambda R: through_base(R).mT)
+        def rows(index: Tensor) -> Tensor:
+            assert weight is not None
+            return on_cpu(weight[index.to(weight.device)])
+
+        base = Base(lambda: through_base(x), lambda R: through_base(R).mT, rows=rows)
         return fingerprint.sketch_update(self.method.respond(tensors, x, base, False))
 
     def check(self, name: str, weight: Tensor | None, base_sketch: Tensor | None) -> None:

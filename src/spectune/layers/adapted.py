@@ -67,11 +67,13 @@ class Adapted(nn.Module):
             return method.replacement(tensors, x, self.bias)
         with torch._C.DisableTorchFunction():  # modes, such as a checkpointed region's, would be asked at every access
             if self._fuses(x) and not (training and method.drop):
-                return self._fused(update, x, tensors)
+                ratio = update.ratio(tensors, self.base())
+                if ratio is None or ratio.rows is None:
+                    return self._fused(update, x, tensors, None if ratio is None else ratio.values)
         plain = self._plain(x)
         return plain + method.respond(tensors, x, self.base(plain), training)
 
-    def _fused(self, update: Update, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def _fused(self, update: Update, x: Tensor, tensors: dict[str, Tensor], ratio: Tensor | None) -> Tensor:
         method, training = update.method, update.training
         whole = method.whole(tensors) if training and self.selection.factored else None
         y = adapted_linear(
@@ -79,7 +81,7 @@ class Adapted(nn.Module):
             effective_weight(self) if whole is None else None,
             self.bias,
             whole or method.factors(tensors),
-            update.ratio(tensors, self.base()),
+            ratio,
             training,
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -164,7 +166,10 @@ class Adapted(nn.Module):
                 raise RuntimeError("this update was asked for outside a forward pass")
             return y if self.bias is None else y - self.bias.to(y.dtype)
 
-        return Base(without_bias, lambda R: linear(effective_weight(self), R.to(self.weight.dtype)), self.bias)
+        def project(R: Tensor) -> Tensor:
+            return linear(effective_weight(self), R.to(self.weight.dtype))
+
+        return Base(without_bias, project, self.bias, lambda index: effective_weight(self).index_select(0, index))
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""

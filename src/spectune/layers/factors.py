@@ -18,11 +18,27 @@ class Base(NamedTuple):
         output: () -> x W^T, without the bias, for the input at hand; in a forward pass (z) -> z W^T for another.
         project: R (q x in) -> W R^T (out x q).
         bias: (out), or None.
+        rows: (indices (n)) -> rows of W (n x in), where they can be had.
     """
 
     output: Callable[..., Tensor]
     project: Callable[[Tensor], Tensor]
     bias: Tensor | None = None
+    rows: Callable[[Tensor], Tensor] | None = None
+
+
+class Ratio(NamedTuple):
+    """What W + dW is multiplied by to give W'.
+
+    Args:
+        values: (out), by row.
+        rows: indices (n) of rows that are not to be had as W x + dW x, which would cancel; None if there are none.
+        sums: W + dW (n x in) in these rows.
+    """
+
+    values: Tensor
+    rows: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Factors(NamedTuple):

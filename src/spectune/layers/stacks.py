@@ -99,8 +99,9 @@ class Stack:
 
     def _of(self, update: Update) -> tuple[Pieces, Any, float]:
         tensors = self._layer.tensors(update)
-        factors, ratio = update.method.factors(tensors), update.method.ratio(tensors, self._layer.base())
-        return Pieces(*factors[:2], getattr(factors.core, "values", None), ratio), factors.core, factors.scale
+        factors, ratio = update.method.factors(tensors), update.ratio(tensors, self._layer.base())
+        values = None if ratio is None else ratio.values
+        return Pieces(*factors[:2], getattr(factors.core, "values", None), values), factors.core, factors.scale
 
 
 class Part(NamedTuple):
@@ -172,7 +173,8 @@ class RoutedForward:
         kinds: dict[Any, list[Use]] = {}
         for name, share in shares.items():
             for update in layer.adapters[name]:  # type: ignore[attr-defined]
-                if update.method.replaces or (update.training and update.method.drop) or _unversioned(update):
+                dropped = update.training and update.method.drop
+                if update.method.replaces or dropped or _unversioned(update) or _cancels(update, layer):
                     self._alone.append((update, share))
                     continue
                 shapes = [(key, p.shape) for key, p in update._parameters.items()]
@@ -291,6 +293,14 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
 def _unversioned(update: Update) -> bool:
     """Whether changes of an update go unnoticed."""
     return any(p.is_inference() for p in _trained(update))
+
+
+def _cancels(update: Update, layer: Layer) -> bool:
+    """Whether an update takes so much of some row of W that the rest is not to be had as a difference."""
+    if update.method.additive:
+        return False
+    ratio = update.ratio(layer.tensors(update), layer.base())
+    return ratio is not None and ratio.rows is not None
 
 
 def _trained(update: Update) -> list[Tensor]:

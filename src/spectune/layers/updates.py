@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from spectune.layers.factors import Base
+from spectune.layers.factors import Base, Ratio
 from spectune.layers.protocols import Rule
 
 
@@ -45,7 +45,7 @@ class Update(nn.Module):
     def __init__(self, method: Rule, trained: Mapping[str, Tensor], weight: float = 1.0) -> None:
         super().__init__()
         self.method, self.weight = method, weight
-        self._kept: tuple[Any, Tensor | None] | None = None
+        self._kept: tuple[Any, Ratio | None] | None = None
         self.basis_key = method.basis_key
         for name, tensor in trained.items():
             self.register_parameter(name, nn.Parameter(tensor))
@@ -54,7 +54,7 @@ class Update(nn.Module):
         """Return the trained tensors by name."""
         return dict(self._parameters)  # type: ignore[arg-type]
 
-    def ratio(self, tensors: dict[str, Tensor], base: Base) -> Tensor | None:
+    def ratio(self, tensors: dict[str, Tensor], base: Base) -> Ratio | None:
         """Return the method's ratio; without gradients it is kept until a parameter is written to."""
         trained: list[Any] = list(self._parameters.values())
         if self.method.additive or torch.is_grad_enabled() or any(p.is_inference() for p in trained):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.factors import Base, Factors
+from spectune.layers.factors import Base, Factors, Ratio
 from spectune.spectral import Request
 from spectune.speed.dropout import dropout
 
@@ -71,8 +71,8 @@ class Method(abc.ABC):
         """Return x (W' - W)^T for x (..., in)."""
         return self.factors(t).apply(self._dropped(x, training))
 
-    def ratio(self, t: Tensors, base: Base) -> Tensor | None:
-        """Return what W + s L C R is multiplied by to give W', (out), or None where they are the same."""
+    def ratio(self, t: Tensors, base: Base) -> Ratio | None:
+        """Return what W + s L C R is multiplied by to give W', or None where they are the same."""
         return None
 
     def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,10 +8,11 @@ from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.factors import Base, Factors
+from spectune.layers.factors import Base, Factors, Ratio
 from spectune.methods.base import Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
@@ -19,6 +20,7 @@ from spectune.spectral import Request
 from spectune.speed.recompute_cache import current_cache
 
 _CHUNK = 1 << 22  # elements of L C held at once while the norm is computed: 16 MiB of float32
+_SMALLEST = 1e-6  # a ratio below which a product with it has no gradient to speak of
 
 
 @register
@@ -29,6 +31,8 @@ class DoRA(Method):
     m (out) starts at ||W_i||, and the norm is detached from the gradient.  Nothing out x in is built:
     ||W_i + s (L C)_i R||^2 = ||W_i||^2 + 2 s (L C)_i . (W R^T)_i + s^2 (L C)_i (R R^T) (L C)_i^T.  Where the inner
     method has dropout, y = W x + (m / ||W + dW|| - 1) W drop(x) + (m / ||W + dW||) dW drop(x), as the authors have it.
+
+    Rows of which dW leaves so little that the sum above loses its digits are computed in float64 from W + dW itself.
 
     Args:
         inner: the additive method inside.
@@ -88,32 +92,55 @@ class DoRA(Method):
         return self.inner.factors(t)
 
     @torch.no_grad()
-    def _norms(self, t: Tensors, f: Factors, base: Base) -> Tensor:
+    def _norms(self, t: Tensors, f: Factors, base: Base) -> tuple[Tensor, Tensor]:
+        """Return ||W_i + dW_i|| and in which rows it is too little to be had so (out)."""
         cache = current_cache()
         known = cache.recall() if cache is not None else None
         if known is not None:
-            return known[0]
-        squared = []
+            return known[0], known[1]
+        squared, largest, dtype = [], [], t["norms"].dtype
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
             diagonals = self.inner.projections(t)
-            g, h = diagonals or (base.project(f.right).to(t["norms"].dtype), f.right @ f.right.mT)
+            g, h = diagonals or (base.project(f.right), f.right @ f.right.mT)
+            lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))
+            g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal())[:, None]
             step = max(1, _CHUNK // f.left.shape[1])
             for left, cross in zip(f.left.split(step), repeat(g) if diagonals else g.split(step), strict=False):
-                left = left.to(t["norms"].dtype)
+                left = left.to(dtype)
                 p = f.core.transposed(left)
                 if diagonals:
                     rest = 2 * f.scale * left * cross + f.scale**2 * p * h
                 else:
                     rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
                 squared.append((p * rest).sum(1))
-        norms = (t["norms"] ** 2 + torch.cat(squared)).clamp_min(0).sqrt()
+                largest.append((p.square() @ lengths.to(dtype))[:, 0])
+        of_sum = t["norms"] ** 2 + torch.cat(squared)
+        terms = t["norms"] + torch.cat(largest).sqrt()  # as long as W_i and the terms of dW_i together, end to end
+        norms = of_sum.clamp_min(0).sqrt()
+        little = (of_sum < lost * terms**2) | (t["magnitude"].abs() < _SMALLEST * norms)
         if cache is not None:
-            cache.keep(norms, looked_at=True)
-        return norms
+            cache.keep(norms, little, looked_at=True)
+        return norms, little
 
-    def ratio(self, t: Tensors, base: Base) -> Tensor:
-        norms = self._norms(t, self.factors(t), base)
-        return _ratio(t["magnitude"], norms)
+    def ratio(self, t: Tensors, base: Base) -> Ratio:
+        f = self.factors(t)
+        norms, little = self._norms(t, f, base)
+        told = base.rows is not None and not little.is_meta and not torch.compiler.is_compiling()
+        if not told or not little.any():
+            return Ratio(_ratio(t["magnitude"], norms))
+        rows = little.nonzero()[:, 0]
+        sums = self._sums(t, base, rows)
+        exact = torch.linalg.vector_norm(sums.detach(), dim=1).to(norms.dtype)
+        return Ratio(_ratio(t["magnitude"], norms.index_copy(0, rows, exact)), rows, sums.to(norms.dtype))
+
+    def _sums(self, t: Tensors, base: Base, rows: Tensor) -> Tensor:
+        """Return W + dW (n x in) in some rows, as exactly as they can be had."""
+        assert base.rows is not None
+        f, parts = self.inner.factors(_wide(t)), []
+        for index in rows.split(max(1, _CHUNK // f.right.shape[1])):
+            of_update = f.scale * (f.core.transposed(f.left.index_select(0, index)) @ f.right)
+            parts.append(base.rows(index).to(of_update.dtype) + of_update)
+        return torch.cat(parts)
 
     def whole(self, t: Tensors) -> Factors | None:
         return self.inner.whole(t)
@@ -122,15 +149,29 @@ class DoRA(Method):
         return self.inner.still(t)
 
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
-        ratio = self.ratio(t, base)
+        values, rows, sums = self.ratio(t, base)
         dropped = self._dropped(x, training)
         output, x = base.output() if dropped is x else base.output(dropped), dropped
         inner = self.inner.respond(t, x, base, False)
-        return (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
+        ratio = values if rows is None else values.index_fill(0, rows, 1.0)
+        y = (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
+        if rows is None or sums is None:
+            return y
+        whole = F.linear(x, (values[rows, None] * sums).to(x.dtype))
+        return y.index_copy(-1, rows, (whole - output.index_select(-1, rows)).to(y.dtype))
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
-        updated = weight + self.inner.delta(t, weight)
-        return _ratio(t["magnitude"], torch.linalg.vector_norm(updated, dim=1))[:, None] * updated - weight
+        t = _wide(t)
+        dense = weight.to(t["magnitude"].dtype)
+        updated = dense + self.inner.delta(t, dense)
+        ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(updated, dim=1))
+        return (ratio[:, None] * updated - dense).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _wide(t: Tensors) -> dict[str, Tensor]:
+    """Return tensors in the widest dtype of their device."""
+    wide = torch.float32 if t["magnitude"].device.type == "mps" else torch.float64
+    return {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in t.items()}
 
 
 def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
