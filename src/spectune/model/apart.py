@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import Layouts
 from spectune.layers.selection import Rows, Selection
-from spectune.model.trial import leaves, structure_of, walk
+from spectune.model.row_trial import leaves, structure_of, walk
 
 
 @contextmanager

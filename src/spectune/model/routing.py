@@ -18,7 +18,7 @@ from spectune.layers.selection import Rows
 from spectune.model.apart import answering_apart
 from spectune.model.install import selections
 from spectune.model.names import M, check_known, check_some_adapter, names_on
-from spectune.model.trial import Call, find_layouts, rows_of
+from spectune.model.row_trial import Call, find_layouts, rows_of
 from spectune.speed.recompute_cache import like_learning
 
 # an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
