@@ -139,13 +139,6 @@ def test_the_models_own_default_adapter_is_safe(tmp_path):
     assert spectune.adapter_names(model) == ["default"]
 
 
-def test_a_method_that_does_not_fit_is_told(tmp_path):
-    pool = Pool(cases.tiny(), cases.library(tmp_path, prompts=PROMPTS))
-    with pytest.raises(SpectuneError, match="rank 100000 is above"):
-        train_classifier(pool, cases.tokenizer(), "adapter", method="pissa:rank=100000")
-    assert spectune.adapter_names(pool.model) == []
-
-
 def test_it_is_bound_to_the_librarys_names(tmp_path):
     pool, _ = trained(tmp_path)
     pool.library.remove("say")

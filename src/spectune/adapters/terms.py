@@ -66,7 +66,7 @@ class Term:
         Vectors of singular values that differ by d are turned into each other by about rounding * S_1 / d; where W has
         equal singular values, as an orthogonal W has, nothing but rounding chooses them.
         """
-        S = None if self.basis is None else self.method.spectrum(self.basis)
+        S = self.method.spectrum(self.basis) if self.basis else None  # none on the meta device
         if S is None or S.is_meta or not S.any():
             return False
         S = on_cpu(S).double().sort(descending=True).values

@@ -60,7 +60,7 @@ def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[
     sized = within_budget(method, shapes, budget)  # type: ignore[arg-type]
     if sized is not None:
         return to_text(sized), []
-    least = sum(method.parameter_count(*shape) for shape in shapes)
+    least = sum(method.fit(*shape).parameter_count(*shape) for shape in shapes)
     return text, [f"{text} cannot be made as small as {config.budget} parameters; it is compared at {least:,}"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +30,8 @@ class AdaLoRA(Method):
 
     Args:
         rank: average rank a layer at the end.
-        initial_rank: rank at the start; None is 1.5 rank.
+        initial_rank: rank at the start; None is 1.5 rank. Layers with fewer rows or columns, where P or Q could not be
+            orthonormal, have as much as they can, and a budget of their own.
         alpha: numerator of the scale.
         t_init: steps before pruning; a fraction of the run below 1.
         t_final: steps after it, at the final budget; a fraction of the run below 1.
@@ -94,9 +95,12 @@ class AdaLoRA(Method):
         """Return `t_init` or `t_final` as a number of steps of a run of `total_steps`."""
         return round(t * (self.total_steps or 0)) if t < 1 else int(t)
 
-    def check(self, out_features: int, in_features: int) -> str | None:
-        rank, limit = self.first_rank, min(out_features, in_features)
-        return f"initial_rank {rank} is above min(out, in) = {limit}; take it <= {limit}" if rank > limit else None
+    def fit(self, out_features: int, in_features: int) -> AdaLoRA:
+        limit = min(out_features, in_features)
+        if self.first_rank <= limit:
+            return self
+        rank, alpha = min(self.rank, limit), self.alpha * limit / self.first_rank
+        return replace(self, rank=rank, initial_rank=limit, alpha=alpha)
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"P": (out_features, self.first_rank), "E": (self.first_rank,), "Q": (self.first_rank, in_features)}

@@ -33,6 +33,7 @@ class Method(abc.ABC):
     learning_rate: ClassVar[float]  # a starting point for a short run on a small model
     basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
     earlier: ClassVar[Mapping[str, Any]] = {}  # fields that older files lack, and what these were written with
+    learns_from_zero: ClassVar[bool] = True  # False where L or R is made of W, so that nothing moves where W is zero
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
     replaces: ClassVar[bool] = False  # W' does not depend on W
@@ -59,11 +60,9 @@ class Method(abc.ABC):
         """Return the frozen tensors for a weight (out x in), given what `request` asked for."""
         return {}
 
-    def check(self, out_features: int, in_features: int) -> str | None:
-        """Return why a weight (out_features x in_features) cannot take this method, or None where it can."""
-        rank = getattr(self, "rank", 1)
-        limit = min(out_features, in_features)
-        return f"rank {rank} is above min(out, in) = {limit}; take rank <= {limit}" if rank > limit else None
+    def fit(self, out_features: int, in_features: int) -> Method:
+        """Return the method as a weight (out_features x in_features) takes it: with the largest rank that it has."""
+        return self
 
     # -- what follows from the declaration; a method that is not additive overrides `respond`, `ratio` and `delta`
 
@@ -141,6 +140,14 @@ class Method(abc.ABC):
             "name": self.name,
             **{k: v.fields() if isinstance(v, Method) else v for k, v in values.items()},
         }
+
+
+def at_most(method: Any, limit: int) -> Any:
+    """Return a method with `rank` and `alpha` at a rank of at most `limit`, with the same scale."""
+    if method.rank <= limit:
+        return method
+    alpha = None if method.alpha is None else method.alpha * limit / method.rank
+    return dataclasses.replace(method, rank=limit, alpha=alpha)
 
 
 def check_int(method: Method, *fields: str, least: int = 1) -> None:

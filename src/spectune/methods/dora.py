@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -82,8 +82,14 @@ class DoRA(Method):
         inner = {name: shape for name, shape in shapes.items() if name != "magnitude"}
         return {"magnitude": basis["norms"].clone(), **self.inner.initial(inner, basis)}
 
-    def check(self, out_features: int, in_features: int) -> str | None:
-        return self.inner.check(out_features, in_features)
+    @property
+    def learns_from_zero(self) -> bool:  # type: ignore[override]
+        """As the inner method does."""
+        return self.inner.learns_from_zero
+
+    def fit(self, out_features: int, in_features: int) -> DoRA:
+        inner = self.inner.fit(out_features, in_features)
+        return self if inner == self.inner else replace(self, inner=inner)
 
     def start_schedule(self, updates: Sequence[Any]) -> None:
         self.inner.start_schedule(updates)

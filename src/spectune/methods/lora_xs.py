@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.layers.cores import Dense
 from spectune.layers.factors import Factors
-from spectune.methods.base import Method, Shapes, Tensors, check_int, check_range
+from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
 from spectune.spectral import Request
 
@@ -23,7 +23,7 @@ class LoRAXS(Method):
     R (rank x rank) starts at N(0, 1e-5), the standard deviation of the authors' code.
 
     Args:
-        rank: singular triplets of the basis; rank^2 parameters train.
+        rank: singular triplets of the basis, all of a weight that has fewer, at the same s; rank^2 parameters train.
         alpha: numerator of the scale; None is `rank`, so that s = 1.
 
     Raises:
@@ -36,6 +36,7 @@ class LoRAXS(Method):
     learning_rate: ClassVar[float] = 4e-3
     basis_fields: ClassVar[tuple[str, ...]] = ("rank",)
     core_only: ClassVar[bool] = True
+    learns_from_zero: ClassVar[bool] = False
 
     rank: int = 64
     alpha: float | None = None
@@ -49,6 +50,9 @@ class LoRAXS(Method):
     def scale(self) -> float:
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def fit(self, out_features: int, in_features: int) -> LoRAXS:
+        return at_most(self, min(out_features, in_features))
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"R": (self.rank, self.rank)}

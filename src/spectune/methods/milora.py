@@ -15,7 +15,7 @@ class MiLoRA(PiSSA):
     """Train the bottom of the spectrum: PiSSA's update from the `rank` smallest singular triplets.
 
     Args:
-        rank: singular triplets taken.
+        rank: singular triplets taken; all of a weight that has fewer, at the same s.
         alpha: numerator of the scale s = alpha / rank; None is `rank`, so that s = 1.
         dropout: probability of dropping an input of the branch in training.
 

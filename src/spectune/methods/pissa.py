@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectune.layers.factors import Factors
-from spectune.methods.base import Method, Shapes, Tensors, check_int, check_range
+from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
 from spectune.spectral import Request
 
@@ -28,7 +28,7 @@ class PiSSA(Method):
     and weight decay, where there is any, that pulls towards W and not towards W without its principal part.
 
     Args:
-        rank: singular triplets taken.
+        rank: singular triplets taken; all of a weight that has fewer, at the same s.
         alpha: numerator of the scale; None is `rank`, so that s = 1.
         dropout: probability of dropping an input of the branch in training.
 
@@ -42,6 +42,7 @@ class PiSSA(Method):
     learning_rate: ClassVar[float] = 2e-4
     basis_fields: ClassVar[tuple[str, ...]] = ("rank", "scale")
     which: ClassVar[Literal["top", "bottom"]] = "top"
+    learns_from_zero: ClassVar[bool] = False
 
     rank: int = 128
     alpha: float | None = None
@@ -57,6 +58,9 @@ class PiSSA(Method):
     def scale(self) -> float:
         """s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def fit(self, out_features: int, in_features: int) -> PiSSA:
+        return at_most(self, min(out_features, in_features))
 
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"dA": (self.rank, in_features), "dB": (out_features, self.rank)}

@@ -37,6 +37,7 @@ class SVF(Method):
     summary: ClassVar[str] = "U diag(S z) V^T over the whole spectrum; z trains"
     learning_rate: ClassVar[float] = 2e-2
     core_only: ClassVar[bool] = True
+    learns_from_zero: ClassVar[bool] = False
 
     parametrization: str = "plain"
     max_mult: float = 1.0

@@ -52,9 +52,6 @@ class VeRA(Method):
         check_range(self, "d_initial", 0, open_low=True)
         check_range(self, "dropout", 0, 1)
 
-    def check(self, out_features: int, in_features: int) -> str | None:
-        return None
-
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"b": (out_features,), "d": (self.rank,)}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 import torch.nn as nn
@@ -13,7 +14,8 @@ from spectune.adapters.terms import Term
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.updates import Update
-from spectune.methods import Method, parse
+from spectune.methods import Method, parse, to_text
+from spectune.methods.head import Head
 from spectune.model.install import install, selections
 from spectune.model.names import M, check_new_name, method_of, updates_of
 from spectune.model.targets import ALL_LINEAR, Targets, resolve
@@ -55,6 +57,7 @@ def adapt(
     methods = resolve(model, parse(method), targets, exclude, overrides)
     plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
     install(model, plan, name, progress=progress)
+    _say_what_is_less(model, methods, {parse(m) for m in (method, *(overrides or {}).values()) if m is not None})
     _train_only(model, name)
     _start_schedules(model, name)
     for selection in selections(adapted_layers(model)):
@@ -92,6 +95,36 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 
 
 # -- how it is done
+
+
+def _say_what_is_less(model: nn.Module, methods: Mapping[str, Method], asked: Set[Method]) -> None:
+    """Warn of layers that have less room than a method's rank, and of those where it can learn nothing."""
+    small = {n: m for n, m in methods.items() if m not in asked and not isinstance(m, Head)}
+    if small:
+        name, method = next(iter(small.items()))
+        out_features, in_features = effective_weight(find_linear(model, name)).shape
+        warnings.warn(
+            f"{_layers(small)} have less room than the rank that was asked for, and take all that there is: {name!r} "
+            f"({out_features} x {in_features}) has {to_text(method)}",
+            stacklevel=3,
+        )
+    still = [n for n, m in methods.items() if not m.learns_from_zero and _is_zero(find_linear(model, n))]
+    if still:
+        warnings.warn(
+            f"{methods[still[0]].name} cannot learn where a weight is all zeros, as it is in {_layers(still)}; give "
+            "these another method by overrides, such as LoRA, or exclude them",
+            stacklevel=3,
+        )
+
+
+def _layers(names: Collection[str]) -> str:
+    first = ", ".join(map(repr, list(names)[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+
+
+def _is_zero(layer: nn.Module) -> bool:
+    weight = effective_weight(layer)
+    return not weight.is_meta and not bool(weight.any())
 
 
 def _train_only(model: nn.Module, name: str | None) -> None:

@@ -33,7 +33,7 @@ def install(
     """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
     layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
     for layer_name, layer in layers.items():
-        _check_layer(layer_name, layer, plan[layer_name])
+        _check_layer(layer_name, layer)
     bases = _bases(layers, plan, trained_on or {}, progress)
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():
@@ -118,7 +118,7 @@ def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[
     return {}
 
 
-def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
+def _check_layer(name: str, layer: nn.Module) -> None:
     weight = effective_weight(layer)
     if not weight.is_floating_point():
         raise SpectuneError(
@@ -127,13 +127,6 @@ def _check_layer(name: str, layer: nn.Module, terms: Sequence[Term]) -> None:
         )
     if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
-    for term in terms:  # a sum of adapters may have factors wider than the layer
-        reason = None if term.trained else term.method.check(*weight.shape)
-        if reason is not None:
-            out_features, in_features = weight.shape
-            raise SpectuneError(
-                f"{name!r} ({out_features} x {in_features}) cannot take {term.method.name}: {reason}, or exclude it"
-            )
 
 
 def selections(layers: Mapping[str, Adapted]) -> list[Selection]:

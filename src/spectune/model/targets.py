@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from spectune.errors import SpectuneError, nearest
-from spectune.layers.modules import is_linear
+from spectune.layers.modules import effective_weight, is_linear
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
 
@@ -29,7 +29,8 @@ def resolve(
 
     A pattern is the whole name, a suffix of it at a dot, or (one string) a regex that matches the whole name.  An
     override by whole name goes before one by regex, and that before one by suffix; `exclude` goes before them all.
-    The new head of `load_base(..., labels=...)` is always a `Head`.
+    A method's rank is at most what a layer has room for, and the new head of `load_base(..., labels=...)` is always a
+    `Head`.
 
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
@@ -56,7 +57,11 @@ def resolve(
             by_precedence[level].setdefault(name, replacement)
     for level in by_precedence:
         methods |= level
-    final = {name: m for name in linears if name not in dropped and (m := methods.get(name)) is not None}
+    final = {
+        name: m.fit(*effective_weight(model.get_submodule(name)).shape)
+        for name in linears
+        if name not in dropped and (m := methods.get(name)) is not None
+    }
     if not final:
         raise SpectuneError("nothing is left to adapt: exclude and overrides take away every target")
     return final

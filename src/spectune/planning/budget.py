@@ -35,12 +35,12 @@ def within_budget(method: Method, shapes: Iterable[tuple[int, int]], budget: int
     field = size_field(method)
 
     def fits(sized: Method) -> bool:
-        trained = sum(count * sized.parameter_count(*shape) for shape, count in counts.items())
-        return trained <= budget and not any(sized.check(*shape) for shape in counts)
+        return sum(count * sized.fit(*shape).parameter_count(*shape) for shape, count in counts.items()) <= budget
 
     if field is None:
         return method if fits(method) else None
-    low, high = (0, budget + 1) if field == "rank" else (-1, max(map(min, counts)))
+    largest = max(map(min, counts))  # beyond which nothing is gained, and a rank is not taken
+    low, high = (0, largest + 1) if field == "rank" else (-1, largest)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(_sized(method, field, middle)) else (low, middle)

@@ -139,7 +139,7 @@ class Machine:
 
     def _layer(self, method: Method) -> float:
         """Return the seconds of a layer's class and tensors, timed where a method needs no decomposition."""
-        if not self.measured or method.request() is not None or method.check(_SIDE, _SIDE) is not None:
+        if not self.measured or method.request() is not None or method.fit(_SIDE, _SIDE) != method:
             return self.layer
         return self._timed(f"layer {method!r}", lambda: probe.layer(method, _SIDE))
 

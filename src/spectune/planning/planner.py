@@ -67,13 +67,9 @@ class Planner:
         parsed = parse(method)
         chosen = resolve(self.model, parsed, *where)
         shapes = {n: tuple(effective_weight(self.model.get_submodule(n)).shape) for n in chosen}
-        for name, m in chosen.items():
-            reason = m.check(*shapes[name])
-            if reason is not None:
-                out_features, in_features = shapes[name]
-                raise SpectuneError(
-                    f"{name!r} ({out_features} x {in_features}) cannot take {m.name}: {reason}, or exclude it"
-                )
+        small = sum(m != parsed and m == parsed.fit(*shapes[n]) for n, m in chosen.items())
+        if small:
+            self.notes.append(f"{to_text(parsed)}: {small} layers have less room than its rank, and take all there is")
         trained = sum(m.parameter_count(*shapes[n]) for n, m in chosen.items())
         weights_file, config_file = adapter_sizes(self.model, chosen, self.name)
         kinds = Counter((m, *shapes[n]) for n, m in chosen.items())
@@ -100,13 +96,14 @@ class Planner:
         return row
 
     def _within(self, method: Method, chosen: Mapping[str, Method], shapes: Mapping[str, Any]) -> dict[str, Any]:
-        mine = [shapes[n] for n, m in chosen.items() if m == method]
-        rest = sum(m.parameter_count(*shapes[n]) for n, m in chosen.items() if m != method)
+        mine = [shapes[n] for n, m in chosen.items() if m == method.fit(*shapes[n])]
+        others = [(m, shapes[n]) for n, m in chosen.items() if m != method.fit(*shapes[n])]
+        rest = sum(m.parameter_count(*shape) for m, shape in others)
         fitting = within_budget(method, mine, (self.budget or 0) - rest)
-        smallest = rest + sum(least_of(method).parameter_count(*shape) for shape in mine)
+        smallest = rest + sum(least_of(method).fit(*shape).parameter_count(*shape) for shape in mine)
         if fitting is None:
             return {"budget": None, "smallest": smallest}
-        count = rest + sum(fitting.parameter_count(*shape) for shape in mine)
+        count = rest + sum(fitting.fit(*shape).parameter_count(*shape) for shape in mine)
         return {"budget": {"method": to_text(fitting), "trainable_parameters": count}, "smallest": smallest}
 
     def _full(self) -> dict[str, Any]:
