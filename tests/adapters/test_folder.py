@@ -5,7 +5,9 @@ import json
 import os
 import re
 import struct
-import tempfile
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from adapters.adapter_cases import METHODS, assert_same_update, made, moved, sma
 from spectune import Adapter, SpectuneError
 from spectune.adapters import fingerprint
 from spectune.adapters import folder as files
+from spectune.adapters.formats import spectune as formats
 from spectune.adapters.formats.peft import is_peft
 from spectune.methods import parse
 
@@ -234,12 +237,10 @@ class Full(OSError):
 
 def steps() -> list[tuple[Any, str]]:
     return [
-        (files, "save_file"),
+        (files, "save_tensors"),
         (Path, "write_text"),
-        (Path, "chmod"),
         (os, "fsync"),
         (os, "replace"),
-        (tempfile, "mkstemp"),
         (Path, "mkdir"),
     ]
 
@@ -261,7 +262,7 @@ def test_a_write_that_fails_at_any_step_leaves_the_old_folder(tmp_path, monkeypa
             nonlocal calls
             calls += 1
             if calls == failing:  # noqa: B023
-                if function == "save_file":
+                if function == "save_tensors":
                     args[1].write_bytes(b"half")
                 raise kind("no space left on device")
             return right(*args, **kwargs)
@@ -295,6 +296,59 @@ def test_a_crash_between_the_two_renames_is_found_out(tmp_path):
             os.replace(tmp_path / name / "new" / WEIGHTS, torn / WEIGHTS)
         with pytest.raises(SpectuneError, match=f"{CONFIG} and {WEIGHTS} do not belong together"):
             Adapter.load(torn)
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path[:0] = sys.argv[3:]
+    from adapters.adapter_cases import made
+    real, left = os.replace, [int(sys.argv[2])]
+    def replace(source, target):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        real(source, target)
+    os.replace = replace
+    made("lora_xs:rank=2", seed=3).save(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are not killed so there")
+@pytest.mark.parametrize("renames", [0, 1])
+def test_what_a_killed_writer_left_is_finished_or_taken_back(tmp_path, renames):
+    old, new, folder = made("svf", seed=1), made("lora_xs:rank=2", seed=3), tmp_path / "a"
+    old.save(folder)
+    tests = str(Path(__file__).parents[1])
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(renames), tests])
+    assert ended.returncode == -9
+    assert len(list(folder.iterdir())) > 2
+    assert_identical(Adapter.load(folder), (old, new)[renames])
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_one_adapter_has_one_file(tmp_path):
+    adapter = made("svf")
+    adapter.labels = ("cat", "dog")
+    assert len({(adapter.save(tmp_path / str(i)) / WEIGHTS).read_bytes() for i in range(12)}) == 1
+
+
+def test_a_folder_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    adapters = [made("svf", seed=seed) for seed in (1, 2)]
+    adapters[0].labels, adapters[1].labels = ("cat", "dog"), ("dog", "cat")
+    adapters[0].save(tmp_path)
+    real, calls = formats.read_labels, []
+
+    def meanwhile(path):
+        if not calls:
+            adapters[1].save(tmp_path)
+        calls.append(1)
+        return real(path)
+
+    monkeypatch.setattr(formats, "read_labels", meanwhile)
+    loaded = Adapter.load(tmp_path)
+    assert (loaded.labels, len(calls)) == (adapters[1].labels, 2)
+    assert_identical(loaded, adapters[1])
 
 
 @pytest.mark.parametrize("method", ["svf", "lora:rank=2"])

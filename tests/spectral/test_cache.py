@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,8 @@ from spectune.errors import SpectuneError
 from spectune.spectral import Request, cache, decompose_many, svd
 from spectune.spectral import _many as many
 from spectune.spectral._hash import tensor_digest
+from spectune.spectral._sound import is_decomposition
+from spectune.storage import temporary_beside
 
 TOP = Request("top", 4)
 
@@ -59,7 +62,7 @@ def same(a, b):
 def run(script, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path))},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -190,7 +193,7 @@ def test_default_folders(monkeypatch):
 
 
 def age(path, seconds):
-    """Put the time of an entry's last use into the past, and leave its seal whole."""
+    """Put the time of an entry's last use into the past."""
     stamp = path.stat().st_mtime_ns - seconds * 10**9
     os.utime(path, ns=(stamp, stamp))
 
@@ -288,30 +291,6 @@ def test_where_every_stamp_is_the_same_the_order_is_by_name_and_the_limit_is_kep
     assert same(first, decompose_many(weights, TOP))
 
 
-def test_without_fractions_of_a_second_every_entry_is_read_in_full(
-    folder, weights, computed, whole_seconds, monkeypatch
-):
-    first = decompose_many(weights, TOP)
-    read = []
-    digest = cache.tensors_digest
-    monkeypatch.setattr(cache, "tensors_digest", lambda tensors: read.append(1) or digest(tensors))
-    assert same(first, decompose_many(weights, TOP))
-    assert (len(read), len(computed)) == (3, 3)
-    path = files(folder)[0]
-    stamp = path.stat().st_mtime_ns
-    flip(0.5)(path)
-    os.utime(path, ns=(stamp, stamp))  # in the same second
-    assert same(first, decompose_many(weights, TOP))
-    assert len(computed) == 4
-    assert cache.verify() == []
-
-
-@pytest.mark.parametrize("checksum", ["", "a", "4294967295"])
-def test_a_seal_is_never_a_whole_second(checksum):
-    assert 1000 <= cache._fraction(checksum) < 10**9
-    assert cache._fraction(checksum) % 1000 == 0
-
-
 def test_writing_keeps_the_limit(folder, weights, monkeypatch):
     decompose_many({"a": weights["a"]}, TOP)
     size = cache.ls()[0].bytes
@@ -370,32 +349,90 @@ def test_damage_repairs_itself(folder, weights, computed, damage):
     assert cache.verify() == []
 
 
-def test_an_entry_that_nobody_wrote_to_is_mapped_without_being_read(folder, weights, monkeypatch):
+@pytest.mark.parametrize("position", [0.3, 0.5, 1.0])
+def test_what_changed_under_a_kept_time_is_found(folder, weights, computed, position):
     first = decompose_many(weights, TOP)
-    monkeypatch.setattr(cache, "tensors_digest", lambda tensors: pytest.fail("read"))
-    for name, result in decompose_many(weights, TOP).items():
-        assert all(torch.equal(a, b) for a, b in zip(result, first[name], strict=True))
+    path = files(folder)[0]
+    for check in (lambda: decompose_many(weights, TOP), cache.verify):
+        status = path.stat()
+        flip(position)(path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if the disk had changed it
+        check()
+        assert same(first, decompose_many(weights, TOP))
+    assert len(computed) == 5
 
 
-def test_a_broken_seal_is_renewed_where_the_entry_is_sound(folder, weights):
-    decompose_many(weights, TOP)
-    paths = files(folder)
-    seals = [path.stat().st_mtime_ns % 10**9 for path in paths]
-    assert len(set(seals)) == len(paths)
-    for path in paths:
-        path.touch()
-    assert [path.stat().st_mtime_ns % 10**9 for path in paths] != seals
-    decompose_many(weights, TOP)
-    assert [path.stat().st_mtime_ns % 10**9 for path in paths] == seals
+@pytest.mark.parametrize("kind", ["top", "bottom", "full", "one_sided"])
+def test_an_entry_under_another_name_answers_nothing(folder, weights, computed, kind):
+    request = Request(kind, 4 if kind in ("top", "bottom") else None)
+    first = decompose_many(weights, request)
+    one, other, _ = files(folder)
+    shutil.copy2(one, other)
+    assert cache.verify() == [other.stem]
+    assert same(first, decompose_many(weights, request))
+    shutil.copy2(one, other)
+    assert same(first, decompose_many(weights, request))
+    assert len(computed) == 5
 
 
-def test_verify_reads_what_is_sealed(folder, weights):
-    decompose_many(weights, TOP)
-    path = cache.ls()[0].path
-    sealed = path.stat().st_mtime_ns
-    flip(0.5)(path)
-    os.utime(path, ns=(sealed, sealed))  # as if the disk had changed it
-    assert cache.verify() == [path.stem]
+def forgeries(W, found):
+    """Return what is no decomposition of W, in its shapes or others."""
+    names = found._fields
+    turned = torch.linalg.qr(weight_like(found[0].shape[1], found[0].shape[1], 7))[0]
+    tensors = dict(zip(names, found, strict=True))
+    yield {**tensors, names[0]: found[0] * float("nan")}
+    yield {**tensors, names[0]: found[0][:, :-1], "S": found.S[:-1], names[2]: tensors[names[2]][:-1]}
+    yield {key: value.double() for key, value in tensors.items()}
+    yield {**tensors, names[0]: found[0] @ turned}
+    yield {**tensors, "S": found.S * 1.01}
+    yield {**tensors, "S": found.S.flip(0)}
+    yield {**tensors, names[0]: -found[0]}
+    one = found[0].clone()
+    one[3, 2] += 0.5 * float(found[0].norm())
+    yield {**tensors, names[0]: one}
+    yield {key: torch.zeros_like(value) for key, value in tensors.items()}
+    if len(names) == 3 and names[0] == "U" and len(found.S) < min(W.shape):  # of the other end
+        wrong = svd(W, len(found.S), "bottom" if float(found.S[0]) > float(W.norm()) / len(W) ** 0.5 else "top")
+        yield dict(zip(names, wrong, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["top", "bottom", "full", "one_sided"])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_what_is_no_decomposition_of_the_weight_answers_nothing(folder, computed, kind, shape):
+    W = weight_like(*shape, 3)
+    request = Request(kind, 4 if kind in ("top", "bottom") else None)
+    first = decompose_many({"w": W}, request)
+    name = files(folder)[0].stem
+    for count, tensors in enumerate(forgeries(W, first["w"]), start=2):
+        kept = {key: value.contiguous() for key, value in tensors.items()}
+        assert cache.store(name, kept, shape, request, folder)
+        assert same(first, decompose_many({"w": W}, request))
+        assert len(computed) == count
+
+
+def sound_weights():
+    for m, n in ((30, 20), (20, 30), (1, 5), (5, 1), (1, 1), (120, 12)):
+        W = weight_like(m, n, 5)
+        yield from (W, W.double(), W.bfloat16(), W * 1e30, W * 1e-30, torch.zeros(m, n), torch.ones(m, n))
+        yield from (torch.eye(m, n), W * torch.logspace(0, -8, n))
+
+
+@pytest.mark.parametrize("tol", [0, 1e-4, 1e-2, 0.5])
+def test_every_decomposition_is_one(tol):
+    for W in sound_weights():
+        requests = [Request(kind, rank, tol) for kind in ("top", "bottom") for rank in (1, 4) if rank <= min(W.shape)]
+        for request in (*requests, Request("full"), Request("one_sided")):
+            assert is_decomposition(W, many._Job(request, None).compute(W), request)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there modes say less")
+def test_an_entry_has_the_mode_of_other_files(folder, weights):
+    before = os.umask(0o027)
+    try:
+        decompose_many(weights, TOP)
+        assert {path.stat().st_mode & 0o777 for path in files(folder)} == {0o640}
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip(0.5)])
@@ -491,11 +528,14 @@ def test_writers_readers_and_pruners_at_once_and_one_killed(folder):
     left = sorted(folder.glob("??/.*.tmp"))
     assert len(left) >= 1  # the killed writer's
     cache.prune()
-    assert sorted(folder.glob("??/.*.tmp")) == left  # it might be at work
-    for path in left:
-        os.utime(path, (0, time.time() - 2 * cache.ABANDONED))
-    cache.prune()
     assert list(folder.glob("??/.*.tmp")) == []
+
+
+def test_what_a_living_writer_has_begun_is_left_alone(folder, weights):
+    decompose_many(weights, TOP)
+    with temporary_beside(files(folder)[0]) as begun:
+        cache.prune()
+        assert begun.exists()
 
 
 # -- the digest

@@ -7,16 +7,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.storage import flush, keep_beside, remove_all, write_beside
+from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LABELS = "labels"  # in the metadata of the weights, where PEFT's format has no place for them
@@ -24,7 +24,6 @@ _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is bein
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
 
 
@@ -36,27 +35,85 @@ class _Torn(SpectuneError):
 
 
 def read_whole(read: Callable[[Path], T], path: Path) -> T:
-    """Return read(path), tried again while another process seems to be replacing the folder."""
+    """Return read(path) of one version of the folder: again where another process replaces it meanwhile.
+
+    What a killed writer left is put in order first: a replacement that had begun is finished, one that had not is taken
+    away.
+    """
+    _settle(path)
     for wait in _WAITS:
+        before = _state(path)
         try:
-            return read(path)
+            found = read(path)
+            if _state(path) == before:
+                return found
         except _Torn:
-            time.sleep(wait)
+            pass
+        except (SpectuneError, OSError):
+            if _state(path) == before:
+                raise
+        time.sleep(wait)
     return read(path)
+
+
+def _state(path: Path) -> list[tuple[int, int, int] | None]:
+    """Return what changes when a file of a folder is replaced."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG, WEIGHTS):
+        try:
+            status = (path / name).stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _settle(path: Path) -> None:
+    """Finish or take back what a killed writer left in a folder, as far as it can be written to."""
+    if not any(path.glob(".adapter_*.tmp")):
+        return
+    with suppress(OSError), alone_in(path):
+        finished = _finished_config(path)
+        if finished is not None:
+            os.replace(finished, path / CONFIG)
+        collect_temporaries(path, "adapter_*")
+
+
+def _finished_config(path: Path) -> Path | None:
+    """Return the config that is yet to be renamed beside weights that it belongs to, if there is one."""
+    wanted = _config_of_weights(path / WEIGHTS)
+    candidates = [path / CONFIG, *sorted(path.glob(f".{CONFIG}.*.tmp"))] if wanted is not None else []
+    for candidate in candidates:
+        with suppress(SpectuneError):
+            if _config_digest(_parsed(candidate)) == wanted:
+                return None if candidate.name == CONFIG else candidate
+    return None
+
+
+def _config_of_weights(weights: Path) -> str | None:
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            return (opened.metadata() or {}).get(_CONFIG_DIGEST)
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read the config of an adapter's folder as a mapping."""
     if not path.is_dir():
         raise SpectuneError(f"there is no adapter folder {str(path)!r}")
+    if not (path / CONFIG).exists() and _finished_config(path) is None:
+        raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {CONFIG}")
+    return _parsed(_finished_config(path) or path / CONFIG)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {CONFIG}") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SpectuneError(f"{path / CONFIG} is not valid JSON: {error}") from None
+        raise SpectuneError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise SpectuneError(f"{path / CONFIG} is not a JSON object")
+        raise SpectuneError(f"{path} is not a JSON object")
     return config
 
 
@@ -116,8 +173,8 @@ def write_folder(
 ) -> Path:
     """Write the two files, both or none; the weights name their config's digest, so that a torn pair is found out.
 
-    Both are written in full under temporary names before the first is renamed, and the old weights are put back should
-    the second rename fail.
+    Both are written in full under temporary names before the first is renamed.  The old weights are put back should the
+    second rename fail; where the process is killed between the two, whoever reads the folder next finishes it.
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = _metadata(_digest(tensors), _config_digest(config))
@@ -125,25 +182,40 @@ def write_folder(
         metadata[_LABELS] = json.dumps(labels)
     text = _text(config)
     path.mkdir(parents=True, exist_ok=True)
-    temporaries: list[Path] = []
-    try:
-        weights = write_beside(path / WEIGHTS, lambda to: save_file(tensors, to, metadata), temporaries)
-        described = write_beside(path / CONFIG, lambda to: to.write_text(text, encoding="utf-8"), temporaries)
+    with (
+        alone_in(path),
+        temporary_beside(path / WEIGHTS) as weights,
+        temporary_beside(path / CONFIG) as described,
+        temporary_beside(path / WEIGHTS) as old,
+    ):
+        save_tensors(tensors, weights, metadata)
+        described.write_text(text, encoding="utf-8")
+        flush(weights)
+        flush(described)
         fresh = not (path / WEIGHTS).exists()
-        old = None if fresh else keep_beside(path / WEIGHTS, temporaries)
+        kept = not fresh and _linked(path / WEIGHTS, old)
         os.replace(weights, path / WEIGHTS)
         try:
             os.replace(described, path / CONFIG)
         except BaseException:
-            if old is not None:
+            if kept:
                 os.replace(old, path / WEIGHTS)
             elif fresh:
                 (path / WEIGHTS).unlink()
             raise
         flush(path)
-    finally:
-        remove_all(temporaries)
+    collect_temporaries(path, "adapter_*")
     return path
+
+
+def _linked(path: Path, other: Path) -> bool:
+    """Give a file a second name in place of another file, where the file system can."""
+    try:
+        other.unlink()
+        os.link(path, other)
+    except OSError:
+        return False
+    return True
 
 
 def folder_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -161,17 +233,10 @@ def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """Return the bytes of a safetensors file: 8, the header padded to a multiple of 8, and the data.
 
     Args:
-        tensors: by name; of one dtype, or in the order in which safetensors writes them.
+        tensors: by name; their values, if they have any, do not matter.
         metadata: of the file.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for key in sorted(tensors):
-        start, end = end, end + tensors[key].numel() * tensors[key].element_size()
-        dtype = _SAFETENSORS_NAMES[tensors[key].dtype]
-        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+    return len(tensors_header(tensors, metadata)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _metadata(digest: str, config_digest: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.spectral import cache as _cache
 from spectune.spectral._hash import tensor_digest
+from spectune.spectral._sound import is_decomposition
 from spectune.spectral._svd import one_sided, svd
 from spectune.spectral._types import SVD, OneSided, Request
 
@@ -90,19 +91,29 @@ class _Job:
 
     def cached(self, weight: Tensor, folder: Path) -> SVD | OneSided:
         digest = tensor_digest(weight)
-        kind = OneSided if self.request.kind == "one_sided" else SVD
         key = _cache.key(digest, self.request)
-        found = _cache.load(key, folder)
-        if found is not None and set(found) == set(kind._fields):
-            return kind(**{field: tensor.to(weight.device) for field, tensor in found.items()})
-        full = self.from_full(digest, weight, folder)
-        if full is not None:
-            return full
+        found = self.found(key, weight, self.request, folder)
+        found = self.from_full(digest, weight, folder) if found is None else found
+        if found is not None:
+            return found
         result = self.compute(weight)
         tensors = {field: tensor.cpu() for field, tensor in result._asdict().items()}
         if _cache.store(key, tensors, (weight.shape[0], weight.shape[1]), self.request, folder):
             self.stored = True
         return result
+
+    def found(self, key: str, weight: Tensor, request: Request, folder: Path) -> SVD | OneSided | None:
+        """Return what the cache answers a request with, if anything; what is no decomposition of the weight goes."""
+        kind = OneSided if request.kind == "one_sided" else SVD
+        tensors = _cache.load(key, folder)
+        if tensors is None:
+            return None
+        if set(tensors) == set(kind._fields):
+            result = kind(**{field: tensor.to(weight.device) for field, tensor in tensors.items()})
+            if is_decomposition(weight, result, request):
+                return result
+        _cache.discard(key, folder)
+        return None
 
     def from_full(self, digest: str, weight: Tensor, folder: Path) -> SVD | OneSided | None:
         """Return what a cached full decomposition answers: all that would come out the same up to rounding.
@@ -113,10 +124,11 @@ class _Job:
         kind, rank = self.request.kind, self.request.rank
         if kind == "full" or (kind in ("top", "bottom") and self.request.tol > 0):
             return None
-        found = _cache.load(_cache.key(digest, Request("full")), folder)
-        if found is None or set(found) != set(SVD._fields) or (rank or 1) > len(found["S"]):
+        full = Request("full")
+        found = self.found(_cache.key(digest, full), weight, full, folder)
+        if found is None or (rank or 1) > len(found.S):
             return None
-        U, S, Vh = (found[field].to(weight.device) for field in SVD._fields)
+        U, S, Vh = found
         if kind == "one_sided":
             return OneSided(U * S, Vh, S) if weight.shape[0] >= weight.shape[1] else OneSided(U, S[:, None] * Vh, S)
         part = slice(0, rank) if kind == "top" else slice(len(S) - (rank or 0), len(S))

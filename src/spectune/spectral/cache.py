@@ -2,10 +2,9 @@
 
 An entry's name is a digest of the weight's bytes, shape and dtype, the request and the algorithm's version, so nothing
 in the cache is ever out of date.  Entries are written to a temporary name and renamed, so that processes may share the
-folder without locks.  Each carries a checksum, and one that fails it is deleted and computed anew.  An entry that
-passed is sealed: the fraction of a second in its time of modification is set to one that follows from the checksum, so
-that whoever writes to the file breaks the seal.  A sealed entry is mapped without being read; `verify` reads them all.
-Where a file system keeps no fractions of a second nothing is ever sealed, and every entry is read in full each time.
+folder without locks.  Each holds its own name and a checksum of all that it holds; both are compared whenever it is
+read, and one that fails is deleted and computed anew.  Whoever asks for a weight's decomposition compares the factors
+with the weight besides.
 
 $SPECTUNE_CACHE moves the folder, and "off" or "0" does without; else it is $SPECTUNE_HOME/decompositions or
 $XDG_CACHE_HOME/spectune/decompositions (~/.cache by default).  $SPECTUNE_CACHE_BYTES bounds its size, 20 GB by default:
@@ -17,28 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.home import cache_dir
 from spectune.spectral._hash import tensors_digest
 from spectune.spectral._types import Request
+from spectune.storage import collect_temporaries, save_tensors, temporary_beside
 
 VERSION = 2  # of the algorithms: raised whenever results change by more than rounding
 DEFAULT_BYTES = 20 * 10**9
-ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead
 
 _warned = threading.Event()
 
@@ -102,30 +98,31 @@ def load(name: str, folder: Path) -> dict[str, Tensor] | None:
         return None
     if tensors is None:
         _remove(path)
-        return None
     return tensors
+
+
+def discard(name: str, folder: Path) -> None:
+    """Delete an entry."""
+    _remove(_path(name, folder))
 
 
 def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request: Request, folder: Path) -> bool:
     """Write an entry and return whether it could be; where it could not, warn once a process."""
     path = _path(name, folder)
     metadata = {
+        "key": name,
         "checksum": tensors_digest(tensors),
         "kind": request.kind,
         "rank": "" if request.rank is None else str(request.rank),
         "shape": f"{shape[0]} {shape[1]}",
     }
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        os.close(handle)
-        save_file(tensors, temporary, metadata)
-        _seal(temporary, metadata["checksum"])
-        os.replace(temporary, path)
+        with temporary_beside(path) as temporary:
+            save_tensors(tensors, temporary, metadata)
+            _note_use(temporary)
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            _remove(Path(temporary))
         if isinstance(error, PermissionError) and _is_sound(path):  # another process wrote it first and has it open
             return True
         if not _warned.is_set():
@@ -174,9 +171,8 @@ def prune(max_bytes: int | None = None, folder: Path | None = None) -> list[str]
         if allowed < 0:
             _remove(path)
             removed.append(path.stem)
-    for path, status in _stats(folder, ".*.tmp"):
-        if time.time() - status.st_mtime > ABANDONED:
-            _remove(path)
+    for place in _places(folder):
+        collect_temporaries(place)
     return removed
 
 
@@ -195,23 +191,21 @@ def verify(folder: Path | None = None) -> list[str]:
 
 
 def _read(path: Path, used: bool = True) -> dict[str, Tensor] | None:
-    """Return a file's tensors, or None where it is damaged.
+    """Return a file's tensors, or None where it is damaged, or the entry of another name.
 
     Args:
         path: the file.
-        used: whether someone needs it, so that a seal will do and the time is noted; else all of it is read.
+        used: whether someone needs it, so that the time is noted.
     """
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get("checksum", "")
-        modified = os.stat(path).st_mtime_ns
-        sealed = modified % 10**9 == _fraction(checksum)
-        if not (sealed and used) and checksum != tensors_digest(tensors):
+            about = file.metadata() or {}
+        if about.get("key") != path.stem or about.get("checksum") != tensors_digest(tensors):
             return None
-        if used or not sealed:
-            with suppress(OSError):  # read-only: it is read in full each time, and eviction goes by the time of writing
-                _seal(path, checksum, None if used else modified // 10**9)
+        if used:
+            with suppress(OSError):  # read-only: eviction goes by the time of writing
+                _note_use(path)
         return tensors
     except FileNotFoundError:
         raise
@@ -226,15 +220,9 @@ def _is_sound(path: Path) -> bool:
         return False
 
 
-def _seal(path: str | Path, checksum: str, second: int | None = None) -> None:
-    """Mark a file as one that has this checksum, and as used in a second, which is now where it is None."""
-    used = (int(time.time()) if second is None else second) * 10**9 + _fraction(checksum)
-    os.utime(path, ns=(used, used))
-
-
-def _fraction(checksum: str) -> int:
-    """Return the nanoseconds of a seal: whole microseconds, which every file system with fractions keeps, never 0."""
-    return (1 + zlib.crc32(checksum.encode()) % (10**6 - 1)) * 1000
+def _note_use(path: Path) -> None:
+    now = int(time.time()) * 10**9
+    os.utime(path, ns=(now, now))
 
 
 def _recency(found: tuple[Path, os.stat_result]) -> tuple[int, int, str]:
@@ -247,13 +235,17 @@ def _path(name: str, folder: Path) -> Path:
     return folder / name[:2] / f"{name}.safetensors"
 
 
-def _files(folder: Path | None, pattern: str = "*.safetensors") -> list[Path]:
+def _places(folder: Path | None) -> list[Path]:
     folder = directory() if folder is None else folder
-    return [] if folder is None else sorted(folder.glob(f"??/{pattern}"))
+    return [] if folder is None else sorted(folder.glob("??"))
 
 
-def _stats(folder: Path | None, pattern: str = "*.safetensors") -> Iterator[tuple[Path, os.stat_result]]:
-    for path in _files(folder, pattern):
+def _files(folder: Path | None) -> list[Path]:
+    return [path for place in _places(folder) for path in sorted(place.glob("*.safetensors"))]
+
+
+def _stats(folder: Path | None) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in _files(folder):
         try:
             yield path, os.stat(path)
         except OSError:  # gone meanwhile
