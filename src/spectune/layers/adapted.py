@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
+from inspect import signature
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from spectune.errors import SpectuneError
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
-from spectune.layers.mixtures import RowWeights, weight_at
+from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import effective_weight
-from spectune.layers.selection import Rows, Selection
+from spectune.layers.products import finish
+from spectune.layers.selection import Rows, Scope, Selection
 from spectune.layers.updates import Update
 from spectune.speed.dense import by_onednn, linear
-from spectune.speed.recompute_cache import frozen_linear
+from spectune.speed.recompute_cache import frozen_linear, learns
+
+Part = tuple[Update, Weight]
 
 
 class Adapted(nn.Module):
@@ -31,14 +38,75 @@ class Adapted(nn.Module):
     bases: nn.ModuleDict
     selection: Selection
     plain_class: type[nn.Module]
+    is_transposed: bool  # W is held (in x out), as Conv1D does
+    is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
     weight: nn.Parameter
     bias: nn.Parameter | None
+    prepared: tuple[Scope | None, list[Part]]  # what the model was last set to, and what that is in this layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.selection.rows
-        layout = None if rows is None else rows.layout(self, x)
-        if rows is None or layout is None:
-            return self._answer(x, self.selection.weights(self))
+    def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
+        if more or named or input is None:
+            return self._called(*(() if input is None else (input,)), *more, **named)
+        if torch.compiler.is_compiling():
+            return self._compiled(input)
+        if torch.is_grad_enabled():
+            scope = self.selection.scope_with_gradients()
+            y = self._answer(scope, input)
+            self.selection.in_graph(scope, y)
+            return y
+        scope = self.selection.scope()
+        if type(scope.choice) is not Rows and not learns():
+            parts = self.parts(scope)
+            if len(parts) == 1 and self._is_lean(input):
+                update, weight = parts[0]
+                if type(weight) is float and weight * update.weight == 1.0 and not (update.training and update.drops):
+                    return self._lean(update, input)
+        return self._answer(scope, input)
+
+    def parts(self, scope: Scope) -> list[Part]:
+        """Return the updates that answer in this layer, where all rows have the same, and their adapters' weights."""
+        known, parts = self.prepared
+        if known is scope:
+            return parts
+        mixture = scope.choice.mixtures[0] if isinstance(scope.choice, Rows) else scope.choice
+        there = self.adapters._modules  # of which there may be many more than are in use
+        weights = {name: weight_at(mixture, name, self) for name in mixture if name in there}
+        parts = [(u, w) for name, w in weights.items() if isinstance(w, Tensor) or w for u in there[name]]  # type: ignore
+        if scope is self.selection.scope_of_model:
+            vars(self)["prepared"] = scope, parts
+        return parts
+
+    def _called(self, *args: Any, **named: Any) -> Tensor:
+        """Return the answer to a call with more than an input, or with an input by its name."""
+        given = signature(self.plain_class.forward).bind(self, *args, **named).arguments
+        if len(given) == 2:
+            (x,) = [value for key, value in given.items() if value is not self]
+            return self(x)
+        scope = self.selection.scope()
+        if type(scope.choice) is not Rows and not self.parts(scope):
+            return super().forward(*args, **named)
+        raise SpectuneError(
+            f"a layer of class {self.plain_class.__name__} was called with {', '.join(list(given)[2:])} beside its "
+            "input, and what an adapter should make of that is not known; exclude the layer"
+        )
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """Return the answer as torch.compile traces it: from what `prepare` left, which `activate` may exchange."""
+        if self.selection.contexts:
+            return self._in_context(x)
+        return self._of_parts(self.prepared[1], x)
+
+    @torch.compiler.disable
+    def _in_context(self, x: Tensor) -> Tensor:  # which torch.compile cannot ask for
+        return self(x)
+
+    def _answer(self, scope: Scope, x: Tensor) -> Tensor:
+        rows = scope.choice
+        layout = rows.layout(self, x) if isinstance(rows, Rows) else None
+        if not isinstance(rows, Rows) or layout is None:
+            parts = self.parts(scope)
+            beside = scope.aside.get(self.selection) if scope.aside and not parts else None
+            return self._of_parts(parts, x) if beside is None else self._compared(self.parts(beside), x)
         if layout.in_front:
             return self._by_row(x, rows, layout)
         count = rows.count or len(rows.mixtures)
@@ -48,17 +116,46 @@ class Adapted(nn.Module):
         """Return the answer to x (rows x ... x in), each row with a mixture of its own."""
         if not torch.is_grad_enabled() and self._fuses(x):
             return rows.forward_of(self, x, layout).answer(x, super().forward(x))
-        return self._answer(x, rows.shares(self, x, layout))
+        shares = rows.shares(self, x, layout).items()
+        updates = [(u, share) for name, share in shares for u in self.adapters[name]]  # type: ignore[attr-defined]
+        return self.sum(updates, x, plain := self._plain(x), plain) if updates else super().forward(x)
 
-    def _answer(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
-        """Return the answer to x of adapters with their weights: numbers, or one for each row of x."""
-        if not weights:
-            return self._compared(x) if self.selection.aside else super().forward(x)
-        updates = [(u, weight) for name, weight in weights.items() for u in self.adapters[name]]  # type: ignore[attr-defined]
-        update, weight = updates[0]
-        if len(updates) > 1 or isinstance(weight, (RowWeights, Tensor)) or weight * update.weight != 1.0:
-            return self.sum(updates, x, plain := self._plain(x), plain)
+    def _of_parts(self, parts: list[Part], x: Tensor) -> Tensor:
+        if not parts:
+            return super().forward(x)
+        update, weight = parts[0]
+        if len(parts) > 1 or isinstance(weight, Tensor) or weight * update.weight != 1.0:
+            return self.sum(parts, x, plain := self._plain(x), plain)
         return self._alone(update, x)
+
+    def _is_lean(self, x: Tensor) -> bool:
+        """Whether, without gradients, W is a plain matrix in x's dtype whose product nothing else has a part in."""
+        weight = self._parameters.get("weight")
+        return (
+            self.is_plain
+            and weight is not None
+            and weight.dtype is x.dtype
+            and not torch._C._is_any_autocast_enabled()
+            and not is_transformed()
+        )
+
+    def _lean(self, update: Update, x: Tensor) -> Tensor:
+        """Return the answer of one update with weight one, without gradients: no value of it is kept from before."""
+        tensors, method = self.tensors(update), update.method
+        if method.replaces:
+            return method.replacement(tensors, x, self.bias)
+        ratio = update.ratio(tensors, self.base())
+        if ratio is not None and ratio.rows is not None:
+            return self._alone(update, x)
+        if x.device.type == "cuda":  # where many rows are a kernel's
+            return self._fused(update, x, tensors, None if ratio is None else ratio.values)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if ratio is not None:
+            method.add(tensors, x, y := F.linear(x, effective_weight(self)))
+            return finish(y, ratio.values, bias)
+        y = super().forward(x) if self.is_transposed else F.linear(x, weight, bias)  # type: ignore[arg-type]
+        method.add(tensors, x, y)
+        return y
 
     def _alone(self, update: Update, x: Tensor) -> Tensor:
         """Return the answer of one update with weight one."""
@@ -86,17 +183,14 @@ class Adapted(nn.Module):
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _compared(self, x: Tensor) -> Tensor:
+    def _compared(self, parts: list[Part], x: Tensor) -> Tensor:
         """Return the base's answer, to the last bit that of an adapter beside it that does nothing.
 
         With an update that is added this is W x + b.  One that goes through the factors of W, or has a ratio, rounds
         elsewhere.
         """
-        aside = {name: weight_at(self.selection.aside, name, self) for name in self.selection.aside}
-        updates = [u for name, weight in aside.items() if weight and name in self.adapters for u in self.adapters[name]]  # type: ignore[attr-defined]
-        weights = [weight for name, weight in aside.items() if weight and name in self.adapters]
-        if len(updates) == len(weights) == 1 and not isinstance(weights[0], Tensor):
-            (update,), (weight,) = updates, weights
+        if len(parts) == 1 and not isinstance(parts[0][1], Tensor):
+            update, weight = parts[0]
             method, training = update.method, update.training
             dropped = training and method.drop
             if weight * update.weight == 1.0 and not method.replaces and self._fuses(x) and not dropped:
@@ -124,12 +218,13 @@ class Adapted(nn.Module):
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
         weight, bias = self.weight, self.bias
         return (
-            self.plain_class in (nn.Linear, Conv1D)
+            self.is_plain
             and weight.dtype == x.dtype
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
             and not torch.compiler.is_compiling()
             and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+            and not is_transformed()
         )
 
     def sum(self, updates: Sequence[tuple[Update, float | RowWeights]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
@@ -173,8 +268,13 @@ class Adapted(nn.Module):
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
-        basis = self.bases._modules.get(update.basis_key)
+        basis = self._modules["bases"]._modules.get(update.basis_key)  # type: ignore[union-attr]
         return update.trained() if basis is None else {**basis.tensors(), **update._parameters}  # type: ignore
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
@@ -210,10 +310,34 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     return found
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+
+
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that adds updates to `kind`: a subclass of it, so that isinstance goes on holding."""
-    return type(f"Adapted{kind.__name__}", (Adapted, kind), {"__module__": kind.__module__, "plain_class": kind})
+    """Return the class that adds updates to `kind`: a subclass of it, so that isinstance goes on holding.
+
+    Where the forward pass of `kind` goes around that of its superclass, as `super().forward(x) * 2` does, it goes
+    around the adapted one: W' in the place of W, and not an update beside the answer.
+    """
+    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D))
+    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
+    around = bool(own) and all(_goes_around(forward) for forward in own)
+    under = (kind, adapted_class(plain)) if around else (Adapted, kind)
+    values = {
+        "__module__": kind.__module__,
+        "plain_class": kind,
+        "is_plain": around or not own,
+        "is_transposed": plain is Conv1D,
+    }
+    return type(f"Adapted{kind.__name__}", under, values)
+
+
+def _goes_around(forward: Any) -> bool:
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return {"super", "forward"} <= set(names) and "weight" not in names
 
 
 def take_over(layer: nn.Module, selection: Selection) -> Adapted:
@@ -221,12 +345,13 @@ def take_over(layer: nn.Module, selection: Selection) -> Adapted:
     _change_class(layer, adapted_class(type(layer)))
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
+    layer.prepared = None, []  # type: ignore[assignment]
     return layer  # type: ignore[return-value]
 
 
 def give_back(layer: Adapted) -> None:
     """Make an adapted layer the plain one it was."""
-    del layer.adapters, layer.bases, layer.selection
+    del layer.adapters, layer.bases, layer.selection, layer.prepared
     _change_class(layer, layer.plain_class)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from platform import machine
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.layers.cores import Core, Identity
+from spectune.speed.dense import linear
 
 
 class Base(NamedTuple):
@@ -63,6 +67,46 @@ class Factors(NamedTuple):
             t = t * self.scale
         return F.linear(t, self.left.to(x.dtype))
 
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add x dW^T (..., out) to y, in place and without gradients."""
+        x = taken(x, self.right)
+        add_product(y, self.core.apply(project(x, self.right)), self.left, self.scale)
+
     def dense(self) -> Tensor:
         """Return dW (out x in); for checks and merging, never in a training step."""
         return self.scale * (self.core.transposed(self.left) @ self.right)
+
+
+_FEW = 32  # rows, of which a product in float32 takes no longer than one in 16 bits and the rounding of its factors
+
+
+def taken(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x (..., in) in the dtype in which its product with a thin matrix is the fastest: x's own, or the matrix's.
+
+    A processor casts a few rows sooner than a matrix, and without instructions for bfloat16 it takes float32 for many.
+    """
+    if x.dtype is matrix.dtype or x.device.type != "cpu" or x.dtype.itemsize > matrix.dtype.itemsize:
+        return x
+    return x.to(matrix.dtype) if x.numel() <= _FEW * x.shape[-1] or not _has_16_bits() else x
+
+
+def project(x: Tensor, R: Tensor) -> Tensor:
+    """Return x R^T (..., q), without gradients, for x (..., in) and R (q x in), in x's dtype."""
+    R = R if R.dtype is x.dtype else R.to(x.dtype)
+    return F.linear(x, R) if x.numel() <= _FEW * x.shape[-1] else linear(x, R)
+
+
+def add_product(y: Tensor, u: Tensor, L: Tensor, scale: float) -> None:
+    """Add scale * u L^T to y (..., out), in place, for u (..., p) and L (out x p)."""
+    L = L if L.dtype is u.dtype else L.to(u.dtype)
+    if u.dtype is y.dtype and y.is_contiguous():
+        y.view(-1, L.shape[0]).addmm_(u.reshape(-1, L.shape[1]), L.mT, alpha=scale)
+    else:
+        y.add_(F.linear(u, L), alpha=scale)
+
+
+@cache
+def _has_16_bits() -> bool:
+    """Whether this processor multiplies bfloat16."""
+    intel = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return intel or machine() in ("arm64", "aarch64")

@@ -1,9 +1,13 @@
-"""Which adapters answer, with which weights, in which rows of a batch."""
+"""Which adapters answer, with which weights, in which rows of a batch, and in which thread or task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock, _DummyThread, current_thread  # type: ignore[attr-defined]
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -147,34 +151,162 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
+class Scope:
+    """What answers, on a whole model or within a context.
+
+    Attributes:
+        choice: a mixture for every row, or one for each.
+        open: until the context is left, wherever that is: another thread or task may do it.
+        aside: what the base, which answers alone, is compared with; empty where it is not.
+    """
+
+    def __init__(self, choice: Mixture | Rows, selections: Iterable[Selection] = ()) -> None:
+        self.choice, self.open = choice, True
+        self.aside: dict[Selection, Scope] = {}
+        self._selections = frozenset(selections)
+
+    def covers(self, selection: Selection) -> bool:
+        """Whether this is the scope of an open context on a part of a model."""
+        return self.open and selection in self._selections
+
+
+_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("_scopes", default=())
+_generating: ContextVar[bool] = ContextVar("_generating", default=False)
+_counting = Lock()
+
+
 class Selection:
     """Which adapters answer, shared by the adapted layers of a model.
+
+    What `activate` sets is the model's, for every thread.  What a context sets (`within`) is its own: other threads
+    and tasks do not see it, and contexts may be left in any order.
 
     Args:
         frozen: the parameters that adapting froze, to be set free by detaching.
 
     Attributes:
-        mixture: adapter names and weights for every row.
-        rows: a mixture for each row of the batch instead.
+        contexts: how many are open, in all threads.
         layouts: where rows lie in the inputs of layers, as far as it was found out.
-        aside: what the base is compared with while it answers alone; empty where it is not.
-        expandable: each row of `rows` may stand for several consecutive rows of the batch (beams).
         factored: whether training goes through the factors of W where a basis holds all of it.
     """
 
     def __init__(self, frozen: Iterable[nn.Parameter] = ()) -> None:
-        self.mixture: Mixture = {}
-        self.rows: Rows | None = None
+        self._model = Scope({})
+        self.contexts = 0
         self.layouts = Layouts()
-        self.aside: Mixture = {}
-        self.expandable = False
         self.factored = False
         self.frozen = list(frozen)
+        self._in_graphs: WeakSet[Scope] = WeakSet()  # those of forward passes that a backward pass may run again
 
-    def weights(self, layer: Layer) -> dict[str, float | Tensor]:
-        """Return the weight of each adapter in use in a layer, where all rows have the same."""
-        mixture = self.mixture if self.rows is None else self.rows.mixtures[0]
-        there = layer.adapters._modules  # of which there may be many more than are in use
-        weights = {name: weight_at(mixture, name, layer) for name in mixture if name in there}
-        # a tensor of zero takes gradients too, and a look at it would wait for the device
-        return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor) or weight}
+    @property
+    def mixture(self) -> Mixture:
+        """Adapter names and weights for every row, where no context says otherwise."""
+        return self._model.choice  # type: ignore[return-value]
+
+    @mixture.setter
+    def mixture(self, mixture: Mixture) -> None:
+        self._model = Scope(mixture)
+
+    def scope(self) -> Scope:
+        """Return what answers here, in this thread or task."""
+        for scope in reversed(_scopes.get()):
+            if scope.covers(self):
+                return scope
+        return self._model
+
+    @property
+    def scope_of_model(self) -> Scope:
+        """What the whole model is set to, for every thread."""
+        return self._model
+
+    def scope_with_gradients(self) -> Scope:
+        """Return what answers here; in a layer that a backward pass runs again, what answered the first time."""
+        scope = self.scope()
+        if torch._C._current_graph_task_id() == -1:
+            return scope
+        with _counting:
+            known = list(self._in_graphs)
+        if not isinstance(current_thread(), _DummyThread):  # else the thread of a GPU, which is in no context
+            if scope in known:
+                return scope
+        elif len(known) > 1:
+            known = [scope for scope in known if scope.open and scope is not self._model] or known
+        if len(known) == 1:
+            return known[0]
+        if known or (self.contexts and scope is self._model):
+            raise SpectuneError(
+                "a checkpointed layer is run again in a backward pass, and which `route` it was in is not known; "
+                "checkpoint with use_reentrant=False, and run each backward pass inside of its own `route`"
+            )
+        return scope
+
+    def in_graph(self, scope: Scope, y: Tensor) -> None:
+        """Remember a scope as long as the graph of a layer's answer y is there."""
+        if y.grad_fn is not None:
+            y.grad_fn.metadata[_KEY] = scope  # type: ignore[index]
+            with _counting:
+                self._in_graphs.add(scope)
+
+    def of_this_thread(self) -> Selection:
+        """Return a selection for the threads of another's, which are in no context: what answers here does there."""
+        scope = self.scope()
+        if scope is self._model:
+            return self
+        pinned = Selection(self.frozen)
+        pinned.layouts, pinned.factored = self.layouts, self.factored
+        pinned._model, pinned._in_graphs = scope, self._in_graphs
+        return pinned
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is in no context and in no graph
+        return Selection, (), {"mixture": self.mixture, "factored": self.factored, "frozen": self.frozen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+_KEY = "spectune.scope"
+
+
+@contextmanager
+def within(selections: Sequence[Selection], choice: Mixture | Rows, *, compared: bool = False) -> Iterator[None]:
+    """Within the context, in this thread or task, have a mixture answer, or one for each row.
+
+    Args:
+        selections: of the parts of a model.
+        choice: the mixture, or those of rows.
+        compared: the answer is compared with what answers outside of the context.
+    """
+    scope = Scope(choice, selections)
+    if compared:
+        before = {selection: selection.scope() for selection in selections}
+        scope.aside = {selection: s for selection, s in before.items() if not isinstance(s.choice, Rows)}
+    _scopes.set((*_scopes.get(), scope))
+    _count(selections, 1)
+    try:
+        yield
+    finally:
+        scope.open = False
+        _count(selections, -1)
+        _scopes.set(tuple(scope for scope in _scopes.get() if scope.open))
+
+
+def _count(selections: Sequence[Selection], more: int) -> None:
+    with _counting:
+        for selection in selections:
+            selection.contexts += more
+
+
+def is_generating() -> bool:
+    """Whether each row of a `route` may stand for several consecutive rows of the batch."""
+    return _generating.get()
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Within the context each row of a `route` may stand for several consecutive rows of the batch (beams)."""
+    token = _generating.set(True)
+    try:
+        yield
+    finally:
+        _generating.reset(token)

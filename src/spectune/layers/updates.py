@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -11,6 +10,27 @@ from torch import Tensor
 
 from spectune.layers.factors import Base, Ratio
 from spectune.layers.protocols import Rule
+
+_probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Return a short tensor that is another one when the values are, whatever way they were written.
+
+    Versions do not count what is written by way of `.data`, as averages of weights are swapped in, so the values are
+    looked at: a matrix (... x n x k) by its product with a fixed random vector (k), in float32 at least, a vector as it
+    is.  A change that this rounds away is one of a 10-millionth of its row.
+    """
+    if tensor.dim() < 2:
+        return tensor.detach()
+    matrix = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    key = (matrix.shape[-1], matrix.dtype, matrix.device)
+    probe = _probes.get(key)
+    if probe is None:
+        with torch.inference_mode(False):
+            drawn = torch.rand(key[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
+            probe = _probes[key] = drawn.to(matrix.dtype).to(matrix.device)
+    return torch.matmul(matrix, probe)
 
 
 class Basis(nn.Module):
@@ -45,8 +65,10 @@ class Update(nn.Module):
     def __init__(self, method: Rule, trained: Mapping[str, Tensor], weight: float = 1.0) -> None:
         super().__init__()
         self.method, self.weight = method, weight
-        self._kept: tuple[Any, Ratio | None] | None = None
+        self.drops = method.drop > 0
+        self._kept: tuple[list[Tensor], Ratio | None] | None = None
         self.basis_key = method.basis_key
+        self.scale: float | None = None  # s, once it was asked for
         for name, tensor in trained.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
@@ -55,16 +77,18 @@ class Update(nn.Module):
         return dict(self._parameters)  # type: ignore[arg-type]
 
     def ratio(self, tensors: dict[str, Tensor], base: Base) -> Ratio | None:
-        """Return the method's ratio; without gradients it is kept until a parameter is written to."""
-        trained: list[Any] = list(self._parameters.values())
-        if self.method.additive or torch.is_grad_enabled() or any(p.is_inference() for p in trained):
+        """Return the method's ratio; without gradients it is kept as long as the trained tensors are what they were."""
+        if self.method.additive:
+            return None
+        if torch.is_grad_enabled():
             self._kept = None
             return self.method.ratio(tensors, base)
-        state = [(p.data_ptr(), p._version) for p in trained]
-        if self._kept is None or self._kept[0] != state:
+        seen = [digest(p) for p in self.trained().values()]
+        kept = self._kept
+        if kept is None or not all(torch.equal(a, b) for a, b in zip(seen, kept[0], strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self.method.ratio(tensors, base)
-        return self._kept[1]
+                self._kept = kept = [d.clone() for d in seen], self.method.ratio(tensors, base)
+        return kept[1]
 
     def extra_repr(self) -> str:
         return repr(self.method)

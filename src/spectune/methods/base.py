@@ -70,6 +70,10 @@ class Method(abc.ABC):
         """Return x (W' - W)^T for x (..., in)."""
         return self.factors(t).apply(self._dropped(x, training))
 
+    def add(self, t: Tensors, x: Tensor, y: Tensor) -> None:
+        """Add to y (..., out), in place and without gradients, x dW^T for x (..., in), dW = s L C R."""
+        self.factors(t).add(x, y)
+
     def ratio(self, t: Tensors, base: Base) -> Ratio | None:
         """Return what W + s L C R is multiplied by to give W', or None where they are the same."""
         return None

@@ -148,6 +148,9 @@ class DoRA(Method):
             parts.append(base.rows(index).to(of_update.dtype) + of_update)
         return torch.cat(parts)
 
+    def add(self, t: Tensors, x: Tensor, y: Tensor) -> None:
+        self.inner.add(t, x, y)
+
     def whole(self, t: Tensors) -> Factors | None:
         return self.inner.whole(t)
 

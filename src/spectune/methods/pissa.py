@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from spectune.layers.factors import Factors
+from spectune.layers.factors import Factors, add_product, project, taken
 from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
 from spectune.spectral import Request
@@ -83,3 +83,10 @@ class PiSSA(Method):
         left = torch.cat([t["dB"], t["B0"]], dim=1)
         right = torch.cat([t["A0"] + t["dA"], t["dA"]], dim=0)
         return Factors(left, right, scale=self.scale)
+
+    def add(self, t: Tensors, x: Tensor, y: Tensor) -> None:
+        # (dB + B0) dA + dB A0, with nothing joined that would be copied for each token
+        x = taken(x, t["dA"])
+        z, z0 = project(x, t["dA"]), project(x, t["A0"])
+        add_product(y, z0.add_(z), t["dB"], self.scale)
+        add_product(y, z, t["B0"], self.scale)

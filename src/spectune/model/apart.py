@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import Layouts
-from spectune.layers.selection import Rows, Selection
+from spectune.layers.selection import Rows, Selection, within
+from spectune.model.exchange import exchanged
 from spectune.model.row_trial import leaves, structure_of, walk
 
 
@@ -27,26 +28,18 @@ def answering_apart(shared: Sequence[Selection], layouts: Layouts, rows: Rows) -
             for layer, module in layouts.apart.items():
                 if module not in done and not rows.same(layer):
                     done.add(module)
-                    own = vars(module).get("forward")
-                    undo.callback(_restore, module, own)
-                    vars(module)["forward"] = partial(_forward, shared, layouts, module, module.forward)
+                    wrap = partial(partial, _forward, shared, layouts, module)
+                    undo.enter_context(exchanged(module, "forward", wrap))
 
         yield begin
-
-
-def _restore(module: nn.Module, own: Any) -> None:
-    if own is None:
-        vars(module).pop("forward", None)
-    else:
-        vars(module)["forward"] = own
 
 
 def _forward(
     shared: Sequence[Selection], layouts: Layouts, module: nn.Module, forward: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Return what a module makes of all rows, put together from what it makes of those of each choice."""
-    rows = shared[0].rows
-    if rows is None:
+    rows = shared[0].scope().choice
+    if not isinstance(rows, Rows) or all(rows.same(layer) for layer, m in layouts.apart.items() if m is module):
         return forward(*args, **kwargs)
     tensors = dict(leaves((args, kwargs)))
     plan = layouts.plans[module].get(structure_of(tensors))
@@ -66,7 +59,7 @@ def _forward(
             return layout.take(value, count, torch.tensor(wanted, device=value.device))
 
         some_args, some_kwargs = walk((args, kwargs), taken)
-        with _answering(shared, mixture):
+        with within(shared, mixture):
             outputs.append(forward(*some_args, **some_kwargs))
         order += wanted
         counts.append(len(wanted))
@@ -79,16 +72,3 @@ def _forward(
         return plan.given[path].join([found[path] for found in each], counts, places.to(value.device))
 
     return walk(outputs[0], joined)
-
-
-@contextmanager
-def _answering(shared: Sequence[Selection], mixture: Any) -> Iterator[None]:
-    """Within the context have a mixture answer every row."""
-    before = [(selection, selection.mixture, selection.rows) for selection in shared]
-    for selection in shared:
-        selection.mixture, selection.rows = mixture, None
-    try:
-        yield
-    finally:
-        for selection, mixture_before, rows in before:
-            selection.mixture, selection.rows = mixture_before, rows

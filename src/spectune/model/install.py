@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.selection import Selection
 from spectune.layers.updates import Basis, Update
@@ -60,8 +61,7 @@ def install(
         for key, basis in bases[layer_name].items():
             adapted.bases[key] = basis
         adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
-    for selection in shared:
-        selection.mixture = {name: 1.0}
+    choose(adapted_layers(model).values(), {name: 1.0})
 
 
 def _bases(
@@ -132,6 +132,15 @@ def _check_layer(name: str, layer: nn.Module) -> None:
 def selections(layers: Mapping[str, Adapted]) -> list[Selection]:
     """Return what adapted layers share: one object, or several where parts of the model were adapted apart."""
     return list({id(layer.selection): layer.selection for layer in layers.values()}.values())
+
+
+def choose(layers: Iterable[Adapted], mixture: Mixture) -> None:
+    """Set what answers every row, in every thread, and have each layer ready for it."""
+    layers = list(layers)
+    for selection in {layer.selection for layer in layers}:
+        selection.mixture = mixture
+    for layer in layers:
+        layer.parts(layer.selection.scope_of_model)
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

@@ -67,12 +67,15 @@ def detach(model: M, name: str | None = None) -> M:
             del layer.bases[key]
         if not layer.adapters:
             give_back(layer)
-    in_use = {id(layer.selection) for layer in adapted_layers(model).values()}
+    left = adapted_layers(model).values()
+    in_use = {id(layer.selection) for layer in left}
     for selection in shared:
         selection.mixture = {n: w for n, w in selection.mixture.items() if name not in (None, n)}
         if id(selection) not in in_use:
             for parameter in selection.frozen:
                 parameter.requires_grad_(True)
+    for layer in left:
+        layer.parts(layer.selection.scope_of_model)
     return model
 
 

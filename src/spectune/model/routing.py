@@ -14,9 +14,10 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.mixtures import Mixture
-from spectune.layers.selection import Rows
+from spectune.layers.selection import Rows, generating, is_generating, within
 from spectune.model.apart import answering_apart
-from spectune.model.install import selections
+from spectune.model.exchange import exchanged
+from spectune.model.install import choose, selections
 from spectune.model.names import M, check_known, check_some_adapter, names_on
 from spectune.model.row_trial import Call, find_layouts, rows_of
 from spectune.speed.recompute_cache import like_learning
@@ -38,8 +39,7 @@ def activate(model: M, choice: Choice) -> M:
     """
     layers = adapted_layers(model)  # once: a look at every module is most of what this costs
     (mixture,) = _mixtures(layers, [choice])
-    for selection in selections(layers):
-        selection.mixture = mixture
+    choose(layers.values(), mixture)
     return model
 
 
@@ -53,20 +53,14 @@ def base_alone(model: nn.Module, *, compared: bool = False) -> Iterator[None]:
             model's mode, and equal to the last bit where the adapter does nothing; with gradients where the context is
             entered, as a pass with gradients would be, which go off inside.
     """
-    shared = selections(adapted_layers(model))
-    before = [(selection, selection.mixture, selection.rows) for selection in shared]
     training = [] if compared else [module for module in model.modules() if module.training]
-    for selection in shared:
-        selection.aside = selection.mixture if compared and selection.rows is None else {}
-        selection.mixture, selection.rows = {}, None
     for module in training:
         module.training = False
     try:
-        with like_learning(compared and torch.is_grad_enabled()):
+        shared = selections(adapted_layers(model))
+        with within(shared, {}, compared=compared), like_learning(compared and torch.is_grad_enabled()):
             yield
     finally:
-        for selection, mixture, rows in before:
-            selection.mixture, selection.rows, selection.aside = mixture, rows, {}
         for module in training:
             module.training = True
 
@@ -116,33 +110,27 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
         raise SpectuneError("route takes a list with one entry for each row of the batch")
     layers = adapted_layers(model)
     shared = selections(layers)
-    before = [(selection, selection.rows, selection.expandable) for selection in shared]
     routed = Rows(_mixtures(layers, rows), shared[0].layouts, stacks)
-    generate, own = getattr(model, "generate", None), vars(model).get("generate")
+    with within(shared, routed), _expanding(model), _told_apart(model, layers, routed, shared):
+        yield
 
-    def expanding(*args: Any, **kwargs: Any) -> Any:
-        for selection in shared:
-            selection.expandable = True
-        try:
-            return generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for selection in shared:
-                selection.expandable = False
 
-    for selection in shared:
-        selection.rows, selection.expandable = routed, False
-    if generate is not None:
-        vars(model)["generate"] = expanding
-    try:
-        with _told_apart(model, layers, routed, shared):
-            yield
-    finally:
-        for selection, rows_before, expandable in before:
-            selection.rows, selection.expandable = rows_before, expandable
-        if own is not None:
-            vars(model)["generate"] = own
-        else:
-            vars(model).pop("generate", None)
+@contextmanager
+def _expanding(model: nn.Module) -> Iterator[None]:
+    """Within the context `model.generate` may make several rows of one: its beams, or its returned sequences."""
+
+    def wrap(generate: Any) -> Any:
+        def generate_rows(*args: Any, **kwargs: Any) -> Any:
+            with generating():
+                return generate(*args, **kwargs)
+
+        return generate_rows
+
+    if not hasattr(model, "generate"):
+        yield
+        return
+    with exchanged(model, "generate", wrap):
+        yield
 
 
 @contextmanager
@@ -164,14 +152,15 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, s
                     within.setdefault(module, {})[".".join([*parts[i:], name.rpartition(".")[2]])] = layer
     calls: list[nn.Module] = []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if shared[0].rows is not routed:
+    # another thread may have these hooks at hand when they are gone, and then gives them no kwargs
+    def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if shared[0].scope().choice is not routed:
             return
         calls.append(module)
         if len(calls) > 1:
             return
         given = len(routed.mixtures)
-        count = rows_of(args, kwargs, given, shared[0].expandable)
+        count = rows_of(args, kwargs, given, is_generating())
         if not isinstance(count, int):
             if count is not None:
                 raise SpectuneError(
@@ -194,8 +183,8 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, s
             routed.forget()
         begin()
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if shared[0].rows is routed and calls[-1:] == [module]:
+    def after(module: nn.Module, *given: Any) -> None:
+        if shared[0].scope().choice is routed and calls[-1:] == [module]:
             calls.pop()
             if not calls:
                 routed.count = None

@@ -20,7 +20,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.model.adapting import attach
-from spectune.model.install import install, selections
+from spectune.model.install import choose, install, selections
 from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
 from spectune.model.routing import activate, route
@@ -220,8 +220,9 @@ class Pool:
         try:
             yield
         finally:
-            for selection in selections(adapted_layers(self.model)):
-                selection.mixture = before.get(id(selection), {})
+            layers = adapted_layers(self.model)
+            for selection in selections(layers):
+                choose([x for x in layers.values() if x.selection is selection], before.get(id(selection), {}))
 
     @torch.inference_mode(False)
     def activate_other(self, adapter: Adapter) -> None:
