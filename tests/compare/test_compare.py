@@ -30,7 +30,7 @@ def small(folder, output, **values):
 
 def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
     seen = []
-    document = compare(small(folder, tmp_path), lambda done, total, last: seen.append((done, total)))
+    document = compare(small(folder, tmp_path), lambda done, total, last: seen.append((done, total))).model_dump()
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
@@ -40,14 +40,14 @@ def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["methods"] == document["methods"]
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
     assert document["command"] == f"spectune compare {tmp_path / 'compare.yaml'}"
-    again = compare(load_config(str(tmp_path / "compare.yaml"), [], CompareConfig))
+    again = compare(load_config(str(tmp_path / "compare.yaml"), [], CompareConfig)).model_dump()
     assert again["methods"] == document["methods"]
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "trials").glob("*.json")}
 
 
 def test_two_processes_find_what_one_does(folder, tmp_path):
-    one = compare(small(folder, tmp_path / "one"))
-    two = compare(small(folder, tmp_path / "two", workers=2))
+    one = compare(small(folder, tmp_path / "one")).model_dump()
+    two = compare(small(folder, tmp_path / "two", workers=2)).model_dump()
     for a, b in zip(one["methods"], two["methods"], strict=True):
         assert (a["method"], a["lr"]) == (b["method"], b["lr"])
         assert a["metric"]["mean"] == pytest.approx(b["metric"]["mean"], abs=0.02)
@@ -57,16 +57,18 @@ def test_workers_on_a_cluster(folder, tmp_path):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        document = compare(small(folder, tmp_path, workers=2, launcher="ray", seeds=1))
+        document = compare(small(folder, tmp_path, workers=2, launcher="ray", seeds=1)).model_dump()
     finally:
         ray.shutdown()
     assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
 
 
 def test_a_method_that_fails_is_in_the_report(folder, tmp_path):
-    document = compare(small(folder, tmp_path, methods=["lora", "lora_xs:rank=30"], targets=["intermediate.dense"]))
+    document = compare(
+        small(folder, tmp_path, methods=["lora", "lora_xs:rank=30"], targets=["intermediate.dense"])
+    ).model_dump()
     assert [row["ran"] for row in document["methods"]] == [True, True]
-    document = compare(small(folder, tmp_path / "b", methods=["lora", "pissa:rank=40"], seeds=1))
+    document = compare(small(folder, tmp_path / "b", methods=["lora", "pissa:rank=40"], seeds=1)).model_dump()
     failed = next(row for row in document["methods"] if row["method"] == "pissa:rank=40")
     assert not failed["ran"]
     assert any("rank" in failure["error"] for failure in document["failures"])
@@ -85,10 +87,12 @@ def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
         patch.setattr(Bench, "run", full_disk)
         compare(small(folder, tmp_path, **values))
     (tmp_path / "trials" / ".base.seed1.attempts").write_bytes(b"..")
-    failed = compare(small(folder, tmp_path, **values))
+    failed = compare(small(folder, tmp_path, **values)).model_dump()
     assert [failure["error"] for failure in failed["failures"]] == ["no space left"]
     ran = []
-    again = compare(small(folder, tmp_path, **values, retry=True), lambda done, total, last: ran.append(last))
+    again = compare(
+        small(folder, tmp_path, **values, retry=True), lambda done, total, last: ran.append(last)
+    ).model_dump()
     assert again["failures"] == []
     assert len([last for last in ran if last]) == 1
     assert "retry" not in (tmp_path / "compare.yaml").read_text()
@@ -107,7 +111,7 @@ def test_another_data_set_is_another_comparison(folder, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     values = {"data": str(path), "methods": ["base"], "seeds": 1}
-    document = compare(small(folder, tmp_path / "out", **values))
+    document = compare(small(folder, tmp_path / "out", **values)).model_dump()
     assert any(note.startswith("1 records of ") and "nothing to learn from" in note for note in document["notes"])
     with pytest.raises(SpectuneError, match=r"holds trials of other settings \(columns: None, not"):
         compare(small(folder, tmp_path / "out", **values, columns={"label": "other"}))
@@ -168,7 +172,7 @@ def test_another_process_goes_on_where_one_ended(end, folder, tmp_path):
     # whatever stops a comparison on purpose does not count against the trial
     assert [path.name for path in trials.glob(".*.attempts")] == [".base.seed1.attempts"] * (end == "kill")
     ran = []
-    document = compare(chosen, lambda done, total, last: ran.append(last))
+    document = compare(chosen, lambda done, total, last: ran.append(last)).model_dump()
     assert len([last for last in ran if last]) == 4  # base at seed 1; a learning rate of lora and its two seeds
     assert (trials / "base.seed0.json").stat().st_mtime_ns == before
     assert document["failures"] == []

@@ -11,6 +11,7 @@ from rich.table import Table
 from spectune.cli.shared import JSON, print_json, say_error
 from spectune.cli.train import file_and_pairs, keys
 from spectune.compare.config import CompareConfig
+from spectune.compare.report.model import Document
 from spectune.training.config import TrainConfig, load_config
 
 _OWN = [name for name in CompareConfig.model_fields if name not in TrainConfig.model_fields] + ["output"]
@@ -57,26 +58,26 @@ def compare(
         say_error("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
     if json:
-        print_json(document)
+        print_json(document.model_dump())
         return
     _show(document, config)
 
 
-def _show(document: dict, config: CompareConfig) -> None:
+def _show(document: Document, config: CompareConfig) -> None:
     console = Console()
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for heading in ("parameters", config.measure.replace("_", " "), "95% interval", "lr"):
         table.add_column(heading, justify="right")
-    for method in document["methods"]:
-        value = method["metric"]
+    for method in document.methods:
+        value = method.metric
         if value is None:
-            table.add_row(method["method"], "", "failed", "", "")
+            table.add_row(method.method, "", "failed", "", "")
             continue
-        interval = "" if value["low"] is None else f"{value['low']:.4f} to {value['high']:.4f}"
-        lr = "" if method["lr"] is None else f"{method['lr']:g}"
-        table.add_row(method["method"], f"{method['trainable_parameters']:,.0f}", f"{value['mean']:.4f}", interval, lr)
+        interval = "" if value.low is None else f"{value.low:.4f} to {value.high:.4f}"
+        lr = "" if method.lr is None else f"{method.lr:g}"
+        table.add_row(method.method, f"{method.trainable_parameters:,.0f}", f"{value.mean:.4f}", interval, lr)
     console.print(table)
-    for sentence in document["answer"]:
+    for sentence in document.answer:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"saved {config.output}/report.html", highlight=False, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ import yaml
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
+from spectune.compare.report.model import Document
 from spectune.compare.room import check_room
 from spectune.compare.trial import Results
 from spectune.errors import SpectuneError, need
@@ -30,7 +31,7 @@ _POLL = 0.5
 Tell = Callable[[int, int, str], None]  # trials done, trials in all, and what ended last
 
 
-def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) -> dict[str, Any]:
+def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) -> Document:
     """Run every trial that has no result yet, and write the report.
 
     Args:
@@ -84,7 +85,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
     made = document(_header(config, bench, methods, against, notes), finals, searches)
-    given: str = made["config"]
+    given: str = made.config
     write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
     return made

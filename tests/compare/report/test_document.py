@@ -17,7 +17,7 @@ from spectune.training.config import load_config
 
 
 def made(finals, searches=(), **header):
-    return document({**HEADER, **header}, finals, list(searches))
+    return document({**HEADER, **header}, finals, list(searches)).model_dump()
 
 
 def verdict(methods, seeds=range(3), spread=0.0, **header):
@@ -38,7 +38,7 @@ def at(found, method):
 
 @pytest.fixture(scope="module")
 def found():
-    return document(*whole())
+    return document(*whole()).model_dump()
 
 
 def test_numbers_by_hand(found):

@@ -11,6 +11,7 @@ from pages.test_html import check_page
 from spectune.compare.report.document import document
 from spectune.compare.report.figures import COSTS, front
 from spectune.compare.report.files import write_report
+from spectune.compare.report.model import Document
 
 FILES = ["report.html", "report.json", "report.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"]
 
@@ -20,7 +21,7 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "new"
     found = document(*whole())
     assert write_report(found, out) == [out / name for name in FILES]
-    return found, out
+    return found.model_dump(), out
 
 
 def test_the_page_holds_it_all(written):
@@ -77,6 +78,6 @@ def test_the_front_is_what_nothing_beats(written):
     ids=["all failed", "the base alone", "one seed"],
 )
 def test_little_to_show_is_a_page_too(finals, searches, tmp_path):
-    paths = write_report(made(finals, searches, notes=[], baseline="lora"), tmp_path)
+    paths = write_report(Document(**made(finals, searches, notes=[], baseline="lora")), tmp_path)
     check_page((tmp_path / "report.html").read_text())
     assert all(path.exists() for path in paths)

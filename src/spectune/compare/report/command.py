@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from spectune.compare.report.model import Document, MethodRow
 from spectune.training.config import TrainConfig
 from spectune.training.registry import options_of
 
 _SET = ("model", "data", "output", "task", "method", "lr", "epochs", "max_steps", "seed", "overwrite")
 
 
-def train_command(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+def train_command(document: Document, row: MethodRow) -> str | None:
     """Return the `spectune train` command for a method, or None where train has none (base, full).
 
     Args:
         document: with the header.
         row: of "methods".
     """
-    method = row["method"]
-    if method in ("base", "full") or not row["ran"]:
+    method = row.method
+    if method in ("base", "full") or not row.ran:
         return None
-    given = yaml.safe_load(document.get("config") or "") or {}
-    keys = {*TrainConfig.model_fields, *options_of(document["task"]).model_fields}
+    given = yaml.safe_load(document.config or "") or {}
+    keys = {*TrainConfig.model_fields, *options_of(document.task).model_fields}
     pairs = {
-        "model": document["model"],
-        "data": document["data"],
+        "model": document.model,
+        "data": document.data,
         "output": "runs/" + re.sub(r"[^\w.=-]+", "-", method),
-        "task": document["task"],
+        "task": document.task,
         "method": method,
-        "lr": row["lr"],
-        "max_steps": document.get("steps"),
-        "seed": row["seeds"][0],
+        "lr": row.lr,
+        "max_steps": document.steps,
+        "seed": row.seeds[0],
         **{key: given[key] for key in given if key in keys and key not in _SET},
     }
     return " ".join(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spectune.compare.report.command import train_command
+from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Trial
 from spectune.compare.report.statistics import holm, mean_interval, paired_difference, record_difference
 from spectune.compare.report.verdict import adapts, answer, cheapest
 from spectune.methods import METHODS
@@ -21,18 +22,13 @@ Result = Mapping[str, Any]
 _MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")
 
 
-def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequence[Result]) -> dict[str, Any]:
-    """Return the document, ready for JSON.
+def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequence[Result]) -> Document:
+    """Return the document.
 
     Args:
         header: what was compared, on what and how; it stays in the document as it is.
         finals: results of the runs that count, one for each method and seed.
         searches: results of the runs that the learning rates were chosen by.
-
-    Returns:
-        The header; "answer", sentences of which the first is the verdict; "best", "recommended" (the best that is ahead
-        of the baseline, or else the cheapest within the best one's interval) and "train_command" (of that);
-        "methods", the best first; "failures"; "trials", what each run cost.
 
     Raises:
         SpectuneError: scipy is missing.
@@ -54,35 +50,43 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
         runs = sorted(sound[method], key=lambda r: r["seed"])
         tried = [r for r in searches if r["method"] == method]
         rows.append(
-            {"method": method, "label": labels[method], "seeds": [r["seed"] for r in runs], "ran": bool(runs)}
-            | _measured(runs, metric, gap_of)
-            | _search(tried, runs, searched_by)
-            | {"cost_seconds": sum(_seconds(r) for r in [*finals, *searches] if r["method"] == method)}
+            MethodRow(
+                method=method,
+                label=labels[method],
+                seeds=[r["seed"] for r in runs],
+                ran=bool(runs),
+                cost_seconds=sum(_seconds(r) for r in [*finals, *searches] if r["method"] == method),
+                **_measured(runs, metric, gap_of),
+                **_search(tried, runs, searched_by),
+            )
         )
-    rows.sort(key=lambda row: -sign * row["metric"]["mean"] if row["ran"] else math.inf)
-    made = {
-        "format": 1,
-        **header,
-        "percent": metric in PERCENT,
-        "gap_of": gap_of,
-        "searched_by": searched_by,
-        "forgetting_of": next((r["general"]["name"] for rs in sound.values() for r in rs if r.get("general")), None),
-        "methods": rows,
-        "failures": [
-            {**{key: r.get(key) for key in ("kind", "method", "lr", "seed")}, "error": error}
-            for r in [*finals, *searches]
-            if (error := _failure(r, metric))
-        ],
-        "trials": [_trial(r, metric, searched_by) for r in [*searches, *finals]],
-        "seconds": sum(_seconds(r) for r in [*finals, *searches]),
-    }
+    rows.sort(key=lambda row: -sign * row.value.mean if row.ran else math.inf)
+    made = Document(
+        **{
+            **header,
+            "percent": metric in PERCENT,
+            "gap_of": gap_of,
+            "searched_by": searched_by,
+            "forgetting_of": next(
+                (r["general"]["name"] for rs in sound.values() for r in rs if r.get("general")), None
+            ),
+            "methods": rows,
+            "failures": [
+                Failure(**{key: r.get(key) for key in ("kind", "method", "lr", "seed")}, error=error)
+                for r in [*finals, *searches]
+                if (error := _failure(r, metric))
+            ],
+            "trials": [_trial(r, metric, searched_by) for r in [*searches, *finals]],
+            "seconds": sum(_seconds(r) for r in [*finals, *searches]),
+        }
+    )
     _compare(made, sound)
-    made["best"] = rows[0]["method"] if rows and rows[0]["ran"] else None
-    made["recommended"] = _recommended(made)
-    for row in rows:
-        row["train_command"] = train_command(made, row)
-    made["train_command"] = next((row["train_command"] for row in rows if row["method"] == made["recommended"]), None)
-    made["answer"] = answer(made)
+    made.best = made.methods[0].method if made.methods and made.methods[0].ran else None
+    made.recommended = _recommended(made)
+    for row in made.methods:
+        row.train_command = train_command(made, row)
+    made.train_command = next((row.train_command for row in made.methods if row.method == made.recommended), None)
+    made.answer = answer(made)
     return made
 
 
@@ -116,51 +120,48 @@ def _search(tried: Sequence[Result], runs: Sequence[Result], searched_by: str) -
     return {"search": points, "edge": edge}
 
 
-def _compare(made: dict[str, Any], sound: Mapping[str, Sequence[Result]]) -> None:
+def _compare(made: Document, sound: Mapping[str, Sequence[Result]]) -> None:
     """Add to every row its difference to the baseline, and to the best row."""
-    rows = [row for row in made["methods"] if row["ran"]]
-    baseline = next((row["method"] for row in rows if row["method"] == made.get("baseline")), None)
-    made["baseline_ran"] = baseline is not None
-    for row in made["methods"]:
-        row["difference"] = row["over_records"] = None
-        if row["ran"] and baseline is not None and row["method"] != baseline:
-            pair = sound[row["method"]], sound[baseline]
-            row["over_records"] = _over_records(*pair, made["metric"])
-            row["difference"] = _difference(*pair, made["metric"], row["over_records"])
-        row["to_best"] = None
-        if row["ran"] and row is not rows[0]:
-            pair = sound[row["method"]], sound[rows[0]["method"]]
-            row["to_best"] = _difference(*pair, made["metric"], _over_records(*pair, made["metric"]))
-    tested = [row["difference"] for row in rows if row["difference"] and row["difference"]["p"] is not None]
-    for difference, corrected in zip(tested, holm([d["p"] for d in tested]), strict=True):
-        difference["corrected_p"] = corrected
-        difference["beyond_chance"] = corrected < SIGNIFICANT
-    made["tested"] = len(tested)
+    rows = made.ran
+    baseline = next((row.method for row in rows if row.method == made.baseline), None)
+    made.baseline_ran = baseline is not None
+    for row in rows:
+        if baseline is not None and row.method != baseline:
+            pair = sound[row.method], sound[baseline]
+            row.over_records = _over_records(*pair, made.metric)
+            row.difference = _difference(*pair, made.metric, row.over_records)
+        if row is not rows[0]:
+            pair = sound[row.method], sound[rows[0].method]
+            row.to_best = _difference(*pair, made.metric, _over_records(*pair, made.metric))
+    tested = [(d, d.p) for row in rows if (d := row.difference) is not None and d.p is not None]
+    for (difference, _), corrected in zip(tested, holm([p for _, p in tested]), strict=True):
+        difference.corrected_p = corrected
+        difference.beyond_chance = corrected < SIGNIFICANT
+    made.tested = len(tested)
 
 
 def _difference(
-    runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: dict[str, Any] | None
-) -> dict[str, Any] | None:
+    runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: Paired | None
+) -> Difference | None:
     """Return the difference between two methods, judged over seeds, or over records where seeds have no spread."""
     ours, theirs = ({r["seed"]: r["test"][metric] for r in rs} for rs in (runs, others))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
     found = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
-    shared = {"corrected_p": None, "beyond_chance": None}
     if found.p is None and over_records is not None:
-        return {**over_records, "over": "records", "seeds": len(seeds), **shared}
-    return {**found._asdict(), "over": "seeds", "seeds": len(seeds), **shared}
+        return Difference(**over_records.model_dump(), over="records", seeds=len(seeds))
+    return Difference(**found._asdict(), over="seeds", seeds=len(seeds))
 
 
-def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> dict[str, Any] | None:
+def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> Paired | None:
     """Return a paired bootstrap over test records, each record's mean over the seeds that both have."""
     ours, theirs = ({r["seed"]: _right(r, metric) for r in rs} for rs in (runs, others))
     pairs = [(a, b) for s, a in ours.items() if a and (b := theirs.get(s))]
     if not pairs or len({len(right) for pair in pairs for right in pair}) != 1:
         return None
     a, b = np.mean([pair[0] for pair in pairs], axis=0), np.mean([pair[1] for pair in pairs], axis=0)
-    return record_difference(a, b)._asdict()
+    return Paired(**record_difference(a, b)._asdict())
 
 
 def _right(result: Result, metric: str) -> Sequence[int] | None:
@@ -169,23 +170,27 @@ def _right(result: Result, metric: str) -> Sequence[int] | None:
     return right if right and value is not None and abs(sum(right) / len(right) - value) < 1e-4 else None
 
 
-def _recommended(made: Mapping[str, Any]) -> str | None:
+def _recommended(made: Document) -> str | None:
     """Return the best method ahead of the baseline, else the cheapest in the best one's interval, of those trained."""
-    sign = 1 if made["greater_is_better"] else -1
-    for row in made["methods"]:
-        ahead = row["difference"] and row["difference"]["beyond_chance"] and sign * row["difference"]["mean"] > 0
+    sign = 1 if made.greater_is_better else -1
+    for row in made.methods:
+        ahead = row.difference and row.difference.beyond_chance and sign * row.difference.mean > 0
         if ahead and adapts(row):
-            return row["method"]
+            return row.method
     found = cheapest(made)
     if found is not None:
-        return found["method"]
-    return next((row["method"] for row in made["methods"] if row["ran"] and adapts(row)), None)
+        return found.method
+    return next((row.method for row in made.ran if adapts(row)), None)
 
 
-def _trial(result: Result, metric: str, searched_by: str) -> dict[str, Any]:
+def _trial(result: Result, metric: str, searched_by: str) -> Trial:
     keys = ("kind", "method", "lr", "seed", "steps", "pruned", "error")
-    values = {"validation": _at(result, "validation", searched_by), "test": _at(result, "test", metric)}
-    return {**{key: result.get(key) for key in keys}, **values, "seconds": _seconds(result)}
+    return Trial(
+        **{key: result[key] for key in keys if key in result},
+        validation=_at(result, "validation", searched_by),
+        test=_at(result, "test", metric),
+        seconds=_seconds(result),
+    )
 
 
 def _failure(result: Result, metric: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from spectune.compare.report.model import Document, Mean, MethodRow
 from spectune.compare.report.verdict import few
 from spectune.pages.pictures import as_file, faint_grid
 from spectune.training.curve import spoken
 
-Row = Mapping[str, Any]
 Spot = tuple[str, float, float, str]  # a name, where its point is, and its colour
 Line = tuple[tuple[float, float], tuple[float, float]]  # its ends
 # read on white and on black
@@ -41,10 +41,10 @@ class Cost(NamedTuple):
     log: bool = False
     scale: float = 1.0
 
-    def of(self, row: Row) -> Any:
+    def of(self, row: MethodRow) -> Any:
         """Return a row's value in the unit of the axis, None where it has none."""
-        value = row[self.key]
-        value = value["mean"] if isinstance(value, Mapping) else value
+        value = getattr(row, self.key)
+        value = value.mean if isinstance(value, Mean) else value
         return None if value is None or (self.log and value <= 0) else value * self.scale
 
 
@@ -56,30 +56,30 @@ COSTS = (
 )
 
 
-def styles(document: Row) -> dict[str, tuple[str, Any, str]]:
+def styles(document: Document) -> dict[str, tuple[str, Any, str]]:
     """Return colour, dashes and marker of each method, the same in every picture."""
     found = {}
-    for i, row in enumerate(document["methods"]):
+    for i, row in enumerate(document.methods):
         turn = i // len(HUES) % len(DASHES)
-        found[row["method"]] = (HUES[i % len(HUES)], DASHES[turn], MARKERS[turn])
+        found[row.method] = (HUES[i % len(HUES)], DASHES[turn], MARKERS[turn])
     return found
 
 
-def drawn(document: Row, cost: Cost) -> list[Row]:
+def drawn(document: Document, cost: Cost) -> list[MethodRow]:
     """Return the rows that have a place in a picture of the metric against a cost."""
-    return [r for r in document["methods"] if r["ran"] and r["trainable_parameters"] and cost.of(r) is not None]
+    return [r for r in document.methods if r.ran and r.trainable_parameters and cost.of(r) is not None]
 
 
-def front(rows: Sequence[Row], cost: Cost, greater_is_better: bool) -> list[Row]:
+def front(rows: Sequence[MethodRow], cost: Cost, greater_is_better: bool) -> list[MethodRow]:
     """Return the rows that none beats in the metric at the same cost or less, the cheapest first."""
     sign, kept = (1 if greater_is_better else -1), []
-    for row in sorted(rows, key=lambda row: (cost.of(row), -sign * row["metric"]["mean"])):
-        if not kept or sign * row["metric"]["mean"] > sign * kept[-1]["metric"]["mean"]:
+    for row in sorted(rows, key=lambda row: (cost.of(row), -sign * row.value.mean)):
+        if not kept or sign * row.value.mean > sign * kept[-1].value.mean:
             kept.append(row)
     return kept
 
 
-def draw_pareto(figure: Any, document: Row, costs: Sequence[Cost]) -> None:
+def draw_pareto(figure: Any, document: Document, costs: Sequence[Cost]) -> None:
     """Draw the metric with its intervals against costs, the front as a line; who is far off is put at the border."""
     panels = figure.subplots(-(-len(costs) // 2), min(2, len(costs)), squeeze=False).flat
     found = [(axes, *_pareto(axes, document, cost)) for axes, cost in zip(panels, costs, strict=False)]
@@ -91,37 +91,37 @@ def draw_pareto(figure: Any, document: Row, costs: Sequence[Cost]) -> None:
     figure.set_layout_engine("none")  # the names are where the axes are now
 
 
-def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[Line]]:
+def _pareto(axes: Axes, document: Document, cost: Cost) -> tuple[list[Spot], list[Line]]:
     rows = drawn(document, cost)
-    factor = 100 if document["percent"] else 1
+    factor = 100 if document.percent else 1
     ink, look = mpl.rcParams["text.color"], styles(document)
     low, high = _limits(document, rows, factor)
     axes.set(
         xlabel=cost.label, ylabel=_metric_label(document), ylim=(low, high), xscale="log" if cost.log else "linear"
     )
-    best = front(rows, cost, document["greater_is_better"])
-    steps = [(cost.of(row), np.clip(factor * row["metric"]["mean"], low, high)) for row in best]
+    best = front(rows, cost, document.greater_is_better)
+    steps = [(cost.of(row), np.clip(factor * row.value.mean, low, high)) for row in best]
     axes.plot(*zip(*steps, strict=True), color=ink, lw=1, alpha=0.45, drawstyle="steps-post", zorder=1)
     spots: list[Spot] = []
     lines: list[Line] = []
     for (x, y), (next_x, next_y) in itertools.pairwise(steps):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
     for row in rows:
-        value, x = factor * row["metric"]["mean"], cost.of(row)
-        color, _, marker = look[row["method"]]
+        value, x = factor * row.value.mean, cost.of(row)
+        color, _, marker = look[row.method]
         inside = low <= value <= high
-        if inside and row["metric"]["low"] is not None:
-            ends = factor * row["metric"]["low"], factor * row["metric"]["high"]
+        if inside and row.value.ends is not None:
+            ends = [factor * end for end in row.value.ends]
             axes.plot([x, x], ends, color=color, lw=1.2, alpha=0.6, zorder=2)
             lines.append(((x, ends[0]), (x, ends[1])))
         shape = marker if inside else "v" if value < low else "^"
         face, size = (color, 6.5) if row in best else ("none", 5.5)
         axes.plot(x, np.clip(value, low, high), shape, color=color, mfc=face, ms=size, clip_on=False)
-        text = row["label"] if inside else f"{row['label']} ({value:.3g})"
+        text = row.label if inside else f"{row.label} ({value:.3g})"
         spots.append((text, x, float(np.clip(value, low, high)), color))
-    base = next((r for r in document["methods"] if r["method"] == "base" and r["ran"] and r not in rows), None)
-    if base is not None and low <= factor * base["metric"]["mean"] <= high:
-        y = factor * base["metric"]["mean"]
+    base = next((r for r in document.methods if r.method == "base" and r.ran and r not in rows), None)
+    if base is not None and low <= factor * base.value.mean <= high:
+        y = factor * base.value.mean
         axes.axhline(y, color=ink, lw=0.8, ls=":", alpha=0.7)
         axes.annotate("base", (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.margins(x=0.12)
@@ -133,19 +133,14 @@ def _pareto(axes: Axes, document: Row, cost: Cost) -> tuple[list[Spot], list[Lin
     return spots, lines
 
 
-def _limits(document: Row, rows: Sequence[Row], factor: float) -> tuple[float, float]:
+def _limits(document: Document, rows: Sequence[MethodRow], factor: float) -> tuple[float, float]:
     """Return the range of the metric to draw: without those that are far worse than the better half."""
-    sign = 1 if document["greater_is_better"] else -1
-    values = sign * factor * np.array([row["metric"]["mean"] for row in rows])
+    sign = 1 if document.greater_is_better else -1
+    values = sign * factor * np.array([row.value.mean for row in rows])
     best, middle = values.max(), np.median(values)
     floor = middle - 3 * max(best - middle, 1e-3 * abs(best))
     kept = values[values >= floor]
-    ends = [
-        (sign * factor * row["metric"][end], row["metric"]["mean"])
-        for row in rows
-        for end in ("low", "high")
-        if row["metric"]["low"] is not None
-    ]
+    ends = [(sign * factor * end, row.value.mean) for row in rows for end in row.value.ends or ()]
     span = max(best - kept.min(), 1e-3 * abs(best), 1e-6)
     room = [value for value, mean in ends if sign * factor * mean >= floor]
     low = max(min([kept.min(), *room]), kept.min() - 0.6 * span) - 0.08 * span
@@ -195,26 +190,24 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(sides.prod()) if (sides > 0).all() else 0.0
 
 
-def curve_keys(document: Row) -> list[str]:
+def curve_keys(document: Document) -> list[str]:
     """Return the held-out measures that were followed over the steps: the loss, and the metric."""
-    known = {key for row in document["methods"] for key, points in row["curves"].items() if len(points) > 1}
-    return [key for key in dict.fromkeys(("eval_loss", f"eval_{document['metric']}")) if key in known]
+    known = {key for row in document.methods for key, points in row.curves.items() if len(points) > 1}
+    return [key for key in dict.fromkeys(("eval_loss", f"eval_{document.metric}")) if key in known]
 
 
-def draw_curves(figure: Any, document: Row, key: str) -> None:
+def draw_curves(figure: Any, document: Document, key: str) -> None:
     """Draw a held-out measure over the steps, the mean over seeds, a line a method."""
     axes, look = figure.subplots(), styles(document)
     measure = key.removeprefix("eval_")
-    factor = 100 if document["percent"] and measure == document["metric"] else 1
+    factor = 100 if document.percent and measure == document.metric else 1
     values: list[float] = []
-    for row in document["methods"]:
-        points = row["curves"].get(key) if row["ran"] else None
+    for row in document.methods:
+        points = row.curves.get(key) if row.ran else None
         if points and len(points) > 1:
             steps, ys = zip(*points, strict=True)
-            color, dash, marker = look[row["method"]]
-            axes.plot(
-                steps, factor * np.array(ys), color=color, ls=dash, marker=marker, ms=3, lw=1.5, label=row["label"]
-            )
+            color, dash, marker = look[row.method]
+            axes.plot(steps, factor * np.array(ys), color=color, ls=dash, marker=marker, ms=3, lw=1.5, label=row.label)
             values += [factor * y for y in ys]
     low, high = np.quantile(values, [0.1, 0.9])
     if max(values) > high + 2 * (high - low) and measure == "loss":
@@ -226,27 +219,26 @@ def draw_curves(figure: Any, document: Row, key: str) -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
-def draw_rates(axes: Axes, document: Row, row: Row) -> None:
+def draw_rates(axes: Axes, document: Document, row: MethodRow) -> None:
     """Draw what each learning rate came to on validation: the chosen one filled, those stopped early hollow."""
-    percent = document["percent"] and document["searched_by"] == document["metric"]
+    percent = document.percent and document.searched_by == document.metric
     factor = 100 if percent else 1
-    color = styles(document)[row["method"]][0]
-    points = [(point["lr"], factor * point["value"], point) for point in row["search"] if point["value"] is not None]
-    whole = [(lr, value) for lr, value, point in points if not point["pruned"]]
+    color = styles(document)[row.method][0]
+    tried = [(point, point.lr or 0.0, point.value) for point in row.search]
+    points = [(lr, factor * value, point) for point, lr, value in tried if value is not None]
+    whole = [(lr, value) for lr, value, point in points if not point.pruned]
     axes.plot(*zip(*whole, strict=True) if whole else ([], []), "-", color=color, lw=1.2, alpha=0.8)
     for lr, value, point in points:
-        chosen = lr == row["lr"]
+        chosen = lr == row.lr
         face = color if chosen else "none"
-        axes.plot(lr, value, "v" if point["pruned"] else "o", color=color, mfc=face, ms=8 if chosen else 5)
-    bottom = 0.04 if document["greater_is_better"] or document["searched_by"] != "loss" else 0.9
-    for point in row["search"]:
-        if point["value"] is None:
-            axes.plot(
-                point["lr"], bottom, "x", color=mpl.rcParams["text.color"], ms=6, transform=axes.get_xaxis_transform()
-            )
-    edge = f"\nbest at the {row['edge']} tried" if row["edge"] else ""
+        axes.plot(lr, value, "v" if point.pruned else "o", color=color, mfc=face, ms=8 if chosen else 5)
+    bottom = 0.04 if document.greater_is_better or document.searched_by != "loss" else 0.9
+    for _, lr, value in tried:
+        if value is None:
+            axes.plot(lr, bottom, "x", color=mpl.rcParams["text.color"], ms=6, transform=axes.get_xaxis_transform())
+    edge = f"\nbest at the {row.edge} tried" if row.edge else ""
     axes.set(xscale="log")
-    axes.set_title(row["label"] + edge, fontsize=9)
+    axes.set_title(row.label + edge, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0,), numticks=4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -256,12 +248,12 @@ def draw_rates(axes: Axes, document: Row, row: Row) -> None:
     faint_grid(axes)
 
 
-def searched(document: Row) -> list[Row]:
+def searched(document: Document) -> list[MethodRow]:
     """Return the rows whose learning rate was searched for with something to show."""
-    return [row for row in document["methods"] if any(point["value"] is not None for point in row["search"])]
+    return [row for row in document.methods if any(point.value is not None for point in row.search)]
 
 
-def write_pictures(document: Row, folder: Path) -> list[Path]:
+def write_pictures(document: Document, folder: Path) -> list[Path]:
     """Write pareto and curves as png and svg; those that have something to show."""
     paths: list[Path] = []
     costs = [cost for cost in COSTS if drawn(document, cost)]
@@ -295,5 +287,5 @@ def write_pictures(document: Row, folder: Path) -> list[Path]:
     return paths
 
 
-def _metric_label(document: Row) -> str:
-    return f"test {spoken(document['metric'])}{', %' if document['percent'] else ''}"
+def _metric_label(document: Document) -> str:
+    return f"test {spoken(document.metric)}{', %' if document.percent else ''}"

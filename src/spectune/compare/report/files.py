@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spectune.compare.report.figures import write_pictures
+from spectune.compare.report.model import Document, MethodRow
 from spectune.compare.report.page import report_page
 from spectune.storage import write_atomically
 
-Row = Mapping[str, Any]
 
-
-def write_report(document: Row, out: Path) -> list[Path]:
+def write_report(document: Document, out: Path) -> list[Path]:
     """Write report.html, report.json, report.csv, and pareto and curves as png and svg, and return their paths.
 
     Args:
@@ -26,15 +25,15 @@ def write_report(document: Row, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     texts = {
         "report.html": report_page(document),
-        "report.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
-        "report.csv": _csv(document["methods"]),
+        "report.json": json.dumps(document.model_dump(), indent=1, allow_nan=False) + "\n",
+        "report.csv": _csv(document.methods),
     }
     for name, text in texts.items():
         write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline=""))
     return [*(out / name for name in texts), *write_pictures(document, out)]
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def _csv(rows: Sequence[MethodRow]) -> str:
     """Return a line a method; intervals and differences as columns of their own."""
     lines = [_flat(row) for row in rows]
     text = io.StringIO()
@@ -44,7 +43,7 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: MethodRow) -> dict[str, Any]:
     plain = ("method", "ran", "lr", "steps", "trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds")
     plain += ("step_over_floor", "peak_bytes", "tokens_per_second", "edge", "cost_seconds")
     parts = {
@@ -52,5 +51,5 @@ def _flat(row: Row) -> dict[str, Any]:
         "difference": ("mean", "low", "high", "p", "corrected_p", "over", "beyond_chance"),
         "over_records": ("mean", "low", "high", "p"),
     }
-    nested = {f"{key}_{name}": (row[key] or {}).get(name) for key, names in parts.items() for name in names}
-    return {"method": row["method"], "seeds": len(row["seeds"]), **{key: row[key] for key in plain}, **nested}
+    nested = {f"{key}_{name}": getattr(getattr(row, key), name, None) for key, names in parts.items() for name in names}
+    return {"method": row.method, "seeds": len(row.seeds), **{key: getattr(row, key) for key in plain}, **nested}

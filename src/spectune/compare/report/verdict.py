@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from spectune.compare.report.model import Difference, Document, MethodRow
 from spectune.training.curve import spoken
-
-Row = Mapping[str, Any]
 
 
 def amount(value: float, percent: bool) -> str:
@@ -40,44 +38,44 @@ def probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def cheapest(document: Row) -> Row | None:
+def cheapest(document: Document) -> MethodRow | None:
     """Return the method that trains fewest parameters among those whose mean is within the best one's interval.
 
     With one seed, which has no interval: among those that the test records do not tell from the best.  None where
     nothing says which these are, or none of them trains more than a new head.
     """
-    ran = [row for row in document["methods"] if row["ran"]]
+    ran = [row for row in document.methods if row.ran]
     found = [row for row in ran if adapts(row) and _near_best(row, ran[0])]
-    if not ran or (ran[0]["metric"]["low"] is None and not any(_near_best(row, ran[0]) for row in ran[1:])):
+    if not ran or (ran[0].value.ends is None and not any(_near_best(row, ran[0]) for row in ran[1:])):
         return None
-    return min(found, key=lambda row: row["trainable_parameters"], default=None)
+    return min(found, key=lambda row: row.parameters, default=None)
 
 
-def adapts(row: Row) -> bool:
+def adapts(row: MethodRow) -> bool:
     """Return whether a row's method trains more than a new head."""
-    return bool(row["trainable_parameters"]) and row["method"] != "base"
+    return bool(row.parameters) and row.method != "base"
 
 
-def _near_best(row: Row, best: Row) -> bool:
-    interval = best["metric"]
+def _near_best(row: MethodRow, best: MethodRow) -> bool:
+    interval = best.value
     if row is best:
         return True
-    if interval["low"] is not None:
-        return interval["low"] <= row["metric"]["mean"] <= interval["high"]
-    to_best = row["to_best"]
-    return to_best is not None and to_best["low"] is not None and to_best["low"] <= 0 <= to_best["high"]
+    if interval.ends is not None:
+        return interval.holds(row.value.mean)
+    to_best = row.to_best
+    return to_best is not None and to_best.holds(0)
 
 
-def answer(document: Row) -> list[str]:
+def answer(document: Document) -> list[str]:
     """Return the verdict and what it leaves open, a sentence each.
 
     Args:
         document: but for "answer".
     """
-    ran = [row for row in document["methods"] if row["ran"]]
-    failed = [row for row in document["methods"] if not row["ran"]]
+    ran = [row for row in document.methods if row.ran]
+    failed = [row for row in document.methods if not row.ran]
     if not ran:
-        reasons = "; ".join(sorted({failure["error"] for failure in document["failures"]}))
+        reasons = "; ".join(sorted({failure.error for failure in document.failures}))
         return [f"No method ran to its end, so there is nothing to compare{': ' if reasons else ''}{reasons}."]
     sentences = [_verdict(document, ran), _economy(document, ran), _untrained(document, ran)]
     sentences += [_unpaired(document, ran), _resolution(document, ran), _other_records(document, ran)]
@@ -88,31 +86,31 @@ def answer(document: Row) -> list[str]:
     return [s[0].upper() + s[1:] if s.startswith(("base ", "full ")) else s for s in sentences if s]
 
 
-def _verdict(document: Row, ran: Sequence[Row]) -> str:
-    best, percent, metric = ran[0], document["percent"], spoken(document["metric"])
-    reached = f"{metric} {amount(best['metric']['mean'], percent)}{_interval(best, percent)}"
+def _verdict(document: Document, ran: Sequence[MethodRow]) -> str:
+    best, percent, metric = ran[0], document.percent, spoken(document.metric)
+    reached = f"{metric} {amount(best.value.mean, percent)}{_interval(best, percent)}"
     if len(ran) == 1:
-        return f"{best['label']} reached a test {reached}; no other method ran, so there is nothing to compare it with."
-    superlative = "highest" if document["greater_is_better"] else "lowest"
-    if not document["baseline_ran"]:
-        name = document.get("baseline")
-        why = f"{name} failed" if any(r["method"] == name for r in document["methods"]) else f"{name} is not among them"
+        return f"{best.label} reached a test {reached}; no other method ran, so there is nothing to compare it with."
+    superlative = "highest" if document.greater_is_better else "lowest"
+    if not document.baseline_ran:
+        name = document.baseline
+        why = f"{name} failed" if any(r.method == name for r in document.methods) else f"{name} is not among them"
         why = why if name else "none was compared"
-        return f"{best['label']} has the {superlative} test {reached}; there is no baseline to test it against ({why})."
-    baseline = next(row for row in ran if row["method"] == document["baseline"])
+        return f"{best.label} has the {superlative} test {reached}; there is no baseline to test it against ({why})."
+    baseline = next(row for row in ran if row.method == document.baseline)
     others = [row for row in ran if row is not baseline]
     ahead, behind = _beyond(document, others, 1), _beyond(document, others, -1)
-    name, seeds = baseline["label"], count(max(len(row["seeds"]) for row in ran), "seed")
+    name, seeds = baseline.label, count(max(len(row.seeds) for row in ran), "seed")
     if ahead:
         first = ahead[0]
         more = f"; so {'is' if len(ahead) == 2 else 'are'} {_names(ahead[1:])}" if len(ahead) > 1 else ""
-        return f"{first['label']} is ahead of {name} by {_judged(first['difference'], percent)}{more}."
-    if not document["tested"]:
+        return f"{first.label} is ahead of {name} by {_judged(first.difference, percent)}{more}."
+    if not document.tested:
         return (
-            f"{best['label']} has the {superlative} test {reached}, but with {seeds} nothing says whether its "
+            f"{best.label} has the {superlative} test {reached}, but with {seeds} nothing says whether its "
             f"difference from {name} is more than chance."
         )
-    over_seeds = any(row["difference"] and row["difference"]["over"] == "seeds" for row in others)
+    over_seeds = any(row.difference and row.difference.over == "seeds" for row in others)
     judged_by = "at " + seeds if over_seeds else "on these records"
     if best is baseline and len(behind) == len(others):
         return f"{name} is ahead of every other method beyond chance {judged_by}."
@@ -121,30 +119,30 @@ def _verdict(document: Row, ran: Sequence[Row]) -> str:
     return f"No method is ahead of {name} beyond chance {judged_by}; {_names(behind)} {_verb(behind)} behind it."
 
 
-def _economy(document: Row, ran: Sequence[Row]) -> str:
+def _economy(document: Document, ran: Sequence[MethodRow]) -> str:
     found, best = cheapest(document), ran[0]
     if found is None or len(ran) == 1:
         return ""
-    parameters, percent = few(found["trainable_parameters"]), document["percent"]
-    within = "within the interval of the best" if best["metric"]["low"] is not None else "not told from the best"
-    if found is best and all(r["trainable_parameters"] >= found["trainable_parameters"] for r in ran if adapts(r)):
-        return f"The best, {best['label']}, is also the one that trains fewest parameters, {parameters}."
+    parameters, percent = few(found.parameters), document.percent
+    within = "within the interval of the best" if best.value.ends is not None else "not told from the best"
+    if found is best and all(r.parameters >= found.parameters for r in ran if adapts(r)):
+        return f"The best, {best.label}, is also the one that trains fewest parameters, {parameters}."
     if found is best:
-        return f"Nothing cheaper than {best['label']} ({parameters} trained parameters) comes {within}."
-    value, top = (amount(row["metric"]["mean"], percent) for row in (found, best))
+        return f"Nothing cheaper than {best.label} ({parameters} trained parameters) comes {within}."
+    value, top = (amount(row.value.mean, percent) for row in (found, best))
     return (
-        f"The cheapest {within} ({best['label']}, {top}) is {found['label']}: {value} with {parameters} trained "
+        f"The cheapest {within} ({best.label}, {top}) is {found.label}: {value} with {parameters} trained "
         f"parameters{_ratio(best, found)}."
     )
 
 
-def _ratio(best: Row, found: Row) -> str:
-    ratio = (best["trainable_parameters"] or 0) / found["trainable_parameters"]
+def _ratio(best: MethodRow, found: MethodRow) -> str:
+    ratio = best.parameters / found.parameters
     return f", {ratio:.0f} times fewer" if ratio >= 1.5 else ""
 
 
-def _untrained(document: Row, ran: Sequence[Row]) -> str:
-    base = next((row for row in ran if row["method"] == "base"), None)
+def _untrained(document: Document, ran: Sequence[MethodRow]) -> str:
+    base = next((row for row in ran if row.method == "base"), None)
     if base is None or len(ran) == 1:
         return ""
     if base is ran[0]:
@@ -152,43 +150,44 @@ def _untrained(document: Row, ran: Sequence[Row]) -> str:
     return "The model without an adapter (base) is no further from the best." if _near_best(base, ran[0]) else ""
 
 
-def _unpaired(document: Row, ran: Sequence[Row]) -> str:
+def _unpaired(document: Document, ran: Sequence[MethodRow]) -> str:
     """Say which methods have no run at a seed at which the baseline has one."""
-    if not document["baseline_ran"]:
+    if not document.baseline_ran:
         return ""
-    alone = [row for row in ran if row["difference"] is None and row["method"] != document["baseline"]]
+    alone = [row for row in ran if row.difference is None and row.method != document.baseline]
     if not alone:
         return ""
-    baseline = next(row["label"] for row in ran if row["method"] == document["baseline"])
+    baseline = next(row.label for row in ran if row.method == document.baseline)
     return f"{_names(alone)} and {baseline} ran at no seed together, so that nothing says how they differ."
 
 
-def _resolution(document: Row, ran: Sequence[Row]) -> str:
+def _resolution(document: Document, ran: Sequence[MethodRow]) -> str:
     """Say how small a difference could have been seen."""
-    differences = [row["difference"] for row in ran if row["difference"]]
-    widths = [(d["high"] - d["low"]) / 2 for d in differences if d["low"] is not None and d["high"] > d["low"]]
-    if all(len(row["seeds"]) < 2 for row in ran):
+    differences = [row.difference for row in ran if row.difference]
+    ends = [d.ends for d in differences if d.ends is not None]
+    widths = [(high - low) / 2 for low, high in ends if high > low]
+    if all(len(row.seeds) < 2 for row in ran):
         told = " differences are judged over test records instead" if widths else " nothing says how sure a number is"
         return f"With one seed there is no interval over seeds;{told}."
     if not widths:
         return ""
-    baseline = next(row["label"] for row in ran if row["method"] == document["baseline"])
+    baseline = next(row.label for row in ran if row.method == document.baseline)
     return (
-        f"A difference from {baseline} below about {apart(float(np.median(widths)), document['percent'])} could not "
+        f"A difference from {baseline} below about {apart(float(np.median(widths)), document.percent)} could not "
         "have been told from chance (the median half-width of the intervals, before the correction)."
     )
 
 
-def _other_records(document: Row, ran: Sequence[Row]) -> str:
+def _other_records(document: Document, ran: Sequence[MethodRow]) -> str:
     """Say where a method that is ahead over seeds might not be so on other records of the test."""
     doubtful = [
         row
         for row in ran
-        if row["difference"]
-        and row["difference"]["beyond_chance"]
-        and row["difference"]["over"] == "seeds"
-        and row["over_records"]
-        and row["over_records"]["low"] <= 0 <= row["over_records"]["high"]
+        if row.difference
+        and row.difference.beyond_chance
+        and row.difference.over == "seeds"
+        and row.over_records
+        and row.over_records.holds(0)
     ]
     if not doubtful:
         return ""
@@ -198,40 +197,38 @@ def _other_records(document: Row, ran: Sequence[Row]) -> str:
     )
 
 
-def _interval(row: Row, percent: bool) -> str:
-    interval = row["metric"]
-    if interval["low"] is None:
-        return " (one seed)" if len(row["seeds"]) == 1 else f" (the same at each of {len(row['seeds'])} seeds)"
-    low, high = (amount(interval[end], percent) for end in ("low", "high"))
-    return f" (95% interval {low} to {high} over {count(len(row['seeds']), 'seed')})"
+def _interval(row: MethodRow, percent: bool) -> str:
+    interval = row.value
+    if interval.ends is None:
+        return " (one seed)" if len(row.seeds) == 1 else f" (the same at each of {len(row.seeds)} seeds)"
+    low, high = (amount(end, percent) for end in interval.ends)
+    return f" (95% interval {low} to {high} over {count(len(row.seeds), 'seed')})"
 
 
-def _judged(difference: Row, percent: bool) -> str:
+def _judged(difference: Difference | None, percent: bool) -> str:
     """Return a difference of either sign as a lead, with its uncertainty."""
-    sign = 1 if difference["mean"] >= 0 else -1
-    ends = sorted(sign * difference[end] for end in ("low", "high"))
-    low, high = (apart(end, percent).removesuffix(" points") for end in ends)
-    over = "" if difference["over"] == "seeds" else " over test records"
+    assert difference is not None  # it was tested
+    assert difference.ends is not None
+    assert difference.corrected_p is not None
+    sign = 1 if difference.mean >= 0 else -1
+    low, high = (apart(end, percent).removesuffix(" points") for end in sorted(sign * end for end in difference.ends))
+    over = "" if difference.over == "seeds" else " over test records"
     return (
-        f"{apart(abs(difference['mean']), percent)} (95% interval {low} to {high}{over}, corrected p "
-        f"{probability(difference['corrected_p'])})"
+        f"{apart(abs(difference.mean), percent)} (95% interval {low} to {high}{over}, corrected p "
+        f"{probability(difference.corrected_p)})"
     )
 
 
-def _beyond(document: Row, rows: Sequence[Row], side: int) -> list[Row]:
+def _beyond(document: Document, rows: Sequence[MethodRow], side: int) -> list[MethodRow]:
     """Return the rows that are ahead (1) of the baseline, or behind (-1), beyond chance."""
-    sign = side if document["greater_is_better"] else -side
-    return [
-        row
-        for row in rows
-        if row["difference"] and row["difference"]["beyond_chance"] and sign * row["difference"]["mean"] > 0
-    ]
+    sign = side if document.greater_is_better else -side
+    return [row for row in rows if row.difference and row.difference.beyond_chance and sign * row.difference.mean > 0]
 
 
-def _verb(rows: Sequence[Row]) -> str:
+def _verb(rows: Sequence[MethodRow]) -> str:
     return "is" if len(rows) == 1 else "are"
 
 
-def _names(rows: Sequence[Row]) -> str:
-    labels = [row["label"] for row in rows]
+def _names(rows: Sequence[MethodRow]) -> str:
+    labels = [row.label for row in rows]
     return labels[0] if len(labels) == 1 else ", ".join(labels[:-1]) + " and " + labels[-1]
