@@ -30,6 +30,7 @@ def need(package: str, what: str, install: str | None = None) -> Any:
         SpectuneError: it is not there, or lacks what it needs itself.
     """
     try:
+        import_module(package.partition(".")[0])  # a part of it may have been imported before
         return import_module(package)
     except ImportError as error:
         raise SpectuneError(f"{what} needs {error.name or package}: pip install {install or package}") from None

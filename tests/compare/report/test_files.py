@@ -57,13 +57,13 @@ def test_the_other_files(written):
 
 
 def test_the_front_is_what_nothing_beats(written):
-    rows = [row for row in written[0]["methods"] if row["ran"] and row["trainable_parameters"]]
+    rows = [row for row in Document(**written[0]).ran if row.trainable_parameters]
     for cost in COSTS:
         kept = front(rows, cost, True)
         for row in rows:
             beaten = any(
-                cost.of(r) <= cost.of(row) and r["metric"]["mean"] >= row["metric"]["mean"] and r is not row
-                and (cost.of(r), r["metric"]["mean"]) != (cost.of(row), row["metric"]["mean"]) for r in rows
+                cost.of(r) <= cost.of(row) and r.value.mean >= row.value.mean and r is not row
+                and (cost.of(r), r.value.mean) != (cost.of(row), row.value.mean) for r in rows
             )  # fmt: skip
             assert (row in kept) == (not beaten)
 
