@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from spectune.methods.pissa import PiSSA
     from spectune.methods.svf import SVF
     from spectune.methods.svft import SVFT
-    from spectune.model.adapting import adapt, attach
-    from spectune.model.lifecycle import detach, extract, merge
+    from spectune.model.adapting import adapt, attach, trainable
+    from spectune.model.lifecycle import detach, extract
+    from spectune.model.merging import merge, unmerge
     from spectune.model.names import adapter_names
     from spectune.model.routing import Reference, activate, base_alone, route
     from spectune.planning.plan import plan
@@ -69,6 +70,8 @@ _HOMES = {
             "extract",
             "merge",
             "route",
+            "trainable",
+            "unmerge",
         ),
         "model",
     ),
@@ -106,7 +109,9 @@ __all__ = [
     "plan",
     "route",
     "spectral",
+    "trainable",
     "trainer_for",
+    "unmerge",
 ]
 
 

@@ -34,13 +34,13 @@ def export(
     from spectune.adapters.adapter import Adapter
     from spectune.bases.loading import base_name, bind_to_base, load_base
     from spectune.model.adapting import attach
-    from spectune.model.lifecycle import merge
+    from spectune.model.merging import merge
 
     loaded = Adapter.load(adapter)
     if format is Format.merged:
         name, labels = base_name(loaded, base), loaded.labels
         model, tokenizer = load_base(name, dtype, labels=labels, trust_remote_code=trust_remote_code)
-        merge(attach(model, loaded)).save_pretrained(out)
+        merge(attach(model, loaded), keep=False).save_pretrained(out)
         tokenizer.save_pretrained(out)
         error = 0.0
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from inspect import signature
@@ -21,8 +22,9 @@ from spectune.layers.factors import Base, Factors
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
-from spectune.layers.modules import effective_weight
+from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.products import finish
+from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection
 from spectune.layers.updates import Update
 from spectune.speed.dense import by_onednn, linear
@@ -40,9 +42,40 @@ class Adapted(nn.Module):
     plain_class: type[nn.Module]
     is_transposed: bool  # W is held (in x out), as Conv1D does
     is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
-    weight: nn.Parameter
+    adapted_as: str
     bias: nn.Parameter | None
     prepared: tuple[Scope | None, list[Part]]  # what the model was last set to, and what that is in this layer
+
+    @property
+    def weight(self) -> Any:
+        """W as the layer holds it; to other modules, in their forward passes, it tells its kind and no values."""
+        weight = self._parameters.get("weight")
+        if weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
+            weight = vars(self)["weight"] if "weight" in vars(self) else super().weight
+        if torch.compiler.is_compiling():
+            return weight
+        frame = sys._getframe(1)
+        if frame.f_back is not None and frame.f_back.f_code is _FORWARD:
+            return weight
+        if not self._asks() or reader_of(self, frame, _FORWARD) is None:
+            return weight
+        return watched(weight, self.adapted_as)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        vars(self)["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del vars(self)["weight"]
+
+    def _asks(self) -> bool:
+        """Whether an adapter that is in use has a part in this layer, in some row."""
+        choice = (scope := self.selection.scope()).choice
+        if not isinstance(choice, Rows):
+            return bool(self.parts(scope))
+        weights = [weight_at(mixture, name, self) for mixture in choice.mixtures for name in self.adapters]
+        return any(isinstance(weight, Tensor) or weight for weight in weights)
 
     def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
         if more or named or input is None:
@@ -216,9 +249,10 @@ class Adapted(nn.Module):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters.get("weight"), self.bias
         return (
             self.is_plain
+            and weight is not None
             and weight.dtype == x.dtype
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
@@ -262,14 +296,15 @@ class Adapted(nn.Module):
             return y if self.bias is None else y - self.bias.to(y.dtype)
 
         def project(R: Tensor) -> Tensor:
-            return linear(effective_weight(self), R.to(self.weight.dtype))
+            weight = effective_weight(self)
+            return linear(weight, R.to(weight.dtype))
 
         return Base(without_bias, project, self.bias, lambda index: effective_weight(self).index_select(0, index))
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
         basis = self._modules["bases"]._modules.get(update.basis_key)  # type: ignore[union-attr]
-        return update.trained() if basis is None else {**basis.tensors(), **update._parameters}  # type: ignore
+        return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
@@ -279,6 +314,9 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
         return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+
+
+_FORWARD = Adapted.forward.__code__
 
 
 def _joined(group: list[tuple[Factors, float | RowWeights, float]]) -> Factors:
@@ -291,7 +329,10 @@ def _joined(group: list[tuple[Factors, float | RowWeights, float]]) -> Factors:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Return the adapted layers of a model by name, without a look at the many modules that they hold."""
+    """Return the adapted layers of a model by name, without a look at the many modules that they hold.
+
+    Compiled, parallel and PEFT's wrappers have no part in the names.
+    """
     found: dict[str, Adapted] = {}
     seen: set[nn.Module] = set()
 
@@ -302,9 +343,8 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
         if isinstance(module, Adapted):
             found[name] = module
             return
-        for key, child in module._modules.items():
-            if child is not None:
-                visit(child, f"{name}.{key}" if name else key)
+        for inner, child in children_of(module, name):
+            visit(child, inner)
 
     visit(model, "")
     return found
@@ -340,18 +380,21 @@ def _goes_around(forward: Any) -> bool:
     return {"super", "forward"} <= set(names) and "weight" not in names
 
 
-def take_over(layer: nn.Module, selection: Selection) -> Adapted:
+def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     """Make a linear layer an adapted one, in place, without touching its parameters."""
     _change_class(layer, adapted_class(type(layer)))
+    layer.adapted_as = name  # type: ignore[assignment]
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
+    selection.users += 1
     return layer  # type: ignore[return-value]
 
 
 def give_back(layer: Adapted) -> None:
     """Make an adapted layer the plain one it was."""
-    del layer.adapters, layer.bases, layer.selection, layer.prepared
+    layer.selection.users -= 1
+    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as
     _change_class(layer, layer.plain_class)
 
 

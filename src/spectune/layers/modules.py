@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
@@ -21,8 +26,80 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return W (out x in) of a linear layer; a view, transposed for Conv1D."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.T if is_conv1d(layer) else weight
+    weight = layer._parameters.get("weight")
+    if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
+        weight = layer.weight
+    return weight.T if is_conv1d(layer) else weight  # type: ignore[return-value]
+
+
+# what wrappers call the module that they wrap: no part of a layer's name, which is the base's own
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+_WRAPPED_BY_PEFT = ("base_layer", "base_model", "model")
+
+
+def wrapped_in(module: nn.Module) -> str | None:
+    """Return the key of the child that a module wraps: torch's compiled and parallel modules, and PEFT's; or None."""
+    children = module._modules
+    if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+        return next((key for key in _WRAPPED_BY_PEFT if children.get(key) is not None), None)
+    if isinstance(module, _WRAPPERS):
+        return "module"
+    return next((key for key in _WRAPPED if children.get(key) is not None), None)
+
+
+def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module's children with their names in the base, in which wrappers have no part.
+
+    What lies in a wrapper beside the module that it wraps, PEFT's own factors among it, is passed over.
+    """
+    wrapped = wrapped_in(module)
+    if wrapped is not None:
+        yield name, module._modules[wrapped]  # type: ignore[misc]
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield f"{name}.{key}" if name else key, child
+
+
+def modules_around(root: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules on the way to a part of this name, from the root inwards; of wrappers what they wrap."""
+    if not name:
+        return []
+    found = [root]
+    for key in name.split(".")[:-1]:
+        found.append(_child(found[-1], key))
+    return found
+
+
+def _child(module: nn.Module, key: str) -> nn.Module:
+    while (wrapped := wrapped_in(module)) is not None:
+        module = module._modules[wrapped]  # type: ignore[assignment]
+    return getattr(module, key)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model by name, in its order; each once, where several names are one layer's."""
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if is_linear(module):
+            found[name] = module
+        for inner, child in children_of(module, name):
+            visit(child, inner)
+
+    visit(model, "")
+    return found
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules share."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in owners.items() if count > 1}
 
 
 def find_linear(model: nn.Module, name: str) -> nn.Module:
@@ -36,6 +113,8 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         found = None
     if found is None or not is_linear(found):
-        linears = [n for n, m in model.named_modules() if is_linear(m)]
-        raise SpectuneError(f"the model has no linear layer {name!r}{nearest(name, linears)}")
+        linears = linear_layers(model)
+        if name not in linears:
+            raise SpectuneError(f"the model has no linear layer {name!r}{nearest(name, linears)}")
+        found = linears[name]
     return found

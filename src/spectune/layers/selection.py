@@ -187,6 +187,7 @@ class Selection:
     Attributes:
         contexts: how many are open, in all threads.
         layouts: where rows lie in the inputs of layers, as far as it was found out.
+        users: how many adapted layers share it.
         factored: whether training goes through the factors of W where a basis holds all of it.
     """
 
@@ -196,7 +197,16 @@ class Selection:
         self.layouts = Layouts()
         self.factored = False
         self.frozen = list(frozen)
+        self.users = 0
         self._in_graphs: WeakSet[Scope] = WeakSet()  # those of forward passes that a backward pass may run again
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freeze parameters until the last of the layers is given back."""
+        known = {id(parameter) for parameter in self.frozen}
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in known:
+                self.frozen.append(parameter)
+            parameter.requires_grad_(False)
 
     @property
     def mixture(self) -> Mixture:
@@ -258,7 +268,11 @@ class Selection:
         return pinned
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy is in no context and in no graph
-        return Selection, (), {"mixture": self.mixture, "factored": self.factored, "frozen": self.frozen}
+        return (
+            Selection,
+            (),
+            {"mixture": self.mixture, "factored": self.factored, "frozen": self.frozen, "users": self.users},
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

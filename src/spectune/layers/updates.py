@@ -38,12 +38,14 @@ class Basis(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return {**self._buffers, **self._parameters}  # type: ignore[dict-item]
+        held = {**self._buffers, **self._parameters}
+        return held if len(held) == len(self.names) else {n: getattr(self, n) for n in self.names}  # type: ignore
 
     def as_parameters(self) -> None:
         """Hold the matrices as frozen parameters, which FSDP2 shards, and not as buffers, which it does not."""
@@ -69,12 +71,14 @@ class Update(nn.Module):
         self._kept: tuple[list[Tensor], Ratio | None] | None = None
         self.basis_key = method.basis_key
         self.scale: float | None = None  # s, once it was asked for
+        self.begun = False  # what the method does by itself as training proceeds
+        self.names = tuple(trained)
         for name, tensor in trained.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
     def trained(self) -> dict[str, Tensor]:
-        """Return the trained tensors by name."""
-        return dict(self._parameters)  # type: ignore[arg-type]
+        """Return the trained tensors by name; those of a replica of nn.DataParallel are plain attributes."""
+        return dict(self._parameters) or {name: getattr(self, name) for name in self.names}  # type: ignore
 
     def ratio(self, tensors: dict[str, Tensor], base: Base) -> Ratio | None:
         """Return the method's ratio; without gradients it is kept as long as the trained tensors are what they were."""

@@ -107,7 +107,10 @@ class DoRA(Method):
         squared, largest, dtype = [], [], t["norms"].dtype
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
             diagonals = self.inner.projections(t)
-            g, h = diagonals or (base.project(f.right), f.right @ f.right.mT)
+            if getattr(f.core, "values", None) is not None:
+                f = f._replace(core=replace(f.core, values=f.core.values.to(dtype)))  # type: ignore[attr-defined, type-var]
+            right = f.right if diagonals else f.right.to(dtype)
+            g, h = diagonals or (base.project(f.right), right @ right.mT)
             lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))
             g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal())[:, None]
             step = max(1, _CHUNK // f.left.shape[1])

@@ -1,7 +1,8 @@
 """Adapters on a whole model: adapt, attach, activate, route, extract, merge and detach."""
 
-from spectune.model.adapting import adapt, attach
-from spectune.model.lifecycle import detach, extract, merge
+from spectune.model.adapting import adapt, attach, trainable
+from spectune.model.lifecycle import detach, extract
+from spectune.model.merging import merge, unmerge
 from spectune.model.names import adapter_names
 from spectune.model.routing import Reference, activate, base_alone, route
 
@@ -16,4 +17,6 @@ __all__ = [
     "extract",
     "merge",
     "route",
+    "trainable",
+    "unmerge",
 ]

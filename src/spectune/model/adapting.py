@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Set
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import Any, Literal
 
+import torch
 import torch.nn as nn
 
 from spectune.adapters.adapter import Adapter
@@ -17,8 +18,8 @@ from spectune.layers.updates import Update
 from spectune.methods import Method, parse, to_text
 from spectune.methods.head import Head
 from spectune.model.install import install, selections
-from spectune.model.names import M, check_new_name, method_of, updates_of
-from spectune.model.targets import ALL_LINEAR, Targets, resolve
+from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
+from spectune.model.targets import ALL_LINEAR, Targets, check_asked, resolve
 
 
 def adapt(
@@ -31,6 +32,7 @@ def adapt(
     progress: Any = None,
     *,
     factored: bool = False,
+    dtype: torch.dtype | Literal["base"] | None = None,
 ) -> M:
     """Add a trainable adapter to a model, in place: W' = W + s L C R in every target.
 
@@ -46,6 +48,8 @@ def adapt(
         progress: called as progress(done, total) while weights are decomposed.
         factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
             products instead of three, equal up to rounding in W's dtype.
+        dtype: what the trained tensors are held in: "base" for their weight's dtype; by default float32, or float64
+            beside a float64 weight.
 
     Returns:
         The model.
@@ -56,16 +60,23 @@ def adapt(
     check_new_name(model, name)
     methods = resolve(model, parse(method), targets, exclude, overrides)
     plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
-    install(model, plan, name, progress=progress)
+    install(model, plan, name, progress=progress, dtype=dtype)
     _say_what_is_less(model, methods, {parse(m) for m in (method, *(overrides or {}).values()) if m is not None})
-    _train_only(model, name)
-    _start_schedules(model, name)
+    _let_train(model, [name])
     for selection in selections(adapted_layers(model)):
         selection.factored = factored
     return model
 
 
-def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False, factored: bool = False) -> M:
+def attach(
+    model: M,
+    adapter: Adapter,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    factored: bool = False,
+    dtype: torch.dtype | Literal["base"] | None = None,
+) -> M:
     """Put an adapter on a model, in place, and make it the one that answers.
 
     Args:
@@ -74,6 +85,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         name: the name to give it here.
         trainable: let its tensors train and freeze all others; otherwise everything is frozen.
         factored: as for `adapt`.
+        dtype: as for `adapt`.
 
     Returns:
         The model.
@@ -83,18 +95,52 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
             there, or the name is in use.
     """
     check_new_name(model, name)
-    adapter.check_base({n: effective_weight(find_linear(model, n)) for n in adapter.layers})
+    layers = {n: find_linear(model, n) for n in adapter.layers}
+    check_asked(model, layers)
+    adapter.check_base({n: effective_weight(layer) for n, layer in layers.items()})
     plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
-    install(model, plan, name, trained_on={n: layer.base_sketch for n, layer in adapter.layers.items()})
-    _train_only(model, name if trainable else None)
-    if trainable:
-        _start_schedules(model, name)
+    trained_on = {n: layer.base_sketch for n, layer in adapter.layers.items()}
+    install(model, plan, name, trained_on=trained_on, dtype=dtype)
+    _let_train(model, [name] if trainable else [])
     for selection in selections(adapted_layers(model)):
         selection.factored = factored
     return model
 
 
-# -- how it is done
+def trainable(model: M, names: str | Iterable[str] | None) -> M:
+    """Let these adapters train and no other; what answers, and the base's parameters, stay as they are.
+
+    Args:
+        model: a model with adapters.
+        names: one name, several, or None for none.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpectuneError: no adapter of that name is on the model.
+    """
+    chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        check_known_on(model, name)
+    _let_train(model, chosen)
+    return model
+
+
+def _let_train(model: nn.Module, names: Collection[str]) -> None:
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        for name in layer.adapters:
+            layer.adapters[name].requires_grad_(name in names)
+    for name in names:
+        beginning: defaultdict[Method, list[Update]] = defaultdict(list)
+        for layer in layers.values():
+            for update in updates_of(layer, name):
+                if not update.begun:
+                    beginning[method_of(update)].append(update)
+                    update.begun = True
+        for method, updates in beginning.items():
+            method.start_schedule(updates)
 
 
 def _say_what_is_less(model: nn.Module, methods: Mapping[str, Method], asked: Set[Method]) -> None:
@@ -125,20 +171,3 @@ def _layers(names: Collection[str]) -> str:
 def _is_zero(layer: nn.Module) -> bool:
     weight = effective_weight(layer)
     return not weight.is_meta and not bool(weight.any())
-
-
-def _train_only(model: nn.Module, name: str | None) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for layer in adapted_layers(model).values():
-        if name is not None and name in layer.adapters:
-            layer.adapters[name].requires_grad_(True)  # type: ignore[index]
-
-
-def _start_schedules(model: nn.Module, name: str) -> None:
-    by_method: defaultdict[Method, list[Update]] = defaultdict(list)
-    for layer in adapted_layers(model).values():
-        for update in updates_of(layer, name):
-            by_method[method_of(update)].append(update)
-    for method, updates in by_method.items():
-        method.start_schedule(updates)

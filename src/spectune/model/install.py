@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -30,8 +30,11 @@ def install(
     *,
     trained_on: Mapping[str, Tensor | None] | None = None,
     progress: Any = None,
+    dtype: torch.dtype | Literal["base"] | None = None,
 ) -> None:
     """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
+    if dtype not in (None, "base") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpectuneError(f"dtype must be a floating-point torch.dtype, 'base' or None, not {dtype!r}")
     layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
     for layer_name, layer in layers.items():
         _check_layer(layer_name, layer)
@@ -48,16 +51,20 @@ def install(
                     trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
                 else:
                     trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
-            trained = {k: v.detach().to(weight.device, master_dtype(weight), copy=True) for k, v in trained.items()}
+            held = weight.dtype if dtype == "base" else dtype or master_dtype(weight)
+            trained = {k: v.detach().to(weight.device, held, copy=True) for k, v in trained.items()}
             updates.append(Update(term.method, trained, term.weight))
             if term.sketch is not None:
                 frozen = _frozen(bases[layer_name], layer, term.method)
                 term = replace(term, basis=frozen or None)
                 term.check(layer_name, weight.detach(), (trained_on or {}).get(layer_name))
         ready[layer_name] = updates
-    shared = selections(adapted_layers(model)) or [Selection(p for p in model.parameters() if p.requires_grad)]
+    there = adapted_layers(model)
+    shared = selections(there) or [Selection()]
+    own = {id(p) for adapted in there.values() for p in adapted.adapters.parameters()}
+    shared[0].freeze(p for p in model.parameters() if id(p) not in own)
     for layer_name, layer in layers.items():
-        adapted = layer if isinstance(layer, Adapted) else take_over(layer, shared[0])
+        adapted = layer if isinstance(layer, Adapted) else take_over(layer, layer_name, shared[0])
         for key, basis in bases[layer_name].items():
             adapted.bases[key] = basis
         adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.mixtures import Mixture
+from spectune.layers.modules import modules_around
 from spectune.layers.selection import Rows, generating, is_generating, within
 from spectune.model.apart import answering_apart
 from spectune.model.exchange import exchanged
@@ -38,9 +39,18 @@ def activate(model: M, choice: Choice) -> M:
         SpectuneError: no adapter, or no adapted layer, of that name is on the model.
     """
     layers = adapted_layers(model)  # once: a look at every module is most of what this costs
-    (mixture,) = _mixtures(layers, [choice])
-    choose(layers.values(), mixture)
+    choose(layers.values(), mixture_of(layers, choice))
     return model
+
+
+def mixture_of(layers: Mapping[str, Adapted], choice: Choice) -> Mixture:
+    """Return what a choice means on adapted layers.
+
+    Raises:
+        SpectuneError: no adapter, or no adapted layer, of that name is there.
+    """
+    (mixture,) = _mixtures(layers, [choice])
+    return mixture
 
 
 @contextmanager
@@ -145,9 +155,8 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, s
     layouts.names.update(new)  # type: ignore[arg-type]
     if not routed.alike and not hasattr(model, "_orig_mod"):
         for name, layer in layers.items():
-            module = model
-            for i, part in enumerate(parts := name.split(".")[:-1], 1):
-                module = getattr(module, part)
+            parts = name.split(".")[:-1]
+            for i, module in enumerate(modules_around(model, name)[1:], 1):
                 if new or module in layouts.entrances:
                     within.setdefault(module, {})[".".join([*parts[i:], name.rpartition(".")[2]])] = layer
     calls: list[nn.Module] = []

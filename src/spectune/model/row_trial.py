@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectune.layers.adapted import Adapted
 from spectune.layers.layouts import GATHERED, MIXED, SHARED, Layout, Layouts, Plan, Seen, where
+from spectune.layers.modules import modules_around
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NUMBERED = re.compile(r"(^|_)\d+(?=\.)|(?<=\.)(\w*_)?\d+(?=\.)")  # parts of a name, but the last
@@ -106,7 +107,7 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Adapted]) ->
         layouts.plans.setdefault(module, {}).update(plan)
     troubled = {layer for (layer, _), verdict in layouts.places.items() if isinstance(verdict, str)}
     for name, layer in layers.items():
-        around = [m for m in _around(call.module, name) if m in plans]
+        around = [m for m in modules_around(call.module, name) if m in plans]
         if layer in troubled and around:
             layouts.apart[layer] = around[-1]
 
@@ -114,7 +115,7 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Adapted]) ->
 def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Adapted]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return where rows lie in the inputs of layers, and how modules can answer some rows alone."""
     second, turned = _unlike_the_first(call, guess)
-    modules = {module for name in layers for module in _around(call.module, name)}
+    modules = {module for name in layers for module in modules_around(call.module, name)}
     records = []
     devices = {p.device for p in call.module.parameters() if p.device.type == "cuda"}
     for wanted in ([0, second], [0], [second]):
@@ -325,11 +326,3 @@ def walk(tree: Any, leaf: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any
         values = [walk(value, leaf, (*path, i)) for i, value in enumerate(tree)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return leaf(path, tree)
-
-
-def _around(root: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules around a layer, from the root inwards."""
-    found = [root]
-    for part in name.split(".")[:-1] if name else []:
-        found.append(getattr(found[-1], part))
-    return found if name else []

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn as nn
 
 from spectune.errors import SpectuneError, nearest
-from spectune.layers.modules import effective_weight, is_linear
+from spectune.layers.adapted import Adapted
+from spectune.layers.modules import effective_weight, linear_layers
+from spectune.layers.reads import replaced_forward
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
+from spectune.model.asked import read_by_the_model
 
 Targets = str | Iterable[str]
 ALL_LINEAR = "all-linear"
@@ -35,19 +39,26 @@ def resolve(
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
     """
-    linears = [name for name, module in model.named_modules() if is_linear(module) and not _used_raw(model, name)]
+    layers = linear_layers(model)
+    linears = list(layers)
     if not linears:
         raise SpectuneError("the model has no linear layer to adapt")
+    dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
     if targets == ALL_LINEAR:
-        head = _output_embedding(model)
-        chosen = [name for name in linears if model.get_submodule(name) is not head]
+        heads = output_embeddings(model)
+        past = never_asked(model)
+        chosen = [name for name in linears if layers[name] not in heads and name not in past]
+        left_out = [name for name in past if layers[name] not in heads and name not in dropped]
+        if left_out and not chosen:
+            check_asked(model, left_out)
+        if left_out:
+            warnings.warn(f"left out of {ALL_LINEAR!r}: {_told(left_out, past)}", stacklevel=3)
     else:
         chosen = matching(targets, linears, "targets")
-    dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
     methods: dict[str, Method | None] = {name: method for name in chosen if name not in dropped}
     # learned in full, whatever the targets: the base has nothing there to adapt
-    fresh = {name for name in linears if getattr(model.get_submodule(name), FRESH, False)}
-    methods |= {name: Head(bias=model.get_submodule(name).bias is not None) for name in fresh}
+    fresh = {name for name in linears if getattr(layers[name], FRESH, False)}
+    methods |= {name: Head(bias=layers[name].bias is not None) for name in fresh}
     dropped -= fresh
     by_precedence: list[dict[str, Method | None]] = [{}, {}, {}]
     for pattern, override in (overrides or {}).items():
@@ -58,13 +69,50 @@ def resolve(
     for level in by_precedence:
         methods |= level
     final = {
-        name: m.fit(*effective_weight(model.get_submodule(name)).shape)
+        name: m.fit(*effective_weight(layers[name]).shape)
         for name in linears
         if name not in dropped and (m := methods.get(name)) is not None
     }
     if not final:
         raise SpectuneError("nothing is left to adapt: exclude and overrides take away every target")
+    check_asked(model, final)
     return final
+
+
+def never_asked(model: nn.Module) -> dict[str, str]:
+    """Return the linear layers that a model goes past, by name, each with what happens there instead.
+
+    An adapter on such a layer would have no effect, no gradient, and yet change what merging gives.
+    """
+    layers = linear_layers(model)
+    owners = {child: module for module in model.modules() for child in module.children()}
+    past = {}
+    for name, layer in layers.items():
+        if isinstance(owners.get(layer), (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            past[name] = "torch's own attention and encoder read its weight, at times, without calling the layer"
+        elif not isinstance(layer, Adapted) and replaced_forward(layer):
+            past[name] = "another function was put in the place of the layer's forward method"
+    read = "the model reads its weight itself instead of calling the layer"
+    return past | {name: read for name in read_by_the_model(model, layers) if name not in past}
+
+
+def check_asked(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise unless a model calls each of these layers.
+
+    Raises:
+        SpectuneError: it goes past one; the layer is named.
+    """
+    past = never_asked(model)
+    hit = [name for name in names if name in past]
+    if hit:
+        raise SpectuneError(f"an adapter would have no effect on {_told(hit, past)}; take other targets, or exclude it")
+
+
+def _told(names: list[str], reasons: Mapping[str, str]) -> str:
+    """Return the names, a block's for all blocks, with the reason of the first."""
+    kinds = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    shown = repr(names[0]) if len(names) == 1 else ", ".join(map(repr, kinds))
+    return f"{shown}, because {reasons[names[0]]}"
 
 
 def matching(patterns: Targets, names: list[str], what: str, *, regex: bool = False) -> list[str]:
@@ -102,12 +150,17 @@ def _regex(pattern: str, what: str) -> re.Pattern[str]:
         raise SpectuneError(f"{what}: {pattern!r} is not a valid regular expression: {error}") from None
 
 
-def _output_embedding(model: Any) -> Any:
-    get: Any = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
-
-
-def _used_raw(model: nn.Module, name: str) -> bool:
-    """Whether torch's own attention or encoder reads the layer's weight, at times, without calling the layer."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+def output_embeddings(model: nn.Module) -> set[nn.Module]:
+    """Return a model's output embeddings: what it and the models in it say they are, tied layers, and lm_head(s)."""
+    found: set[nn.Module] = set()
+    layers = linear_layers(model)
+    for module in model.modules():
+        get: Any = getattr(module, "get_output_embeddings", None)
+        head = get() if callable(get) else None
+        if isinstance(head, nn.Module):
+            found |= set(head.modules())
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, layer in layers.items():
+        if id(layer._parameters.get("weight")) in tables or {"lm_head", "lm_heads"} & set(name.split(".")[-2:]):
+            found.add(layer)
+    return found

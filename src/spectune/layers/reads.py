@@ -1,0 +1,108 @@
+"""Weights that a model reads itself, past the layer's forward method: an adapter there would not be asked."""
+
+from __future__ import annotations
+
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+
+_CALL = nn.Module._call_impl.__code__
+# what takes of a tensor its kind alone, and no value
+_OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+_FROM_FIRST = ("to", "type_as")  # of which the first argument gives its values
+
+
+def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType) -> nn.Module | None:
+    """Return the module whose forward method, innermost, asks for a layer's weight; None where the layer does itself.
+
+    Args:
+        layer: the layer.
+        frame: the innermost frame.
+        own: the code of the layer's forward method.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code is own:
+            return None
+        if code is _CALL and frame.f_locals.get("self") is layer:  # a hook, or a method put in the place of forward
+            return layer if replaced_forward(layer) else None
+        if code.co_name == "forward" and code.co_argcount:
+            module = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(module, nn.Module) and module is not layer:
+                return module
+        frame = frame.f_back
+    return None
+
+
+def replaced_forward(layer: nn.Module) -> bool:
+    """Whether a layer answers by a function of its own and no longer by its class's forward method."""
+    forward = vars(layer).get("forward")
+    if forward is None or getattr(forward, "__func__", None) is type(layer).forward:
+        return False
+    wrapped = vars(layer).get("_old_forward")  # accelerate's hooks ask the method that they found
+    hooked = "_hf_hook" in vars(layer) and getattr(wrapped, "__self__", None) is layer
+    return not (hooked and wrapped.__func__ is type(layer).forward)  # type: ignore[union-attr]
+
+
+def takes_values(func: Any, args: Any, result: Any) -> bool:
+    """Whether a function of torch made something of a tensor's values, and did not just look at its kind.
+
+    Args:
+        func: the function.
+        args: for each of its arguments whether it is the tensor.
+        result: what it returned.
+    """
+    name = getattr(func, "__name__", "")
+    if name in _OF_KIND or name.startswith("new_"):
+        return name in _FROM_FIRST and bool(args) and args[0]
+    return any(isinstance(value, Tensor) for value in (result if isinstance(result, (tuple, list)) else (result,)))
+
+
+class WatchedWeight(Tensor):
+    """An adapted layer's weight as other modules see it in a forward pass: it tells its kind, and no values.
+
+    Attributes:
+        layer_name: the layer.
+    """
+
+    layer_name: str
+    _is_param = True  # so that isinstance takes it for the parameter
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value
+            return value.as_subclass(Tensor) if isinstance(value, WatchedWeight) else value
+
+        with torch._C.DisableTorchFunctionSubclass():
+            seen = [*args, *(kwargs or {}).values()]
+            seen += [v for value in seen if isinstance(value, (list, tuple)) for v in value]
+            names = [value.layer_name for value in seen if isinstance(value, WatchedWeight)]
+            result = func(*plain(list(args)), **{k: plain(v) for k, v in (kwargs or {}).items()})
+        if names and takes_values(func, [isinstance(value, WatchedWeight) for value in args], result):
+            raise SpectuneError(bypassed(names[0]))
+        return result
+
+
+def watched(weight: Tensor, layer_name: str) -> Tensor:
+    """Return a weight that raises where values are taken of it."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        return weight
+    with torch._C.DisableTorchFunctionSubclass():
+        seen = weight.as_subclass(WatchedWeight)
+    seen.layer_name = layer_name
+    return seen
+
+
+def bypassed(name: str) -> str:
+    """Return the sentence for a layer whose weight the model reads itself."""
+    return (
+        f"the model reads the weight of {name!r} itself instead of calling the layer, so that an adapter there has no "
+        f"effect and gets no gradient: leave it out with exclude=[{name!r}]"
+    )

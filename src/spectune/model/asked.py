@@ -1,0 +1,222 @@
+"""A forward pass to learn from, on tiny inputs made from the model's configuration."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from spectune.layers.modules import tied_parameters
+from spectune.layers.reads import reader_of, takes_values
+from spectune.layers.shards import is_part
+from spectune.model.routing import base_alone
+
+_TOKENS = 4
+_SAMPLES = 8000  # half a second of sound
+_SMALL = 1 << 28  # parameters of a model that is passed through sooner with its weights than on the meta device
+_LARGEST = 1 << 31  # and of one that is at all
+_found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models, and what a trial of each has found
+
+
+def trial_inputs(model: PreTrainedModel, rows: int = 1) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs that a transformers model may take, the likelier first: text, pictures, sound, or features.
+
+    Args:
+        model: the model.
+        rows: of the batch, equal ones.
+    """
+    wanted = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    vocabulary = _of(config, "vocab_size") or _TOKENS + 2
+    ids = torch.arange(_TOKENS).add(1).clamp(max=vocabulary - 1)[None].expand(rows, -1)
+    size = _of(config, "image_size") or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    bands = _of(config, "num_mel_bins") or _of(config, "feature_size") or 80
+    frames = 2 * (_of(config, "max_source_positions") or 50)
+    made = {
+        "input_ids": ids,
+        "decoder_input_ids": ids,
+        "bbox": torch.zeros(rows, _TOKENS, 4, dtype=torch.int64),
+        "pixel_values": torch.zeros(rows, _of(config, "num_channels") or 3, height, width),
+        "input_values": torch.zeros(rows, _SAMPLES),
+        "input_features": torch.zeros(rows, bands, frames),
+    }
+    inputs = [name for name in made if name in wanted and name != "decoder_input_ids"]
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in wanted else {}
+    main = [name for name in inputs if name == model.main_input_name]
+    chosen = [main, [*main, *(n for n in inputs if n == "bbox")], inputs, *([name] for name in inputs)]
+    tried: list[list[str]] = []
+    for names in chosen:
+        if names and names not in tried:
+            tried.append(names)
+            yield {name: made[name] for name in names} | decoder
+    if "input_features" in inputs:  # the axes are the other way round in some
+        yield {"input_features": made["input_features"].mT.contiguous()} | decoder
+
+
+def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Return the names of linear layers whose weights a model takes for its own products, past the layers.
+
+    Each transformers model in it is passed through once, and a large one on the meta device, where nothing is
+    computed.  What no inputs can be made for is not tried: there `spectune.layers.reads` tells in the first forward
+    pass.
+
+    Args:
+        model: the model.
+        layers: its linear layers by name.
+    """
+    key = tuple(layers)
+    known = _found.get(model)
+    if known is None or known[0] != key:
+        watch = _Watch(layers)
+        for part in _transformers_models(model):
+            _try(part, watch)
+        _found[model] = known = key, frozenset(watch.read_past(tied_parameters(model)))
+    return set(known[1])
+
+
+class _Watch(TorchFunctionMode):
+    """Sees of which layers' weights something is made, and by whom."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.stand_ins: dict[int, list[str]] = {}  # names by the id of the tensor that stands for a weight
+        self.asked: set[str] = set()
+        self.past: set[str] = set()
+
+    def stand_for(self, weights: dict[int, Tensor]) -> None:
+        """Take tensors for weights, by the ids of the weights."""
+        self.stand_ins = {}
+        for name, layer in self.layers.items():
+            weight = layer._parameters.get("weight")
+            if weight is not None and id(weight) in weights:
+                self.stand_ins.setdefault(id(weights[id(weight)]), []).append(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        values = [*args, *(kwargs or {}).values()]
+        values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
+        weights = [value for value in values if id(value) in self.stand_ins]
+        if weights and takes_values(func, [id(value) in self.stand_ins for value in args], result):
+            frame = sys._getframe(1)
+            for weight in weights:
+                for name in self.stand_ins[id(weight)]:
+                    layer = self.layers[name]
+                    reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
+                    if reader is None:
+                        self.asked.add(name)
+                    elif all(held is not weight for held in reader._parameters.values()):
+                        self.past.add(name)
+        return result
+
+    def read_past(self, tied: set[int]) -> set[str]:
+        """Return the names of the layers that were read; a tied weight is another's as long as its layer is asked."""
+        return {n for n in self.past if n not in self.asked or id(self.layers[n]._parameters.get("weight")) not in tied}
+
+
+def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the outermost transformers models in a module."""
+    if isinstance(module, PreTrainedModel):
+        yield module
+        return
+    for child in module.children():
+        yield from _transformers_models(child)
+
+
+def _try(model: PreTrainedModel, watch: _Watch) -> None:
+    """Pass through a model, or where that fails through the models in it."""
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    if any(is_part(t) for t in tensors) or any("_hf_hook" in vars(m) for m in model.modules()):
+        return
+    size = sum(t.numel() for t in tensors)
+    ways = [_with_weights, _without_weights] if size <= _SMALL else [_without_weights, _with_weights]
+    if size > _LARGEST or any(t.is_meta for t in tensors):
+        ways = [_without_weights]
+    with _as_it_was(model):
+        if any(_passes(model, inputs, watch, way) for way in ways for inputs in trial_inputs(model)):
+            return
+    for child in model.children():
+        for part in _transformers_models(child):
+            _try(part, watch)
+
+
+def _passes(
+    model: PreTrainedModel, inputs: dict[str, Tensor], watch: _Watch, run: Callable[[Any, dict[str, Tensor], Any], None]
+) -> bool:
+    try:
+        run(model, inputs, watch)
+    except Exception:  # whatever a model does not like of inputs that were made for it unseen
+        return False
+    return True
+
+
+def _without_weights(model: nn.Module, inputs: dict[str, Tensor], watch: _Watch) -> None:
+    stand_ins: dict[int, Tensor] = {}
+    named: dict[str, Tensor] = {}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        named[name] = stand_ins[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    watch.stand_for(stand_ins)
+    with watch:
+        functional_call(model, named, (), {k: v.to("meta") for k, v in inputs.items()})
+
+
+def _with_weights(model: nn.Module, inputs: dict[str, Tensor], watch: _Watch) -> None:
+    first = next(model.parameters())
+    watch.stand_for({id(p): p for p in model.parameters()})
+    with watch:
+        model(**{k: v.to(first.device, first.dtype if v.is_floating_point() else None) for k, v in inputs.items()})
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within the context a model is in evaluation mode; afterwards it has what it had, random numbers included."""
+    kept = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(_devices(model)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(base_alone(model))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for module, *_ in kept:
+            module.training = False
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # somebody's, who counts real passes
+                vars(module)[hooks] = OrderedDict()
+        try:
+            yield
+        finally:
+            for module, own, buffers, parameters in kept:
+                vars(module).clear()
+                vars(module).update(own)
+                for held, before in ((module._buffers, buffers), (module._parameters, parameters)):
+                    held.clear()
+                    held.update(before)
+
+
+def _devices(model: nn.Module) -> Sequence[int]:
+    return list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _of(config: Any, field: str) -> Any:
+    """Return a field of a configuration, or of one within it."""
+    value = getattr(config, field, None)
+    if value is not None:
+        return value
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None and (value := _of(inner, field)) is not None:
+            return value
+    return None

@@ -1,0 +1,151 @@
+"""Layers that a model goes past: left out, refused by name, and noticed where nothing could be tried before."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers as tf
+
+import spectune
+import tiny
+from spectune.layers.adapted import adapted_layers
+from spectune.model.targets import never_asked
+
+
+class Reads(nn.Module):
+    """Calls one layer, and takes the weight of the other for a product of its own, whose dtype it asks before."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(module, x):
+        x = module.called(x.to(module.read.weight))
+        return F.linear(x, module.read.weight, module.read.bias)
+
+
+def jamba():
+    config = tf.JambaConfig(
+        **{**tiny.TEXT, "num_hidden_layers": 2},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    return tf.JambaForCausalLM(config).eval()
+
+
+def layoutlmv3():
+    config = tf.LayoutLMv3Config(
+        **tiny.BERT,
+        max_2d_position_embeddings=64,
+        coordinate_size=6,
+        shape_size=4,
+        has_relative_attention_bias=True,
+        has_spatial_attention_bias=True,
+        rel_pos_bins=8,
+        max_rel_pos=16,
+        rel_2d_pos_bins=8,
+        max_rel_2d_pos=16,
+        input_size=16,
+        patch_size=8,
+    )
+    return tf.LayoutLMv3Model(config).eval()
+
+
+@pytest.mark.parametrize(("build", "past"), [(jamba, "dt_proj"), (layoutlmv3, "rel_pos")])
+def test_layers_whose_weight_the_model_reads_are_left_out_and_refused_by_name(build, past):
+    model = build()
+    rng, modes = torch.random.get_rng_state(), [m.training for m in model.modules()]
+    before = {name: p.clone() for name, p in (*model.named_parameters(), *model.named_buffers())}
+    assert all(past in name for name in never_asked(model))
+    assert torch.equal(torch.random.get_rng_state(), rng)
+    assert [m.training for m in model.modules()] == modes
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    with pytest.warns(UserWarning, match=rf"left out of 'all-linear'.*{past}.*reads its weight itself"):
+        spectune.adapt(model, "svf")
+    assert not [name for name in adapted_layers(model) if past in name]
+    with pytest.raises(spectune.SpectuneError, match=rf"no effect on .*{past}"):
+        spectune.adapt(build(), "svf", rf".*{past}.*")
+    with pytest.raises(spectune.SpectuneError, match=rf"no effect on .*{past}"):
+        spectune.adapt(
+            build(), "svf", ["o_proj" if past == "dt_proj" else "query"], overrides={rf".*{past}.*": "lora:rank=1"}
+        )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_first_pass_tells_where_nothing_could_be_tried(wrapped):
+    model = nn.Sequential(Reads(), nn.ReLU()) if wrapped else Reads()
+    before = model(x := torch.randn(3, 6))
+    name = "0.read" if wrapped else "read"
+    spectune.adapt(model, "lora:rank=2")
+    with pytest.raises(spectune.SpectuneError, match=f"reads the weight of '{name}' itself"):
+        model(x)
+    with pytest.raises(spectune.SpectuneError, match=f"'{name}'"), spectune.route(model, ["default", None, None]):
+        model(x)
+    spectune.activate(model, None)
+    torch.testing.assert_close(model(x), before)
+    spectune.activate(spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"]), "default")
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_looks_at_a_weight_from_outside_finds_the_parameter():
+    model = spectune.adapt(Reads(), "lora:rank=2", exclude=["read"])
+    layer, norms = model.called, []
+    assert layer.weight is dict(model.named_parameters())["called.weight"]
+    model.register_forward_hook(lambda *_: norms.append(float(model.called.weight.norm())))
+    layer.register_forward_hook(lambda layer, *_: norms.append(float(layer.weight.norm())))
+    model(torch.randn(2, 6))
+    assert norms == [float(layer.weight.norm())] * 2
+
+
+def test_another_function_in_the_place_of_forward_is_noticed_before_and_after():
+    def replaced():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[0].forward = lambda x: F.linear(x, model[0].weight) * 2
+        return model
+
+    with pytest.warns(UserWarning, match="'0', because another function was put in the place"):
+        assert set(adapted_layers(spectune.adapt(replaced(), "lora:rank=2"))) == {"1"}
+    with pytest.raises(spectune.SpectuneError, match="no effect on '0'"):
+        spectune.adapt(replaced(), "lora:rank=2", ["0"])
+    later = spectune.adapt(nn.Sequential(nn.Linear(4, 4)), "lora:rank=2")
+    layer = later[0]
+    inner = layer.forward
+    layer.forward = lambda x: 2 * inner(x)  # asks the adapter
+    later(torch.randn(2, 4))
+    layer.forward = lambda x: F.linear(x, layer.weight)  # does not
+    with pytest.raises(spectune.SpectuneError, match="reads the weight of '0'"):
+        later(torch.randn(2, 4))
+
+
+def test_attach_refuses_what_adapt_refuses():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    term = spectune.extract(spectune.adapt(Attends(), "lora:rank=2", ["out"])).layers["out"]
+    for model, name in ((Attends(), "attention.out_proj"), (jamba(), "model.layers.0.mamba.dt_proj")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter = spectune.Adapter({name: term})
+        with pytest.raises(spectune.SpectuneError, match=f"no effect on '{name}'"):
+            spectune.attach(model, adapter)
+
+
+def test_a_tied_output_embedding_is_asked_though_the_input_embedding_reads_its_weight():
+    model = tiny.llama(tie_word_embeddings=True)
+    spectune.adapt(model, "lora:rank=2", ["lm_head"])
+    model(**tiny.batch("llama")).loss.backward()
+    assert model.lm_head.adapters["default"][0].B.grad is not None
