@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 
-_CALL = nn.Module._call_impl.__code__
+_CALL, _APPLY = nn.Module._call_impl.__code__, nn.Module._apply.__code__
 # what takes of a tensor its kind alone, and no value
 _OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _FROM_FIRST = ("to", "type_as")  # of which the first argument gives its values
@@ -28,6 +28,8 @@ def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType) -> nn.Mo
     while frame is not None:
         code = frame.f_code
         if code is own:
+            return None
+        if code is _APPLY and frame.f_locals.get("self") is layer:  # moved, in a forward pass as well
             return None
         if code is _CALL and frame.f_locals.get("self") is layer:  # a hook, or a method put in the place of forward
             return layer if replaced_forward(layer) else None
