@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Adapted]) -> tuple
     records = []
     devices = {p.device for p in call.module.parameters() if p.device.type == "cuda"}
     for wanted in ([0, second], [0], [second]):
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.random.fork_rng(devices), _eager():
             torch.manual_seed(0)
             args, kwargs = _part(call, guess, wanted, second if turned else None)
             with _recording(layers.values(), modules) as record:
@@ -130,6 +131,11 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Adapted]) -> tuple
     places = _places(layers, both, alone, tolerance)
     plans = {module: _plans(module, both, alone, tolerance) for module in modules}
     return places, {module: plan for module, plan in plans.items() if plan}
+
+
+def _eager() -> Any:
+    """Return a context in which nothing is compiled; where nothing was, what compiles takes seconds to import."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _unlike_the_first(call: Call, guess: _Guess) -> tuple[int, bool]:

@@ -1,0 +1,192 @@
+"""What must hold of an adapted model, tried on one of any architecture."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import spectune
+from spectune import LoRA, SpectuneError
+from spectune.layers.adapted import Adapted, adapted_layers
+
+RIGHT, REFUSED, WRONG, SKIPPED = "right", "refused", "wrong", "not built"
+
+
+class Verdict(NamedTuple):
+    """What came of a model: whether it was right, and of routing rows; and why not."""
+
+    whole: str
+    rows: str
+    layers: int
+    idle: int
+    why: str
+
+
+def floats(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a model's output, without caches."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for k, v in output.items() if "past" not in k and "cache" not in k for t in floats(v)]
+    if isinstance(output, (list, tuple)):
+        return [t for v in output for t in floats(v)]
+    return []
+
+
+def away(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest difference, as a part of the largest value."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    found = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = x.detach().nan_to_num(0, 0, 0), y.detach().nan_to_num(0, 0, 0)
+        found = max(found, float((x - y).abs().max() / y.abs().max().clamp_min(1e-6)) if x.numel() else 0.0)
+    return found
+
+
+class _Wrong(AssertionError):
+    pass
+
+
+def _must(held: float, at_most: float, what: str) -> None:
+    if not held <= at_most:
+        raise _Wrong(f"{what}: off by {held:.1e}")
+
+
+@torch.no_grad()
+def run(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    torch.manual_seed(7)
+    return floats(model(**inputs))
+
+
+def move(model: Any, name: str, seed: int) -> None:
+    """Take an adapter away from its start."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if f".adapters.{name}." in parameter_name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+
+
+def check(model: Any, inputs: Mapping[str, Any]) -> Verdict:
+    """Adapt, train, save, load, route, detach and merge a model, each compared with what it must be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _check(model, inputs)
+
+
+def _check(model: Any, inputs: Mapping[str, Any]) -> Verdict:
+    start = run(model, inputs)
+    if not start:
+        raise ValueError("it gives no floating-point tensor")
+    if away(run(model, inputs), start) > 0:
+        raise ValueError("it gives other numbers each time")
+    fresh = copy.deepcopy(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    try:
+        spectune.adapt(model, LoRA(rank=2), name="a")
+    except SpectuneError as error:
+        return Verdict(REFUSED, REFUSED, 0, 0, str(error))
+    layers = adapted_layers(model)
+    try:
+        idle = _train(model, inputs, layers)
+        trained = run(model, inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            spectune.extract(model, "a").save(folder)
+            loaded = spectune.attach(fresh, spectune.Adapter.load(folder), name="a")
+        _must(away(run(loaded, inputs), trained), 1e-5, "saved and loaded")
+        rows, why = _rows(model, inputs)
+        spectune.detach(model)
+        after = model.state_dict()
+        if after.keys() != before.keys() or not all(torch.equal(after[k], before[k]) for k in before):
+            raise _Wrong("detached: the weights are others")
+        if {n: type(m) for n, m in model.named_modules()} != kinds:
+            raise _Wrong("detached: the modules are others")
+        _must(away(run(model, inputs), start), 0.0, "detached")
+        why = why or _merged(loaded, inputs, trained)
+    except _Wrong as error:
+        return Verdict(WRONG, "", len(layers), 0, str(error))
+    return Verdict(RIGHT, rows, len(layers), idle, why)
+
+
+def _train(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, Adapted]) -> int:
+    """Take one step; every layer that was called must have gradients. Return how many were not."""
+    move(model, "a", 1)
+    called: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, n=n: called.add(n)) for n, m in layers.items()]
+    torch.manual_seed(7)
+    outputs = floats(model(**inputs))
+    for hook in hooks:
+        hook.remove()
+    sum(t.nan_to_num(0, 0, 0).float().square().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]
+    without = [n for n in called if any(p.grad is None for p in layers[n].adapters.parameters())]
+    if without:
+        used = _used(model, inputs, without)
+        if used:
+            raise _Wrong(f"no gradient reaches {used[0]!r}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None and parameter.requires_grad:
+                parameter -= 1e-2 * parameter.grad.clamp(-1, 1)
+                parameter.grad = None
+    return len(layers) - len(called) + len(without)
+
+
+def _used(model: Any, inputs: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Return the layers whose answer makes a difference to the model's."""
+    expected, found = run(model, inputs), []
+    for name in names:
+        hook = model.get_submodule(name).register_forward_hook(lambda *args: args[2] + 1)
+        if away(run(model, inputs), expected) > 1e-6:
+            found.append(name)
+        hook.remove()
+    return found
+
+
+def _rows(model: Any, inputs: Mapping[str, Any]) -> tuple[str, str]:
+    """Compare a batch whose rows have two adapters with each row by itself."""
+    spectune.adapt(model, LoRA(rank=2), name="b")
+    move(model, "b", 2)
+    alone = []
+    for i, name in enumerate("ab"):
+        spectune.activate(model, name)
+        row = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        try:
+            alone.append(run(model, row))
+        except Exception as error:
+            return REFUSED, f"a row alone: {type(error).__name__}"
+    try:
+        with spectune.route(model, ["a", "b"]):
+            together = run(model, inputs)
+    except SpectuneError as error:
+        return REFUSED, str(error)
+    for i in (0, 1):
+        rows = [t[i : i + 1] for t in together if t.dim() and t.shape[0] == 2]
+        ones = [t for t, whole in zip(alone[i], together, strict=True) if whole.dim() and whole.shape[0] == 2]
+        _must(away(rows, ones), 2e-3, "rows of a batch")
+    return RIGHT, ""
+
+
+def _merged(model: Any, inputs: Mapping[str, Any], expected: list[Tensor]) -> str:
+    """Merge, save and load again."""
+    spectune.activate(model, "a")
+    spectune.merge(model)
+    _must(away(run(model, inputs), expected), 1e-3, "merged")
+    merged = run(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder).eval()
+        except Exception as error:
+            return f"transformers does not save and load it: {type(error).__name__}"
+        off = away(run(again, inputs), merged)
+    if off > 1e-3:
+        raise _Wrong(f"merged, saved and loaded: off by {off:.1e}")
+    return ""
