@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-portable test-wheel lint format bench gpu docs install clean
+.PHONY: demo test slow sweep test-portable test-wheel lint format bench gpu docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -31,6 +31,10 @@ test-portable: .venv/installed
 
 test-wheel: .venv/installed
 	$(BIN)/python .ci/wheel.py
+
+# every architecture of the installed transformers in a tiny form: writes docs/architectures.md, in about half an hour
+sweep: .venv/installed
+	cd tests && ../$(BIN)/python -W ignore -m sweep.run
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ TASKS = {
     "base": "",
 }
 
-VOCABULARY, SIDE, LENGTH = 120, 32, 6
+VOCABULARY, SIDE, LENGTH, LARGEST = 120, 32, 6, 30_000_000
+_BINS = ("num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size")
 _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name matches gives its value
     (r"(.*_)?vocab_size|(src|tgt)_vocab_size|.*_vocab_size_.*", VOCABULARY),
     (r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|(.*_)?head_dim|d_kv|kv_channels|attention_head_size)", 8),
@@ -38,7 +41,10 @@ _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name
     (r"(num_|n_)(local_|routed_)?experts|moe_num_experts|num_.*_experts|n_shared_experts", 4),
     (r"n_group|topk_group|num_expert_group.*", 1),
     (r"first_k_dense_replace|moe_layer_start_index", 1),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|ffn_hidden_size|mlp_dim|d_inner|ffn_size|hidden_act_dim)", 48),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|ffn_hidden_size|mlp_dim|ffn_size)",
+        48,
+    ),
     (r"intermediate_dim|dim_feedforward|(.*_)?feedforward_dim|dim_ff|mlp_hidden_size|.*_intermediate_size", 48),
     (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|depth|layers|num_blocks)", 2),
     (r"num_.*_layers|.*_num_layers|.*_depth|num_hidden_groups|num_.*_blocks", 2),
@@ -56,11 +62,14 @@ _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name
     (r"num_queries|num_query_tokens|num_latents|num_prompt_tokens", 8),
     (r"attention_chunk_size|chunk_size|mamba_chunk_size", 8),
     (r"num_labels", 3),
+    (r"rotary_dim|rotary_ndims", 8),
     (r"(state_size|mamba_d_state|ssm_state_size|d_state|linear_.*_head_dim)", 8),
     (r"mamba_n_heads|linear_num_.*_heads|mamba_num_heads", 4),
     (r"dropout|.*_dropout|.*_dropout_.*|.*_drop_rate|layerdrop|drop_path_rate", 0.0),
 ]
-_KEEP = re.compile(r"(num_channels|in_channels|.*_kernel.*|.*_stride.*|.*theta|.*_token_id|.*factor|torch_dtype|.*ratio)")
+_KEEP = re.compile(
+    r"(num_channels|in_channels|.*_kernel.*|.*_stride.*|.*theta|.*_token_id|.*factor|torch_dtype|.*ratio)"
+)
 
 # what the names of fields do not say
 FIXES: dict[str, dict[str, Any]] = {
@@ -86,7 +95,7 @@ def classes() -> dict[str, tuple[str, str]]:
         name = f"MODEL_FOR_{suffix}_MAPPING_NAMES" if suffix else "MODEL_MAPPING_NAMES"
         for kind, cls in getattr(modeling_auto, name).items():
             found.setdefault(kind, (task.strip(), cls if isinstance(cls, str) else cls[0]))
-    return dict(sorted(found.items()))
+    return found
 
 
 def build(kind: str) -> tuple[Any, dict[str, Any]]:
@@ -95,10 +104,8 @@ def build(kind: str) -> tuple[Any, dict[str, Any]]:
     _, name = classes()[kind]
     config = _config(kind)
     cls = getattr(tf, name)
+    _check_size(cls, config)
     model = cls(config).eval()
-    count = sum(p.numel() for p in model.parameters())
-    if count > 30_000_000:
-        raise ValueError(f"its smallest form has {count:,} parameters")
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():  # far enough from zero for every layer to matter
             if parameter.dim() > 1 and parameter.is_floating_point():
@@ -106,7 +113,25 @@ def build(kind: str) -> tuple[Any, dict[str, Any]]:
                     parameter.normal_(0, 0.02)
                 if "norm" not in parameter_name.lower():
                     parameter.mul_(3)
-    return model, batch(model)
+    first: Exception | None = None
+    for inputs in batches(model):
+        try:
+            with torch.no_grad():
+                model(**inputs)
+            return model, inputs
+        except Exception as error:  # it wants more, or something else
+            first = first or error
+    raise first or ValueError("it takes nothing that is made here")
+
+
+def _check_size(cls: Any, config: Any) -> None:
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+    except Exception:  # what is no meta device's
+        return
+    if count > LARGEST:
+        raise ValueError(f"its smallest form has {count:,} parameters")
 
 
 def _config(kind: str) -> Any:
@@ -126,7 +151,8 @@ def _shrunk(cls: Any, kind: str) -> Any:
         if isinstance(value, (int, float)) and not _KEEP.fullmatch(name):
             for pattern, size in _SIZES:
                 if re.fullmatch(pattern, name):
-                    values[name] = min(value, size) if isinstance(value, int) and value > 0 else size
+                    if isinstance(value, type(size)):
+                        values[name] = min(value, size) if value > 0 else size
                     break
         elif name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
             values[name] = 2 if name != "pad_token_id" else 0
@@ -143,47 +169,53 @@ def _shrunk(cls: Any, kind: str) -> Any:
     return config
 
 
-def batch(model: Any) -> dict[str, Any]:
-    """Return two rows of what a model's forward takes."""
+def batches(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield two rows of what a model's forward takes, the likeliest first."""
+    taken, main = inspect.signature(model.forward).parameters, model.main_input_name
+    whole = {name: make for name, make in _parts(model).items() if name in taken}
+    for names in dict.fromkeys(
+        tuple(n for n in chosen if n in whole)
+        for chosen in (
+            (main, "attention_mask", "decoder_input_ids", "bbox")
+            if main == "input_ids"
+            else (main, "decoder_input_ids"),
+            ("input_ids", "attention_mask", "decoder_input_ids", "bbox"),
+            ("input_ids", "attention_mask", "pixel_values", "decoder_input_ids", "bbox"),
+            ("input_ids", "attention_mask", "input_features"),
+            ("input_ids", "attention_mask", "input_values"),
+            ("pixel_values", "decoder_input_ids"),
+            ("input_features", "decoder_input_ids"),
+            ("input_values",),
+        )
+    ):
+        if names:
+            yield {name: whole[name] for name in names}
+
+
+def _parts(model: Any) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
-    taken = inspect.signature(model.forward).parameters
-    config, main = model.config, model.main_input_name
+    config = model.config
     text = getattr(config, "text_config", None) or config
-    ids = torch.randint(10, min(VOCABULARY, getattr(text, "vocab_size", None) or VOCABULARY) - 10, (2, LENGTH), generator=g)
-    inputs: dict[str, Any] = {}
-    if "input_ids" in taken and main not in ("pixel_values", "input_values", "input_features"):
-        inputs["input_ids"] = ids
-        if "attention_mask" in taken:
-            inputs["attention_mask"] = torch.ones_like(ids)
-    elif "input_ids" in taken and "pixel_values" in taken:
-        inputs["input_ids"] = ids
-    needs_pixels = "pixel_values" in taken and (main == "pixel_values" or _demands(taken, "pixel_values"))
-    if needs_pixels or ("pixel_values" in taken and "image_embeds" not in taken and "Clip" in type(model).__name__):
-        vision = getattr(config, "vision_config", None) or config
-        size = getattr(vision, "image_size", None) or SIDE
-        size = list(size) if isinstance(size, (list, tuple)) else [size, size]
-        shape = [2, getattr(vision, "num_channels", 3), *size]
-        if getattr(vision, "num_frames", None) and "pixel_values" in taken and "video" in type(model).__name__.lower():
-            shape.insert(1, vision.num_frames)
-        inputs["pixel_values"] = torch.randn(shape, generator=g)
-    if main == "input_values":
-        bins = getattr(config, "num_mel_bins", None)
-        inputs[main] = torch.randn(2, config.max_length if bins and hasattr(config, "max_length") else 800, generator=g)
-        if type(config).__name__ in ("ASTConfig",):
-            inputs[main] = torch.randn(2, config.max_length, bins, generator=g)
-    if main == "input_features":
-        bins = next((v for n in ("num_mel_bins", "n_mels", "input_feat_per_channel") if (v := getattr(config, n, None))), 80)
-        frames = 2 * config.max_source_positions if hasattr(config, "max_source_positions") else 64
-        swap = type(config).__name__ in ("WhisperConfig", "MoonshineStreamingConfig")
-        inputs[main] = torch.randn(2, *((bins, frames) if swap else (frames, bins)), generator=g)
-    if "decoder_input_ids" in taken and getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.flip(1)
-    if "bbox" in taken and "input_ids" in inputs:
-        inputs["bbox"] = torch.randint(0, 50, (2, LENGTH, 4), generator=g).sort(-1).values
-    if not inputs:
-        inputs["input_ids"] = ids
-    return inputs
-
-
-def _demands(taken: Any, name: str) -> bool:
-    return taken[name].default is inspect.Parameter.empty
+    size = min(VOCABULARY, getattr(text, "vocab_size", None) or VOCABULARY)
+    ids = torch.randint(10, size - 10, (2, LENGTH), generator=g)
+    vision = getattr(config, "vision_config", None) or config
+    side = getattr(vision, "image_size", None) or SIDE
+    sides = list(side) if isinstance(side, (list, tuple)) else [side, side]
+    pixels = [2, getattr(vision, "num_channels", None) or 3, *sides]
+    if getattr(vision, "num_frames", None):
+        pixels.insert(1, vision.num_frames)
+    audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
+    bins = next((v for n in _BINS if isinstance(v := getattr(audio, n, None), int)), 80)
+    positions = getattr(audio, "max_source_positions", None)
+    frames = 2 * positions if positions else 64
+    swapped = positions is not None and not hasattr(audio, "input_feat_per_channel")
+    spectrogram = type(config).__name__ == "ASTConfig"
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": ids.flip(1),
+        "bbox": torch.randint(0, 50, (2, LENGTH, 4), generator=g).sort(-1).values,
+        "pixel_values": torch.randn(pixels, generator=g),
+        "input_values": torch.randn(2, *((config.max_length, bins) if spectrogram else (800,)), generator=g),
+        "input_features": torch.randn(2, *((bins, frames) if swapped else (frames, bins)), generator=g),
+    }

@@ -18,8 +18,8 @@ os.environ.setdefault("SPECTUNE_CACHE", "off")
 import torch
 import transformers as tf
 
-from tests.sweep import zoo
-from tests.sweep.check import RIGHT, SKIPPED, WRONG, Verdict, check
+from sweep import zoo
+from sweep.check import RIGHT, SKIPPED, WRONG, Verdict, check
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 SECONDS, BYTES = 120, 6 << 30
@@ -74,11 +74,11 @@ def page(found: dict[str, Verdict]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `make sweep`. A tiny random model of every type that the installed transformers has is built from its",
-        "config and adapted with LoRA: one step, every layer that is called gets its gradient; saved, and loaded onto a fresh",
-        "base; two adapters in two rows of a batch, each as alone, or refused with a reason; detached, to the last bit; merged,",
-        "saved by transformers and loaded again. *Idle* layers have no part in what the batch asks for, such as a",
-        "vision tower before text.",
+        "Written by `make sweep`. A tiny random model of every type that the installed transformers has is built from",
+        "its config and adapted with LoRA: one step, every layer that has a part gets its gradient; saved, and loaded",
+        "onto a fresh base; two adapters in two rows of a batch, each as alone, or refused with a reason; detached, to",
+        "the last bit; merged, saved by transformers and loaded again. *Idle* layers have no part in what the batch",
+        "asks for, such as a vision tower before text.",
         "",
         f"transformers {tf.__version__}: {len(built)} of {len(found)} types were built. The whole: "
         + ", ".join(f"{n} {what}" for what, n in counts.most_common())
