@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spectune.methods.svf import SVF
     from spectune.methods.svft import SVFT
     from spectune.model.adapting import adapt, attach, trainable
+    from spectune.model.fusing import fused
     from spectune.model.lifecycle import detach, extract
     from spectune.model.merging import merge, unmerge
     from spectune.model.names import adapter_names
@@ -68,6 +69,7 @@ _HOMES = {
             "base_alone",
             "detach",
             "extract",
+            "fused",
             "merge",
             "route",
             "trainable",
@@ -103,6 +105,7 @@ __all__ = [
     "classify",
     "detach",
     "extract",
+    "fused",
     "keep_products",
     "load_base",
     "merge",

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.errors import SpectuneError
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
+from spectune.layers.fused import Fused
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
@@ -44,6 +45,7 @@ class Adapted(nn.Module):
     is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
     adapted_as: str
     bias: nn.Parameter | None
+    fused: Fused | None  # W', within `spectune.fused`
     prepared: tuple[Scope | None, list[Part]]  # what the model was last set to, and what that is in this layer
 
     @property
@@ -82,6 +84,13 @@ class Adapted(nn.Module):
             return self._called(*(() if input is None else (input,)), *more, **named)
         if torch.compiler.is_compiling():
             return self._compiled(input)
+        if self.fused is not None:
+            scope = self.selection.scope()
+            apart = isinstance(scope.choice, Rows) and not scope.choice.alike
+            apart = apart or (learns() and not torch.is_grad_enabled())
+            y = self.fused.answer(scope, None if apart else self.parts(scope), input)
+            if y is not None:
+                return y
         if torch.is_grad_enabled():
             scope = self.selection.scope_with_gradients()
             y = self._answer(scope, input)
@@ -125,7 +134,7 @@ class Adapted(nn.Module):
 
     def _compiled(self, x: Tensor) -> Tensor:
         """Return the answer as torch.compile traces it: from what `prepare` left, which `activate` may exchange."""
-        if self.selection.contexts:
+        if self.selection.contexts or (self.fused is not None and self.fused.in_place):
             return self._in_context(x)
         return self._of_parts(self.prepared[1], x)
 
@@ -309,6 +318,7 @@ class Adapted(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
+        replica.fused = None
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -386,6 +396,7 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.adapted_as = name  # type: ignore[assignment]
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
+    layer.fused = None  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
     selection.users += 1
     return layer  # type: ignore[return-value]
@@ -394,7 +405,9 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
 def give_back(layer: Adapted) -> None:
     """Make an adapted layer the plain one it was."""
     layer.selection.users -= 1
-    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as
+    if layer.fused is not None:
+        layer.fused.end()
+    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused
     _change_class(layer, layer.plain_class)
 
 

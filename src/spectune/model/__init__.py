@@ -1,6 +1,7 @@
-"""Adapters on a whole model: adapt, attach, activate, route, extract, merge and detach."""
+"""Adapters on a whole model: adapt, attach, activate, route, fused, extract, merge and detach."""
 
 from spectune.model.adapting import adapt, attach, trainable
+from spectune.model.fusing import fused
 from spectune.model.lifecycle import detach, extract
 from spectune.model.merging import merge, unmerge
 from spectune.model.names import adapter_names
@@ -15,6 +16,7 @@ __all__ = [
     "base_alone",
     "detach",
     "extract",
+    "fused",
     "merge",
     "route",
     "trainable",

@@ -12,7 +12,7 @@ from spectune.layers.adapted import adapted_layers, give_back
 from spectune.layers.modules import effective_weight, is_conv1d
 from spectune.layers.shards import is_part, whole
 from spectune.model.install import selections
-from spectune.model.names import M, check_known_on, method_of, updates_of
+from spectune.model.names import M, check_known_on, check_own_weights, method_of, updates_of
 
 
 def extract(model: nn.Module, name: str = "default") -> Adapter:
@@ -24,6 +24,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         SpectuneError: no adapter of that name is on the model.
     """
     check_known_on(model, name)
+    check_own_weights(adapted_layers(model))
     layers = {}
     for layer_name, layer in adapted_layers(model).items():
         if name not in layer.adapters:
@@ -51,6 +52,7 @@ def detach(model: M, name: str | None = None) -> M:
     """
     if name is not None:
         check_known_on(model, name)
+    check_own_weights(adapted_layers(model))
     shared = selections(adapted_layers(model))
     for layer in adapted_layers(model).values():
         for gone in [n for n in layer.adapters if name in (None, n)]:

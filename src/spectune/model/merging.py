@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import effective_weight, is_conv1d
 from spectune.layers.shards import whole
-from spectune.model.install import master_dtype, selections
+from spectune.model.install import selections
 from spectune.model.lifecycle import detach
-from spectune.model.names import M, check_some_adapter, updates_of
+from spectune.model.names import M, check_own_weights, check_some_adapter, updates_of
 from spectune.model.routing import Choice, mixture_of
 from spectune.model.targets import FRESH
 
@@ -65,6 +66,7 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
     """
     layers = adapted_layers(model)
     check_some_adapter(layers)
+    check_own_weights(layers)
     if names is not None and not isinstance(names, (str, Mapping)):
         names = dict.fromkeys(names, 1.0)
     chosen: Mixture | None = None if names is None else mixture_of(layers, names)
@@ -172,28 +174,18 @@ def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, 
             f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
             "first, or keep the adapter beside it"
         )
-    master = master_dtype(weight)
-    total = weight.to(master)
-    for name, factor in active:
-        for update in updates_of(layer, name):
-            tensors = {
-                k: v.detach().to(master) if v.is_floating_point() else v for k, v in layer.tensors(update).items()
-            }
-            total = total + factor * update.weight * update.method.delta(tensors, weight.to(master))
-    total = total.to(weight.dtype)
+    total = whole_weight(layer, _parts(layer, active))
     return total.T.contiguous() if is_conv1d(layer) else total
+
+
+def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
+    return [(update, factor) for name, factor in active for update in updates_of(layer, name)]
 
 
 def _merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor | None:
     """Return the layer's new bias, or None where no update has one."""
-    own, total = layer.bias, None
-    for name, factor in active:
-        for update in updates_of(layer, name):
-            bias = update.method.bias_of(update.trained())
-            if bias is not None:
-                start = torch.zeros_like(bias) if own is None else own.detach().to(bias.dtype)
-                total = (start if total is None else total) + factor * update.weight * (bias.detach() - start)
-    return total if total is None else total.to(layer.weight.dtype)
+    parts = _parts(layer, active)
+    return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None
 
 
 def _finite(tensor: Tensor | None) -> bool:

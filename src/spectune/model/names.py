@@ -41,6 +41,12 @@ def check_some_adapter(layers: Mapping[str, Adapted]) -> None:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
 
 
+def check_own_weights(layers: Mapping[str, Adapted]) -> None:
+    for name, layer in layers.items():
+        if layer.fused is not None and layer.fused.in_place:
+            raise SpectuneError(f'{name!r} has another weight within fused(where="inplace"): leave the context first')
+
+
 def check_known_on(model: nn.Module, name: str) -> None:
     check_known(name, adapter_names(model))
 
@@ -52,6 +58,7 @@ def check_known(name: str, names: Sequence[str]) -> None:
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
+    check_own_weights(adapted_layers(model))
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise SpectuneError(f"{name!r} cannot be an adapter's name; use letters, digits, '-' and '_'")
     if name in adapter_names(model):

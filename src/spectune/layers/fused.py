@@ -1,0 +1,214 @@
+"""The whole weight W' of a layer under one choice, which answers alone as long as what it is made of stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.modules import effective_weight
+
+Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
+_PATIENCE = 4  # passes that a change lasts before W' is made anew
+
+
+class Watched(nn.Parameter):
+    """A parameter that counts how often its `data` was asked for: what is written there, no version counts."""
+
+    asked = 0
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        self.asked += 1
+        return _data.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _data.__set__(self, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+
+_data: Any = torch.Tensor.data
+
+
+class _Source:
+    """A tensor that W' is made of, as it was then."""
+
+    def __init__(self, held: dict[str, Any], key: str) -> None:
+        self.held, self.key, self.tensor = held, key, held[key]
+        self.version, self.pointer = self.tensor._version, self.tensor.data_ptr()
+        self.asked = getattr(self.tensor, "asked", 0)
+
+    @property
+    def same(self) -> bool:
+        tensor = self.tensor
+        return (
+            self.held.get(self.key) is tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.pointer
+            and getattr(tensor, "asked", 0) == self.asked
+        )
+
+
+class Fused:
+    """W' of a layer beside W, and what it was made of.
+
+    The parameters that it is made of are watched (`Watched`) until `end`.
+
+    Args:
+        layer: an adapted layer with a plain weight.
+    """
+
+    in_place = False
+
+    def __init__(self, layer: Any) -> None:
+        self._layer: Any = layer
+        self._scope: Any = None
+        self._sources: list[_Source] = []
+        self._watched: list[Any] = []
+        self._misses = 0
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def answer(self, scope: Any, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor | None:
+        """Return W' x + b', or None where that is not what these parts answer, or gradients for them are needed."""
+        if parts is None or not parts:
+            return None
+        if not self._holds(scope):
+            lasting = scope is self._layer.selection.scope_of_model
+            self._misses += lasting
+            if not lasting or self._misses < _PATIENCE or not self.make(scope, parts):
+                return None
+        if self._weight is None or not self._fits(x):
+            return None
+        self._misses = 0
+        return F.linear(x, self._weight, self._bias)
+
+    def _holds(self, scope: Any) -> bool:
+        return self._scope is scope and all(source.same for source in self._sources)
+
+    def _fits(self, x: Tensor) -> bool:
+        taken = torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources)
+        return self._weight is not None and x.dtype is self._weight.dtype and not taken
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def make(self, scope: Any, parts: Sequence[Weighted]) -> bool:
+        """Make W' of these updates with their weights; return whether every change of them can be noticed."""
+        self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
+        if not self._watch(parts):
+            return False
+        self._weight, self._bias = whole_weight(self._layer, parts), whole_bias(self._layer, parts)
+        return True
+
+    def _watch(self, parts: Sequence[Weighted]) -> bool:
+        held = [(self._layer._parameters, key) for key in ("weight", "bias")]
+        held += [(update._parameters, key) for update, _ in parts for key in update._parameters]
+        held = [(d, key) for d, key in held if d.get(key) is not None]
+        for parameter in {d[key] for d, key in held}:
+            if type(parameter) is nn.Parameter and not parameter.is_inference():
+                parameter.__class__ = Watched
+                self._watched.append(parameter)
+        if any(type(d[key]) is not Watched or d[key].asked for d, key in held):
+            return False  # whoever asked for `data` may write there at any time
+        self._sources = [_Source(d, key) for d, key in held]
+        return True
+
+    def end(self) -> None:
+        """Let everything be as it was."""
+        for parameter in self._watched:
+            parameter.__class__ = nn.Parameter
+            vars(parameter).pop("asked", None)
+        self._watched, self._weight, self._scope = [], None, None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer is not fused
+        return type(None), ()
+
+
+class InPlace(Fused):
+    """W' in the place of W: until `end`, nothing else can be answered.
+
+    Args:
+        layer: the layer.
+        own: W's own bytes, elsewhere.
+    """
+
+    in_place = True
+
+    def __init__(self, layer: Any, own: Tensor) -> None:
+        super().__init__(layer)
+        self._own: Tensor | None = own
+
+    def answer(self, scope: Any, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor:
+        """Return W' x + b'."""
+        if parts is None or self._weight is None or not self._holds(scope) or not self._fits(x):
+            raise SpectuneError(
+                'the weights hold what was active when fused(where="inplace") was entered, and another choice, another '
+                "dtype, gradients or changed weights were met inside of it: leave it first"
+            )
+        return F.linear(x, self._weight, self._bias)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def make(self, scope: Any, parts: Sequence[Weighted]) -> bool:
+        """Write W' over W."""
+        weight, bias = self._layer._parameters["weight"], whole_bias(self._layer, parts)
+        new = whole_weight(self._layer, parts)
+        weight.copy_(new.T if self._layer.is_transposed else new)
+        if not self._watch(parts):
+            return False
+        self._scope, self._weight, self._bias = scope, effective_weight(self._layer).detach(), bias
+        return True
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put W's own bytes back."""
+        super().end()
+        if self._own is not None:
+            self._layer._parameters["weight"].copy_(self._own)
+            self._own = None
+
+
+def whole_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor:
+    """Return W' (out x in) of updates with their weights, in W's dtype, from a sum in float32 at least."""
+    weight = effective_weight(layer).detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    start = weight.to(wide)
+    total = start.clone(memory_format=torch.contiguous_format)
+    for update, factor in parts:
+        tensors = {k: v.detach() for k, v in layer.tensors(update).items()}
+        tensors = {k: v.to(wide) if v.is_floating_point() else v for k, v in tensors.items()}
+        method = update.method
+        if method.additive and not method.replaces:
+            f = method.factors(tensors)
+            total.addmm_(f.core.transposed(f.left), f.right, alpha=f.scale * factor * update.weight)
+        else:
+            total.add_(method.delta(tensors, start), alpha=factor * update.weight)
+    return total.to(weight.dtype)
+
+
+def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
+    """Return b' (out) of updates with their weights, in W's dtype, or None where there is none."""
+    own, dtype = layer._parameters.get("bias"), effective_weight(layer).dtype
+    start: Any = 0.0 if own is None else own.detach().to(torch.promote_types(own.dtype, torch.float32))
+    total = None if own is None else start
+    for update, factor in parts:
+        other = update.method.bias_of(update.trained())
+        if other is not None:
+            more = factor * update.weight * (other.detach() - start)
+            total = more if total is None else total + more
+    return None if total is None else total.to(dtype, copy=True)
+
+
+def has_bias(update: Any) -> bool:
+    """Whether an update has another bias than its layer."""
+    return update.method.bias_of(update.trained()) is not None

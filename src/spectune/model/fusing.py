@@ -1,0 +1,139 @@
+"""One choice for all rows at the speed of the base: W' beside W, or in its place, within a context."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import psutil
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.fused import Fused, InPlace
+from spectune.layers.selection import Rows
+from spectune.model.names import M, check_some_adapter
+from spectune.pages.units import gigabytes
+
+_lock = Lock()
+_PLACES = ("beside", "inplace")
+
+
+@contextmanager
+def fused(model: M, *, where: str = "beside") -> Iterator[M]:
+    """Within the context what is active answers at the speed of the base: y = W' x + b', W' = W + s L C R made once.
+
+    For every method and for mixtures, in every thread; it takes the adapted layers' memory once more.  W stays as it
+    is.  What changes meanwhile is noticed: another choice, a step of training, other values of a weight.  Adapters
+    answer as they do outside then, and W' is made anew where the change lasts for a few passes.  So do rows with
+    choices of their own, in a `route` inside of the context.  Not noticed is a write by another process, or through an
+    alias by `.data` or numpy that was made before the context was entered.
+
+    Args:
+        model: a model with adapters, in evaluation mode.
+        where: "beside" keeps W and W' in memory. "inplace" writes W' over W and keeps W's own bytes on the CPU, or for
+            weights on the CPU in a temporary file, and puts them back at the end, whatever happens; nothing else may be
+            asked of the model meanwhile. Weights that layers share stay beside.
+
+    Raises:
+        SpectuneError: no adapter, a model in training mode, rows with different choices, or too little memory.
+    """
+    if where not in _PLACES:
+        raise SpectuneError(f"where must be 'beside' or 'inplace', not {where!r}")
+    layers = adapted_layers(model)
+    check_some_adapter(layers)
+    if any(layer.training for layer in layers.values()):
+        raise SpectuneError(
+            "fused answers as the model does when it is asked, and it is in training mode: eval() first"
+        )
+    chosen = []
+    for layer in layers.values():
+        scope = layer.selection.scope()
+        if isinstance(scope.choice, Rows) and not scope.choice.alike:
+            raise SpectuneError("fused takes one choice for all rows, and these are in a `route` with different ones")
+        parts = layer.parts(scope)
+        if any(isinstance(weight, Tensor) for _, weight in parts):
+            raise SpectuneError("fused takes weights that are numbers, and an adapter's weight is a tensor")
+        if parts and layer.is_plain and "weight" in layer._parameters:
+            chosen.append(layer)
+    made: list[tuple[Adapted, Fused]] = []
+    with ExitStack() as stack:
+        with _lock:
+            chosen = [layer for layer in chosen if layer.fused is None]  # else by a context around this one
+            shared = _shared_weights(model) if where == "inplace" else set()
+            over = [layer for layer in chosen if where == "inplace" and id(layer._parameters["weight"]) not in shared]
+            _check_room([layer for layer in chosen if layer not in over])
+            room_for = {layer: stack.enter_context(_kept(layer._parameters["weight"])) for layer in over}
+            stack.callback(_end, made)
+            for layer in chosen:
+                one = InPlace(layer, room_for[layer]) if layer in room_for else Fused(layer)
+                made.append((layer, one))
+                scope = layer.selection.scope()
+                if one.make(scope, layer.parts(scope)):
+                    layer.fused = one
+                else:  # such as weights of inference mode, whose changes go unnoticed
+                    one.end()
+        yield model
+
+
+def _end(made: list[tuple[Adapted, Fused]]) -> None:
+    for layer, one in made:
+        one.end()
+        if vars(layer).get("fused") is one:
+            layer.fused = None
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether a model is within a context of `fused`."""
+    return any(layer.fused is not None for layer in adapted_layers(model).values())
+
+
+def room_needed(layers: Any) -> int:
+    """Return the bytes that W' takes beside W."""
+    return sum(layer._parameters["weight"].numel() * layer._parameters["weight"].itemsize for layer in layers)
+
+
+def room(device: torch.device) -> int:
+    """Return the bytes that a device has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _check_room(layers: Any) -> None:
+    devices = {layer._parameters["weight"].device for layer in layers}
+    for device in devices:
+        need = room_needed(layer for layer in layers if layer._parameters["weight"].device == device)
+        if device.type != "meta" and need > (free := room(device)):
+            raise SpectuneError(
+                f"fused keeps the adapted layers' weights once more, which takes {gigabytes(need)}, and {device} has "
+                f'{gigabytes(free)} free: use where="inplace", or answer unfused'
+            )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, count in counts.items() if count > 1}
+
+
+@contextmanager
+def _kept(weight: Tensor) -> Iterator[Tensor]:
+    """Within the context keep a tensor's bytes off its device: on the CPU, or in a temporary file."""
+    if weight.device.type != "cpu":
+        yield weight.detach().cpu()
+        return
+    with tempfile.TemporaryDirectory(prefix="spectune-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "weight"
+        held = torch.from_file(str(path), shared=True, size=weight.numel(), dtype=weight.dtype).view(weight.shape)
+        held.copy_(weight.detach())
+        try:
+            yield held
+        finally:
+            del held
