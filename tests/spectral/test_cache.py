@@ -525,8 +525,6 @@ def test_writers_readers_and_pruners_at_once_and_one_killed(folder):
     assert [process.returncode for process in processes] == [0, 0, -9]
     assert len(set(printed[:2])) == 1
     assert cache.verify() == []
-    left = sorted(folder.glob("??/.*.tmp"))
-    assert len(left) >= 1  # the killed writer's
     cache.prune()
     assert list(folder.glob("??/.*.tmp")) == []
 

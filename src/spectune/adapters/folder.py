@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.reading import check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -92,9 +93,10 @@ def _finished_config(path: Path) -> Path | None:
 
 def _config_of_weights(weights: Path) -> str | None:
     try:
+        check_tensors_file(weights)
         with safe_open(weights, framework="pt") as opened:
             return (opened.metadata() or {}).get(_CONFIG_DIGEST)
-    except (SafetensorError, OSError, ValueError, RuntimeError):
+    except (SpectuneError, SafetensorError, OSError, ValueError, RuntimeError):
         return None
 
 
@@ -108,10 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpectuneError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise SpectuneError(f"{path} is not a JSON object")
     return config
@@ -126,11 +125,14 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     where = path / WEIGHTS
     try:
+        check_tensors_file(where)
         with safe_open(where, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
     except FileNotFoundError:
         raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {WEIGHTS}") from None
+    except SpectuneError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SpectuneError(f"{where} is damaged or cut short ({error}); get it again") from None
     digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
@@ -155,8 +157,8 @@ def read_labels(path: Path) -> list[str] | None:
     if text is None:
         return None
     try:
-        labels = json.loads(text)
-    except ValueError:
+        labels = parse_json(text, str(path / WEIGHTS))
+    except SpectuneError:
         labels = None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise SpectuneError(f"{path / WEIGHTS} has labels that are not understood: {text!r:.60}")

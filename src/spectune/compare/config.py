@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from spectune.errors import SpectuneError, nearest
+from spectune.reading import read_json
 from spectune.training.config import TrainConfig
 from spectune.training.registry import options_of, task_names
 
@@ -145,9 +146,10 @@ def check_folder(config: CompareConfig, records: str | None = None) -> None:
     if config.overwrite or not path.is_file():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        before = read_json(path)
+    except SpectuneError:
         before = {}
+    before = before if isinstance(before, dict) else {}
     now = json.loads(json.dumps(config.settings()))
     was = before.pop(RECORDS, None)  # folders of earlier versions do not say
     keys = sorted({*before, *now})

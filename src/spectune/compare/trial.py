@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from spectune.errors import SpectuneError
+from spectune.reading import read_json
 from spectune.storage import write_atomically
 
+_DIGEST = "sha256"  # of the rest of a result
 _ATTEMPTS = 3  # of a trial whose worker was killed, before it counts as failed
 
 
@@ -69,11 +72,13 @@ class Results:
             return self._known[trial]
         path = self._path(trial)
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            if not path.exists():
+                return None
+            result = read_json(path)
+            if result.pop(_DIGEST) != _digest(result):
+                raise SpectuneError(f"{path} was changed after it was written")
             found = result["settings"], result["trial"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (SpectuneError, KeyError, TypeError, AttributeError):
             self.corrupt.append(path.name)
             path.unlink(missing_ok=True)
             return None
@@ -83,7 +88,8 @@ class Results:
 
     def put(self, trial: Trial, result: dict[str, Any]) -> None:
         """Write a trial's result."""
-        text = json.dumps({"settings": self.settings, "trial": vars(trial), **result}, indent=1) + "\n"
+        held = json.loads(json.dumps({"settings": self.settings, "trial": vars(trial), **result}))
+        text = json.dumps({**held, _DIGEST: _digest(held)}, indent=1) + "\n"
         write_atomically(self._path(trial), lambda path: path.write_text(text, encoding="utf-8"))
 
     @contextmanager
@@ -120,8 +126,12 @@ class Results:
         return self.folder / f"{trial.name}.json"
 
 
+def _digest(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
 def _failed(path: Path) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["error"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(path)["error"] is not None
+    except (SpectuneError, KeyError, TypeError):
         return False  # its trial runs again anyway

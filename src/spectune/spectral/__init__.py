@@ -5,7 +5,7 @@ from __future__ import annotations
 from spectune.spectral import cache
 from spectune.spectral._certificate import Certificate, certificate
 from spectune.spectral._many import decompose_many
-from spectune.spectral._stream import Streamed, shards, stream
+from spectune.spectral._stream import Streamed, shards, stream, weight_map
 from spectune.spectral._svd import one_sided, singular_values, svd
 from spectune.spectral._types import SVD, OneSided, Request
 

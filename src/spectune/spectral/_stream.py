@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.reading import inside, read_json
 from spectune.spectral._many import decompose_many
 from spectune.spectral._types import SVD, OneSided, Request
 
@@ -98,9 +98,20 @@ def shards(checkpoint: Path) -> list[Path]:
     if not checkpoint.is_file():
         raise SpectuneError(f"there is no checkpoint {checkpoint}")
     if checkpoint.name.endswith(".index.json"):
-        try:
-            names = sorted(set(json.loads(checkpoint.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SpectuneError(f"{checkpoint} is not an index of shards: it has no weight_map") from error
-        return [checkpoint.parent / name for name in names]
+        return sorted({checkpoint.parent / name for name in weight_map(checkpoint).values()})
     return [checkpoint]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return which file of its folder a tensor is in, by an index of shards.
+
+    Raises:
+        SpectuneError: it is no index, or names a file elsewhere.
+    """
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict):
+        raise SpectuneError(f"{index} is not an index of shards: it has no weight_map")
+    for name in names.values():
+        inside(index.parent, name, str(index))
+    return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,10 +17,12 @@ from torch import Tensor
 from spectune.bases.loading import model_path
 from spectune.errors import SpectuneError, need
 from spectune.model.targets import matching
-from spectune.spectral import shards
+from spectune.reading import check_file, check_tensors_file, read_json
+from spectune.spectral import shards, weight_map
 from spectune.spectrum.names import Place, is_embedding, places
 
 _FLOATING = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+_LEAST_BITS = 8  # values in a byte of the coarsest quantization
 _NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights of a .bin
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # whose linears are stored (in x out)
 _CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
@@ -210,7 +212,7 @@ def _allowed(path: Path, allow_bin: bool) -> tuple[list[Path], str]:
     if not allow_bin:
         raise SpectuneError(f"{path} is a pickled checkpoint; allow it with --bin (it is loaded as weights only)")
     if path.name.endswith(".index.json"):
-        return sorted({path.parent / name for name in _weight_map(path).values()}), "bin"
+        return sorted({path.parent / name for name in weight_map(path).values()}), "bin"
     return (sorted(path.glob("pytorch_model*.bin")) if path.is_dir() else [path]), "bin"
 
 
@@ -219,6 +221,7 @@ def _safetensors(file: Path) -> Iterator[Stored]:
         with safe_open(file, "pt") as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
 
+    check_tensors_file(file)
     with safe_open(file, "pt") as opened:
         for name in opened.keys():  # noqa: SIM118
             piece = opened.get_slice(name)
@@ -233,8 +236,12 @@ def _gguf(file: Path) -> Iterator[Stored]:
         data = tensor.data if index is None else tensor.data[index]
         return torch.from_numpy(quants.dequantize(data, tensor.tensor_type).copy())
 
+    check_file(file)
+    size = file.stat().st_size
     for tensor in gguf.GGUFReader(file).tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
+        if int(tensor.n_bytes) > size or math.prod(shape) > _LEAST_BITS * int(tensor.n_bytes):
+            raise SpectuneError(f"{tensor.name!r} in {file} is said to have {math.prod(shape):,} values, more than fit")
         yield Stored(tensor.name, shape, tensor.tensor_type.name, True, partial(read, tensor))
 
 
@@ -265,10 +272,10 @@ def _bin(file: Path) -> Iterator[Stored]:
 
 def _conv1d(folder: Path) -> bool:
     config = folder / "config.json"
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type") in _CONV1D
-    except (OSError, ValueError, AttributeError):
+    if not config.exists():
         return False
+    found = read_json(config)
+    return isinstance(found, dict) and found.get("model_type") in tuple(_CONV1D)
 
 
 def _fingerprint(files: list[Path]) -> str:
@@ -279,17 +286,10 @@ def _fingerprint(files: list[Path]) -> str:
 def _names_in_index(file: Path) -> list[str]:
     for index in file.parent.glob("*.index.json"):
         try:
-            return [name for name, shard in _weight_map(index).items() if shard == file.name]
+            return [name for name, shard in weight_map(index).items() if shard == file.name]
         except SpectuneError:
             continue
     return []
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpectuneError(f"{index} is not an index of shards: it has no weight_map") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+_DIGEST = "sha256"  # of the rest of a line
+
 
 class Ledger:
     """A file of JSON lines: a header that says what the results are of, and a line for each result.
 
-    A file under another header is begun anew, and a last line that a kill cut short is dropped.
+    A file under another header is begun anew, and lines from the first that was cut short by a kill, or is not what was
+    written, are dropped.
 
     Args:
         path: the file, made with its folder if need be.
@@ -42,18 +46,24 @@ class Ledger:
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         """Write one result."""
-        entry = {"name": name, **entry}
+        entry = json.loads(json.dumps({"name": name, **entry}))
         with self.path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+            file.write(json.dumps({**entry, _DIGEST: _digest(entry)}).encode() + b"\n")
         self.done[name] = entry
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if line.endswith(b"\n") and isinstance(entry, dict) and "name" in entry else None
+    if not line.endswith(b"\n") or not isinstance(entry, dict) or "name" not in entry:
+        return None
+    return entry if entry.pop(_DIGEST, None) == _digest(entry) else None
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def packed(values: np.ndarray) -> str:

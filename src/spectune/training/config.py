@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError, nearest
+from spectune.reading import parse_yaml, read_yaml
 from spectune.training.aliases import aliased, hint
 from spectune.training.options import TaskOptions
 from spectune.training.registry import options_of, owner_of, task_keys
@@ -209,12 +209,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     """
     values: dict[str, Any] = presets
     if path is not None:
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SpectuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        read = read_yaml(Path(path))
         if read is not None and not isinstance(read, dict):
             raise SpectuneError(f"{path} must hold key: value pairs")
         values |= read or {}
@@ -265,8 +260,8 @@ def _value(text: str, field: FieldInfo | None) -> Any:
     if field is not None and field.annotation in (str, str | None):
         return None if field.annotation is not str and text in ("null", "~", "") else text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, "the value")
+    except SpectuneError:
         return text
     return _number(value) if isinstance(value, str) else value
 

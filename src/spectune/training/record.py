@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from spectune.errors import SpectuneError
+from spectune.reading import read_json, read_yaml
 from spectune.storage import write_atomically
 from spectune.training import processes
 from spectune.training.aliases import aliased
@@ -68,15 +69,15 @@ def read_run(output: Path) -> Mapping[str, Any]:
     """
     path = output / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = read_yaml(path)
         path = output / "run.json"
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         return {
             **aliased(config, TrainConfig.model_fields),
             "processes": run["processes"],
             "digest": run["data"]["sha256"],
         }
-    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise SpectuneError(f"cannot read {path} of the run to resume: {error}") from None
 
 

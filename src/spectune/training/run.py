@@ -305,6 +305,8 @@ def _checkpoint(output: Path, console: Console) -> Path:
     found = checkpoints(output, console)
     if not found:
         raise SpectuneError(f"there is no checkpoint in {output} to resume from; run without resume=true")
+    for begun in output.glob(".checkpoint-*.partial") if processes.is_main() else ():
+        shutil.rmtree(begun, ignore_errors=True)
     return found[-1]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spectune.adapters import fingerprint
@@ -20,7 +20,8 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS, folder_digest
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
-from spectune.storage import Entry, locked, telling_of_full_disks, write_atomically
+from spectune.reading import check_tensors_file, read_json
+from spectune.storage import Entry, locked, save_tensors, telling_of_full_disks, write_atomically
 
 INDEX, BASE, PROMPTS, LOCK = "library.json", "base.safetensors", "prompts.json", ".lock"
 NONE = "none"  # the label of a prompt that is for no adapter
@@ -113,12 +114,21 @@ class Library:
         return self.path / "adapters" / self.record(name).name
 
     def adapter(self, name: str) -> Adapter:
-        """Read an adapter.
+        """Read an adapter, which must be the one that the index knows, or that another process put in its place.
 
         Raises:
-            SpectuneError: no such adapter, or damaged files.
+            SpectuneError: no such adapter, or damaged or changed files.
         """
-        return Adapter.load(self.folder(name))
+        for last in (False, True):
+            adapter = Adapter.load(self.folder(name))
+            if folder_digest(self.folder(name)) == self.record(name).sha256:
+                return adapter
+            if not last:
+                self._read()  # another process may have replaced it
+        raise SpectuneError(
+            f"the files of {name!r} in the library {str(self.path)!r} are not those that were added: remove it and add "
+            "it again"
+        )
 
     def prompts(self, name: str) -> list[str]:
         """Return the example prompts of an adapter.
@@ -142,6 +152,8 @@ class Library:
         if self._base is None:
             where = self.path / BASE
             try:
+                if where.exists():
+                    check_tensors_file(where)
                 self._base = load_file(where) if where.exists() else {}
             except (SafetensorError, OSError, ValueError) as error:
                 raise SpectuneError(f"{where} is damaged ({error}); delete it and add the adapters anew") from None
@@ -180,6 +192,8 @@ class Library:
                 )
             base = self._checked_base(name, loaded, model)
             folder = self.path / "adapters" / name
+            if folder.is_symlink():
+                raise SpectuneError(f"{folder} is a symbolic link, through which nothing is written: remove it")
             if folder.exists():  # left by a write that was cut off before the index knew of it
                 shutil.rmtree(folder)
             loaded.save(folder)
@@ -193,7 +207,7 @@ class Library:
             if base.keys() - self.sketches().keys():
                 self._base = {**base, **self.sketches()}
                 sketches = {layer: sketch.clone() for layer, sketch in self._base.items()}
-                write_atomically(self.path / BASE, lambda path: save_file(sketches, path))
+                write_atomically(self.path / BASE, lambda path: save_tensors(sketches, path))
             self.base_model = self.base_model or loaded.base_model
             self._records[name] = record
             self._write()
@@ -270,18 +284,6 @@ class Library:
     def _write(self) -> None:
         values = ("spectune", _VERSION, self.base_model, [record._asdict() for record in self.records])
         write_json(self.path / INDEX, dict(zip(_KEYS, values, strict=True)))
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        SpectuneError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpectuneError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -19,6 +19,7 @@ from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
 from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
+from spectune.patterns import MOST_PATTERNS, matches_end
 from spectune.storage import Entry
 
 _PREFIX = "base_model.model."
@@ -259,11 +260,11 @@ def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> 
 def _pattern(config: Entry, patterns: str, name: str, default: str) -> Any:
     """Return the value of the first pattern that is the end of a module's name, as PEFT matches them."""
     inside = config.inside(patterns)
+    if len(inside.values) > MOST_PATTERNS:
+        raise SpectuneError(f"{inside.where} has {len(inside.values):,} patterns; at most {MOST_PATTERNS:,} are read")
+    if name in inside.values:  # no pattern before it can be meant: PEFT writes whole names
+        return inside.number(name)
     for pattern in inside.values:
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise SpectuneError(f"{pattern!r} in {inside.where} is not a regular expression: {error}") from None
-        if matched:
+        if matches_end(pattern, name):
             return inside.number(pattern)
     return config.number(default)

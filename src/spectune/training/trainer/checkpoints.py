@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import tempfile
@@ -13,7 +15,7 @@ import transformers
 from huggingface_hub import upload_folder
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -24,11 +26,12 @@ from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.errors import SpectuneError
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model.lifecycle import extract
-from spectune.storage import publish, telling_of_full_disks
+from spectune.storage import publish, save_tensors, telling_of_full_disks
 from spectune.training import processes
 
 STATE = "adapter_state.safetensors"
 _OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+_MANIFEST = "checkpoint.json"  # written last: the SHA-256 of every other file
 _OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
 _NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
 _PARTIAL = ".{}.partial"
@@ -113,13 +116,15 @@ class AdapterCheckpoints:
                     with telling_of_full_disks(place, remedy):
                         shutil.rmtree(partial, ignore_errors=True)
                         self._write(adapter, partial)
-                        save_file({k: v.cpu().contiguous() for k, v in state.items()}, partial / STATE)
+                        save_tensors(state, partial / STATE)
                         torch.save(optimizer, partial / _OPTIMIZER)
                         torch.save(self.lr_scheduler.state_dict(), partial / _SCHEDULER)
                         self._save_scaler(str(partial))  # type: ignore[attr-defined]
                         for name, content in (item for files in rngs for item in files.items()):
                             (partial / name).write_bytes(content)
                         self._save_state(place, partial)
+                        text = json.dumps({"sha256": _digests(partial)}, indent=1) + "\n"
+                        (partial / _MANIFEST).write_text(text, encoding="utf-8")
                         publish(partial, place)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -187,9 +192,11 @@ class AdapterCheckpoints:
         return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
 
     def _load_best_model(self) -> None:
+        check_files(Path(str(self.state.best_model_checkpoint)))
         self._load_adapter(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_files(Path(resume_from_checkpoint))
         try:
             TrainerState.load_from_json(str(Path(resume_from_checkpoint) / _TRAINER))
         except (OSError, ValueError, TypeError) as error:
@@ -209,6 +216,12 @@ class AdapterCheckpoints:
                 f"{checkpoint} was made with other settings (it differs in {differing!r}); "
                 "resume with the configuration of the run"
             )
+        for key, tensor in state.items():
+            if (tensor.shape, tensor.dtype) != (target[key].shape, target[key].dtype):
+                raise SpectuneError(
+                    f"{checkpoint} was made with other settings ({key!r} is {tensor.dtype} {tuple(tensor.shape)} there "
+                    f"and {target[key].dtype} {tuple(target[key].shape)} here); resume with the configuration of the run"
+                )
         with torch.no_grad():
             for key, tensor in state.items():
                 target[key].copy_(as_part(tensor, target[key]))
@@ -231,6 +244,7 @@ class AdapterCheckpoints:
         except Exception as error:  # whatever a damaged file makes of the reader
             raise _damaged(checkpoint, error) from None
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        _check_optimizer(optimizer, parameters, checkpoint)
         for index, values in optimizer["state"].items():
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
@@ -281,8 +295,51 @@ def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
 def _is_whole(checkpoint: Path) -> bool:
     rngs = {path.name for path in checkpoint.glob("rng_state*.pth")}
     of_each = {f"rng_state_{number}.pth" for number in range(len(rngs))}
-    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER))
+    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER, _MANIFEST))
     return files and bool(rngs) and rngs in ({"rng_state.pth"}, of_each)
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise unless a checkpoint holds the files that were written, byte for byte.
+
+    Raises:
+        SpectuneError: it does not.
+    """
+    try:
+        written = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        found = _digests(checkpoint)
+        changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(str(checkpoint), error) from None
+    if changed:
+        raise SpectuneError(
+            f"{checkpoint} is damaged ({changed[0]} is not the file that was written); delete it to go on from the one "
+            "before"
+        )
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    return {p.relative_to(checkpoint).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _check_optimizer(state: Any, parameters: list[Tensor], checkpoint: str) -> None:
+    """Raise unless an optimizer's state has, for parameters that there are, tensors of their shapes or single numbers.
+
+    Raises:
+        SpectuneError: it has not.
+    """
+    try:
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[index].shape:
+                    raise SpectuneError(
+                        f"{checkpoint} was made with other settings ({key!r} of the optimizer is {tuple(value.shape)} "
+                        f"there, and its parameter {tuple(parameters[index].shape)} here); resume with the "
+                        "configuration of the run"
+                    )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _damaged(checkpoint, error) from None
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

@@ -1,0 +1,207 @@
+"""Reading what others wrote: bounds on size, depth and number in one place, and one sentence for whatever is beyond.
+
+Nothing here follows what a file says before it was looked at: a file is a regular one (no pipe, no device) of a bounded
+size, a document a tree of bounded depth with each key once and text that UTF-8 can hold, and a name inside a folder leads
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from spectune.errors import SpectuneError
+
+JSON_BYTES = 32 << 20  # of a config or an index
+YAML_BYTES = 4 << 20
+DEPTH = 64  # of lists and objects inside each other
+ITEMS = 1_000_000  # of a document, those that YAML repeats by name counted each time
+HEADER_BYTES = 32 << 20  # of a safetensors file
+
+
+def check_file(path: Path, most: int | None = None) -> None:
+    """Raise unless a path is a regular file, of at most so many bytes; what is not there is a FileNotFoundError.
+
+    Raises:
+        SpectuneError: it is a folder, a pipe or a device, too large, or cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SpectuneError(f"{path} cannot be read: {reason(error)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SpectuneError(f"{path} is no file but a folder, a pipe or a device; give the file itself")
+    if most is not None and status.st_size > most:
+        raise SpectuneError(f"{path} has {status.st_size:,} bytes, and at most {most:,} are read of such a file")
+
+
+def read_text(path: Path, most: int = JSON_BYTES) -> str:
+    """Return a file's text.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        SpectuneError: it cannot be read, is too large or no UTF-8.
+    """
+    check_file(path, most)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise SpectuneError(f"{path} is not text in UTF-8 (byte {error.start}); convert it") from None
+    except OSError as error:
+        raise SpectuneError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        SpectuneError: it is not there or cannot be read, is no JSON, too large or too deep, or has a key twice.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise SpectuneError(f"{path} is not there") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return what JSON holds, as `read_json`."""
+    try:
+        found = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+    except SpectuneError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SpectuneError(f"{where} is not valid JSON: {reason(error)}") from None
+    _check_tree(found, where)
+    return found
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds: plain values, each key once.
+
+    Raises:
+        SpectuneError: it is not there or cannot be read, is no YAML, too large, too deep or repeats itself too often.
+    """
+    try:
+        text = read_text(path, YAML_BYTES)
+    except FileNotFoundError:
+        raise SpectuneError(f"{path} is not there") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what YAML holds, as `read_yaml`."""
+    try:
+        found = yaml.load(text, _Loader)  # noqa: S506: a safe loader
+    except SpectuneError as error:
+        raise SpectuneError(f"{where}: {error}") from None
+    except Exception as error:  # whatever a tag makes of the constructors
+        raise SpectuneError(f"{where} is not valid YAML: {reason(error)}") from None
+    _check_tree(found, where)
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for which a key that is given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, (str, int, float, bool, type(None))):
+                    raise SpectuneError(f"line {key_node.start_mark.line + 1} has a key that is no text or number")
+                if key in seen:
+                    raise SpectuneError(f"the key {key!r} is given twice, again in line {key_node.start_mark.line + 1}")
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def inside(folder: Path, name: Any, where: str) -> Path:
+    """Return the path of a file that a document names, which must lie in a folder.
+
+    Args:
+        folder: where.
+        name: relative, with "/" between its parts.
+        where: what names it.
+
+    Raises:
+        SpectuneError: the name is absolute, has "..", or is no text.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise SpectuneError(f"{where} names {name!r:.60}, which is no file")
+    parts = PurePosixPath(name).parts
+    strange = PureWindowsPath(name)
+    if name.startswith("/") or ".." in parts or strange.drive or strange.root or ".." in strange.parts:
+        raise SpectuneError(f"{where} names {name!r:.120}, which lies outside its folder; only files inside are read")
+    return folder / name
+
+
+def check_tensors_file(path: Path) -> None:
+    """Raise unless a path is a regular file with a safetensors header of a bounded size; see `check_file`.
+
+    Raises:
+        SpectuneError: it is not.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SpectuneError(f"{path} cannot be read: {reason(error)}") from None
+    if length > HEADER_BYTES:
+        raise SpectuneError(
+            f"{path} is damaged or no safetensors file: its header says {length:,} bytes, and at most "
+            f"{HEADER_BYTES:,} are read"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of the system says, on one line."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return text[:160]
+
+
+def _once(pairs: Iterable[tuple[str, Any]], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise SpectuneError(f"{where} has the key {key!r:.60} twice")
+        found[key] = value
+    return found
+
+
+def _check_tree(value: Any, where: str) -> None:
+    """Raise where a document is too deep, or, with what it repeats, too large."""
+    left, stack = ITEMS, [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        left -= 1
+        if depth > DEPTH or left < 0:
+            raise SpectuneError(f"{where} is too deep, or repeats itself too often")
+        if isinstance(item, dict):
+            stack += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, (list, tuple, set)):
+            stack += [(part, depth + 1) for part in item]
+        elif isinstance(item, str):
+            _check_text(item, where)
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SpectuneError(f"{where} has half a character (a lone surrogate), which no text can hold") from None
