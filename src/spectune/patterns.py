@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from spectune.errors import SpectuneError
 
-MOST_PATTERNS = 20_000
+MOST_PATTERNS = 5_000
 LONGEST = 1_000  # characters of a pattern
 _DEEPEST = 20  # groups inside each other
 _MOST_TIMES = 1_000
-_PLAIN = re.compile(r"(?:[\w/\-]|\.|\\[.\-/])+\Z")
+_PLAIN = re.compile(r"(?:[\w/\-.]|\\[.\-/])+\Z")
 
 _WORK = 2_000_000  # places looked at for one pattern and name
 
@@ -45,10 +45,19 @@ def matches_end(pattern: str, name: str) -> bool:
     Raises:
         SpectuneError: it is no regular expression, too long, or one of a kind that is not read.
     """
-    if _PLAIN.match(pattern) and len(pattern) <= LONGEST:
-        return re.fullmatch(rf"(?s:.*\.)?(?:{pattern})", name) is not None
+    if len(pattern) <= LONGEST and _PLAIN.match(pattern):
+        return pattern[-1] in (".", name[-1:]) and _plain_matches_end(pattern, name)
     starts = frozenset({0, *(i + 1 for i, letter in enumerate(name) if letter == ".")})
     return len(name) in _compiled(pattern)(_Name(name, pattern), starts)
+
+
+def _plain_matches_end(pattern: str, name: str) -> bool:
+    literal = pattern.replace("\\.", "\0").replace("\\", "")
+    start = len(name) - len(literal)
+    if start < 0 or (start and name[start - 1] != "."):
+        return False
+    pairs = zip(literal, name[start:], strict=True)
+    return all(p == c or (p == "." and c != "\n") or (p == "\0" and c == ".") for p, c in pairs)
 
 
 @lru_cache(maxsize=1024)

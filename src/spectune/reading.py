@@ -1,8 +1,7 @@
 """Reading what others wrote: bounds on size, depth and number in one place, and one sentence for whatever is beyond.
 
-Nothing here follows what a file says before it was looked at: a file is a regular one (no pipe, no device) of a bounded
-size, a document a tree of bounded depth with each key once and text that UTF-8 can hold, and a name inside a folder leads
-nowhere else.
+A file is a regular one (no pipe, no device) of a bounded size, a document a tree of bounded depth with each key once and
+with text that UTF-8 can hold, and a name inside a folder leads nowhere else.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ JSON_BYTES = 32 << 20  # of a config or an index
 YAML_BYTES = 4 << 20
 DEPTH = 64  # of lists and objects inside each other
 ITEMS = 1_000_000  # of a document, those that YAML repeats by name counted each time
+MOST_TENSORS = 50_000  # of an adapter
 HEADER_BYTES = 32 << 20  # of a safetensors file
 
 
@@ -102,7 +102,7 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """Return what YAML holds, as `read_yaml`."""
     try:
-        found = yaml.load(text, _Loader)  # noqa: S506: a safe loader
+        found = yaml.load(text, _Loader)
     except SpectuneError as error:
         raise SpectuneError(f"{where}: {error}") from None
     except Exception as error:  # whatever a tag makes of the constructors

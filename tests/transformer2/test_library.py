@@ -150,7 +150,7 @@ def test_a_damaged_index_is_told(tmp_path, change, message):
     with pytest.raises(SpectuneError, match=message):
         Library.open(library.path)
     path.write_text("{")
-    with pytest.raises(SpectuneError, match="cannot be read as JSON"):
+    with pytest.raises(SpectuneError, match="is not valid JSON"):
         Library.open(library.path)
 
 

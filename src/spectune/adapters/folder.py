@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.reading import check_tensors_file, parse_json, read_json
+from spectune.reading import MOST_TENSORS, check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -127,6 +127,8 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         check_tensors_file(where)
         with safe_open(where, framework="pt") as opened:
+            if len(opened.keys()) > MOST_TENSORS:
+                raise SpectuneError(f"{where} has {len(opened.keys()):,} tensors; at most {MOST_TENSORS:,} are read")
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
     except FileNotFoundError:

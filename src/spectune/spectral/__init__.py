@@ -23,4 +23,5 @@ __all__ = [
     "singular_values",
     "stream",
     "svd",
+    "weight_map",
 ]

@@ -262,8 +262,6 @@ def _pattern(config: Entry, patterns: str, name: str, default: str) -> Any:
     inside = config.inside(patterns)
     if len(inside.values) > MOST_PATTERNS:
         raise SpectuneError(f"{inside.where} has {len(inside.values):,} patterns; at most {MOST_PATTERNS:,} are read")
-    if name in inside.values:  # no pattern before it can be meant: PEFT writes whole names
-        return inside.number(name)
     for pattern in inside.values:
         if matches_end(pattern, name):
             return inside.number(pattern)

@@ -220,7 +220,8 @@ class AdapterCheckpoints:
             if (tensor.shape, tensor.dtype) != (target[key].shape, target[key].dtype):
                 raise SpectuneError(
                     f"{checkpoint} was made with other settings ({key!r} is {tensor.dtype} {tuple(tensor.shape)} there "
-                    f"and {target[key].dtype} {tuple(target[key].shape)} here); resume with the configuration of the run"
+                    f"and {target[key].dtype} {tuple(target[key].shape)} here); resume with the configuration of the "
+                    "run"
                 )
         with torch.no_grad():
             for key, tensor in state.items():
