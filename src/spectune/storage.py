@@ -65,6 +65,10 @@ class Entry:
             raise SpectuneError(f"{key!r} in {self.where} is {value!r:.60}, not {names}")
         return value
 
+    def flag(self, key: str) -> bool:
+        """Return a value, which must be true or false; false where it is not there or null."""
+        return bool(self.take(key, bool, type(None)))
+
     def number(self, key: str, *, default: float | None = None) -> float:
         """Return a value, which must be a finite number."""
         value = self.take(key, int, float, default=default)

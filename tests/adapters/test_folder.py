@@ -161,15 +161,15 @@ def test_without_the_base_a_clear_sentence(tmp_path):
 
 def test_another_base_is_refused_and_the_layer_named(tmp_path):
     loaded = Adapter.load(made("svf").save(tmp_path))
-    with pytest.raises(SpectuneError, match="another base: the weight of '0' differs"):
+    with pytest.raises(SpectuneError, match=r"another base: the weight of '0' differs"):
         spectune.attach(small(seed=5), loaded)
     tuned = small()
     with torch.no_grad():
         tuned[4].weight.add_(2e-4 * tuned[4].weight.abs().mean() * torch.randn(5, 9))
     for call in (lambda: spectune.attach(tuned, loaded), lambda: Adapter.load(tmp_path).bind(tuned)):
-        with pytest.raises(SpectuneError, match="another base: the weight of '4' differs"):
+        with pytest.raises(SpectuneError, match=r"another base: the weight of '4' differs"):
             call()
-    with pytest.raises(SpectuneError, match="another base: the weight of '4' differs"):
+    with pytest.raises(SpectuneError, match=r"another base: the weight of '4' differs"):
         spectune.attach(tuned, made("svf"))  # not through a file
     narrow = nn.Sequential(*small()[:4], nn.Linear(9, 4))
     with pytest.raises(SpectuneError, match=r"another base: '4' is \(4, 9\) here and \(5, 9\) there"):
@@ -178,11 +178,16 @@ def test_another_base_is_refused_and_the_layer_named(tmp_path):
         spectune.attach(small()[:4], loaded)
 
 
-def test_what_needs_no_basis_goes_on_any_base(tmp_path):
-    for method in ("lora:rank=2", "lora:rank=2,rslora=true"):
+def test_what_needs_no_basis_is_known_to_be_of_another_base_too(tmp_path):
+    for method in ("lora:rank=2", "dora:inner=lora,rank=2"):
         adapter = made(method)
         for one in (adapter, Adapter.load(adapter.save(tmp_path))):
-            spectune.attach(small(seed=5), one)
+            with pytest.raises(SpectuneError, match=r"another base: the weight of .* differs from the one"):
+                spectune.attach(small(seed=5), one)
+            again = spectune.extract(spectune.attach(small(seed=5), one, check=False))
+            for name in adapter.layers:
+                torch.testing.assert_close(again.layers[name].terms[0].trained, adapter.layers[name].terms[0].trained)
+            spectune.attach(small(seed=5), again)  # which is of that base now
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lora:rank=3"])

@@ -8,16 +8,16 @@ from dataclasses import replace
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from spectune.adapters.compress import compress, to_lora
+from spectune.adapters.compress import compress, to_lora, to_one_rank
 from spectune.adapters.contents import Contents
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
 from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
-from spectune.adapters.terms import add_layers
+from spectune.adapters.terms import add_layers, as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
 
@@ -33,25 +33,41 @@ class Adapter(Contents):
         error: relative Frobenius error ||dW - exact dW|| / ||exact dW|| over all layers, where it came from a
             truncation.
         labels: what a classifier's logits stand for, in their order, where the adapter brings a classifier's head.
+        modules: module name -> sum of terms, of the modules other than linear layers that the adapter brings whole.
     """
 
     @classmethod
     def of(cls, contents: Contents) -> Adapter:
         """Return the adapter with these contents."""
-        return cls(contents.layers, contents.base_model, contents.error, contents.labels)
+        adapter = cls(contents.layers, contents.base_model, contents.error, contents.labels, contents.modules)
+        adapter.architecture, adapter.groups = contents.architecture, contents.groups
+        return adapter
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(t.method.name for layer in self.layers.values() for t in layer.terms)
-        return f"Adapter({'+'.join(methods)} on {len(self.layers)} layers, {self.parameter_count():,} parameters)"
+        whole = f" and {len(self.modules)} whole modules" if self.modules else ""
+        return (
+            f"Adapter({'+'.join(methods)} on {len(self.layers)} layers{whole}, {self.parameter_count():,} parameters)"
+        )
 
-    def bind(self, model: torch.nn.Module) -> Adapter:
+    def _with(self, **changes: Any) -> Adapter:
+        """Return the adapter with other contents."""
+        kept = ("layers", "base_model", "error", "labels", "modules", "architecture", "groups")
+        return Adapter(**{**{key: getattr(self, key) for key in kept}, **changes})
+
+    def bind(self, model: torch.nn.Module, *, check: bool = True) -> Adapter:
         """Give the adapter the weights of its base, from which it recomputes bases when asked for dW.
+
+        Args:
+            model: its base.
+            check: refuse another base than the one it was trained on.
 
         Raises:
             SpectuneError: a layer is missing in the model, or is another weight than the adapter was trained on.
         """
         weights = {name: effective_weight(find_linear(model, name)).detach() for name in self.layers}
-        self.check_base(weights)
+        if check:
+            self.check_base(weights)
         self.layers = {name: replace(layer, weight=weights[name]) for name, layer in self.layers.items()}
         return self
 
@@ -66,7 +82,8 @@ class Adapter(Contents):
             name: replace(layer, terms=tuple(term.scaled(float(factor)) for term in layer.terms))
             for name, layer in self.layers.items()
         }
-        return Adapter(layers, self.base_model, self.error, self.labels)
+        modules = {n: [replace(t, weight=t.weight * float(factor)) for t in terms] for n, terms in self.modules.items()}
+        return self._with(layers=layers, modules=modules)
 
     __rmul__ = __mul__
 
@@ -87,15 +104,20 @@ class Adapter(Contents):
                 f"adapters whose heads have different labels cannot be added: {', '.join(self.labels)}; "
                 f"and {', '.join(other.labels)}"
             )
-        layers = dict(self.layers)
+        mine, other = _alike(self, other)
+        layers = dict(mine.layers)
         for name, theirs in other.layers.items():
             ours = layers.get(name)
             layers[name] = theirs if ours is None else add_layers(name, ours, theirs)
         base, error = self.base_model or other.base_model, max(self.error, other.error)
-        return Adapter(layers, base, error, self.labels or other.labels)
+        modules = {n: (*mine.modules.get(n, ()), *other.modules.get(n, ())) for n in {**mine.modules, **other.modules}}
+        labels = self.labels or other.labels
+        return self._with(layers=layers, base_model=base, error=error, labels=labels, modules=modules)
 
     def by_layer(self, weights: Mapping[str, float]) -> Adapter:
         """Return the adapter with a weight of its own for each layer, without the layers that have none or 0.
+
+        Modules that the adapter brings whole have weight one.
 
         Args:
             weights: module name -> factor of its update.
@@ -111,7 +133,7 @@ class Adapter(Contents):
             for name, weight in weights.items()
             if weight
         }
-        return Adapter(layers, self.base_model, self.error)
+        return self._with(layers=layers, labels=None)
 
     # -- other forms of the same update
 
@@ -166,28 +188,55 @@ class Adapter(Contents):
         """
         return Adapter.of(read_whole(choose.load, Path(path)))
 
-    def export(self, path: Path_, format: Literal["peft"] = "peft", *, rank: int | None = None) -> Adapter:
+    def export(
+        self, path: Path_, format: Literal["peft"] = "peft", *, rank: int | None = None, one_rank: bool = False
+    ) -> Adapter:
         """Write the adapter as a PEFT LoRA folder (DoRA around LoRA stays DoRA) and return what was written.
 
         Args:
             path: the folder, made if need be.
             format: "peft".
             rank: the best LoRA of this rank instead of an exact one; its `error` says how far it is.
+            one_rank: fill all layers up with zeros to one rank and one alpha, for programs such as llama.cpp that
+                read no `alpha_pattern`.
 
         Raises:
-            SpectuneError: an unknown format, or no basis at hand.
+            SpectuneError: an unknown format, no basis at hand, or modules that PEFT cannot hold.
         """
         if format != "peft":
             raise SpectuneError(f"format must be 'peft', not {format!r}; spectune.merge(model) makes a merged model")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
+        adapter = Adapter.of(to_one_rank(adapter)) if one_rank else adapter
         save_peft(adapter, Path(path))
         return adapter
 
     @staticmethod
-    def from_peft(path: Path_) -> Adapter:
-        """Read a LoRA, DoRA, converted PiSSA or AdaLoRA folder that PEFT wrote.
+    def from_peft(path: Path_, *, allow_bin: bool = False) -> Adapter:
+        """Read a LoRA, DoRA, converted PiSSA or AdaLoRA folder that PEFT wrote, with the modules that it saved whole.
+
+        Args:
+            path: the folder.
+            allow_bin: read `adapter_model.bin` where there are no safetensors, tensors alone (`weights_only`).
 
         Raises:
             SpectuneError: missing or damaged files, or a kind of adapter that is not one of these.
         """
-        return Adapter.of(read_whole(load_peft, Path(path)))
+        return Adapter.of(read_whole(lambda folder: load_peft(folder, allow_bin=allow_bin), Path(path)))
+
+
+def _alike(ours: Adapter, theirs: Adapter) -> tuple[Adapter, Adapter]:
+    """Return two adapters that are to be added, with whole linear layers in one form in both.
+
+    What PEFT saved whole is known to be a linear layer only where the other adapter says so.
+    """
+
+    def converted(these: Adapter, others: Adapter) -> Adapter:
+        layers, modules = dict(these.layers), dict(these.modules)
+        for name, known in others.layers.items():
+            brought = all(term.method.replaces for term in known.terms)
+            if brought and name in modules and all(heads := [as_head(t, known.conv1d) for t in modules[name]]):
+                layers[name] = replace(known, terms=tuple(heads), weight=None, base_sketch=None)
+                del modules[name]
+        return these._with(layers=layers, modules=modules)
+
+    return converted(ours, theirs), converted(theirs, ours)

@@ -13,6 +13,8 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.terms import LayerUpdate, Term, lora_term
 from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
+from spectune.methods.dora import DoRA
+from spectune.methods.lora import LoRA
 from spectune.spectral import svd
 
 _NOISE = 1e-13  # relative size of an eigenvalue of a float64 Gram matrix that is rounding error
@@ -42,7 +44,7 @@ def to_lora(adapter: Contents, rank: int | None) -> Contents:
     updates = {name: layer for name, layer in adapter.layers.items() if name not in heads}
     exact = {name: _stacked(layer) or _as_product(adapter.delta(name)) for name, layer in updates.items()}
     layers = {name: _lora_layer(adapter.layers[name], f) for name, f in exact.items()}
-    return Contents({**layers, **heads}, adapter.base_model, labels=adapter.labels)
+    return _as(adapter, {**layers, **heads})
 
 
 def compress(adapter: Contents, rank: int) -> Contents:
@@ -65,7 +67,37 @@ def compress(adapter: Contents, rank: int) -> Contents:
     total, lost = sum(p.total for p in parts.values()), sum(p.lost for p in parts.values())
     layers = {name: _lora_layer(layer, parts[name].product) for name, layer in updates.items()}
     error = (lost / total) ** 0.5 if total > 0 else 0.0
-    return Contents({**layers, **heads}, adapter.base_model, error, adapter.labels)
+    return _as(adapter, {**layers, **heads}, error)
+
+
+def to_one_rank(adapter: Contents) -> Contents:
+    """Return an adapter of LoRAs (DoRA around them is one) with one rank and one alpha, filled up with zeros."""
+
+    def lora(term: Term) -> LoRA:
+        return term.method.inner if isinstance(term.method, DoRA) else term.method  # type: ignore[return-value]
+
+    heads = _heads(adapter)
+    layers = {name: layer for name, layer in adapter.layers.items() if name not in heads}
+    rank = max(lora(layer.terms[0]).rank for layer in layers.values())
+    for name, layer in layers.items():
+        (term,) = layer.terms
+        inner, A, B = lora(term), term.trained["A"], term.trained["B"]
+        wider = LoRA(rank=rank, alpha=float(rank), dropout=inner.dropout)
+        method = replace(term.method, inner=wider) if isinstance(term.method, DoRA) else wider  # type: ignore[type-var]
+        trained = {
+            **term.trained,
+            "A": torch.cat([A, A.new_zeros(rank - len(A), A.shape[1])]),
+            "B": torch.cat([B * inner.scale, B.new_zeros(len(B), rank - len(A))], dim=1),
+        }
+        layers[name] = replace(layer, terms=(replace(term, method=method, trained=trained),))
+    return _as(adapter, {**layers, **heads}, adapter.error)
+
+
+def _as(adapter: Contents, layers: dict[str, LayerUpdate], error: float = 0.0) -> Contents:
+    """Return the contents of an adapter with other layers."""
+    return Contents(
+        layers, adapter.base_model, error, adapter.labels, adapter.modules, adapter.architecture, adapter.groups
+    )
 
 
 def _heads(adapter: Contents) -> dict[str, LayerUpdate]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters import fingerprint
-from spectune.adapters.terms import LayerUpdate, needs_basis, on_cpu
+from spectune.adapters.terms import LayerUpdate, WholeTerm, on_cpu
 from spectune.errors import SpectuneError, nearest
 from spectune.spectral import Request, decompose_many
 
@@ -28,6 +28,9 @@ class Contents:
         error: relative Frobenius error ||dW - exact dW|| / ||exact dW|| over all layers, where it came from a
             truncation.
         labels: what a classifier's logits stand for, in their order, where the adapter brings a classifier's head.
+        modules: module name -> sum of terms, of the modules other than linear layers that the adapter brings whole.
+        architecture: class of the model that it was trained on, and the module that the class is in.
+        groups: modules all of whose tensors the adapter brings, by the name of the outermost.
     """
 
     def __init__(
@@ -36,15 +39,22 @@ class Contents:
         base_model: str | None = None,
         error: float = 0.0,
         labels: Sequence[str] | None = None,
+        modules: Mapping[str, Sequence[WholeTerm]] | None = None,
+        architecture: tuple[str, str] | None = None,
+        groups: Sequence[str] = (),
     ) -> None:
         self.layers = dict(layers)
         self.base_model = base_model
         self.error = error
         self.labels = None if labels is None else tuple(labels)
+        self.architecture, self.groups = architecture, tuple(groups)
+        self.modules = {name: tuple(terms) for name, terms in (modules or {}).items()}
 
     def parameter_count(self) -> int:
         """Count the trained values."""
-        return sum(t.numel() for layer in self.layers.values() for term in layer.terms for t in term.trained.values())
+        tensors = [t for layer in self.layers.values() for term in layer.terms for t in term.trained.values()]
+        tensors += [t for terms in self.modules.values() for term in terms for t in term.tensors.values()]
+        return sum(t.numel() for t in tensors)
 
     def layer(self, module_name: str) -> LayerUpdate:
         """Return one layer's update.
@@ -114,22 +124,26 @@ class Contents:
         )
 
     def base_sketch(self, module_name: str) -> Tensor | None:
-        """Return the sketch of one layer's W where the update depends on W, else None."""
+        """Return the sketch of one layer's W where the layer's answer depends on W and it is known, else None."""
         layer = self.layer(module_name)
-        if not any(needs_basis(term.method) for term in layer.terms):
+        if all(term.method.replaces for term in layer.terms):
             return None
         self.layers[module_name] = layer = replace(layer, base_sketch=layer.base())
         return layer.base_sketch
 
-    def check_base(self, weights: Mapping[str, Tensor]) -> None:
+    def check_base(self, weights: Mapping[str, Tensor], *, values: bool = True) -> None:
         """Raise unless weights (out x in), by layer, are those that the adapter was trained on.
+
+        Args:
+            weights: the weights.
+            values: compare these too, and not shapes alone.
 
         Raises:
             SpectuneError: a shape differs, or the values where the update depends on them; the layer is named.
         """
         for name, layer in self.layers.items():
             fingerprint.check_shape(name, weights[name], layer.shape)
-        for name in list(self.layers):
+        for name in list(self.layers) if values else ():
             sketch = self.base_sketch(name)
             if sketch is not None:
                 fingerprint.check_weight(name, weights[name], sketch)

@@ -79,8 +79,8 @@ def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:
     pieces = []
     for piece in weight.detach().split(rows):
         if rounding is not None:
-            limit = min(torch.finfo(piece.dtype).max, torch.finfo(rounding).max)
-            piece = piece.clamp(-limit, limit).to(rounding)
+            limit = torch.finfo(rounding).max  # in 64 bits, where it is no other number
+            piece = piece.double().clamp(-limit, limit).to(rounding)
         pieces.append(right @ piece.double().mT)
     return (probes(weight.shape[0], 1) @ torch.cat(pieces, dim=1).cpu().mT).flatten()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -11,20 +12,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from spectune.adapters import fingerprint
 from spectune.errors import SpectuneError
 from spectune.reading import MOST_TENSORS, check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_LABELS = "labels"  # in the metadata of the weights, where PEFT's format has no place for them
+PICKLED = "adapter_model.bin"
+_MORE = ("labels", "architecture", "base")  # in the metadata of the weights: PEFT's format has no place for them
 _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
-_OUR_KEYS = ("format_version", "methods", "layers")
+_OUR_KEYS = ("format_version", "methods", "layers", "modules")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_PEFT_KEYS += ("trainable_token_indices",)
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
 
 
@@ -147,24 +152,70 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             "off between the two; get or save the adapter again"
         )
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not _finite(tensor):
             raise SpectuneError(f"{where} holds values that are not finite, in {key!r}")
     return tensors
 
 
-def read_labels(path: Path) -> list[str] | None:
-    """Return the labels of a classifier's head that are stored with an adapter's weights, if any."""
-    with safe_open(path / WEIGHTS, framework="pt") as opened:
-        text = (opened.metadata() or {}).get(_LABELS)
-    if text is None:
-        return None
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """Read the tensors that PEFT pickled, and nothing else from there."""
+    where = path / PICKLED
     try:
-        labels = parse_json(text, str(path / WEIGHTS))
-    except SpectuneError:
-        labels = None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise SpectuneError(f"{path / WEIGHTS} has labels that are not understood: {text!r:.60}")
-    return labels
+        tensors = torch.load(where, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or dangerous file makes of the reader
+        raise SpectuneError(f"{where} cannot be read as tensors alone ({' '.join(str(error).split())[:80]})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise SpectuneError(f"{where} holds more than tensors by name")
+    for key, tensor in tensors.items():
+        if not _finite(tensor):
+            raise SpectuneError(f"{where} holds values that are not finite, in {key!r}")
+    return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def read_more(path: Path) -> dict[str, Any]:
+    """Return what is stored with an adapter's weights besides the tensors, as far as it is there.
+
+    Labels of a classifier's head, the model's class and its module, and the sketches of the base's weights by layer.
+    """
+    if not (path / WEIGHTS).exists():
+        return {}
+    with safe_open(path / WEIGHTS, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    return {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
+
+
+def _understood(key: str, text: str, path: Path) -> Any:
+    try:
+        value = parse_json(text, str(path / WEIGHTS))
+        if key == "base":
+            return {name: _sketch(code) for name, code in value.items()}
+    except (SpectuneError, ValueError, AttributeError, TypeError, RecursionError):
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise SpectuneError(f"{path / WEIGHTS} has {key} that are not understood: {text!r:.60}")
+    return value
+
+
+def _sketch(code: str) -> Tensor:
+    data = np.frombuffer(base64.b64decode(code, validate=True), dtype="<f4")
+    return torch.from_numpy(data.astype(np.float32)).reshape(fingerprint.WEIGHT_SHAPE)
+
+
+def as_metadata(
+    labels: Sequence[str] | None, architecture: Sequence[str] | None, base: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Return what `read_more` reads, as texts."""
+    found: dict[str, Any] = {"labels": labels, "architecture": architecture}
+    codes = {}
+    for name, sketch in base.items():
+        values = torch.zeros(sketch.shape) if sketch.is_meta else sketch
+        codes[name] = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+    found["base"] = codes or None
+    return {key: json.dumps(value) for key, value in found.items() if value is not None}
 
 
 def folder_digest(folder: Path) -> str:
@@ -173,17 +224,24 @@ def folder_digest(folder: Path) -> str:
 
 
 def write_folder(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], labels: Sequence[str] | None = None
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
 ) -> Path:
     """Write the two files, both or none; the weights name their config's digest, so that a torn pair is found out.
 
     Both are written in full under temporary names before the first is renamed.  The old weights are put back should the
     second rename fail; where the process is killed between the two, whoever reads the folder next finishes it.
+
+    Raises:
+        SpectuneError: values that are not finite, which reading would refuse; what is there stays.
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    metadata = _metadata(_digest(tensors), _config_digest(config))
-    if labels is not None:
-        metadata[_LABELS] = json.dumps(labels)
+    for key, tensor in tensors.items():
+        if not _finite(tensor):
+            raise SpectuneError(
+                f"the adapter cannot be saved: {key!r} has values that are not finite; go back to a checkpoint, or "
+                "train with a lower learning rate"
+            )
+    metadata = {**_metadata(_digest(tensors), _config_digest(config)), **(more or {})}
     text = _text(config)
     path.mkdir(parents=True, exist_ok=True)
     with (
@@ -222,14 +280,17 @@ def _linked(path: Path, other: Path) -> bool:
     return True
 
 
-def folder_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def folder_sizes(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+) -> tuple[int, int]:
     """Return the bytes of the weights' file and of the config that `write_folder` would write.
 
     Args:
         config: the config.
         tensors: tensors of the shapes and dtypes to be written; their values, if they have any, do not matter.
+        more: as for `write_folder`.
     """
-    weights = safetensors_size(tensors, _metadata("0" * 64, "0" * 64))
+    weights = safetensors_size(tensors, {**_metadata("0" * 64, "0" * 64), **(more or {})})
     return weights, len(_text(config).encode())
 
 

@@ -16,6 +16,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.factors import Base
 from spectune.layers.shards import whole
 from spectune.methods import Method
+from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 
 _TURNED = 0.1  # part of a basis that may come out otherwise elsewhere, beyond which it is stored with the adapter
@@ -154,6 +155,41 @@ class LayerUpdate:
         if self.base_sketch is None and self.weight is not None:
             return fingerprint.sketch_weight(self.weight)
         return self.base_sketch
+
+
+ADDED_BIAS = "added_bias"
+
+
+@dataclass(frozen=True)
+class WholeTerm:
+    """weight * (a module's own tensors instead of the base's, less the base's).
+
+    Args:
+        tensors: by their names in the module; ADDED_BIAS is what is added to its bias, or to its answer if it has none.
+        weight: factor of the difference.
+        rows: the rows of an embedding, or of an output embedding, that "weight" (rows x d) stands for; None for all.
+        complete: these are all the tensors of the module's state.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: float = 1.0
+    rows: tuple[int, ...] | None = None
+    complete: bool = False
+
+
+def unchecked(term: Term) -> Term:
+    """Return a term that is not compared with what it was on the base that it was trained on."""
+    return replace(term, sketch=None)
+
+
+def as_head(term: WholeTerm, conv1d: bool) -> Term | None:
+    """Return the term that brings a linear layer whole, or None where the tensors are not all of one."""
+    weight, bias = term.tensors.get("weight"), term.tensors.get("bias")
+    if weight is None or weight.dim() != 2 or term.rows is not None or term.tensors.keys() - {"weight", "bias"}:
+        return None
+    own = {"H": weight.T if conv1d else weight, **({} if bias is None else {"h": bias})}
+    own = {key: tensor.float().contiguous() for key, tensor in own.items()}
+    return Term(Head(bias=bias is not None), own, term.weight)
 
 
 def needs_basis(method: Method) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.modules import is_linear
-from spectune.model.targets import FRESH
+from spectune.model.fresh import FRESH
 
 
 class Prediction(NamedTuple):
@@ -25,8 +25,12 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
 
 
-def load_classifier(path: str, config: Any, tokenizer: Any, labels: Sequence[str], options: dict[str, Any]) -> Any:
+def load_classifier(
+    path: str, config: Any, tokenizer: Any, labels: Sequence[str], options: dict[str, Any], new_head: bool = False
+) -> Any:
     """Load a checkpoint with a classification head; one that it lacks, or has for other labels, is zero and marked.
+
+    A head is kept where its labels are the same but for case, or where numbers from 0 count as many.
 
     Args:
         path: what `from_pretrained` takes.
@@ -34,15 +38,16 @@ def load_classifier(path: str, config: Any, tokenizer: Any, labels: Sequence[str
         tokenizer: its tokenizer, which gets a token to pad with if it has none.
         labels: in the order of the logits; the checkpoint's own order where it has the same ones.
         options: for `from_pretrained`.
+        new_head: give it a head of its own where the checkpoint has one for as many labels by other names.
 
     Raises:
-        SpectuneError: a head that is not made of linear layers.
+        SpectuneError: the checkpoint has such a head, and a new one is not asked for.
     """
     import transformers
 
     known = [config.id2label[i] for i in sorted(config.id2label)]
-    same = sorted(known) == sorted(labels)
-    names = known if same else list(labels)
+    names = _by_known(known, labels)
+    same, names = names is not None, names or list(labels)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         path,
         num_labels=len(names),
@@ -54,20 +59,23 @@ def load_classifier(path: str, config: Any, tokenizer: Any, labels: Sequence[str
     )
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     fresh = dict.fromkeys(n.rpartition(".")[0] for n, _ in model.named_parameters() if n in missing)
+    inner = f"{model.base_model_prefix}."
+    has_head = any(not n.startswith(inner) and n not in missing for n, _ in model.named_parameters())
+    if not same and not new_head and has_head and len(known) == len(names):
+        raise SpectuneError(
+            f"the head of {path} tells apart {', '.join(known)}, and the labels are {', '.join(names)}: name them "
+            "alike, in any case or as numbers from 0 in its order, or ask for a head of their own with new_head=True "
+            "(new_head: true in a run)"
+        )
     if not same:  # a head for other labels, which may be as many
-        inner = f"{model.base_model_prefix}."
         linears = [(n, m) for n, m in model.named_modules() if is_linear(m) and not n.startswith(inner)]
         fresh |= {n: None for n, m in linears if m.weight.shape[0] == len(names)}
     for name in fresh:
         layer = model.get_submodule(name)
-        if not is_linear(layer):
-            raise SpectuneError(
-                f"the checkpoint lacks {name!r}, a {type(layer).__name__} of the classification head; only linear "
-                "layers can be trained beside an adapter"
-            )
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.zero_()
+        if is_linear(layer):
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.zero_()
         setattr(layer, FRESH, True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -75,6 +83,23 @@ def load_classifier(path: str, config: Any, tokenizer: Any, labels: Sequence[str
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = model.config.get_text_config().pad_token_id
     return model
+
+
+def _by_known(known: Sequence[str], labels: Sequence[str]) -> list[str] | None:
+    """Return labels in the order of those that a checkpoint knows, or None where they are not the same."""
+    if len(known) != len(labels):
+        return None
+    for plain in (str, _plain):
+        ours = {plain(label): label for label in labels}
+        if len(ours) == len(labels) and ours.keys() == {plain(label) for label in known}:
+            return [ours[plain(label)] for label in known]
+    if sorted(labels) == sorted(map(str, range(len(labels)))):
+        return sorted(labels, key=int)
+    return None
+
+
+def _plain(label: str) -> str:
+    return "".join(c for c in label.casefold() if c.isalnum())
 
 
 def label_names(model: Any) -> list[str]:

@@ -133,6 +133,7 @@ def load_base(
     *,
     device: str | torch.device | None = None,
     labels: Sequence[str] | None = None,
+    new_head: bool = False,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
@@ -144,6 +145,7 @@ def load_base(
         device: where to; None keeps it on the CPU.
         labels: load it as a classifier of texts into these; a head that the checkpoint lacks is zero, and `adapt`
             trains it in full.
+        new_head: with labels, a head of their own where the checkpoint has one for as many labels by other names.
         trust_remote_code: run code that comes with the checkpoint.
         kwargs: for `from_pretrained`.
 
@@ -164,7 +166,7 @@ def load_base(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **kwargs}
             if labels is not None:
-                model = load_classifier(path, config, tokenizer, labels, options)
+                model = load_classifier(path, config, tokenizer, labels, options, new_head)
             else:
                 model = auto_class(config).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
@@ -192,7 +194,7 @@ def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
     """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
     if all(adapter.self_contained(name) for name in adapter.layers):
         return adapter
-    model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels)
+    model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels, new_head=True)
     return adapter.bind(model)
 
 

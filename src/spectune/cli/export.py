@@ -39,7 +39,7 @@ def export(
     loaded = Adapter.load(adapter)
     if format is Format.merged:
         name, labels = base_name(loaded, base), loaded.labels
-        model, tokenizer = load_base(name, dtype, labels=labels, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_base(name, dtype, labels=labels, new_head=True, trust_remote_code=trust_remote_code)
         merge(attach(model, loaded), keep=False).save_pretrained(out)
         tokenizer.save_pretrained(out)
         error = 0.0

@@ -98,6 +98,7 @@ def load_with_adapters(
         dtype,
         device=device or default_device(),
         labels=labels[0] if labels else None,
+        new_head=True,  # the adapter brings its own
         trust_remote_code=trust_remote_code,
     )
     mixture: dict[str, float] = {}

@@ -24,10 +24,10 @@ from spectune.compare.meter import Peak, StepTimes, floor
 from spectune.compare.trial import Trial
 from spectune.errors import SpectuneError
 from spectune.model.adapting import adapt
+from spectune.model.fresh import FRESH
 from spectune.model.lifecycle import detach, extract
 from spectune.model.names import adapter_names
 from spectune.model.routing import base_alone
-from spectune.model.targets import FRESH
 from spectune.speed.checkpointing import checkpoint_activations, keep_activations
 from spectune.speed.parts import training_parts
 from spectune.training.config import TrainConfig

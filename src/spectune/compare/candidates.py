@@ -11,6 +11,7 @@ from spectune.layers.modules import effective_weight
 from spectune.methods import parse, to_text
 from spectune.methods.head import Head
 from spectune.model.targets import resolve
+from spectune.model.whole import fresh_heads
 from spectune.pages.units import parse_count
 from spectune.planning.budget import within_budget
 
@@ -51,7 +52,7 @@ def _as_compared(text: str, config: CompareConfig, model: Any) -> tuple[str, lis
 
 def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
     method, budget = parse(text), parse_count(config.budget or "")
-    layers = resolve(model, method, config.targets, config.exclude, dict(config.overrides))
+    layers = resolve(model, method, config.targets, config.exclude, dict(config.overrides), fresh_heads(model))
     shapes = [
         tuple(effective_weight(model.get_submodule(name)).shape)
         for name, own in layers.items()

@@ -186,8 +186,8 @@ class Adapted(nn.Module):
         tensors, method = self.tensors(update), update.method
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
-        ratio = update.ratio(tensors, self.base())
-        if ratio is not None and ratio.rows is not None:
+        ratio = update.ratio(tensors, self.base()) if method.in_factors else None
+        if not method.in_factors or (ratio is not None and ratio.rows is not None):
             return self._alone(update, x)
         if x.device.type == "cuda":  # where many rows are a kernel's
             return self._fused(update, x, tensors, None if ratio is None else ratio.values)
@@ -205,7 +205,7 @@ class Adapted(nn.Module):
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
         with torch._C.DisableTorchFunction():  # modes, such as a checkpointed region's, would be asked at every access
-            if self._fuses(x) and not (training and method.drop):
+            if method.in_factors and self._fuses(x) and not (training and method.drop):
                 ratio = update.ratio(tensors, self.base())
                 if ratio is None or ratio.rows is None:
                     return self._fused(update, x, tensors, None if ratio is None else ratio.values)
@@ -235,7 +235,7 @@ class Adapted(nn.Module):
             update, weight = parts[0]
             method, training = update.method, update.training
             dropped = training and method.drop
-            if weight * update.weight == 1.0 and not method.replaces and self._fuses(x) and not dropped:
+            if weight * update.weight == 1.0 and method.in_factors and self._fuses(x) and not dropped:
                 tensors = method.still(self.tensors(update))
                 whole = method.whole(tensors) if training and self.selection.factored else None
                 if whole is not None or not method.additive:
@@ -392,7 +392,7 @@ def _goes_around(forward: Any) -> bool:
 
 def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     """Make a linear layer an adapted one, in place, without touching its parameters."""
-    _change_class(layer, adapted_class(type(layer)))
+    change_class(layer, adapted_class(type(layer)))
     layer.adapted_as = name  # type: ignore[assignment]
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
@@ -408,10 +408,10 @@ def give_back(layer: Adapted) -> None:
     if layer.fused is not None:
         layer.fused.end()
     del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused
-    _change_class(layer, layer.plain_class)
+    change_class(layer, layer.plain_class)
 
 
-def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:
+def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
     """Change a layer's class, and what wrappers such as accelerate's hooks keep of its forward method."""
     before = type(layer).forward
     layer.__class__ = to

@@ -202,7 +202,7 @@ def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
     start: Any = 0.0 if own is None else own.detach().to(torch.promote_types(own.dtype, torch.float32))
     total = None if own is None else start
     for update, factor in parts:
-        other = update.method.bias_of(update.trained())
+        other = update.method.bias_of(update.trained(), None if own is None else start)
         if other is not None:
             more = factor * update.weight * (other.detach() - start)
             total = more if total is None else total + more
@@ -211,4 +211,4 @@ def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
 
 def has_bias(update: Any) -> bool:
     """Whether an update has another bias than its layer."""
-    return update.method.bias_of(update.trained()) is not None
+    return update.method.bias_of(update.trained(), None) is not None

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from spectune.layers.protocols import Layer
+from spectune.layers.protocols import Place
 
 SHARED = "one input without an axis of rows serves them all"
 GATHERED = "its input is picked from the batch by what the rows hold"
@@ -142,16 +142,16 @@ class Layouts:
     """
 
     def __init__(self) -> None:
-        self.places: dict[tuple[Layer, int], Layout | str] = {}
+        self.places: dict[tuple[Place, int], Layout | str] = {}
         self.plans: dict[nn.Module, dict[Any, Plan]] = {}
-        self.apart: dict[Layer, nn.Module] = {}
-        self.names: dict[Layer, str] = {}
-        self.shown: set[Layer] = set()
+        self.apart: dict[Place, nn.Module] = {}
+        self.names: dict[Place, str] = {}
+        self.shown: set[Place] = set()
         self.tried: set[Any] = set()
         self.entrances: set[nn.Module] = set()
         self.failure: str | None = None
 
-    def learn(self, key: tuple[Layer, int], verdict: Layout | str) -> None:
+    def learn(self, key: tuple[Place, int], verdict: Layout | str) -> None:
         """Add what a pass has shown of a layer to what others have."""
         known = self.places.get(key, verdict)
         if isinstance(known, Layout) and isinstance(verdict, Layout):

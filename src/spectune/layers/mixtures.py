@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from spectune.layers.protocols import Layer
+from spectune.layers.protocols import Place
 
 # the weight of each adapter: a number, a tensor () that takes gradients, or one of these for each layer (0 elsewhere)
 Weight = float | Tensor
-Mixture = Mapping[str, "Weight | dict[Layer, Weight]"]
+Mixture = Mapping[str, "Weight | dict[Place, Weight]"]
 
 
 class RowWeights(NamedTuple):
@@ -30,7 +30,7 @@ class RowWeights(NamedTuple):
     uses: list[tuple[int, Any]]
 
 
-def weight_at(mixture: Mixture, name: str, layer: Layer) -> Weight:
+def weight_at(mixture: Mixture, name: str, layer: Place) -> Weight:
     """Return the weight of an adapter in one layer, 0 where it has no part."""
     weight = mixture.get(name, 0.0)
     return weight.get(layer, 0.0) if isinstance(weight, dict) else weight

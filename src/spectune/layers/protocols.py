@@ -18,6 +18,7 @@ class Rule(Protocol):
 
     additive: ClassVar[bool]
     replaces: ClassVar[bool]
+    in_factors: ClassVar[bool]
     core_only: ClassVar[bool]
 
     @property
@@ -30,14 +31,21 @@ class Rule(Protocol):
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor: ...
     def add(self, t: Tensors, x: Tensor, y: Tensor) -> None: ...
     def delta(self, t: Tensors, weight: Tensor) -> Tensor: ...
-    def bias_of(self, t: Tensors) -> Tensor | None: ...
+    def bias_of(self, t: Tensors, own: Tensor | None) -> Tensor | None: ...
     def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
-class Layer(Protocol):
-    """An adapted layer, as mixtures, row weights and stacks of factors see it."""
+class Place(Protocol):
+    """What adapters have a part in, a layer or another module, as mixtures and rows see it."""
 
     adapters: nn.ModuleDict
+
+    def __hash__(self) -> int: ...
+
+
+class Layer(Place, Protocol):
+    """An adapted layer, as row weights and stacks of factors see it."""
+
     bases: nn.ModuleDict
     bias: nn.Parameter | None
     training: bool
@@ -45,4 +53,3 @@ class Layer(Protocol):
     def tensors(self, update: Any) -> dict[str, Tensor]: ...
     def base(self, output: Tensor | None = None) -> Base: ...
     def sum(self, updates: Sequence[tuple[Any, Any]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor: ...
-    def __hash__(self) -> int: ...

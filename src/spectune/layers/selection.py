@@ -16,7 +16,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import UNTRIED, Layout, Layouts
 from spectune.layers.mixtures import Mixture, RowWeights, weight_at
-from spectune.layers.protocols import Layer
+from spectune.layers.protocols import Layer, Place
 from spectune.layers.stacks import RoutedForward, Stack
 
 
@@ -47,7 +47,7 @@ class Rows:
         self._forwards: dict[Any, RoutedForward] = {}
         self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
         self._shares: dict[tuple[str, Layer | None, int, torch.device], RowWeights | None] = {}
-        self._layouts: dict[tuple[Layer, int], Layout | None] = {}
+        self._layouts: dict[tuple[Place, int], Layout | None] = {}
 
     def groups(self) -> list[tuple[Mixture, list[int]]]:
         """Return the different mixtures, and the rows of the batch at hand that have each."""
@@ -57,7 +57,7 @@ class Rows:
             for rows in self._kinds.values()
         ]
 
-    def layout(self, layer: Layer, x: Tensor) -> Layout | None:
+    def layout(self, layer: Place, x: Tensor) -> Layout | None:
         """Return where rows lie in a layer's input x, or None where the layer answers all of them alike.
 
         Raises:
@@ -84,7 +84,7 @@ class Rows:
         """Look again where rows lie, since more is known."""
         self._layouts.clear()
 
-    def same(self, layer: Layer) -> bool:
+    def same(self, layer: Place) -> bool:
         """Whether all rows have the same mixture in a layer."""
         if self.alike:
             return True

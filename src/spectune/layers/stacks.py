@@ -273,7 +273,7 @@ class RoutedForward:
         for name, share in shares.items():
             for update in layer.adapters[name]:  # type: ignore[attr-defined]
                 dropped = update.training and update.method.drop
-                if update.method.replaces or dropped or _cancels(update, layer):
+                if not update.method.in_factors or dropped or _cancels(update, layer):
                     self._alone.append((update, share))
                     continue
                 shapes = [(key, p.shape) for key, p in update._parameters.items()]

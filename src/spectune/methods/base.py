@@ -37,6 +37,7 @@ class Method(abc.ABC):
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
     replaces: ClassVar[bool] = False  # W' does not depend on W
+    in_factors: ClassVar[bool] = True  # W' - W, or with a ratio W', is told by `factors`
 
     # -- what a method declares
 
@@ -78,6 +79,10 @@ class Method(abc.ABC):
         """Return what W + s L C R is multiplied by to give W', or None where they are the same."""
         return None
 
+    def whole_layer(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Return the trained tensors with which W' = W and b' = b, where W' does not depend on W."""
+        raise NotImplementedError
+
     def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W'^T + bias for x (..., in), where W' does not depend on W."""
         raise NotImplementedError
@@ -102,8 +107,8 @@ class Method(abc.ABC):
         """Return W' - W (out x in), dense."""
         return self.factors(t).dense()
 
-    def bias_of(self, t: Tensors) -> Tensor | None:
-        """Return b', the layer's bias under the update, where it is another than the layer's own."""
+    def bias_of(self, t: Tensors, own: Tensor | None) -> Tensor | None:
+        """Return b', the layer's bias under the update, where it is another than the layer's own b."""
         return None
 
     def projections(self, t: Tensors) -> tuple[Tensor, Tensor] | None:

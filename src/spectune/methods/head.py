@@ -21,8 +21,8 @@ _SPREAD = 0.02  # of transformers' new layers
 class Head(Method):
     """Train a layer in full: W' = H and b' = h, whatever the base has there.
 
-    H starts normal with standard deviation 0.02 and h at zero.  In PEFT's files such a layer is one of its
-    `modules_to_save`.
+    H and h start as the layer is, or normal with standard deviation 0.02 and at zero where W is zero.  In PEFT's
+    files such a layer is one of its `modules_to_save`.
 
     Args:
         bias: h trains too; otherwise the layer keeps the bias that it has.
@@ -37,6 +37,7 @@ class Head(Method):
     learning_rate: ClassVar[float] = 1e-2
     additive: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    in_factors: ClassVar[bool] = False
 
     bias: bool = True
 
@@ -48,6 +49,10 @@ class Head(Method):
 
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         return {key: torch.randn(shape) * (_SPREAD if key == "H" else 0.0) for key, shape in shapes.items()}
+
+    def whole_layer(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        h = weight.new_zeros(len(weight)) if bias is None else bias
+        return {"H": weight, **({"h": h} if self.bias else {})}
 
     def factors(self, t: Tensors) -> Factors:
         raise TypeError("a head replaces W and is no update of it in factors")
@@ -63,5 +68,5 @@ class Head(Method):
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         return t["H"] - weight
 
-    def bias_of(self, t: Tensors) -> Tensor | None:
+    def bias_of(self, t: Tensors, own: Tensor | None) -> Tensor | None:
         return t.get("h")

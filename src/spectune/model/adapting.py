@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.terms import Term
+from spectune.adapters.terms import Term, WholeTerm, unchecked
+from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.updates import Update
+from spectune.layers.whole import whole_modules
 from spectune.methods import Method, parse, to_text
 from spectune.methods.head import Head
 from spectune.model.install import install, selections
 from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
+from spectune.model.saving import watch_saving
 from spectune.model.targets import ALL_LINEAR, Targets, check_asked, resolve
+from spectune.model.whole import (
+    ModulesToSave,
+    as_layer_is,
+    biases,
+    check_apart,
+    is_head,
+    labels_of,
+    moved_statistics,
+    prepare,
+    put,
+    resolve_whole,
+    split_linear,
+    start_of,
+    with_tied_rows,
+)
 
 
 def adapt(
@@ -31,12 +49,16 @@ def adapt(
     name: str = "default",
     progress: Any = None,
     *,
+    modules_to_save: ModulesToSave = (),
+    bias: str = "none",
     factored: bool = False,
     dtype: torch.dtype | Literal["base"] | None = None,
 ) -> M:
     """Add a trainable adapter to a model, in place: W' = W + s L C R in every target.
 
-    Freezes every parameter but the adapter's, and makes it the one that answers.  W is never written to.
+    Freezes every parameter but the adapter's, and makes it the one that answers.  W is never written to.  What the
+    checkpoint lacked (a new head, rows of embeddings for new tokens) is trained and saved whole, and the statistics
+    that BatchNorm moves are the adapter's own.
 
     Args:
         model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16.
@@ -45,6 +67,9 @@ def adapt(
         exclude: suffixes or a regex of layers to leave out.
         overrides: suffix or regex -> another method, or None to leave the layer out.
         name: the adapter's name.
+        modules_to_save: names or suffixes of modules of any kind (heads, norms, embeddings) to train and save whole,
+            as PEFT's; a mapping says for each the rows of an embedding to train, or None for all of it.
+        bias: "none"; "lora_only" trains the biases of the adapted layers too, "all" every bias of the model.
         progress: called as progress(done, total) while weights are decomposed.
         factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
             products instead of three, equal up to rounding in W's dtype.
@@ -58,9 +83,14 @@ def adapt(
         SpectuneError: a target that matches nothing, a layer that cannot take the method, or a name in use.
     """
     check_new_name(model, name)
-    methods = resolve(model, parse(method), targets, exclude, overrides)
-    plan = {layer: (Term(chosen, {}),) for layer, chosen in methods.items()}
-    install(model, plan, name, progress=progress, dtype=dtype)
+    wanted = resolve_whole(model, modules_to_save)
+    heads = [module for module, rows in wanted.items() if is_head(model, module, rows)]
+    methods = resolve(model, parse(method), targets, exclude, overrides, heads)
+    plan = {layer: (Term(as_layer_is(model, layer, chosen), {}),) for layer, chosen in methods.items()}
+    plan, modules = biases(model, plan, bias, wanted)
+    modules = {**moved_statistics(model), **modules}
+    modules |= start_of(model, {module: rows for module, rows in wanted.items() if module not in heads})
+    _install(model, plan, modules, name, progress=progress, dtype=dtype)
     _say_what_is_less(model, methods, {parse(m) for m in (method, *(overrides or {}).values()) if m is not None})
     _let_train(model, [name])
     for selection in selections(adapted_layers(model)):
@@ -76,6 +106,7 @@ def attach(
     trainable: bool = False,
     factored: bool = False,
     dtype: torch.dtype | Literal["base"] | None = None,
+    check: bool = True,
 ) -> M:
     """Put an adapter on a model, in place, and make it the one that answers.
 
@@ -86,6 +117,8 @@ def attach(
         trainable: let its tensors train and freeze all others; otherwise everything is frozen.
         factored: as for `adapt`.
         dtype: as for `adapt`.
+        check: refuse a base whose weights are not those that the adapter was trained on, where it knows them; False
+            takes any of the same shapes, for a base that was trained on, say.
 
     Returns:
         The model.
@@ -97,10 +130,14 @@ def attach(
     check_new_name(model, name)
     layers = {n: find_linear(model, n) for n in adapter.layers}
     check_asked(model, layers)
-    adapter.check_base({n: effective_weight(layer) for n, layer in layers.items()})
-    plan = {layer_name: layer.terms for layer_name, layer in adapter.layers.items()}
-    trained_on = {n: layer.base_sketch for n, layer in adapter.layers.items()}
-    install(model, plan, name, trained_on=trained_on, dtype=dtype)
+    adapter.check_base({n: effective_weight(layer) for n, layer in layers.items()}, values=check)
+    _check_labels(model, adapter)
+    plan = {n: layer.terms if check else tuple(map(unchecked, layer.terms)) for n, layer in adapter.layers.items()}
+    linear, others = split_linear(model, adapter.modules)
+    plan |= {n: (*plan.get(n, ()), *terms) for n, terms in linear.items()}
+    modules = {**(moved_statistics(model) if trainable else {}), **with_tied_rows(model, others)}
+    trained_on = {n: layer.base_sketch for n, layer in adapter.layers.items()} if check else {}
+    _install(model, plan, modules, name, trained_on=trained_on, dtype=dtype)
     _let_train(model, [name] if trainable else [])
     for selection in selections(adapted_layers(model)):
         selection.factored = factored
@@ -129,9 +166,9 @@ def trainable(model: M, names: str | Iterable[str] | None) -> M:
 
 def _let_train(model: nn.Module, names: Collection[str]) -> None:
     layers = adapted_layers(model)
-    for layer in layers.values():
-        for name in layer.adapters:
-            layer.adapters[name].requires_grad_(name in names)
+    for part in (*layers.values(), *whole_modules(model).values()):
+        for name in part.adapters:
+            part.adapters[name].requires_grad_(name in names)
     for name in names:
         beginning: defaultdict[Method, list[Update]] = defaultdict(list)
         for layer in layers.values():
@@ -171,3 +208,27 @@ def _layers(names: Collection[str]) -> str:
 def _is_zero(layer: nn.Module) -> bool:
     weight = effective_weight(layer)
     return not weight.is_meta and not bool(weight.any())
+
+
+def _check_labels(model: nn.Module, adapter: Adapter) -> None:
+    ours, theirs = labels_of(model) or [], list(adapter.labels or ())
+    if theirs and ours != theirs and sorted(ours) == sorted(theirs):
+        raise SpectuneError(
+            f"the adapter's labels are in another order: {', '.join(theirs)}; and here {', '.join(ours)}: load the "
+            "base with labels in the adapter's order"
+        )
+
+
+def _install(
+    model: nn.Module,
+    plan: Mapping[str, Sequence[Term]],
+    modules: Mapping[str, Sequence[WholeTerm]],
+    name: str,
+    **options: Any,
+) -> None:
+    """Put terms on layers and an adapter's own versions of modules on a model, or nothing at all."""
+    check_apart(model, plan, modules)
+    values = prepare(model, modules)
+    install(model, plan, name, **options)
+    put(model, values, name, selections(adapted_layers(model))[0])
+    watch_saving(model)

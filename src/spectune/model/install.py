@@ -19,6 +19,7 @@ from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.selection import Selection
 from spectune.layers.updates import Basis, Update
+from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 
@@ -51,6 +52,8 @@ def install(
                     trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
                 else:
                     trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
+                    if term.method.replaces and weight.any():  # a layer that is zero could never learn beside another
+                        trained = term.method.whole_layer(weight, layer.bias)  # type: ignore[arg-type]
             held = weight.dtype if dtype == "base" else dtype or master_dtype(weight)
             trained = {k: v.detach().to(weight.device, held, copy=True) for k, v in trained.items()}
             updates.append(Update(term.method, trained, term.weight))
@@ -61,7 +64,7 @@ def install(
         ready[layer_name] = updates
     there = adapted_layers(model)
     shared = selections(there) or [Selection()]
-    own = {id(p) for adapted in there.values() for p in adapted.adapters.parameters()}
+    own = {id(p) for part in parts_of(model).values() for p in part.adapters.parameters()}
     shared[0].freeze(p for p in model.parameters() if id(p) not in own)
     for layer_name, layer in layers.items():
         adapted = layer if isinstance(layer, Adapted) else take_over(layer, layer_name, shared[0])
@@ -136,18 +139,19 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
 
 
-def selections(layers: Mapping[str, Adapted]) -> list[Selection]:
+def selections(layers: Mapping[str, Part]) -> list[Selection]:
     """Return what adapted layers share: one object, or several where parts of the model were adapted apart."""
     return list({id(layer.selection): layer.selection for layer in layers.values()}.values())
 
 
-def choose(layers: Iterable[Adapted], mixture: Mixture) -> None:
+def choose(layers: Iterable[Part], mixture: Mixture) -> None:
     """Set what answers every row, in every thread, and have each layer ready for it."""
     layers = list(layers)
     for selection in {layer.selection for layer in layers}:
         selection.mixture = mixture
     for layer in layers:
-        layer.parts(layer.selection.scope_of_model)
+        if isinstance(layer, Adapted):
+            layer.parts(layer.selection.scope_of_model)
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

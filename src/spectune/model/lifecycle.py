@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn as nn
+from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.terms import LayerUpdate, Term
-from spectune.layers.adapted import adapted_layers, give_back
+from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
+from spectune.layers.adapted import Adapted, adapted_layers, give_back
 from spectune.layers.modules import effective_weight, is_conv1d
 from spectune.layers.shards import is_part, whole
+from spectune.layers.whole import Whole, give_back_whole, whole_modules
+from spectune.methods import Method
+from spectune.methods.bias import Bias
+from spectune.methods.head import Head
 from spectune.model.install import selections
 from spectune.model.names import M, check_known_on, check_own_weights, method_of, updates_of
+from spectune.model.saving import leave_saving
+from spectune.model.whole import groups_of, is_complete, labels_of, trained_beside
 
 
 def extract(model: nn.Module, name: str = "default") -> Adapter:
     """Return an adapter that is on a model as an `Adapter` of its own, on the CPU.
+
+    It has all that trained with it: what of the base itself is set to train (`requires_grad`) is in it too.
 
     Where FSDP2 has sharded the model every process must call it, and the adapter holds neither W nor a basis.
 
@@ -25,23 +35,67 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     """
     check_known_on(model, name)
     check_own_weights(adapted_layers(model))
-    layers = {}
+    layers: dict[str, LayerUpdate] = {}
+    modules: dict[str, WholeTerm] = {}
     for layer_name, layer in adapted_layers(model).items():
         if name not in layer.adapters:
             continue
         terms = []
+        added = None
         for update in updates_of(layer, name):
             trained = {k: whole(v).cpu().float().clone() for k, v in update.trained().items()}
+            if isinstance(update.method, Bias):
+                added = update.weight * trained["d"] + (0.0 if added is None else added)
+                continue
             frozen = {k: whole(v) for k, v in layer.tensors(update).items() if k not in trained}
-            terms.append(Term(method_of(update), trained, update.weight, frozen or None))
+            terms.append(
+                Term(_with_own_bias(method_of(update), layer, trained), trained, update.weight, frozen or None)
+            )
+        if added is not None:
+            modules[layer_name] = _bias_of(layer, added)
+        if not terms:
+            continue
         weight = effective_weight(layer)
         extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
         layers[layer_name] = extracted.sealed() if is_part(weight) else extracted
+    for module_name, module in whole_modules(model).items():
+        own = _own_of(module, name) if name in module.adapters else None
+        if own is not None:
+            modules[module_name] = own
+    modules |= trained_beside(model)
     config: Any = getattr(model, "config", None)
-    brings_head = any(t.method.replaces for layer in layers.values() for t in layer.terms)
-    names = getattr(config, "id2label", None) if brings_head else None
-    labels = [str(names[i]) for i in sorted(names)] if names else None
-    return Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
+    brought = [n for n, layer in layers.items() if all(t.method.replaces for t in layer.terms)]
+    labels = labels_of(model) if brought else None
+    adapter = Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
+    adapter.modules = {n: (term,) for n, term in modules.items()}
+    adapter.groups = tuple(groups_of(model, [*brought, *(n for n, term in modules.items() if term.complete)]))
+    if hasattr(model, "save_pretrained"):
+        adapter.architecture = type(model).__name__, type(model).__module__
+    return adapter
+
+
+def _with_own_bias(method: Method, layer: Adapted, trained: dict[str, Tensor]) -> Method:
+    """Return a head's method with the bias that the layer has, which is then among what the adapter brings."""
+    if not isinstance(method, Head) or method.bias or layer.bias is None:
+        return method
+    trained["h"] = whole(layer.bias).cpu().float().clone()
+    return Head()
+
+
+def _bias_of(layer: Adapted, added: Tensor) -> WholeTerm:
+    if layer.bias is None:
+        return WholeTerm({ADDED_BIAS: added})
+    return WholeTerm({"bias": whole(layer.bias).cpu().float() + added})
+
+
+def _own_of(module: Whole, name: str) -> WholeTerm | None:
+    """Return an adapter's own version of a module, or None where it is statistics that never moved."""
+    own = module.values(name)
+    tensors = {k: whole(t).cpu().clone() for k, t in own.tensors().items()}
+    if not own._parameters and all(torch.equal(t, module._buffers[k]) for k, t in own.tensors().items()):  # type: ignore[arg-type]
+        return None
+    rows = None if own.rows is None else tuple(own.rows.tolist())
+    return WholeTerm(tensors, rows=rows, complete=rows is None and is_complete(module, tensors))
 
 
 def detach(model: M, name: str | None = None) -> M:
@@ -62,6 +116,12 @@ def detach(model: M, name: str | None = None) -> M:
             del layer.bases[key]
         if not layer.adapters:
             give_back(layer)
+    for module in whole_modules(model).values():
+        for gone in [n for n in module.adapters if name in (None, n)]:
+            del module.adapters[gone]
+        if not module.adapters:
+            give_back_whole(module)
+    leave_saving(model)
     left = adapted_layers(model).values()
     in_use = {id(layer.selection) for layer in left}
     for selection in shared:

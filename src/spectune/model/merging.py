@@ -13,15 +13,16 @@ from transformers import PreTrainedModel
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
-from spectune.layers.fused import has_bias, whole_bias, whole_weight
-from spectune.layers.mixtures import Mixture, weight_at
-from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.mixtures import Mixture
 from spectune.layers.shards import whole
+from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
+from spectune.model.fresh import FRESH, mark_loaded
 from spectune.model.install import selections
 from spectune.model.lifecycle import detach
-from spectune.model.names import M, check_own_weights, check_some_adapter, updates_of
+from spectune.model.merged import active_adapters, merged_bias, merged_weight
+from spectune.model.names import M, check_own_weights, check_some_adapter
 from spectune.model.routing import Choice, mixture_of
-from spectune.model.targets import FRESH
+from spectune.model.saving import watch_saving
 
 _RECORD = "spectune_merged"  # an attribute of what merging changed
 
@@ -37,6 +38,18 @@ class _Layer:
     fresh: Any
     merged: tuple[Any, Any] = (None, None)
     sums: Any = None
+
+
+@dataclass
+class _Module:
+    """What a module that an adapter brought whole was before: its tensors, and its adapters with their selection."""
+
+    name: str
+    before: dict[str, Any]
+    now: dict[str, Any]
+    adapters: nn.ModuleDict
+    selection: Any
+    fresh: Any
 
 
 class _Ties(NamedTuple):
@@ -64,41 +77,77 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
     Raises:
         SpectuneError: no such adapter is on the model, or a layer's weight cannot hold the sum; nothing is changed.
     """
-    layers = adapted_layers(model)
+    layers, modules = adapted_layers(model), whole_modules(model)
     check_some_adapter(layers)
     check_own_weights(layers)
     if names is not None and not isinstance(names, (str, Mapping)):
         names = dict.fromkeys(names, 1.0)
-    chosen: Mixture | None = None if names is None else mixture_of(layers, names)
+    chosen: Mixture | None = None if names is None else mixture_of({**layers, **modules}, names)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in layers.items():
             mixture = layer.selection.mixture if chosen is None else chosen
-            active = [(n, float(w)) for n in layer.adapters if (w := weight_at(mixture, n, layer))]
+            active = active_adapters(layer, mixture)
             if active:
                 with torch.autocast(layer.weight.device.type, enabled=False):
-                    merged[name] = _merged_weight(name, layer, active), _merged_bias(layer, active)
+                    merged[name] = merged_weight(name, layer, active), merged_bias(layer, active)
                 if safe and not all(_finite(t) for t in merged[name]):
                     raise SpectuneError(
                         f"merging {', '.join(repr(n) for n, _ in active)} into {name!r} gives values that are not "
                         "finite: the adapter is broken there; safe=False would merge it all the same"
                     )
+        versions = {n: m.mixed(a) for n, m in modules.items() if (a := active_adapters(m, _or(chosen, m)))}
+        for name, tensors in versions.items():
+            if safe and not all(_finite(t) for t in tensors.values()):
+                raise SpectuneError(
+                    f"merging into {name!r} gives values that are not finite: the adapter is broken there"
+                )
     parts = {name: _parts_of(layer) for name, layer in layers.items()}
+    own = {name: (nn.ModuleDict(module.adapters.items()), module.selection) for name, module in modules.items()}
     ties = _ties(model)
     detach(model)
+    new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
     for name, layer in layers.items():
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
         if name in merged:
             weight, bias = merged[name]
             layer.weight = nn.Parameter(weight, requires_grad=record.weight.requires_grad)  # type: ignore[misc]
+            new[id(record.weight)] = layer.weight
+            mark_loaded(layer.weight)
             vars(layer).pop(FRESH, None)
             if bias is not None:
                 layer.bias = nn.Parameter(bias, requires_grad=record.weight.requires_grad)
+                mark_loaded(layer.bias)
         if keep:
             record.merged, record.sums = (layer.weight, layer.bias), _sums(layer)
             vars(layer)[_RECORD] = record
+    for name, module in modules.items():
+        record = _Module(name, {}, {}, *own[name], vars(module).get(FRESH))
+        for key, tensor in versions.get(name, {}).items():
+            record.before[key] = old = module._parameters.get(key, module._buffers.get(key))
+            record.now[key] = _put(module, key, tensor.detach(), old, new)
+            vars(module).pop(FRESH, None)
+        if keep:
+            vars(module)[_RECORD] = record
     _untie(model, ties, keep)
     return model
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor, old: Any, new: dict[int, nn.Parameter]) -> Any:
+    if key in module._buffers:
+        module._buffers[key] = tensor.clone()
+        return module._buffers[key]
+    made = new.get(id(old))
+    if made is None or made.shape != tensor.shape or not torch.equal(made, tensor):
+        made = nn.Parameter(tensor.clone(), requires_grad=old.requires_grad)
+        mark_loaded(made)
+        new.setdefault(id(old), made)
+    module._parameters[key] = made
+    return made
+
+
+def _or(chosen: Mixture | None, module: Whole) -> Mixture:
+    return module.selection.mixture if chosen is None else chosen
 
 
 def unmerge(model: M) -> M:
@@ -116,6 +165,11 @@ def unmerge(model: M) -> M:
     records: dict[Any, _Layer] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Layer)}
     if not records:
         raise SpectuneError("no merged adapter can be taken out of the model: none was merged, or with keep=False")
+    brought: dict[Any, _Module] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Module)}
+    for module, record in brought.items():
+        held = {**module._parameters, **module._buffers}
+        if isinstance(module, Whole) or any(held[key] is not tensor for key, tensor in record.now.items()):
+            raise SpectuneError(f"{record.name!r} is another module now: load the base and attach the adapter instead")
     for layer, record in records.items():
         if isinstance(layer, Adapted):
             raise SpectuneError(f"{record.name!r} was adapted again after merging: detach the newer adapters first")
@@ -138,12 +192,22 @@ def unmerge(model: M) -> M:
         adapted.adapters, adapted.bases = parts["adapters"].to(now.device), parts["bases"].to(now.device)
         if adapted.selection.mixture != mixture:
             adapted.selection.mixture = mixture
+    for module, record in brought.items():
+        for key, tensor in record.before.items():
+            held = module._buffers if key in module._buffers else module._parameters
+            tensor.data = tensor.data.to(held[key].device)
+            held[key] = tensor
+        del vars(module)[_RECORD]
+        if record.fresh is not None:
+            setattr(module, FRESH, record.fresh)
+        take_over_whole(module, record.selection).adapters = record.adapters
+    watch_saving(model)
     for part in _transformers_models(model):
         before: _Ties | None = vars(part).pop(_RECORD, None)
         if before is not None:
             _set_ties(part, before)
     there = adapted_layers(model)
-    own = {id(p) for layer in there.values() for p in layer.adapters.parameters()}
+    own = {id(p) for part in parts_of(model).values() for p in part.adapters.parameters()}
     for layer in there.values():
         layer.parts(layer.selection.scope_of_model)
     for selection in selections(there):
@@ -159,33 +223,6 @@ def _parts_of(layer: Adapted) -> dict[str, Any]:
         "selection": layer.selection,
         "mixture": layer.selection.mixture,
     }
-
-
-def _merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
-    if "weight" not in layer._parameters:
-        raise SpectuneError(
-            f"the weight of {layer_name!r} is computed from other parameters, as weight_norm does, and cannot hold a "
-            "merged update: detach, make it a plain one with torch.nn.utils.parametrize.remove_parametrizations, and "
-            "attach again, or keep the adapter beside it"
-        )
-    weight = effective_weight(layer).detach()
-    if not weight.is_floating_point():
-        raise SpectuneError(
-            f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
-            "first, or keep the adapter beside it"
-        )
-    total = whole_weight(layer, _parts(layer, active))
-    return total.T.contiguous() if is_conv1d(layer) else total
-
-
-def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
-    return [(update, factor) for name, factor in active for update in updates_of(layer, name)]
-
-
-def _merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor | None:
-    """Return the layer's new bias, or None where no update has one."""
-    parts = _parts(layer, active)
-    return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None
 
 
 def _finite(tensor: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.updates import Update
+from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters on a model."""
-    return names_on(adapted_layers(model))
+    return names_on(parts_of(model))
 
 
 def method_of(update: Update) -> Method:
@@ -32,11 +33,11 @@ def updates_of(layer: Adapted, name: str) -> list[Update]:
     return list(layer.adapters[name]) if name in layer.adapters else []  # type: ignore[arg-type]
 
 
-def names_on(layers: Mapping[str, Adapted]) -> list[str]:
+def names_on(layers: Mapping[str, Part]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
 
 
-def check_some_adapter(layers: Mapping[str, Adapted]) -> None:
+def check_some_adapter(layers: Mapping[str, Part]) -> None:
     if not layers:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
 

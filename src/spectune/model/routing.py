@@ -12,10 +12,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError, nearest
-from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import modules_around
 from spectune.layers.selection import Rows, generating, is_generating, within
+from spectune.layers.whole import Part, parts_of
 from spectune.model.apart import answering_apart
 from spectune.model.exchange import exchanged
 from spectune.model.install import choose, selections
@@ -38,12 +38,12 @@ def activate(model: M, choice: Choice) -> M:
     Raises:
         SpectuneError: no adapter, or no adapted layer, of that name is on the model.
     """
-    layers = adapted_layers(model)  # once: a look at every module is most of what this costs
+    layers = parts_of(model)  # once: a look at every module is most of what this costs
     choose(layers.values(), mixture_of(layers, choice))
     return model
 
 
-def mixture_of(layers: Mapping[str, Adapted], choice: Choice) -> Mixture:
+def mixture_of(layers: Mapping[str, Part], choice: Choice) -> Mixture:
     """Return what a choice means on adapted layers.
 
     Raises:
@@ -67,7 +67,7 @@ def base_alone(model: nn.Module, *, compared: bool = False) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        shared = selections(adapted_layers(model))
+        shared = selections(parts_of(model))
         with within(shared, {}, compared=compared), like_learning(compared and torch.is_grad_enabled()):
             yield
     finally:
@@ -118,7 +118,7 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
     """
     if isinstance(rows, (str, Mapping)) or not len(rows):
         raise SpectuneError("route takes a list with one entry for each row of the batch")
-    layers = adapted_layers(model)
+    layers = parts_of(model)
     shared = selections(layers)
     routed = Rows(_mixtures(layers, rows), shared[0].layouts, stacks)
     with within(shared, routed), _expanding(model), _told_apart(model, layers, routed, shared):
@@ -144,7 +144,7 @@ def _expanding(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _told_apart(model: nn.Module, layers: Mapping[str, Adapted], routed: Rows, shared: Any) -> Iterator[None]:
+def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shared: Any) -> Iterator[None]:
     """Within the context see to it, before a call of the model or a part of it, that its rows are known in each layer.
 
     All parts are watched as long as there are layers that no pass has shown, afterwards those that were called.
@@ -214,13 +214,13 @@ def _refuse_batch_norm(module: nn.Module) -> None:
             )
 
 
-def _mixtures(layers: Mapping[str, Adapted], choices: Sequence[Choice]) -> list[Mixture]:
+def _mixtures(layers: Mapping[str, Part], choices: Sequence[Choice]) -> list[Mixture]:
     check_some_adapter(layers)
     names = names_on(layers)
     return [_mixture(choice, names, layers) for choice in choices]
 
 
-def _mixture(choice: Choice, names: Sequence[str], layers: Mapping[str, Adapted]) -> Mixture:
+def _mixture(choice: Choice, names: Sequence[str], layers: Mapping[str, Part]) -> Mixture:
     if choice is None:
         return {}
     mixture: dict[str, Any] = {choice: 1.0} if isinstance(choice, str) else dict(choice)

@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from spectune.layers.adapted import Adapted
 from spectune.layers.layouts import GATHERED, MIXED, SHARED, Layout, Layouts, Plan, Seen, where
 from spectune.layers.modules import modules_around
+from spectune.layers.whole import Part
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NUMBERED = re.compile(r"(^|_)\d+(?=\.)|(?<=\.)(\w*_)?\d+(?=\.)")  # parts of a name, but the last
@@ -77,7 +77,7 @@ def rows_of(args: Any, kwargs: Any, given: int, expandable: bool) -> int | tuple
     return tuple((inputs or tensors)[0].shape) if tensors else None
 
 
-def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Adapted]) -> None:
+def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Part]) -> None:
     """Find out where rows lie in the inputs of layers, with two of the rows of a call that is about to be made.
 
     Args:
@@ -113,7 +113,7 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Adapted]) ->
             layouts.apart[layer] = around[-1]
 
 
-def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Adapted]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return where rows lie in the inputs of layers, and how modules can answer some rows alone."""
     second, turned = _unlike_the_first(call, guess)
     modules = {module for name in layers for module in modules_around(call.module, name)}
@@ -220,7 +220,7 @@ def _seen(tree: Any) -> dict[Any, Any]:
     }
 
 
-def _places(layers: Mapping[str, Adapted], both: _Record, alone: Sequence[_Record], tolerance: float) -> dict[Any, Any]:
+def _places(layers: Mapping[str, Part], both: _Record, alone: Sequence[_Record], tolerance: float) -> dict[Any, Any]:
     found = Layouts()
     for layer in layers.values():
         calls, ones = both.inputs[layer], [record.inputs[layer] for record in alone]
@@ -236,7 +236,7 @@ def _places(layers: Mapping[str, Adapted], both: _Record, alone: Sequence[_Recor
     return found.places
 
 
-def _alike(layers: Mapping[str, Adapted]) -> list[list[str]]:
+def _alike(layers: Mapping[str, Part]) -> list[list[str]]:
     """Return the names of layers that differ in the numbers of their place alone, such as those of experts."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in layers:
@@ -244,7 +244,7 @@ def _alike(layers: Mapping[str, Adapted]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _picked(layers: Mapping[str, Adapted], group: Sequence[str], both: _Record) -> bool:
+def _picked(layers: Mapping[str, Part], group: Sequence[str], both: _Record) -> bool:
     """Whether some of the layers alike are given what is picked for them: nothing, or less than comes into a module."""
     idle = [n for n in group if not any(math.prod(seen.shape) for seen in both.inputs[layers[n]])]
     if 0 < len(idle) < len(group):
@@ -256,7 +256,7 @@ def _picked(layers: Mapping[str, Adapted], group: Sequence[str], both: _Record) 
     return False
 
 
-def _tokens(name: str, layers: Mapping[str, Adapted], both: _Record) -> set[int]:
+def _tokens(name: str, layers: Mapping[str, Part], both: _Record) -> set[int]:
     """Return how many slices with features come into the modules around a layer."""
     found = set()
     for module, calls in both.calls.items():

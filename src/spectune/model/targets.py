@@ -19,7 +19,6 @@ from spectune.model.asked import read_by_the_model
 
 Targets = str | Iterable[str]
 ALL_LINEAR = "all-linear"
-FRESH = "spectune_fresh"  # an attribute of a layer that the checkpoint did not have
 
 
 def resolve(
@@ -28,13 +27,14 @@ def resolve(
     targets: Targets = ALL_LINEAR,
     exclude: Targets = (),
     overrides: Mapping[str, Method | str | None] | None = None,
+    heads: Iterable[str] = (),
 ) -> dict[str, Method]:
     """Return the method of each layer to be adapted, in the model's order.
 
     A pattern is the whole name, a suffix of it at a dot, or (one string) a regex that matches the whole name.  An
     override by whole name goes before one by regex, and that before one by suffix; `exclude` goes before them all.
-    A method's rank is at most what a layer has room for, and the new head of `load_base(..., labels=...)` is always a
-    `Head`.
+    A method's rank is at most what a layer has room for, and the linear layers named in `heads` are each a `Head`,
+    whatever the targets.
 
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
@@ -45,10 +45,10 @@ def resolve(
         raise SpectuneError("the model has no linear layer to adapt")
     dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
     if targets == ALL_LINEAR:
-        heads = output_embeddings(model)
+        outputs = output_embeddings(model)
         past = never_asked(model)
-        chosen = [name for name in linears if layers[name] not in heads and name not in past]
-        left_out = [name for name in past if layers[name] not in heads and name not in dropped]
+        chosen = [name for name in linears if layers[name] not in outputs and name not in past]
+        left_out = [name for name in past if layers[name] not in outputs and name not in dropped]
         if left_out and not chosen:
             check_asked(model, left_out)
         if left_out:
@@ -56,10 +56,9 @@ def resolve(
     else:
         chosen = matching(targets, linears, "targets")
     methods: dict[str, Method | None] = {name: method for name in chosen if name not in dropped}
-    # learned in full, whatever the targets: the base has nothing there to adapt
-    fresh = {name for name in linears if getattr(layers[name], FRESH, False)}
-    methods |= {name: Head(bias=layers[name].bias is not None) for name in fresh}
-    dropped -= fresh
+    whole = set(heads)
+    methods |= {name: Head(bias=layers[name].bias is not None) for name in whole}
+    dropped -= whole
     by_precedence: list[dict[str, Method | None]] = [{}, {}, {}]
     for pattern, override in (overrides or {}).items():
         replacement = None if override is None else parse(override)

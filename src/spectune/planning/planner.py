@@ -15,6 +15,7 @@ from spectune.layers.modules import effective_weight
 from spectune.methods import Method, parse, to_text
 from spectune.methods.adalora import AdaLoRA
 from spectune.model.targets import resolve
+from spectune.model.whole import fresh_heads
 from spectune.planning.batch import Batch
 from spectune.planning.budget import least_of, within_budget
 from spectune.planning.machine import Machine
@@ -65,7 +66,7 @@ class Planner:
         if method == FULL:
             return self._full()
         parsed = parse(method)
-        chosen = resolve(self.model, parsed, *where)
+        chosen = resolve(self.model, parsed, *where, heads=fresh_heads(self.model))
         shapes = {n: tuple(effective_weight(self.model.get_submodule(n)).shape) for n in chosen}
         small = sum(m != parsed and m == parsed.fit(*shapes[n]) for n, m in chosen.items())
         if small:

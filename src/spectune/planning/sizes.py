@@ -17,6 +17,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, is_conv1d
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
+from spectune.model.whole import groups_of, labels_of
 from spectune.spectral._types import empty_decomposition
 
 
@@ -89,4 +90,12 @@ def adapter_sizes(model: Any, methods: Mapping[str, Method], base: str | None = 
         term = Term(method, trained, basis=frozen, sketch=sketch)
         of_base = blank(*fingerprint.WEIGHT_SHAPE)
         layers[name] = LayerUpdate((out_features, in_features), (term,), is_conv1d(layer), base_sketch=of_base)
-    return folder_sizes(*contents(Adapter(layers, base)))
+    heads = [name for name, method in methods.items() if method.replaces]
+    planned = Adapter(
+        layers,
+        base,
+        labels=labels_of(model) if heads else None,
+        architecture=(type(model).__name__, type(model).__module__),
+        groups=groups_of(model, heads),
+    )
+    return folder_sizes(*contents(planned))

@@ -51,6 +51,11 @@ class TrainConfig(BaseModel):
     targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
     overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
+    modules_to_save: list[str] | dict[str, list[int] | None] = Field(
+        [],
+        description="modules of any kind (heads, norms, embeddings) to train and save whole; {embed_tokens: [7, 8]} is "
+        "these rows alone; what the checkpoint lacked is trained in any case",
+    )
     adapter: str | None = Field(None, description="folder of an adapter to go on from; its method and layers are kept")
     lr: _Rate | None = Field(None, description="learning rate; the method's own if not given")
     group_lr: dict[str, _Rate] = Field(
@@ -131,7 +136,7 @@ class TrainConfig(BaseModel):
         if not options.makes_records:
             self._check_data()
         options.check_task(self)
-        for key in ("targets", "exclude", "overrides") if self.adapter is not None else ():
+        for key in ("targets", "exclude", "overrides", "modules_to_save") if self.adapter is not None else ():
             if self._given(key):
                 raise SpectuneError(f"{key} cannot change with adapter: the adapter in {self.adapter} has its layers")
         wanted = "patience" if self.patience is not None else "best" if self.best else None

@@ -44,9 +44,13 @@ class SftOptions(TaskOptions):
 
 
 class ClassifyOptions(TaskOptions):
-    """The keys of task: classify, which are a run's own."""
+    """The keys of task: classify."""
 
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
+
+    new_head: bool = Field(
+        False, description="classify: a new head where the model has one for as many labels by other names"
+    )
 
 
 class DpoOptions(TaskOptions):

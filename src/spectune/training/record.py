@@ -24,6 +24,7 @@ from spectune.training.options import resumes
 
 # a resumed run would not be the same run with another of these, nor with another of what its task has for keys
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
+_MEANING += ("modules_to_save",)
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
 # of these one is told, and the run goes on
 _TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")

@@ -228,7 +228,9 @@ def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) 
         if start_from is not None:
             attach(model, start_from, trainable=True, factored=config.factored)
         else:
-            adapt(model, config.parsed_method(), config.targets, config.exclude, overrides, factored=config.factored)
+            method, whole = config.parsed_method(), config.modules_to_save
+            options: Any = {"modules_to_save": whole, "factored": config.factored}
+            adapt(model, method, config.targets, config.exclude, overrides, **options)
 
     if cache.directory() is None:
         with processes.together():

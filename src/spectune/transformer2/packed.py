@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
+from spectune.errors import SpectuneError
 from spectune.methods import Method
 
 
@@ -52,7 +53,16 @@ class Packed(NamedTuple):
 
 
 def structure_of(adapter: Adapter) -> Structure:
-    """Return what two adapters must share for the values of one to fit in the place of the other's."""
+    """Return what two adapters must share for the values of one to fit in the place of the other's.
+
+    Raises:
+        SpectuneError: the adapter brings modules whole, which take the memory that places are there to save.
+    """
+    if adapter.modules:
+        raise SpectuneError(
+            f"a library's adapters change linear layers only, and this one brings {next(iter(adapter.modules))!r} "
+            "whole: attach it with spectune.attach"
+        )
     return tuple(
         Piece(name, i, key, tuple(tensor.shape), term.method, term.weight)
         for name, layer in adapter.layers.items()

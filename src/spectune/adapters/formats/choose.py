@@ -19,11 +19,11 @@ def save(adapter: Contents, path: Path, *, embed: bool = False) -> Path:
     Raises:
         SpectuneError: the adapter has no layers.
     """
-    return write_folder(path, *contents(adapter, embed=embed), adapter.labels)
+    return write_folder(path, *contents(adapter, embed=embed))
 
 
-def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and the tensors that `save` writes."""
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return the config, the tensors and the metadata that `save` writes."""
     if not adapter.layers:
         raise SpectuneError("the adapter has no layers, so there is nothing to save")
     return peft.peft_contents(adapter) if peft.is_peft(adapter) else spectune.contents(adapter, embed=embed)

@@ -5,19 +5,30 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import CONFIG, WEIGHTS, read_config, read_labels, read_tensors, write_folder
-from spectune.adapters.terms import LayerUpdate, Term
+from spectune.adapters.folder import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    as_metadata,
+    read_bin,
+    read_config,
+    read_more,
+    read_tensors,
+    write_folder,
+)
+from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
 from spectune.errors import SpectuneError
 from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
-from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 from spectune.patterns import MOST_PATTERNS, matches_end
 from spectune.storage import Entry
@@ -33,32 +44,55 @@ _TENSORS = {
     "lora_E": "E",
     "ranknum": "ranknum",
     "base_layer.weight": "base",  # PEFT adds the weight of an adapted output embedding
+    "base_layer.bias": "base_bias",
+    "lora_B.bias": "bias",
 }
-_WHOLE = {"H": "weight", "h": "bias"}  # of a head
+_TOKENS = "token_adapter.trainable_tokens_delta"
+_EMPTY = (None, False, [], {}, "none")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract from W
-_NOT_HELD = (  # settings under which the layer's answer is no longer W x + s B A x
-    "lora_bias",
+_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # those that leave W alone
+VERSION = "0.21"  # of PEFT, whose keys these are
+# keys that do not change what a layer answers, and those that are read here; a file may have others if they are empty
+_HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "megatron_core", "qalora_group_size", "target_r", "tinit", "tfinal", "deltaT", "beta1"),
+    *("beta2", "orth_reg_weight", "total_step"),
+}
+_READ = {
+    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "init_r"),
+    *("use_rslora", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
     "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "megatron_config",
-)
+}
 
 
 def is_peft(adapter: Contents) -> bool:
     """Whether PEFT's LoRA format holds the adapter as it is."""
+    return _obstacle(adapter) is None
+
+
+def _obstacle(adapter: Contents) -> str | None:
+    """Return what PEFT's LoRA format cannot hold of an adapter, or None."""
     terms = [term for layer in adapter.layers.values() for term in layer.terms]
     alone = len(terms) == len(adapter.layers) and all(term.weight == 1.0 for term in terms)
-    terms = [term for term in terms if not term.method.replaces]
-    if not terms or not alone or not all(_is_lora(term.method) for term in terms):
-        return False
-    return len({(isinstance(t.method, DoRA), _lora(t.method).rslora, _lora(t.method).dropout) for t in terms}) == 1
+    updates = [term for term in terms if not term.method.replaces]
+    if not updates or not alone or not all(_is_lora(term.method) for term in updates):
+        return "layers that are no LoRA"
+    kinds = {(isinstance(t.method, DoRA), _lora(t.method).rslora, _lora(t.method).dropout) for t in updates}
+    if len(kinds) != 1:
+        return "LoRAs of several kinds"
+    ((dora, *_),) = kinds
+    adapted = {name for name, layer in adapter.layers.items() if not layer.terms[0].method.replaces}
+    for name, parts in adapter.modules.items():
+        term = parts[0]
+        added = ADDED_BIAS in term.tensors
+        if len(parts) > 1 or term.weight != 1.0:
+            return f"a sum of whole modules, {name!r}"
+        if added and (name not in adapted or dora):
+            return f"a bias that {name!r} has not"
+        if term.rows is None and not term.complete and term.tensors.keys() not in ({"bias"}, {ADDED_BIAS}):
+            return f"a part of {name!r}"
+    return None
 
 
 def _is_lora(method: Method) -> bool:
@@ -70,21 +104,31 @@ def _lora(method: Any) -> LoRA:
 
 
 def save_peft(adapter: Contents, path: Path) -> Path:
-    """Write an adapter for which `is_peft` holds, key for key as PEFT writes it."""
-    return write_folder(path, *peft_contents(adapter), adapter.labels)
+    """Write an adapter for which `is_peft` holds, key for key as PEFT writes it.
+
+    Raises:
+        SpectuneError: PEFT's format cannot hold it.
+    """
+    return write_folder(path, *peft_contents(adapter))
 
 
-def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and the tensors that `save_peft` writes."""
+def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return the config, the tensors and the metadata that `save_peft` writes."""
+    obstacle = _obstacle(adapter)
+    if obstacle is not None:
+        raise SpectuneError(f"PEFT's format cannot hold {obstacle}; save the adapter with adapter.save(path)")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    heads = []
+    whole: list[str] = []
     for name, layer in adapter.layers.items():
         (term,) = layer.terms
         if term.method.replaces:
-            heads.append(name)
-            tensors |= {f"{_PREFIX}{name}.{_WHOLE[key]}": value for key, value in term.trained.items()}
+            whole.append(name)
+            weight = term.trained["H"].T if layer.conv1d else term.trained["H"]
+            tensors[f"{_PREFIX}{name}.weight"] = weight
+            if "h" in term.trained:
+                tensors[f"{_PREFIX}{name}.bias"] = term.trained["h"]
             continue
         lora = _lora(term.method)
         ranks[name], alphas[name] = lora.rank, lora.alpha
@@ -92,29 +136,77 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = term.trained["B"]
         if "magnitude" in term.trained:
             tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = term.trained["magnitude"]
+    rows: dict[str, list[int]] = {}
+    biases: list[str] = []
+    added = {name: parts[0].tensors[ADDED_BIAS] for name, parts in adapter.modules.items() if _adds(parts[0])}
+    for name, (term, *_) in adapter.modules.items():
+        if term.rows is not None:
+            if not _is_tied(name, term, adapter):
+                rows[name] = list(term.rows)
+                tensors[f"{_PREFIX}{name}.{_TOKENS}"] = term.tensors["weight"]
+        elif term.complete and name not in ranks:
+            whole.append(name)
+            tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in term.tensors.items()}
+        elif not _adds(term):
+            biases.append(name)
+            inner = f"{name}.base_layer" if name in ranks else name
+            tensors[f"{_PREFIX}{inner}.bias"] = term.tensors["bias"]
+    for name in ranks if added else ():
+        scale, B = _lora(adapter.layers[name].terms[0].method).scale, adapter.layers[name].terms[0].trained["B"]
+        tensors[f"{_PREFIX}{name}.lora_B.bias"] = added[name] / scale if name in added else B.new_zeros(len(B))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     method = adapter.layers[next(iter(ranks))].terms[0].method
     config = {
         "alpha_pattern": {_whole(n): a for n, a in alphas.items() if a != alpha},
-        "auto_mapping": None,
+        "auto_mapping": _auto_mapping(adapter),
         "base_model_name_or_path": adapter.base_model,
-        "bias": "none",
-        "fan_in_fan_out": any(layer.conv1d for layer in adapter.layers.values()),
+        "bias": "none" if not biases else "lora_only" if set(biases) <= ranks.keys() else "all",
+        "fan_in_fan_out": any(layer.conv1d for name, layer in adapter.layers.items() if name in ranks),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
+        "lora_bias": bool(added),
         "lora_dropout": _lora(method).dropout,
-        "modules_to_save": heads or None,
+        "modules_to_save": _grouped(whole, adapter.groups) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_whole(n): r for n, r in ranks.items() if r != rank},
         "revision": None,
         "target_modules": _targets(list(ranks)),
-        "task_type": "SEQ_CLS" if adapter.labels else None,
+        "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
+        "trainable_token_indices": rows or None,
         "use_dora": isinstance(method, DoRA),
         "use_rslora": _lora(method).rslora,
     }
-    return config, tensors
+    sketches = {name: sketch for name in ranks if (sketch := adapter.base_sketch(name)) is not None}
+    return config, tensors, as_metadata(adapter.labels, adapter.architecture, sketches)
+
+
+def _adds(term: WholeTerm) -> bool:
+    return ADDED_BIAS in term.tensors
+
+
+def _is_tied(name: str, term: WholeTerm, adapter: Contents) -> bool:
+    """Whether rows are those of an earlier module, which PEFT sees to where the base ties the two."""
+    for other, parts in adapter.modules.items():
+        if other == name:
+            return False
+        if parts[0].rows == term.rows and torch.equal(parts[0].tensors["weight"], term.tensors["weight"]):
+            return True
+    return False
+
+
+def _auto_mapping(adapter: Contents) -> dict[str, str] | None:
+    """Return what tells PEFT's AutoPeftModel classes, with no task type, which class to load the base with."""
+    if adapter.architecture is None:
+        return None
+    return dict(zip(("base_model_class", "parent_library"), adapter.architecture, strict=True))
+
+
+def _grouped(names: list[str], groups: Sequence[str]) -> list[str]:
+    """Return the names of modules, those inside one that is brought as a whole by its name."""
+    outer = [next((g for g in groups if name == g or name.startswith(f"{g}.")), name) for name in names]
+    return list(dict.fromkeys(outer))
 
 
 def _whole(name: str) -> str:
@@ -130,68 +222,141 @@ def _targets(names: list[str]) -> list[str] | str:
     return sorted(names) if all("." in name for name in names) else "|".join(map(re.escape, sorted(names)))
 
 
-def load_peft(path: Path) -> Contents:
+def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
     """See `Adapter.from_peft`."""
     config = read_config(path)
     entry = Entry(config, str(path / CONFIG))
     kind = config.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise SpectuneError(f"{path} is a PEFT adapter of type {kind!r}; LORA and ADALORA can be read")
-    start = str(config.get("init_lora_weights", "")).lower()
+    _check_config(config, path)
+    base = entry.take("base_model_name_or_path", str, type(None))
+    grouped: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, dict[str, Tensor]] = {}
+    listed = entry.take("modules_to_save", list, type(None)) or []
+    for key, tensor in _read(path, config, allow_bin).items():
+        name, part = _split(key, path, listed)
+        (rest if part.startswith(_OWN) else grouped).setdefault(name, {})[part.removeprefix(_OWN)] = tensor
+    read = _adalora if kind == "ADALORA" else _plain
+    terms = {name: read(name, parts, entry, path) for name, parts in grouped.items() if parts.keys() & {"A", "B"}}
+    conv1d = entry.flag("fan_in_fan_out")
+    more = read_more(path)
+    sketches = more.get("base", {})
+    layers = {n: _layer(t, grouped[n], conv1d, sketches.get(n)) for n, t in terms.items() if t is not None}
+    modules = {name: _whole_term(name, parts, listed, entry, path) for name, parts in rest.items()}
+    for name, parts in grouped.items():
+        if "base_bias" in parts:
+            modules[name] = WholeTerm({"bias": parts["base_bias"].float()})
+        if "bias" in parts:  # of lora_B
+            modules[name] = WholeTerm({ADDED_BIAS: parts["bias"].float() * _scale(layers, name, path)})
+        if not parts.keys() & {"A", "B"} and "base" in parts:
+            modules[name] = WholeTerm({"weight": parts["base"].float()}, complete=True)
+    if not layers:
+        raise SpectuneError(f"{path / WEIGHTS} has no update")
+    mapping = entry.inside("auto_mapping").values
+    names: Any = more.get("architecture") or [mapping.get("base_model_class"), mapping.get("parent_library")]
+    architecture: Any = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
+    labels, held = more.get("labels"), {name: (term,) for name, term in modules.items()}
+    return Contents(layers, base, labels=labels, modules=held, architecture=architecture, groups=listed)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Raise for what may change a layer's answer and is not known here."""
+    start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_BASE):
         raise SpectuneError(
             f"{path} was saved by PEFT with init_lora_weights={start!r} and without conversion, so that it only works "
             "on a base that PEFT changed; save it with path_initial_model_for_weight_conversion and load that"
         )
-    for key in ("bias", *_NOT_HELD):
-        if config.get(key) not in (None, False, "none", [], {}):
-            raise SpectuneError(f"{path} was saved by PEFT with {key}={config[key]!r:.60}, which no adapter here holds")
-    base = entry.take("base_model_name_or_path", str, type(None))
-    grouped: dict[str, dict[str, Tensor]] = {}
-    whole = entry.take("modules_to_save", list, type(None)) or []
-    for key, tensor in read_tensors(path, config).items():
-        name, part = _split(key, path, whole)
-        grouped.setdefault(name, {})[part] = tensor
-    read = _adalora if kind == "ADALORA" else _plain
-    terms = {
-        name: _head(name, parts, path) if parts.keys() & _WHOLE.keys() else read(name, parts, entry, path)
-        for name, parts in grouped.items()
-    }
-    conv1d = entry.take("fan_in_fan_out", bool, default=False)
-    layers = {n: _layer(term, grouped[n], conv1d) for n, term in terms.items() if term is not None}
-    if not layers:
-        raise SpectuneError(f"{path / WEIGHTS} has no update")
-    return Contents(layers, base, labels=read_labels(path))
+    strange = {k: v for k, v in config.items() if k not in _READ | _HARMLESS and v not in _EMPTY}
+    if config.get("bias") not in (None, "none", "lora_only", "all"):
+        strange["bias"] = config["bias"]
+    if start not in _STARTS:
+        strange["init_lora_weights"] = start
+    for key, value in strange.items():
+        version = config.get("peft_version") or "of an unknown version"
+        raise SpectuneError(
+            f"{path} was saved by PEFT {version} with {key}={value!r:.60}, which no adapter here holds (known are the "
+            f"keys of PEFT {VERSION})"
+        )
+
+
+def _read(path: Path, config: dict[str, Any], allow_bin: bool) -> dict[str, Tensor]:
+    if not (path / WEIGHTS).exists() and (path / PICKLED).exists():
+        if not allow_bin:
+            raise SpectuneError(
+                f"{path} has {PICKLED}, a pickle, and no {WEIGHTS}: if you trust it, Adapter.from_peft(path, "
+                "allow_bin=True) reads its tensors and nothing else"
+            )
+        return read_bin(path)
+    return read_tensors(path, config)
+
+
+_OWN = "own:"  # of a tensor that stands for a module's own
 
 
 def _split(key: str, path: Path, whole: Any) -> tuple[str, str]:
+    """Return the module that a tensor belongs to, and which of its parts it is."""
     bare = key.removeprefix(_PREFIX)
     owner, _, kind = bare.rpartition(".")
-    if kind in _WHOLE.values() and any(f".{module}." in f".{bare}" for module in whole):
-        return owner, "H" if kind == "weight" else "h"
+    if any(f".{module}." in f".{bare}" for module in whole):
+        return owner, f"{_OWN}{kind}"
+    if bare.endswith(f".{_TOKENS}"):
+        return bare.removesuffix(f".{_TOKENS}"), f"{_OWN}rows"
     for suffix, part in _TENSORS.items():
         if bare.endswith(f".{suffix}"):
             return bare.removesuffix(f".{suffix}"), part
+    if owner and (kind == "bias" or (kind == "weight" and not owner.endswith(("lora_A", "lora_B")))):
+        return owner, f"{_OWN}{kind}"  # a bias that trained, or an embedding that was resized
     raise SpectuneError(f"{path / WEIGHTS} has the tensor {key!r}, which belongs to no linear layer's LoRA")
 
 
-def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool) -> LayerUpdate:
-    if term.method.replaces:
-        return LayerUpdate(tuple(term.trained["H"].shape), (term,))  # type: ignore[arg-type]
+def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool, sketch: Tensor | None) -> LayerUpdate:
     shape = (term.trained["B"].shape[0], term.trained["A"].shape[1])
     weight = parts.get("base")
-    sketch = None if weight is None else fingerprint.sketch_weight(weight)
+    sketch = sketch if weight is None else fingerprint.sketch_weight(weight)
     return LayerUpdate(shape, (term,), conv1d, base_sketch=sketch)
 
 
-def _head(name: str, parts: dict[str, Tensor], path: Path) -> Term:
-    """Return the term of one of PEFT's `modules_to_save`."""
-    weight, bias = parts.get("H"), parts.get("h")
-    if weight is None or weight.dim() != 2 or (bias is not None and tuple(bias.shape) != (len(weight),)):
+def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], config: Entry, path: Path) -> WholeTerm:
+    """Return one of PEFT's `modules_to_save`, a resized embedding, trained rows of one, or a bias that trained."""
+    if not name or not all(parts) or any(not t.numel() for t in parts.values()):
+        raise SpectuneError(f"{path / WEIGHTS} has {name!r} whole, with tensors that belong to no module")
+    if "rows" in parts:
+        rows = _rows(name, config, path)
+        values = parts["rows"].float()
+        if values.dim() != 2 or len(values) != len(rows):
+            raise SpectuneError(f"{path / WEIGHTS} has {len(values)} rows of {name!r}, and the config {len(rows)}")
+        order = sorted(range(len(rows)), key=lambda i: rows[i])
+        return WholeTerm({"weight": values[order]}, rows=tuple(rows[i] for i in order))
+    if not any(f".{n}." in f".{name}." for n in listed) and "weight" in parts and parts["weight"].dim() != 2:
         raise SpectuneError(
-            f"{path / WEIGHTS} has {name!r} whole, which is not linear; adapters here hold whole linear layers only"
+            f"{path / WEIGHTS} has the tensor '{_PREFIX}{name}.weight', which belongs to no linear layer's LoRA"
         )
-    return Term(Head(bias=bias is not None), {key: tensor.float() for key, tensor in parts.items()})
+    if parts.keys() == {"bias"} and any(f".{n}." in f".{name}." for n in listed):
+        raise SpectuneError(f"{path / WEIGHTS} lacks the weight of {name!r}, which the config says is whole")
+    held = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in parts.items()}
+    return WholeTerm(held, complete=parts.keys() != {"bias"})
+
+
+def _rows(name: str, config: Entry, path: Path) -> list[int]:
+    given: Any = config.values.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((rows for target, rows in given.items() if name.endswith(target)), None)
+    if (
+        not isinstance(given, list)
+        or not all(type(row) is int and 0 <= row < 2**31 for row in given)
+        or len(set(given)) != len(given)
+    ):
+        raise SpectuneError(f"trainable_token_indices in {path / CONFIG} do not say which rows of {name!r} are trained")
+    return given
+
+
+def _scale(layers: dict[str, LayerUpdate], name: str, path: Path) -> float:
+    method = layers[name].terms[0].method if name in layers else None
+    if not isinstance(method, LoRA):
+        raise SpectuneError(f"{path / WEIGHTS} has a bias of lora_B for {name!r}, which is no plain LoRA")
+    return method.scale
 
 
 def _factors(name: str, parts: dict[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
@@ -222,14 +387,14 @@ def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Te
         raise SpectuneError(
             f"lora_A of {name!r} in {path / WEIGHTS} has rank {A.shape[0]}, and the config says {declared}"
         )
-    rslora = config.take("use_rslora", bool, default=False)
+    rslora = config.flag("use_rslora")
     dropout = config.number("lora_dropout", default=0.0)
     trained = {"A": A, "B": B}
     if alpha <= 0:
         trained["B"] = B * (alpha / (math.sqrt(declared) if rslora else declared))
         alpha = math.sqrt(declared) if rslora else declared
     method: Method = LoRA(rank=A.shape[0], alpha=alpha, rslora=rslora, dropout=dropout)
-    if config.take("use_dora", bool, default=False) != ("magnitude" in parts):
+    if config.flag("use_dora") != ("magnitude" in parts):
         raise SpectuneError(f"lora_magnitude_vector of {name!r} in {path / WEIGHTS} and use_dora do not go together")
     if "magnitude" in parts:
         magnitude = parts["magnitude"].float().flatten()

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import CONFIG, WEIGHTS, read_config, read_labels, read_tensors
-from spectune.adapters.terms import LayerUpdate, Term, needs_basis
+from spectune.adapters.folder import CONFIG, WEIGHTS, as_metadata, read_config, read_more, read_tensors
+from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
 from spectune.methods import Method, from_fields
 from spectune.storage import Entry
 
 FORMAT_VERSION = 1
+_WHOLE = "modules"  # there only where the adapter has modules other than linear layers
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
 
 
-def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and the tensors of an adapter's folder in this format."""
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return the config, the tensors and the metadata of an adapter's folder in this format."""
     if embed:
         adapter.complete()
     tensors: dict[str, Tensor] = {}
@@ -45,6 +46,10 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
             if sketch is not None:
                 tensors[f"{name}.{i}.sketch"] = sketch
         layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
+    modules = {}
+    for name, parts in adapter.modules.items():
+        modules[name] = [_describe_whole(term) for term in parts]
+        tensors |= {f"{name}.{i}.whole.{key}": value for i, t in enumerate(parts) for key, value in t.tensors.items()}
     config = {
         "library_name": "spectune",
         "format_version": FORMAT_VERSION,
@@ -52,15 +57,25 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
         "error": adapter.error,
         "methods": methods,
         "layers": layers,
+        **({_WHOLE: modules} if modules else {}),
     }
-    return config, tensors
+    return config, tensors, as_metadata(adapter.labels, adapter.architecture, {})
+
+
+def _describe_whole(term: WholeTerm) -> dict[str, Any]:
+    return {
+        "weight": term.weight,
+        "tensors": sorted(term.tensors),
+        "rows": None if term.rows is None else [*term.rows],
+        "complete": term.complete,
+    }
 
 
 def load(path: Path) -> Contents:
     """Read an adapter's folder in this format."""
     config = read_config(path)
     entry = Entry(config, str(path / CONFIG))
-    entry.check_keys(*_KEYS)
+    entry.check_keys(*_KEYS, *((_WHOLE,) if _WHOLE in config else ()))
     if entry.take("library_name", str) != "spectune":
         raise SpectuneError(f"{path / CONFIG} has the library_name {config['library_name']!r}, which is not 'spectune'")
     version = entry.take("format_version", int)
@@ -75,9 +90,39 @@ def load(path: Path) -> Contents:
     base, error = entry.take("base_model_name_or_path", str, type(None)), entry.number("error")
     tensors = read_tensors(path, config)
     layers = {name: _layer(name, layer, tensors, path / WEIGHTS) for name, layer in described.items()}
+    inside = entry.inside(_WHOLE)
+    modules = {n: _whole_terms(n, inside.take(n, list), inside.where, tensors, path / WEIGHTS) for n in inside.values}
     if tensors:
         raise SpectuneError(f"{path / WEIGHTS} has a tensor that its config does not speak of: {min(tensors)!r}")
-    return Contents(layers, base, error, read_labels(path))
+    more = read_more(path)
+    return Contents(layers, base, error, more.get("labels"), modules, tuple(more.get("architecture") or ()) or None)
+
+
+def _whole_terms(
+    name: str, terms: list[Any], where: str, tensors: dict[str, Tensor], weights: Path
+) -> tuple[WholeTerm, ...]:
+    """Return what a config and the weights say of a module that the adapter brings whole."""
+    found = []
+    for i, values in enumerate(terms):
+        entry = Entry(values, f"term {i} of {name!r} in {where}")
+        entry.check_keys("weight", "tensors", "rows", "complete")
+        keys, rows = entry.take("tensors", list), entry.take("rows", list, type(None))
+        known = [f"{name}.{i}.whole.{key}" for key in keys]
+        if not keys or any(type(key) is not str for key in keys) or not all(key in tensors for key in known):
+            raise SpectuneError(f"{weights} lacks tensors of {name!r} that its config speaks of")
+        own = {key: tensors.pop(full) for key, full in zip(keys, known, strict=True)}
+        if rows is not None and (keys != ["weight"] or not _are_rows(rows, own["weight"])):
+            raise SpectuneError(f"'rows' in {entry.where} do not fit the tensor that they are rows of")
+        weight, complete = float(entry.number("weight")), entry.take("complete", bool)
+        found.append(WholeTerm(own, weight, None if rows is None else tuple(rows), complete))
+    if not found:
+        raise SpectuneError(f"{name!r} in {where} has no terms")
+    return tuple(found)
+
+
+def _are_rows(rows: list[Any], tensor: Tensor) -> bool:
+    numbers = all(type(row) is int and 0 <= row < 2**31 for row in rows)
+    return numbers and rows == sorted(set(rows)) and tensor.dim() == 2 and len(rows) == len(tensor)
 
 
 def _method(fields: Any, path: Path) -> Method:

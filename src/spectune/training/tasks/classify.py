@@ -52,7 +52,14 @@ class Classify(Task):
         _check_labels(held, labels)
         device = processes.load_device(config.device, config.fsdp)
         trust = config.trust_remote_code
-        return load_base(config.model, config.dtype, device=device, labels=labels, trust_remote_code=trust)
+        return load_base(
+            config.model,
+            config.dtype,
+            device=device,
+            labels=labels,
+            new_head=self.options.new_head,
+            trust_remote_code=trust,
+        )
 
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         names = label_names(model)

@@ -1,0 +1,245 @@
+"""Modules that adapters bring whole: heads, embeddings or rows of them, norms, whatever owns parameters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted, adapted_layers, change_class
+from spectune.layers.mixtures import weight_at
+from spectune.layers.modules import is_linear
+from spectune.layers.selection import Rows, Selection
+
+Weights = tuple[tuple[str, Any], ...]  # of the adapters that have a part, by name
+
+
+class Values(nn.Module):
+    """What one adapter has in place of a module's own tensors, each under the same name there.
+
+    Args:
+        parameters: those that train.
+        buffers: those that the module moves itself, such as BatchNorm's statistics.
+        rows: the rows of an embedding that the parameter stands for; None for all.
+    """
+
+    rows: Tensor | None
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], rows: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        for name, tensor in parameters.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by their names in the module."""
+        buffers = {name: tensor for name, tensor in self._buffers.items() if name != "rows"}
+        return {**self._parameters, **buffers}  # type: ignore[dict-item]
+
+
+class Whole(nn.Module):
+    """Mixed into a module's class: it answers as its own class does, with the tensors of the selected adapters.
+
+    The module's own tensors are never written to: each answer is that of a shallow copy, whose tensors are others, so
+    that threads do not meet in it.
+    """
+
+    adapters: nn.ModuleDict
+    selection: Selection
+    plain_class: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        learning = torch.is_grad_enabled()
+        scope = self.selection.scope_with_gradients() if learning else self.selection.scope()
+        y = self._chosen(scope.choice, args, kwargs)
+        if learning and isinstance(y, Tensor):
+            self.selection.in_graph(scope, y)
+        return y
+
+    def _chosen(self, rows: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(rows, Rows):
+            return self._answer(self._weights(rows), args, kwargs)
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        layout = None if rows.same(self) or x is None else rows.layout(self, x)
+        if x is None or layout is None:
+            return self._answer(self._weights(rows.mixtures[0]), args, kwargs)
+        count, slices = rows.count or len(rows.mixtures), x.shape[layout.axis]
+        answers, order, counts = [], [], []
+        for mixture, wanted in rows.groups():
+            index = torch.tensor(wanted, device=x.device)
+
+            def part(value: Any, index: Tensor = index) -> Any:
+                laid_out = isinstance(value, Tensor) and value.dim() > layout.axis
+                return layout.take(value, count, index) if laid_out and value.shape[layout.axis] == slices else value
+
+            taken = [part(a) for a in args], {k: part(v) for k, v in kwargs.items()}
+            answers.append(self._answer(self._weights(mixture), *taken))
+            order += wanted
+            counts.append(len(wanted))
+        if not all(isinstance(answer, Tensor) and answer.dim() > layout.axis for answer in answers):
+            raise SpectuneError(
+                f"rows of one batch cannot have different {self.plain_class.__name__} modules: what it answers is no "
+                "tensor with a row for each"
+            )
+        return layout.join(answers, counts, torch.tensor(order, device=x.device).argsort())
+
+    def _weights(self, mixture: Mapping[str, Any]) -> Weights:
+        weights = [(name, weight_at(mixture, name, self)) for name in mixture if name in self.adapters]  # type: ignore[arg-type]
+        return tuple((name, w) for name, w in weights if isinstance(w, Tensor) or w)
+
+    def _answer(self, weights: Weights, args: Any, kwargs: Any) -> Any:
+        partial = [name for name, _ in weights if self.values(name).rows is not None]
+        whole = tuple((name, weight) for name, weight in weights if name not in partial)
+        plain = self.version(whole) if whole else None
+        y = super().forward(*args, **kwargs) if plain is None else plain.forward(*args, **kwargs)
+        total = y
+        for name, weight in weights:
+            if name in partial:
+                own = self._with_rows(y, name, *args)
+                total = own if _is_one(weight) and len(partial) == 1 else total + weight * (own - y)
+        return total
+
+    def _with_rows(self, y: Tensor, name: str, ids: Tensor) -> Tensor:
+        """Return an embedding's answer y (..., d) with an adapter's own rows where ids (...) ask for one of them.
+
+        A linear layer's answer gets an adapter's own outputs in its rows' places.
+        """
+        values = self.values(name)
+        assert values.rows is not None
+        if is_linear(self):
+            bias = self._parameters.get("bias")
+            own = F.linear(ids, values.weight.to(ids.dtype), None if bias is None else bias[values.rows].to(ids.dtype))  # type: ignore[union-attr]
+            return y.index_copy(-1, values.rows, own.to(y.dtype))
+        places = torch.searchsorted(values.rows, ids).clamp_max(len(values.rows) - 1)
+        hit = values.rows[places] == ids
+        small = shallow(self, self.plain_class, {"weight": values.weight.to(y.dtype)}, padding_idx=None)  # type: ignore[union-attr]
+        return torch.where(hit[..., None], small.forward(places), y)
+
+    def values(self, name: str) -> Values:
+        """Return what an adapter has here."""
+        return self.adapters[name]  # type: ignore[return-value]
+
+    def version(self, weights: Weights) -> nn.Module:
+        """Return a shallow copy of the module, of its plain class, with the tensors of a mixture."""
+        children = {
+            key: child.version(kept) if (kept := tuple((n, w) for n, w in weights if n in child.adapters)) else child
+            for key, child in self._modules.items()
+            if isinstance(child, Whole) and _reads_children(self)
+        }
+        return shallow(self, self.plain_class, self.mixed(weights), modules=children)
+
+    def mixed(self, weights: Weights) -> dict[str, Tensor]:
+        """Return T + sum of w (T_a - T) for each of the module's tensors T that adapters a have their own of."""
+        found: dict[str, Tensor] = {}
+        for key in {key: None for name, _ in weights for key in self.values(name).tensors()}:
+            of = [
+                (values.tensors()[key], w, values.rows)
+                for n, w in weights
+                if key in (values := self.values(n)).tensors()
+            ]
+            plain: Any = self._parameters.get(key, self._buffers.get(key))
+            (first, weight, rows) = of[0]
+            if len(of) == 1 and rows is None and _is_one(weight):
+                found[key] = first if key in self._buffers else first.to(plain.dtype)
+                continue
+            if not plain.is_floating_point():
+                found[key] = first
+                continue
+            total = plain.detach().to(first.dtype)
+            for tensor, w, rows in of:
+                if rows is None:
+                    total = total + w * (tensor - plain.detach())
+                else:
+                    total = total.index_add(0, rows, w * (tensor - plain.detach()[rows]))
+            found[key] = total.to(plain.dtype)
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: copies and pickles name the one that it was made from
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+
+
+def shallow(
+    module: nn.Module,
+    kind: type[nn.Module],
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
+    **attributes: Any,
+) -> nn.Module:
+    """Return a copy of a module that shares all with it but the tensors, modules and attributes that are given."""
+    copy = object.__new__(kind)
+    state = {**vars(module), **attributes}
+    state["_parameters"] = {k: tensors.get(k, v) for k, v in module._parameters.items()}
+    state["_buffers"] = {k: tensors.get(k, v) for k, v in module._buffers.items()}
+    state["_modules"] = {k: v for k, v in {**module._modules, **(modules or {})}.items() if k != "adapters"}
+    vars(copy).update(state)
+    return copy
+
+
+Part = Adapted | Whole  # of a model: what adapters change
+
+
+def parts_of(model: nn.Module) -> dict[str, Part]:
+    """Return the adapted layers of a model, and the modules that adapters bring whole, by name."""
+    return {**adapted_layers(model), **whole_modules(model)}
+
+
+def whole_modules(model: nn.Module) -> dict[str, Whole]:
+    """Return the modules of a model that adapters bring whole, by name."""
+    return dict(_visit(model, "", set()))
+
+
+def _visit(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, Whole]]:
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, Whole):
+        yield name, module
+    adapters = module._modules.get("adapters") if hasattr(module, "plain_class") else None
+    for key, child in module._modules.items():
+        if child is not None and child is not adapters:
+            yield from _visit(child, f"{name}.{key}" if name else key, seen)
+
+
+@cache
+def whole_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class whose modules adapters may bring whole: a subclass, so that isinstance goes on holding."""
+    return type(f"Whole{kind.__name__}", (Whole, kind), {"__module__": kind.__module__, "plain_class": kind})
+
+
+def take_over_whole(module: nn.Module, selection: Selection) -> Whole:
+    """Make a module one that adapters may bring whole, in place, without touching its tensors."""
+    change_class(module, whole_class(type(module)))
+    module.adapters = nn.ModuleDict()
+    module.selection = selection  # type: ignore[assignment]
+    return module  # type: ignore[return-value]
+
+
+def give_back_whole(module: Whole) -> None:
+    """Make a module the plain one it was."""
+    del module.adapters, module.selection
+    change_class(module, module.plain_class)
+
+
+def _reads_children(module: nn.Module) -> bool:
+    """Whether a module reads the weights of its children without calling them."""
+    return isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+
+
+def _is_one(weight: Any) -> bool:
+    return isinstance(weight, float) and weight == 1.0
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    cls = whole_class(kind)
+    return cls.__new__(cls)

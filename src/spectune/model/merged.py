@@ -1,0 +1,54 @@
+"""The weights that adapters make of a layer's own, as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted
+from spectune.layers.fused import has_bias, whole_bias, whole_weight
+from spectune.layers.mixtures import Mixture, weight_at
+from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.whole import Part
+from spectune.model.names import updates_of
+
+
+def active_adapters(part: Part, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
+    """Return the adapters that have a part in a layer or module, with their weights."""
+    mixture = part.selection.mixture if mixture is None else mixture
+    return tuple((n, float(w)) for n in part.adapters if (w := weight_at(mixture, n, part)))  # type: ignore[arg-type]
+
+
+def merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
+    """Return W', as the layer holds W.
+
+    Raises:
+        SpectuneError: the weight cannot hold the sum.
+    """
+    if "weight" not in layer._parameters:
+        raise SpectuneError(
+            f"the weight of {layer_name!r} is computed from other parameters, as weight_norm does, and cannot hold a "
+            "merged update: detach, make it a plain one with torch.nn.utils.parametrize.remove_parametrizations, and "
+            "attach again, or keep the adapter beside it"
+        )
+    weight = effective_weight(layer).detach()
+    if not weight.is_floating_point():
+        raise SpectuneError(
+            f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
+            "first, or keep the adapter beside it"
+        )
+    total = whole_weight(layer, _parts(layer, active))
+    return total.T.contiguous() if is_conv1d(layer) else total
+
+
+def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
+    return [(update, factor) for name, factor in active for update in updates_of(layer, name)]
+
+
+def merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor | None:
+    """Return the layer's new bias, or None where no update has one."""
+    parts = _parts(layer, active)
+    return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None

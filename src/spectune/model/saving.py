@@ -1,0 +1,196 @@
+"""What other libraries save of an adapted model: the model as it answers, and not the base with unknown keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import adapted_layers, change_class
+from spectune.layers.shards import is_part
+from spectune.layers.whole import whole_modules
+from spectune.model.merged import active_adapters, merged_bias, merged_weight
+
+_MERGED = "adapters.merged"  # the tensor beside a weight that says that it is W' here
+_CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # of transformers' trainers, which go on from it
+# how a model answers `state_dict`: None as it is; False as one without adapters, its weights W'; True with W' and the
+# adapters' own tensors, from which `load_state_dict` makes W and the adapters again
+_how: ContextVar[bool | None] = ContextVar("spectune_state", default=None)
+
+
+class Saving:
+    """Mixed into the class of a model that has `save_pretrained`: it saves W', which any library loads.
+
+    A folder named checkpoint-N, as trainers write it, holds the adapters' own tensors too, so that a run goes on.
+    """
+
+    plain_class: type[nn.Module]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the model as it answers now: with its adapters merged.
+
+        Raises:
+            SpectuneError: the model is sharded, or a weight cannot hold its update.
+        """
+        model: Any = self
+        if any(is_part(parameter) for parameter in model.parameters()):
+            raise SpectuneError(
+                "a sharded model with adapters cannot be saved merged: save the adapter with "
+                "spectune.extract(model).save(folder)"
+            )
+        kwargs.pop("state_dict", None)  # of the model as it is, with keys that no base has
+        token = _how.set(bool(_CHECKPOINT.fullmatch(Path(save_directory).name)))
+        try:
+            with _as_untied(model):
+                return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _how.reset(token)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        how, state = _how.get(), super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if how is None:
+            return state
+        prefix = kwargs.get("prefix", "")
+        for key in [key for key in state if ".adapters." in f".{key}"]:
+            if how:
+                state[key] = state[key].clone()  # of its own: what is tied among them need not be in the model
+            else:
+                del state[key]
+        for name, tensors in merged_tensors(self).items():  # type: ignore[arg-type]
+            state.update(
+                {f"{prefix}{name}.{key}": tensor.clone() if how else tensor for key, tensor in tensors.items()}
+            )
+            if how:
+                state[f"{prefix}{name}.{_MERGED}"] = torch.ones(())
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state, of this model with its adapters.
+
+        Raises:
+            SpectuneError: it is the state of a merged model, whose weights the adapters would change once more.
+        """
+        return super().load_state_dict(_unmerged(self, state_dict), *args, **kwargs)  # type: ignore[misc, arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: copies and pickles name the one that it was made from
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Have every model in a model that knows how to save itself save what its adapters make of it."""
+    for module in list(model.modules()):
+        kind = type(module)
+        foreign = kind.__module__.partition(".")[0] == "peft"
+        if hasattr(kind, "save_pretrained") and not isinstance(module, Saving) and not foreign and _parts(module):
+            change_class(module, _saving_class(kind))
+
+
+def leave_saving(model: nn.Module) -> None:
+    """Give models without adapters their own classes back."""
+    for module in list(model.modules()):
+        if isinstance(module, Saving) and type(module) is _saving_class(module.plain_class) and not _parts(module):
+            change_class(module, module.plain_class)
+
+
+def merged_tensors(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the weights, biases and other tensors that the adapters that answer now make, by module.
+
+    Raises:
+        SpectuneError: a weight cannot hold its update, or a layer without a bias would need one.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in adapted_layers(model).items():
+        active = active_adapters(layer)
+        if not active:
+            continue
+        found[name] = {"weight": merged_weight(name, layer, active).detach()}
+        bias = merged_bias(layer, active)
+        if bias is None:
+            continue
+        if layer.bias is None:
+            raise SpectuneError(
+                f"the adapter gives {name!r} a bias, which the model has no place for: save the adapter with "
+                "spectune.extract(model).save(folder)"
+            )
+        found[name]["bias"] = bias.detach()
+    for name, module in whole_modules(model).items():
+        active = active_adapters(module)
+        if active:
+            found[name] = {key: tensor.detach() for key, tensor in module.mixed(active).items()}
+    return found
+
+
+def _unmerged(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    modules = {**adapted_layers(model), **whole_modules(model)}
+    merged = [name for name in modules if f"{name}.{_MERGED}" in state]
+    found = dict(state)
+    for name in merged:
+        del found[f"{name}.{_MERGED}"]
+        own = {**modules[name]._parameters, **modules[name]._buffers}
+        found |= {f"{name}.{k}": t.detach() for k, t in own.items() if t is not None and f"{name}.{k}" in found}
+    if merged or any(".adapters." in f".{key}" for key in found):
+        return found if merged else state
+    for name, module in modules.items():
+        theirs, ours = found.get(f"{name}.weight"), module._parameters.get("weight")
+        if theirs is not None and ours is not None and not torch.equal(theirs.to(ours), ours):
+            raise SpectuneError(
+                f"the state that is loaded has another {name}.weight and no adapter, as a merged model has: load it "
+                "into the base, without adapters (spectune.detach(model))"
+            )
+    return state
+
+
+@contextmanager
+def _as_untied(model: Any) -> Iterator[None]:
+    """Within the context, a model whose tied weights its adapters make different says that they are not tied."""
+    config: Any = getattr(model, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None)
+    if not tied or not _parts_ways(model):
+        yield
+        return
+    keys = getattr(model, "all_tied_weights_keys", None)
+    config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings, model.all_tied_weights_keys = tied, keys
+
+
+def _parts_ways(model: nn.Module) -> bool:
+    """Whether adapters make two weights of one that is tied."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    tensors = merged_tensors(model)
+    for names in owners.values():
+        made = [tensors[name]["weight"] for name in names if name in tensors]
+        if made and len(names) > 1 and (len(made) < len(names) or any(not torch.equal(made[0], t) for t in made)):
+            return True
+    return False
+
+
+def _parts(model: nn.Module) -> bool:
+    return bool(adapted_layers(model) or whole_modules(model))
+
+
+@cache
+def _saving_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass by the same name, which is what libraries write into their configs."""
+    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "plain_class": kind}
+    return type(kind.__name__, (Saving, kind), members)
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    cls = _saving_class(kind)
+    return cls.__new__(cls)

@@ -1,0 +1,386 @@
+"""Modules that are trained whole: which they are, and how an adapter's own versions of them get on a model."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
+from spectune.errors import SpectuneError, nearest
+from spectune.layers.adapted import Adapted
+from spectune.layers.modules import is_conv1d, is_linear
+from spectune.layers.selection import Selection
+from spectune.layers.shards import whole
+from spectune.layers.whole import Values, Whole, take_over_whole
+from spectune.methods import Method
+from spectune.methods.bias import Bias
+from spectune.methods.head import Head
+from spectune.model.fresh import fresh_modules, fresh_rows
+
+# names or suffixes of modules, or for each the rows of an embedding to train, None for all of the module
+ModulesToSave = str | Iterable[str] | Mapping[str, Sequence[int] | None]
+Biases = tuple[dict[str, tuple[Term, ...]], dict[str, tuple[WholeTerm, ...]]]
+Wanted = dict[str, list[int] | None]  # modules that own parameters: the rows to train, or None for all
+
+
+def resolve_whole(model: nn.Module, modules_to_save: ModulesToSave = ()) -> Wanted:
+    """Return the modules to be trained whole: those that are asked for, and those that the checkpoint lacked.
+
+    A module that owns no parameters stands for those inside it that do; tied weights are trained together.
+
+    Raises:
+        SpectuneError: a pattern that matches no module with parameters, or rows of what is no embedding.
+    """
+    modules = {name: module for name, module in model.named_modules() if _has_parameters(module)}
+    asked = modules_to_save if isinstance(modules_to_save, Mapping) else _as_mapping(modules_to_save)
+    wanted: Wanted = dict.fromkeys(fresh_modules(model))
+    wanted |= {name: rows for name, rows in fresh_rows(model).items() if name not in wanted}
+    for pattern, rows in asked.items():
+        found = _matching(pattern, modules, isinstance(modules_to_save, str))
+        if rows is not None:
+            wanted |= {name: _rows(name, modules[name], rows) for name in found}
+        else:
+            wanted |= {owner: None for name in found for owner in _owners(name, modules[name])}
+    return _with_tied(model, wanted)
+
+
+def fresh_heads(model: nn.Module) -> list[str]:
+    """Return the linear layers that are trained whole because the checkpoint lacked them."""
+    return [name for name, rows in resolve_whole(model).items() if is_head(model, name, rows)]
+
+
+def statistics(model: nn.Module) -> list[str]:
+    """Return the modules that move buffers of their own in training, such as BatchNorm's running means."""
+    return [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.track_running_stats and m._buffers]
+
+
+def as_layer_is(model: nn.Module, name: str, method: Method) -> Method:
+    """Return a method as it is on a layer: a layer that is brought whole has a bias where it has one."""
+    if not isinstance(method, Head):
+        return method
+    return Head(bias=method.bias and model.get_submodule(name)._parameters.get("bias") is not None)
+
+
+def with_tied_rows(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dict[str, Sequence[WholeTerm]]:
+    """Return modules with the rows of an embedding in what is tied to it too, as PEFT has them."""
+    found = dict(modules)
+    for name, parts in modules.items():
+        if parts[0].rows is not None:
+            found |= {n: parts for n in _with_tied(model, {name: None}) if n not in modules}
+    return found
+
+
+def is_head(model: nn.Module, name: str, rows: Sequence[int] | None) -> bool:
+    """Whether a module is a linear layer to be trained whole, which `Head` does."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return (
+        rows is None
+        and is_linear(model.get_submodule(name))
+        and not isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    )
+
+
+def check_apart(model: nn.Module, layers: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise where one layer would be both adapted and brought whole, by this adapter or by it and another.
+
+    Raises:
+        SpectuneError: there is such a layer.
+    """
+    for name in [*(n for n in layers if isinstance(_find(model, n), Whole)), *modules]:
+        if isinstance(_find(model, name), Adapted) or name in set(layers):
+            raise SpectuneError(
+                f"{name!r} would be adapted and have rows or tensors of its own as well: leave it out of one of the two"
+            )
+
+
+def prepare(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dict[str, Values]:
+    """Return what an adapter has in place of the tensors of modules; the model is not touched.
+
+    Raises:
+        SpectuneError: a module that is not there, or has other tensors than the adapter's.
+    """
+    return {name: _values(name, _find(model, name), terms) for name, terms in modules.items()}
+
+
+def put(model: nn.Module, values: Mapping[str, Values], name: str, selection: Selection) -> None:
+    """Put an adapter's own versions of modules on a model."""
+    for module_name, own in values.items():
+        module = model.get_submodule(module_name)
+        taken = module if isinstance(module, Whole) else take_over_whole(module, selection)
+        taken.adapters[name] = own.train(module.training)
+    _tie(model, name)
+
+
+def split_linear(
+    model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]
+) -> tuple[dict[str, tuple[Term, ...]], dict[str, Sequence[WholeTerm]]]:
+    """Return the terms of linear layers that an adapter brings whole, or whose bias it brings, and the other modules.
+
+    Raises:
+        SpectuneError: a layer that is not there, or has no bias.
+    """
+    found: dict[str, tuple[Term, ...]] = {}
+    rest: dict[str, Sequence[WholeTerm]] = {}
+    for name, parts in modules.items():
+        module = _find(model, name)
+        terms = [_as_term(name, module, part) for part in parts] if is_head(model, name, parts[0].rows) else [None]
+        if all(terms):
+            found[name] = tuple(terms)  # type: ignore[arg-type]
+        else:
+            rest[name] = parts
+    return found, rest
+
+
+def _as_term(name: str, layer: nn.Module, part: WholeTerm) -> Term | None:
+    own = layer._parameters.get("bias")
+    if part.tensors.keys() == {ADDED_BIAS}:
+        return Term(Bias(), {"d": part.tensors[ADDED_BIAS]}, part.weight)
+    if part.tensors.keys() == {"bias"}:
+        if own is None:
+            raise SpectuneError(f"the adapter belongs to another base: {name!r} has no bias here")
+        return Term(Bias(), {"d": part.tensors["bias"] - own.detach().cpu().float()}, part.weight)
+    head = as_head(part, is_conv1d(layer))
+    if head is not None:
+        _check_shape(name, "weight", layer._parameters["weight"], part)  # type: ignore[arg-type]
+    return head
+
+
+def biases(model: nn.Module, layers: Mapping[str, Sequence[Term]], which: str, wanted: Iterable[str]) -> Biases:
+    """Return the terms of layers with their biases, and the other modules with theirs, that train beside an adapter.
+
+    Args:
+        model: the model.
+        layers: those that are adapted.
+        which: "none", "lora_only" (of the adapted layers) or "all".
+        wanted: modules that are trained whole.
+
+    Raises:
+        SpectuneError: another word.
+    """
+    if which not in ("none", "lora_only", "all"):
+        raise SpectuneError(f"bias must be 'none', 'lora_only' or 'all', not {which!r}")
+    terms, modules, apart = {name: tuple(of) for name, of in layers.items()}, {}, set(wanted)
+    for name, module in model.named_modules() if which != "none" else ():
+        own = module._parameters.get("bias")
+        if own is None or name in apart or any(t.method.replaces for t in layers.get(name, ())):
+            continue
+        if name in layers or (which == "all" and is_head(model, name, None)):
+            terms[name] = (*layers.get(name, ()), Term(Bias(), {}))
+        elif which == "all":
+            modules[name] = (WholeTerm({"bias": own.detach()}),)
+    return terms, modules
+
+
+def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
+    """Return what of the base itself is set to train: it is no adapter's, and would be lost with the model.
+
+    Raises:
+        SpectuneError: a tensor of a layer that an adapter is on, so that the two could not be told apart.
+    """
+    found = {}
+    of_adapters = {id(p) for n, p in model.named_parameters() if ".adapters." in f".{n}"}
+    for name, module in model.named_modules():
+        own = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
+        own = {k: p for k, p in own.items() if id(p) not in of_adapters}
+        if not own:
+            continue
+        if isinstance(module, (Adapted, Whole)):
+            raise SpectuneError(
+                f"the {next(iter(own))} of {name!r} is set to train beside the adapter on it, which no adapter holds: "
+                "freeze it, or merge the adapter and save the model"
+            )
+        linear = {k: p for k, p in module._parameters.items() if p is not None} if is_linear(module) else own
+        tensors = {k: whole(p).cpu().clone() for k, p in linear.items()}
+        found[name] = WholeTerm(tensors, complete=is_complete(module, tensors))
+    return found
+
+
+def is_complete(module: nn.Module, tensors: Iterable[str]) -> bool:
+    """Whether tensors by name are all of a module's state."""
+    plain = {k for k in module.state_dict() if not k.startswith("adapters.")}
+    return plain == set(tensors)
+
+
+def labels_of(model: nn.Module) -> list[str] | None:
+    """Return what a classifier's logits stand for, in their order, as far as its config says."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    return [str(names[i]) for i in sorted(names)] if names else None
+
+
+def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the outermost modules all of whose parameters are in modules that are brought whole."""
+    brought = set(names)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = {n for n in _owners(name, module) if ".adapters." not in f".{n}."}
+        if name and inside and inside <= brought and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def start_of(model: nn.Module, wanted: Wanted) -> dict[str, tuple[WholeTerm, ...]]:
+    """Return the modules as they are, which is where their training starts."""
+    found = {}
+    for name, rows in wanted.items():
+        module = model.get_submodule(name)
+        own = {k: t.detach() for k, t in module._parameters.items() if t is not None}
+        if rows is not None:
+            own = {"weight": own["weight"][rows]}
+        own |= {k: t for k, t in module._buffers.items() if _moves(module) and t is not None}
+        found[name] = (WholeTerm(own, rows=None if rows is None else tuple(rows)),)
+    return found
+
+
+def moved_statistics(model: nn.Module) -> dict[str, tuple[WholeTerm, ...]]:
+    """Return the statistics that modules move themselves in training, as they are."""
+    return {
+        name: (WholeTerm({k: t for k, t in model.get_submodule(name)._buffers.items() if t is not None}),)
+        for name in statistics(model)
+    }
+
+
+# -- how it is done
+
+
+def _values(name: str, module: nn.Module, terms: Sequence[WholeTerm]) -> Values:
+    first = terms[0]
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    if len({(term.rows, tuple(term.tensors)) for term in terms}) > 1:
+        raise SpectuneError(
+            f"the adapters that are added bring different parts of {name!r}; add such as bring the same"
+        )
+    for key in first.tensors:
+        own = module._parameters.get(key, module._buffers.get(key))
+        if own is None:
+            raise SpectuneError(f"the adapter belongs to another base: {name!r} has no {key!r} here")
+        _check_shape(name, key, own, first)
+        start = own.detach() if first.rows is None else own.detach()[list(first.rows)]
+        tensor = _sum(start, [(t.tensors[key], t.weight) for t in terms])
+        if key in module._parameters:
+            parameters[key] = tensor.to(own.device, torch.promote_types(own.dtype, torch.float32), copy=True)
+        else:
+            buffers[key] = tensor.to(own.device, own.dtype, copy=True)
+    rows = None if first.rows is None else torch.tensor(first.rows, device=next(iter(parameters.values())).device)
+    return Values(parameters, buffers, rows)
+
+
+def _check_shape(name: str, key: str, own: Tensor, term: WholeTerm) -> None:
+    theirs = tuple(term.tensors[key].shape)
+    ours = tuple(own.shape) if term.rows is None else (len(term.rows), *own.shape[1:])
+    enough = term.rows is None or max(term.rows) < len(own)
+    if ours == theirs and enough:
+        return
+    needed = theirs[0] if term.rows is None else max(term.rows) + 1
+    remedy = ""
+    if len(ours) == 2 and key == "weight" and ours[1:] == theirs[1:] and needed != len(own):
+        remedy = f": call model.resize_token_embeddings({needed}) first, if these are its tokens"
+    shape = theirs if term.rows is None else (needed, *theirs[1:])
+    raise SpectuneError(
+        f"the adapter belongs to another base: {key!r} of {name!r} is {tuple(own.shape)} here and {shape} there{remedy}"
+    )
+
+
+def _sum(start: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return T + sum of w (T_a - T)."""
+    if not start.is_floating_point() or (len(parts) == 1 and parts[0][1] == 1.0):
+        return parts[0][0].detach()
+    start = start.to(parts[0][0].device, torch.promote_types(start.dtype, torch.float32))
+    return start + torch.stack([w * (t.detach() - start) for t, w in parts]).sum(0)
+
+
+def _tie(model: nn.Module, name: str) -> None:
+    """Have an adapter's versions of tied tensors be one, where they are equal."""
+    tied: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, Whole) and name in module.adapters:
+            own: Any = module.adapters[name]
+            if "weight" in own._parameters:
+                tied[id(module._parameters["weight"])].append((own, "weight"))
+        elif isinstance(module, Adapted) and name in module.adapters:
+            for update in module.adapters[name]:  # type: ignore[union-attr]
+                if update.method.replaces and len(module.adapters[name]) == 1:  # type: ignore[arg-type]
+                    tied[id(module._parameters["weight"])].append((update, "H"))
+    for (first, key), *others in tied.values():
+        kept: Any = first._parameters[key]
+        for other, of in others:
+            theirs: Any = other._parameters[of]
+            if theirs.shape == kept.shape and torch.equal(theirs, kept):
+                other._parameters[of] = kept
+
+
+def _with_tied(model: nn.Module, wanted: Wanted) -> Wanted:
+    """Return what is wanted with the modules whose weight is that of one of them."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if module._parameters.get("weight") is not None:
+            names[id(module._parameters["weight"])].append(name)
+    found = dict(wanted)
+    for name, rows in wanted.items():
+        weight = model.get_submodule(name)._parameters.get("weight")
+        for other in names[id(weight)] if weight is not None else ():
+            found.setdefault(other, rows)
+    return found
+
+
+def _as_mapping(patterns: str | Iterable[str]) -> dict[str, None]:
+    return dict.fromkeys([patterns] if isinstance(patterns, str) else patterns)
+
+
+def _matching(pattern: str, modules: Mapping[str, nn.Module], regex: bool) -> list[str]:
+    found = [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
+    if not found and regex:
+        try:
+            found = [name for name in modules if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise SpectuneError(f"modules_to_save: {pattern!r} is not a valid regular expression: {error}") from None
+    if not found:
+        tails = [name.rpartition(".")[2] for name in modules]
+        raise SpectuneError(
+            f"modules_to_save: {pattern!r} matches no module with parameters{nearest(pattern, [*tails, *modules])}"
+        )
+    return found
+
+
+def _owners(name: str, module: nn.Module) -> list[str]:
+    """Return the modules at and below one that own parameters or statistics."""
+    inner = [(n, m) for n, m in module.named_modules() if any(p is not None for p in m._parameters.values())]
+    return [".".join(filter(None, (name, n))) for n, _ in inner]
+
+
+def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> list[int]:
+    weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Embedding) and not is_linear(module):
+        raise SpectuneError(f"modules_to_save: rows are given of {name!r}, which is a {type(module).__name__}")
+    assert weight is not None
+    found = sorted(set(rows))
+    if not found or not all(type(row) is int and 0 <= row < len(weight) for row in found):
+        raise SpectuneError(
+            f"modules_to_save: the rows of {name!r} must be whole numbers from 0 to {len(weight) - 1}, not {rows!r:.60}"
+        )
+    return found
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        names = [n for n, _ in model.named_modules()]
+        raise SpectuneError(
+            f"the adapter belongs to another base: the model has no module {name!r}{nearest(name, names)}"
+        ) from None
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _moves(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats

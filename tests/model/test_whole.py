@@ -1,0 +1,224 @@
+"""Modules that adapters bring whole: heads that the checkpoint lacked, what is asked for, rows, statistics."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spectune
+from spectune import Adapter, SpectuneError
+from tiny import BERT, TEXT, tf
+
+IDS = torch.randint(3, 90, (3, 10), generator=torch.Generator().manual_seed(0))
+LORA = "lora:rank=2"
+
+
+def answer(model, ids=IDS):
+    with torch.no_grad():
+        out = model(ids)
+    return out.logits if hasattr(out, "logits") else out
+
+
+def moved(model, seed=1):
+    """Give every trained tensor a random step."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def saved_and_back(adapter, path):
+    adapter.save(path)
+    return Adapter.load(path)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Checkpoints of encoders without a head, by family."""
+    configs = {
+        "bert": (tf.BertModel, tf.BertConfig(**BERT)),
+        "roberta": (tf.RobertaModel, tf.RobertaConfig(**BERT)),
+        "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**TEXT)),
+    }
+    folders = {}
+    for family, (kind, config) in configs.items():
+        torch.manual_seed(0)
+        folders[family] = tmp_path_factory.mktemp(family)
+        kind(config).save_pretrained(folders[family])
+    return folders
+
+
+def classifier(folder, seed, **options):
+    torch.manual_seed(seed)
+    return tf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **options).eval()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_a_head_that_the_checkpoint_lacked_is_trained_and_saved(encoders, tmp_path, family, copied):
+    model = classifier(encoders[family], 1)
+    model = copy.deepcopy(model) if copied else model  # which loses transformers' marks
+    plain = answer(model)
+    spectune.adapt(model, LORA)
+    torch.testing.assert_close(answer(model), plain, atol=1e-6, rtol=1e-5)  # training starts where the model was
+    expected = answer(moved(model))
+    loaded = saved_and_back(spectune.extract(model), tmp_path)
+    other = spectune.attach(classifier(encoders[family], 2), loaded)
+    torch.testing.assert_close(answer(other), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(answer(spectune.detach(model)), plain)
+
+
+def test_a_head_that_was_trained_before_is_adapted_as_any_layer(encoders, tmp_path):
+    model = classifier(encoders["bert"], 1)
+    model.save_pretrained(tmp_path)
+    spectune.adapt(model := classifier(tmp_path, 2), LORA)
+    assert not spectune.extract(model).layers["classifier"].terms[0].method.replaces
+    merged = spectune.merge(spectune.adapt(classifier(encoders["bert"], 1), LORA))
+    again = spectune.extract(spectune.adapt(merged, LORA))  # which has its head now
+    assert not again.layers["classifier"].terms[0].method.replaces
+
+
+def test_a_head_of_an_unknown_checkpoint_counts_as_new_and_that_is_said(caplog):
+    model = tf.BertForSequenceClassification(tf.BertConfig(**BERT))
+    spectune.adapt(model, LORA)
+    assert "BertForSequenceClassification comes from: its head (classifier)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [["norm"], ["embed_tokens"], ["lm_head"], ["embed_tokens", "layers.0.mlp"], {"embed_tokens": [3, 80]}],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_any_module_is_trained_whole(tmp_path, wanted, tied):
+    def base():
+        torch.manual_seed(0)
+        return tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=tied)).eval()
+
+    model = base()
+    before, plain = state(model), answer(model)
+    spectune.adapt(model, LORA, ["q_proj"], modules_to_save=wanted)
+    torch.testing.assert_close(answer(model), plain, atol=1e-6, rtol=1e-5)
+    logits = model.train()(IDS, labels=IDS)
+    logits.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad and p.dim() == 1)
+    expected = answer(moved(model).eval())
+    loaded = saved_and_back(spectune.extract(model), tmp_path)
+    other = spectune.attach(base(), loaded)
+    torch.testing.assert_close(answer(other), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answer(spectune.merge(other)), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answer(copy.deepcopy(model)), expected)
+    assert torch.equal(answer(spectune.activate(model, None)), plain)
+    spectune.detach(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert type(model.model.norm).__name__ == "LlamaRMSNorm"
+
+
+def test_tied_weights_are_trained_as_one():
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True))
+    spectune.adapt(model, LORA, ["q_proj"], modules_to_save=["embed_tokens"])
+    assert model.lm_head.adapters["default"][0].H is model.model.embed_tokens.adapters["default"].weight
+
+
+@pytest.mark.parametrize("wanted", [["embed_tokens", "norm"], {"embed_tokens": [5, 9], "norm": None}], ids=str)
+def test_mixtures_and_rows_of_a_batch(wanted):
+    torch.manual_seed(0)
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).eval()
+    ids = IDS.clone()
+    ids[:, 2:4] = torch.tensor([5, 9])
+    model, alone = copy.deepcopy(base), [answer(base, ids)]
+    for i, name in enumerate("ab"):
+        single = moved(spectune.adapt(copy.deepcopy(base), LORA, ["q_proj"], modules_to_save=wanted), i)
+        alone.append(answer(single, ids))
+        spectune.attach(model, spectune.extract(single), name)
+    with spectune.route(model, [None, "a", "b"]):
+        routed = answer(model, ids)
+    torch.testing.assert_close(routed, torch.stack([alone[i][i] for i in range(3)]), atol=1e-5, rtol=1e-4)
+    mixed = answer(spectune.activate(model, {"a": 0.75, "b": 0.25}), ids)
+    joined = 0.75 * spectune.extract(model, "a") + 0.25 * spectune.extract(model, "b")
+    torch.testing.assert_close(answer(spectune.attach(copy.deepcopy(base), joined), ids), mixed, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answer(spectune.merge(model), ids), mixed, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_modules_that_answer_once_for_all():
+    torch.manual_seed(0)
+    model = tf.BertModel(tf.BertConfig(**BERT)).eval()  # positions have one row, whatever the batch has
+    plain = model(IDS).last_hidden_state
+    moved(spectune.adapt(model, LORA, ["query"], modules_to_save=["position_embeddings"]))
+    changed = model(IDS).last_hidden_state
+    with spectune.route(model, ["default", None, None]):
+        routed = model(IDS).last_hidden_state
+    torch.testing.assert_close(routed, torch.stack([changed[0], plain[1], plain[2]]), atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_that_move_are_the_adapters_own(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
+
+    model, x = base(), 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + 1
+    before, plain = state(model), answer(model, x)
+    assert not spectune.extract(spectune.adapt(copy.deepcopy(model), LORA)).modules  # which have not moved
+    spectune.adapt(model, LORA).train()(x).sum().backward()
+    expected = answer(model.eval(), x)
+    loaded = saved_and_back(spectune.extract(model), tmp_path)
+    assert torch.equal(answer(spectune.attach(base(), loaded), x), expected)
+    assert torch.equal(answer(spectune.activate(model, None), x), plain)
+    torch.testing.assert_close(answer(spectune.merge(spectune.attach(base(), loaded)), x), expected)
+    after = spectune.detach(model).state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_new_tokens_are_trained_and_saved(tmp_path):
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT, tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+
+    def grown(seed):
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(TEXT["vocab_size"] + 4)
+        return model
+
+    ids = IDS.clone()
+    ids[:, 4] = TEXT["vocab_size"] + 1
+    model = moved(spectune.adapt(grown(1), LORA, ["q_proj"]))
+    adapter = spectune.extract(model)
+    assert adapter.modules["model.embed_tokens"][0].rows == tuple(range(96, 100))
+    loaded = saved_and_back(adapter, tmp_path / "adapter")
+    torch.testing.assert_close(answer(spectune.attach(grown(2), loaded), ids), answer(model, ids))
+    small = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(SpectuneError, match=r"call model.resize_token_embeddings\(100\) first"):
+        spectune.attach(small, loaded)
+
+
+def test_what_cannot_be_brought_whole_is_named():
+    def base():
+        torch.manual_seed(0)
+        return tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT))
+
+    for wanted, message in (
+        (["embed_token"], "'embed_token' matches no module with parameters; did you mean 'embed_tokens'"),
+        ("(", "is not a valid regular expression"),
+        ({"norm": [1]}, "rows are given of 'model.norm', which is a LlamaRMSNorm"),
+        ({"embed_tokens": [96]}, r"from 0 to 95, not \[96\]"),
+    ):
+        with pytest.raises(SpectuneError, match=message):
+            spectune.adapt(base(), LORA, ["q_proj"], modules_to_save=wanted)
+    model = spectune.adapt(base(), LORA, ["lm_head"])
+    with pytest.raises(SpectuneError, match="'lm_head' would be adapted and have rows"):
+        spectune.adapt(model, LORA, ["q_proj"], modules_to_save={"lm_head": [1]}, name="b")
+    assert spectune.adapter_names(model) == ["default"]
+    other = spectune.extract(spectune.adapt(base(), LORA, ["q_proj"], modules_to_save=["norm"]))
+    other.modules = {"model.norms": other.modules["model.norm"]}
+    with pytest.raises(SpectuneError, match=r"the model has no module 'model\.norms'; did you mean 'model.norm'"):
+        spectune.attach(base(), other)
