@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,11 @@ def fresh_modules(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*marked, *found]))
 
 
-def mark_loaded(tensor: Any) -> None:
-    """Have a tensor count as one that a checkpoint filled."""
-    setattr(tensor, _LOADED, True)
+def mark_loaded(model: nn.Module, tensors: Iterable[Any]) -> None:
+    """Have tensors count as ones that a checkpoint filled, in a model where such are marked."""
+    if any(getattr(p, _LOADED, False) for p in model.parameters()):
+        for tensor in tensors:
+            setattr(tensor, _LOADED, True)
 
 
 def fresh_rows(model: Any) -> dict[str, list[int]]:

@@ -106,6 +106,7 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
     own = {name: (nn.ModuleDict(module.adapters.items()), module.selection) for name, module in modules.items()}
     ties = _ties(model)
     detach(model)
+    made: list[Any] = []
     new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
     for name, layer in layers.items():
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
@@ -113,11 +114,11 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
             weight, bias = merged[name]
             layer.weight = nn.Parameter(weight, requires_grad=record.weight.requires_grad)  # type: ignore[misc]
             new[id(record.weight)] = layer.weight
-            mark_loaded(layer.weight)
+            made.append(layer.weight)
             vars(layer).pop(FRESH, None)
             if bias is not None:
                 layer.bias = nn.Parameter(bias, requires_grad=record.weight.requires_grad)
-                mark_loaded(layer.bias)
+                made.append(layer.bias)
         if keep:
             record.merged, record.sums = (layer.weight, layer.bias), _sums(layer)
             vars(layer)[_RECORD] = record
@@ -126,9 +127,11 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
         for key, tensor in versions.get(name, {}).items():
             record.before[key] = old = module._parameters.get(key, module._buffers.get(key))
             record.now[key] = _put(module, key, tensor.detach(), old, new)
+            made.append(record.now[key])
             vars(module).pop(FRESH, None)
         if keep:
             vars(module)[_RECORD] = record
+    mark_loaded(model, made)
     _untie(model, ties, keep)
     return model
 
@@ -140,7 +143,6 @@ def _put(module: nn.Module, key: str, tensor: Tensor, old: Any, new: dict[int, n
     made = new.get(id(old))
     if made is None or made.shape != tensor.shape or not torch.equal(made, tensor):
         made = nn.Parameter(tensor.clone(), requires_grad=old.requires_grad)
-        mark_loaded(made)
         new.setdefault(id(old), made)
     module._parameters[key] = made
     return made
