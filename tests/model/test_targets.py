@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 import torch.nn as nn
 
 import spectune
@@ -80,6 +81,35 @@ def test_layers_that_torch_may_read_without_calling_are_left_out():
         assert names(model, SVF()) == ["2"]
     with pytest.raises(ValueError, match=r"no effect on .*out_proj', because torch's own attention"):
         names(model, SVF(), ["out_proj"])
+
+
+class Grouped(nn.Linear):
+    """A block-diagonal product: two groups of features."""
+
+    def forward(self, x):
+        w = self.weight.view(2, -1, x.shape[-1])
+        return torch.einsum("...gi,goi->...go", x, w)
+
+
+class Squared(nn.Linear):
+    """A function of W x, whose merged form would be another one."""
+
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+class Renamed(nn.Linear):
+    """W x + b in a forward method of its own."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_layers_whose_class_computes_something_else_are_left_out():
+    model = nn.Sequential(Grouped(3, 4), Squared(3, 4), Renamed(3, 4))
+    assert names(model, SVF()) == ["2"]
+    with pytest.raises(ValueError, match=r"no effect on '1', because Squared answers otherwise than with x W\^T \+ b"):
+        names(model, SVF(), ["1"])
 
 
 def test_a_model_may_be_one_layer():

@@ -123,6 +123,10 @@ def _train(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, Adapted])
     hooks = [m.register_forward_hook(lambda *_, n=n: called.add(n)) for n, m in layers.items()]
     torch.manual_seed(7)
     outputs = floats(model(**inputs))
+    if not any(t.requires_grad for t in outputs):  # reversible layers take gradients of what takes them alone
+        model.enable_input_require_grads()
+        outputs = floats(model(**inputs))
+        model.disable_input_require_grads()
     for hook in hooks:
         hook.remove()
     sum(t.nan_to_num(0, 0, 0).float().square().mean() for t in outputs if t.requires_grad).backward()  # type: ignore[union-attr]

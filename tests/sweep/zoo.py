@@ -34,6 +34,7 @@ _BINS = ("num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size")
 _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name matches gives its value
     (r"(.*_)?vocab_size|(src|tgt)_vocab_size|.*_vocab_size_.*", VOCABULARY),
     (r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|(.*_)?head_dim|d_kv|kv_channels|attention_head_size)", 8),
+    (r"rotary_dim|rotary_ndims", 8),
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank|.*_lora_rank|.*_low_rank_dim)", 16),
     (r"(num_key_value_heads|num_kv_heads|multi_query_group_num|n_head_kv|.*_key_value_heads)", 2),
     (r"(.*_)?(num_)?attention_heads|(.*_)?n_heads?|(.*_)?num_heads|(.*_)?num_.*_heads|.*_heads", 4),
@@ -62,7 +63,6 @@ _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name
     (r"num_queries|num_query_tokens|num_latents|num_prompt_tokens", 8),
     (r"attention_chunk_size|chunk_size|mamba_chunk_size", 8),
     (r"num_labels", 3),
-    (r"rotary_dim|rotary_ndims", 8),
     (r"(state_size|mamba_d_state|ssm_state_size|d_state|linear_.*_head_dim)", 8),
     (r"mamba_n_heads|linear_num_.*_heads|mamba_num_heads", 4),
     (r"dropout|.*_dropout|.*_dropout_.*|.*_drop_rate|layerdrop|drop_path_rate", 0.0),
@@ -70,6 +70,8 @@ _SIZES: list[tuple[str, Any]] = [  # the first pattern that a field's whole name
 _KEEP = re.compile(
     r"(num_channels|in_channels|.*_kernel.*|.*_stride.*|.*theta|.*_token_id|.*factor|torch_dtype|.*ratio)"
 )
+
+_UNSET = {"head_dim": 8, "num_key_value_heads": 2}
 
 # what the names of fields do not say
 FIXES: dict[str, dict[str, Any]] = {
@@ -83,6 +85,14 @@ FIXES: dict[str, dict[str, Any]] = {
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1},
     "fsmt": {"langs": ["en", "de"]},
     "xlm": {"n_langs": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "mamba2": {"num_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
 }
 for _kind in ("hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio", "wav2vec2-conformer", "sew", "sew-d"):
     FIXES[_kind] = FIXES["wav2vec2"]
@@ -102,8 +112,8 @@ def build(kind: str) -> tuple[Any, dict[str, Any]]:
     """Return a model of a type, in evaluation mode, and a batch of two rows."""
     torch.manual_seed(0)
     _, name = classes()[kind]
-    config = _config(kind)
-    cls = getattr(tf, name)
+    cls: Any = getattr(tf, name)
+    config = _shrunk(cls.config_class or _config_class(kind), kind)
     _check_size(cls, config)
     model = cls(config).eval()
     with torch.no_grad():
@@ -134,9 +144,8 @@ def _check_size(cls: Any, config: Any) -> None:
         raise ValueError(f"its smallest form has {count:,} parameters")
 
 
-def _config(kind: str) -> Any:
-    module = getattr(tf, configuration_auto.CONFIG_MAPPING_NAMES[kind])
-    return _shrunk(module, kind)
+def _config_class(kind: str) -> Any:
+    return getattr(tf, configuration_auto.CONFIG_MAPPING_NAMES[kind])
 
 
 def _shrunk(cls: Any, kind: str) -> Any:
@@ -146,6 +155,8 @@ def _shrunk(cls: Any, kind: str) -> Any:
     for name, sub in nested.items():
         values[name] = _shrunk(type(sub), getattr(sub, "model_type", ""))
     for name, value in vars(whole).items():
+        if value is None and name in _UNSET:
+            values[name] = _UNSET[name]
         if name.startswith("_") or name in nested or isinstance(value, (str, bool)) or value is None:
             continue
         if isinstance(value, (int, float)) and not _KEEP.fullmatch(name):
@@ -156,6 +167,8 @@ def _shrunk(cls: Any, kind: str) -> Any:
                     break
         elif name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
             values[name] = 2 if name != "pad_token_id" else 0
+    if "kv_lora_rank" in values:  # keys and values of every head come from one vector
+        values["num_key_value_heads"] = values["num_attention_heads"]
     values |= FIXES.get(kind, {})
     layers = next((values[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in values), None)
     for name, value in vars(whole).items():
@@ -173,6 +186,7 @@ def batches(model: Any) -> Iterator[dict[str, Any]]:
     """Yield two rows of what a model's forward takes, the likeliest first."""
     taken, main = inspect.signature(model.forward).parameters, model.main_input_name
     whole = {name: make for name, make in _parts(model).items() if name in taken}
+    more = {"use_cache": False} if "use_cache" in taken else {}
     for names in dict.fromkeys(
         tuple(n for n in chosen if n in whole)
         for chosen in (
@@ -189,7 +203,7 @@ def batches(model: Any) -> Iterator[dict[str, Any]]:
         )
     ):
         if names:
-            yield {name: whole[name] for name in names}
+            yield {name: whole[name] for name in names} | more
 
 
 def _parts(model: Any) -> dict[str, Any]:

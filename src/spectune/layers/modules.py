@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +19,29 @@ from spectune.errors import SpectuneError, nearest
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is of a kind that can be adapted."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+@torch.no_grad()
+def is_another_function(layer: nn.Module) -> bool:
+    """Whether a layer of a class with a forward method of its own answers otherwise than x W^T + b, as far as two x show.
+
+    Args:
+        layer: one that `is_linear`, and not adapted.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or effective_weight(layer).is_meta:
+        return False
+    weight, bias = effective_weight(layer), layer._parameters.get("bias")
+    x = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(2, -1).to(weight.device, weight.dtype)
+    try:
+        answer, expected = layer.forward(x), F.linear(x, weight, bias)
+    except TypeError:
+        return False  # it takes more than an input
+    except (RuntimeError, ValueError):
+        return True
+    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+        return True
+    off = (answer - expected).abs().max().nan_to_num()
+    return bool(off > 0.1 * expected.abs().max())
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
-from spectune.layers.modules import effective_weight, linear_layers
+from spectune.layers.modules import effective_weight, is_another_function, linear_layers
 from spectune.layers.reads import replaced_forward
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
@@ -91,6 +91,8 @@ def never_asked(model: nn.Module) -> dict[str, str]:
             past[name] = "torch's own attention and encoder read its weight, at times, without calling the layer"
         elif not isinstance(layer, Adapted) and replaced_forward(layer):
             past[name] = "another function was put in the place of the layer's forward method"
+        elif not isinstance(layer, Adapted) and is_another_function(layer):
+            past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"
     read = "the model reads its weight itself instead of calling the layer"
     return past | {name: read for name in read_by_the_model(model, layers) if name not in past}
 
