@@ -23,7 +23,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_another_function(layer: nn.Module) -> bool:
-    """Whether a layer of a class with a forward method of its own answers otherwise than x W^T + b, as far as two x show.
+    """Whether a layer whose class has a forward method of its own answers otherwise than x W^T + b, as two x show.
 
     Args:
         layer: one that `is_linear`, and not adapted.
