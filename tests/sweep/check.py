@@ -172,8 +172,12 @@ def _rows(model: Any, inputs: Mapping[str, Any]) -> tuple[str, str]:
     except SpectuneError as error:
         return REFUSED, str(error)
     for i in (0, 1):
-        rows = [t[i : i + 1] for t in together if t.dim() and t.shape[0] == 2]
-        ones = [t for t, whole in zip(alone[i], together, strict=True) if whole.dim() and whole.shape[0] == 2]
+        pairs = [
+            (whole[i : i + 1], one)
+            for whole, one in zip(together, alone[i], strict=True)
+            if whole.dim() and one.dim() and (whole.shape[0], one.shape[0]) == (2, 1)
+        ]
+        rows, ones = [whole for whole, _ in pairs], [one for _, one in pairs]
         _must(away(rows, ones), 2e-3, "rows of a batch")
     return RIGHT, ""
 

@@ -31,7 +31,7 @@ def test_the_page_says_what_came_of_each():
         "vit": Verdict(SKIPPED, "", 0, 0, "ValueError: no | size"),
     }
     text = run.page(found)
-    assert "2 of 3 types were built" in text
+    assert "3 tried, 2 of them built" in text
     assert "| llama | LlamaForCausalLM | causal | 14 | 2 | right | refused | rows depend on each other |" in text
     assert text.index("| bert |") < text.index("| llama |")
     assert "| vit | ViTForImageClassification | ValueError: no / size |" in text
