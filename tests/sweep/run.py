@@ -80,7 +80,7 @@ def page(found: dict[str, Verdict]) -> str:
         "the last bit; merged, saved by transformers and loaded again. *Idle* layers have no part in what the batch",
         "asks for, such as a vision tower before text.",
         "",
-        f"transformers {tf.__version__}: {len(known)} types, {len(found)} tried, {len(built)} of them built. The whole: "
+        f"transformers {tf.__version__}: {len(known)} types, {len(found)} tried, {len(built)} of them built. All: "
         + ", ".join(f"{n} {what}" for what, n in counts.most_common())
         + ". Rows: "
         + ", ".join(f"{n} {what}" for what, n in rows.most_common() if what)
