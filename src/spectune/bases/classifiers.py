@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
@@ -124,6 +125,10 @@ def tokenize(tokenizer: Any, text: str, pair: str | None, limit: int) -> tuple[d
 def context(model: Any, tokenizer: Any, limit: int | None = None) -> int:
     """Return how many tokens a classifier takes, or the limit if that is less."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():  # RoBERTa's begin behind the token to pad with
+        if positions is not None and name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+            break
     return min(n for n in (limit, positions, tokenizer.model_max_length) if n is not None)
 
 

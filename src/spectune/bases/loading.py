@@ -103,6 +103,25 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is there; None takes the accelerator if there is one.
+
+    Raises:
+        SpectuneError: no such device, or none that this PyTorch can use.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        own = default_device().type
+        there = "cpu" if own == "cpu" else f"{own} or cpu"
+        reason = str(error).strip().splitlines()[0][:120]
+        raise SpectuneError(f"device={device} cannot be used here ({reason}); give {there}") from None
+    return found
+
+
 def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> str:
     """Return what `from_pretrained` takes for an embedded name (converted once and cached), a folder or a hub id.
 
@@ -158,6 +177,7 @@ def load_base(
     """
     import transformers
 
+    device = None if device is None else checked_device(device)  # before anything is loaded
     wanted = resolve_dtype(dtype, device or "cpu")
     path = model_path(name, wanted)
     try:

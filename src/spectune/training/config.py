@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError, nearest
@@ -26,6 +26,17 @@ def _checkpointing(value: Any) -> Any:
     return "selective" if value == "light" else value  # as it was called once
 
 
+class Source(BaseModel):
+    """One of several sources of data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="file, pattern, or data set's folder or id")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="how often each record is taken; 2 is twice")
+    config: str | None = Field(None, description="configuration of a data set")
+    split: str | None = Field(None, description="split of a data set")
+
+
 class TrainConfig(BaseModel):
     """Every key of `spectune train`, with its default."""
 
@@ -34,10 +45,11 @@ class TrainConfig(BaseModel):
     options_type: ClassVar[type[TaskOptions] | None] = None  # of the task whose keys the class has beside these
 
     model: str = Field(description="embedded name (smollm2-135m), local folder or hub id")
-    data: str | None = Field(
+    data: str | list[str | Source] | None = Field(
         None,
-        description="JSONL, CSV or Parquet file, or a data set's folder or id, with what the task takes; needed unless "
-        "there is an environment",
+        description="JSON, JSONL, CSV, TSV or Parquet file, a pattern such as data/*.jsonl, or a data set's folder or "
+        "id, with what the task takes; several as [a.jsonl, {path: b.jsonl, weight: 2}]; needed unless there is an "
+        "environment",
     )
     data_config: str | None = Field(None, description="configuration of a data set that has several (glue: sst2)")
     data_split: str | None = Field(None, description="split of a data set to train on; train if not given")
@@ -69,7 +81,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
+    max_grad_norm: float = Field(1.0, ge=0, description="the gradient's norm is clipped to this; 0 does not clip")
     completion_only: bool = Field(True, description="loss on completions and assistant turns only")
     columns: dict[str, str] = Field(
         {}, description="the data's names for what the task takes: {text: sentence, label: spam}"
@@ -99,7 +111,7 @@ class TrainConfig(BaseModel):
         "everything; false, nothing",
     )
     report_to: str | list[str] = Field([], description="tensorboard, wandb, trackio, ...; log.jsonl is always written")
-    seed: int = Field(0, ge=0, description="of the split, the order of the data and the adapter's start")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the split, the order of the data and the adapter's start")
     resume: bool = Field(False, description="go on from the last checkpoint in output")
     overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -113,6 +125,19 @@ class TrainConfig(BaseModel):
     def __reduce__(self) -> Any:  # the class is made at run time
         base = next(c for c in type(self).__mro__ if issubclass(c, TrainConfig) and c.options_type is None)
         return _made, (base, self.model_dump(exclude_unset=True))
+
+    @field_validator("model", "data", "output", "adapter", "eval_data", mode="before")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """Return a path of the home folder in full, which a shell writes out only where it stands alone."""
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+    @field_validator("data")
+    @classmethod
+    def _some_data(cls, value: Any) -> Any:
+        if isinstance(value, list) and not value:
+            raise ValueError("the list of data is empty")
+        return value
 
     def parsed_method(self) -> Method:
         """Return the method."""
@@ -165,11 +190,11 @@ class TrainConfig(BaseModel):
                 "both out for a held_out share"
             )
 
-    def evaluation(self) -> tuple[str, str | None, str | None] | None:
+    def evaluation(self) -> tuple[Any, str | None, str | None] | None:
         """Return the data, configuration and split to evaluate on, or None where it is a share of the training data."""
         if self.data is None or (self.eval_data is None and self.eval_split is None):
             return None
-        if self.eval_data is None or _place(self.eval_data) == _place(self.data):
+        if self.eval_data is None or (isinstance(self.data, str) and _place(self.eval_data) == _place(self.data)):
             return self.data, self.data_config, self.eval_split
         return self.eval_data, None, self.eval_split
 

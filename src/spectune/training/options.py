@@ -70,10 +70,13 @@ class ReinforceOptions(TaskOptions):
     environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
     problems: int = Field(2000, ge=2, description="reinforce: the environment's problems, those held out included")
     raw: bool = Field(False, description="reinforce: put the environment's questions without a chat template")
-    reward: str | None = Field(
-        None, description="reinforce: module:function, from the working directory or installed; wins over the "
-        "environment's own"
+    reward: str | list[str] | None = Field(
+        None, description="reinforce: module:function, from the working directory or installed, or several that are "
+        "added; wins over the environment's own"
     )  # fmt: skip
+    reward_weights: list[float] | None = Field(
+        None, description="reinforce: what each of several rewards counts; 1 if not given"
+    )
     samples: int = Field(8, ge=1, description="reinforce: completions of each prompt, each other's baseline")
     max_new_tokens: int = Field(64, ge=1, description="reinforce: tokens of a completion")
     temperature: float = Field(1.0, ge=0, description="reinforce: of the sampling, 0 is greedy; evaluations are greedy")
@@ -93,6 +96,9 @@ class ReinforceOptions(TaskOptions):
         return self.environment is not None
 
     def check_task(self, config: Any) -> None:
+        count = len([self.reward] if isinstance(self.reward, str) else self.reward or ())
+        if self.reward_weights is not None and len(self.reward_weights) != count:
+            raise SpectuneError(f"reward_weights has {len(self.reward_weights)} numbers for {count} rewards")
         if self.reward_baseline == "none" and self.normalize_rewards:
             raise SpectuneError(
                 "normalize_rewards divides what is measured against a baseline: leave out reward_baseline: none"

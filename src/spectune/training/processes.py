@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from accelerate import PartialState
 
-from spectune.bases.loading import default_device
+from spectune.bases.loading import checked_device
 from spectune.errors import SpectuneError
 from spectune.layers.updates import Basis
 
@@ -35,7 +35,7 @@ def start(device: str | None = None) -> torch.device:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if device is None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
         device = "cpu"
-    chosen = torch.device(device) if device else default_device()
+    chosen = checked_device(device or None)
     if launched == 1 and not dist.is_initialized():
         return chosen
     if chosen.index is not None:

@@ -73,6 +73,13 @@ class RunLog(TrainerCallback):
         self._trainer, self._curve = trainer, trainer.task.curve
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rises = args.get_warmup_steps(state.max_steps)
+        if 0 < state.max_steps <= rises:
+            self._console.print(
+                f"all {state.max_steps} steps are warm-up, so that the learning rate is never reached: give warmup=0, "
+                "or more steps",
+                style="yellow",
+            )
         self._start = time.perf_counter()
         self._progress = Progress(
             TextColumn("training"),

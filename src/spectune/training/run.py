@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -90,6 +91,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
         check_reports(config.reports())
         _check_output(config, output)
         records, held = task.read()
+        console = (console or Console(stderr=True)) if processes.is_main() else Console(quiet=True)
+        for note in task.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
         model, tokenizer = task.load(records, held)
     return train_model(config, model, tokenizer, records, held, console)
 
@@ -145,6 +149,8 @@ def _train(
     learned = task.encode(records, model, tokenizer, limit)
     evaluated = task.encode(held, model, tokenizer, limit) if held else None
     _report(console, learned, evaluated, limit)
+    if config.eval_steps is not None and evaluated is None:
+        console.print("eval_steps is given, but nothing is held out to evaluate on", style="yellow")
     start = time.perf_counter()
     prepare(config, model, start_from)
     setup = time.perf_counter() - start
@@ -168,7 +174,7 @@ def _train(
     before = _before(log) if checkpoint is not None else {}
     if evaluated and not before:
         before = _evaluate(trainer)
-    set_seed(config.seed + processes.rank())  # what a process drops is its own affair
+    set_seed((config.seed + processes.rank()) % 2**32)  # what a process drops is its own affair
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -278,7 +284,7 @@ def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: T
         lr_scheduler_type=schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm or math.inf,  # with 0 nobody would look at the gradients
         eval_strategy="steps" if evaluates and config.eval_steps else "no",
         eval_steps=config.eval_steps,
         save_steps=(goes_back and config.eval_steps) or config.save_steps,  # or the best might not be there
@@ -341,7 +347,7 @@ def _report(console: Console, learned: Encoded, evaluated: Encoded | None, limit
     held = len(evaluated.examples) if evaluated else 0
     console.print(f"{len(learned.examples)} examples to learn from, {held} held out", highlight=False)
     for note in learned.notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     for what, encoded in (("training", learned), ("held-out", evaluated)):
         if encoded and encoded.cut:
             console.print(f"{encoded.cut} {what} examples were cut to {limit} tokens", style="yellow")

@@ -1,6 +1,7 @@
 """Reading, splitting and tokenizing."""
 
 import json
+from collections import Counter
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
 from spectune.training.data.encoding import encode_one
-from spectune.training.data.records import read, read_jsonl, split
+from spectune.training.data.records import read, split
 from spectune.training.tasks import make_task
 from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode
@@ -119,14 +120,14 @@ def test_a_template_that_rewrites_earlier_turns():
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
     with pytest.raises(SpectuneError, match=message):
-        read_jsonl(write(tmp_path, {"text": "one"}, line), SFT)
+        read(write(tmp_path, {"text": "one"}, line), SFT)
 
 
 def test_an_empty_file_and_a_missing_one(tmp_path):
     with pytest.raises(SpectuneError, match="holds no examples"):
-        read_jsonl(write(tmp_path, "", ""), SFT)
+        read(write(tmp_path, "", ""), SFT)
     with pytest.raises(SpectuneError, match="cannot read"):
-        read_jsonl(tmp_path / "none.jsonl", SFT)
+        read(tmp_path / "none.jsonl", SFT)
 
 
 def test_the_fields_of_a_csv_file_are_text_as_they_stand(tmp_path):
@@ -146,8 +147,9 @@ def test_the_fields_of_a_csv_file_are_text_as_they_stand(tmp_path):
     [
         (b"prompt,completion\none,two\none, two,three\n", "row 2: has other columns"),
         (b"prompt,completion\none\n", "row 1: has other columns"),
-        (b'prompt,completion\none,"two\n', "not CSV in UTF-8"),
-        (b"prompt,completion\none,\xff\n", "not CSV in UTF-8"),
+        (b'prompt,completion\none,"two\n', "it is not CSV"),
+        (b"prompt,completion\none,\x81\xff\n", "neither UTF-8 .* nor Windows-1252"),
+        (b"prompt,completion,prompt\none,two,three\n", "two columns are named 'prompt'"),
         (b"prompt,completion\n", "holds no examples"),
         (b"", "holds no examples"),
     ],
@@ -157,7 +159,7 @@ def test_a_broken_csv_file(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(SpectuneError, match=message):
         read(path, SFT)
-    with pytest.raises(SpectuneError, match=r"none\.csv: No such file"):
+    with pytest.raises(SpectuneError, match=r"none\.csv: no such file; did you mean 'data.csv'"):
         read(tmp_path / "none.csv", SFT)
 
 
@@ -238,6 +240,31 @@ def test_split_is_disjoint_complete_and_seeded():
     assert split(records, 0.0, seed=3) == (records, [])
 
 
-def test_split_that_leaves_a_side_empty():
-    with pytest.raises(SpectuneError, match=r"held_out=0.1 of 2 examples"):
-        split([{"text": "a"}, {"text": "b"}], 0.1, seed=0)
+def test_a_share_is_one_record_at_least():
+    records = [{"text": str(i)} for i in range(10)]
+    assert [len(part) for part in split(records, 0.05, seed=0)] == [9, 1]
+    assert [len(part) for part in split(records[:2], 0.1, seed=0)] == [1, 1]
+    with pytest.raises(SpectuneError, match=r"held_out=0.1 of 1 examples"):
+        split(records[:1], 0.1, seed=0)
+    with pytest.raises(SpectuneError, match="1 of them different, leaves one side empty"):
+        split([{"text": "a"}] * 9, 0.3, seed=0)
+
+
+def test_records_that_are_the_same_are_on_one_side():
+    records = [{"text": str(i % 12), "id": i} for i in range(60)]
+    for seed in range(5):
+        train, held = split(records, 0.2, seed)
+        assert {r["text"] for r in train}.isdisjoint(r["text"] for r in held)
+        assert len(train) + len(held) == 60
+        assert 5 <= len(held) <= 20
+
+
+def test_a_share_has_as_much_of_every_label_and_learning_has_all():
+    records = [{"text": str(i), "label": "abc"[0 if i < 30 else 1 if i < 39 else 2]} for i in range(40)]
+    for seed in range(5):
+        train, held = split(records, 0.3, seed, lambda record: record["label"])
+        counts = Counter(record["label"] for record in held)
+        assert {record["label"] for record in train} == set("abc")
+        assert (counts["a"], counts["b"], counts["c"]) in ((9, 3, 0), (10, 2, 0))
+    with pytest.raises(SpectuneError, match="each label is in one record alone"):
+        split(records[28:29] + records[38:], 0.3, 0, lambda record: record["label"] + record["text"])

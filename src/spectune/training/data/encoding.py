@@ -89,6 +89,11 @@ class Encoder:
         kind = form(record)
         if kind == "text":
             return [self._text(record["text"])]
+        other = getattr(record, "plain", None)
+        if other is not None and not getattr(self._tokenizer, "chat_template", None):
+            self._ways["plain"] += 1
+            example = self.completed(other["prompt"], other["completion"])
+            return [Example(example.tokens, [True] * len(example.tokens)) if everything else example]
         options: dict[str, Any] = {key: record.get(key) for key in ("tools", "chat_template_kwargs")}
         if kind == "messages":
             return self.turns(record["messages"], everything=everything, **options)
@@ -274,6 +279,10 @@ class Encoder:
             )
         elif ways["turns"]:
             notes.append("the chat template keeps earlier turns as they were: each conversation is one example")
+        if ways["plain"]:
+            notes.append(
+                "the tokenizer has no chat template: instructions are written as the Alpaca data was published"
+            )
         if ways["unstopped"]:
             notes.append("nothing ends an answer: neither the chat template nor the tokenizer has an end token")
         if ways["foreign"]:

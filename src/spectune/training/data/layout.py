@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectune.training.data.common import in_common
 from spectune.training.data.encoding import Example
 
 _WORTH = 8  # tokens in common that are computed once; longer examples need more,
@@ -58,9 +58,3 @@ class Layout:
         if dtype is not None:
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         return mask[None, None]
-
-
-def in_common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many items two sequences begin with in common."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,31 +1,36 @@
-"""Records: read from files and data sets, checked, and split."""
+"""Records: read from files and data sets, in the forms that tasks take, checked, and split."""
 
 from __future__ import annotations
 
-import codecs
-import csv
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from spectune.errors import SpectuneError, nearest, need
+from spectune.errors import SpectuneError, nearest
+from spectune.training.data.files import rows
+from spectune.training.data.formats import convert, unread
 
 Record = Mapping[str, Any]
+_OF_TASKS = {"text", "label", "text_pair", "prompt", "completion", "messages", "chosen", "rejected", "tools"}
 
 
 class Row(dict[str, Any]):
     """A record that knows where it comes from.
 
     Args:
+        values: its keys.
         where: file and line, for messages.
+        plain: the same as a text prompt and completion, for tokenizers without a chat template.
+        weight: how often it is taken, where others are taken once.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(self, values: Mapping[str, Any], where: str, plain: Mapping[str, str] | None = None) -> None:
         super().__init__(values)
-        self.where = where
+        self.where, self.plain, self.weight = where, plain, 1.0
 
 
 @contextmanager
@@ -38,9 +43,6 @@ def of(record: Record) -> Iterator[None]:
         raise (SpectuneError(f"{where}: {error}") if where else error) from None
 
 
-_FILES = (".jsonl", ".json", ".csv", ".parquet")
-
-
 class Form(Protocol):
     """What reading asks of a task."""
 
@@ -48,7 +50,7 @@ class Form(Protocol):
 
     @property
     def config(self) -> Any:
-        """The run's configuration, of which `columns` is read: the task's names for those of the data."""
+        """The run's configuration: `columns`, the task's names for those of the data, and `task`."""
         ...
 
     def problem(self, record: Record) -> str | None:
@@ -56,99 +58,94 @@ class Form(Protocol):
         ...
 
 
-def read(source: str | Path, task: Form, config_name: str | None = None, split_name: str | None = None) -> list[Record]:
-    """Read the records of a JSONL, CSV or Parquet file, or of a split of a data set.
+def read(
+    source: Any,
+    task: Form,
+    config_name: str | None = None,
+    split_name: str | None = None,
+    say: Callable[[str], None] = lambda note: None,
+) -> list[Record]:
+    """Read the records of a file, of several, or of a split of a data set, in the form that a task takes.
 
     Args:
-        source: the file; or the data set's folder or id.
+        source: a file (JSON, JSONL, CSV, TSV, Parquet, packed or not), a pattern, or a data set's folder or id; or a
+            list of these and of objects with path, weight, config and split.
         task: which says what each record must look like.
         config_name: of the data set, where it has several configurations.
         split_name: of the data set; train if not given.
+        say: told what a user should know of the way the data was read.
 
     Raises:
-        SpectuneError: what cannot be read, or a record of another form, with its number.
+        SpectuneError: what cannot be read, or a record of another form, with its place.
     """
-    path = Path(source)
-    if not path.is_dir() and (path.exists() or path.suffix in _FILES):
-        if config_name is not None or split_name is not None:
-            raise SpectuneError(f"{source} is a file; data_config, data_split and eval_split are for data sets")
-        if path.suffix not in (".csv", ".parquet"):
-            return read_jsonl(path, task)
-        if path.suffix == ".csv":
-            rows = _csv_rows(path)
-        elif path.exists():
-            rows = _table_rows("parquet", data_files=str(path), split="train")
-        else:
-            raise SpectuneError(f"cannot read {path}: no such file")
-    else:
-        rows = _table_rows(str(source), name=config_name, split=split_name or "train")
-    records: list[Record] = [Row(_renamed(row, task), f"{source}, row {i}") for i, row in enumerate(rows, start=1)]
-    for number, record in enumerate(records, start=1):
-        problem = _problem(record, task)
-        if problem is not None:
-            raise SpectuneError(f"{source}, row {number}: {problem}")
-    if not records:
-        raise SpectuneError(f"{source} holds no examples; each row needs {task.forms}")
-    return records
-
-
-def _csv_rows(path: Path) -> list[Record]:
-    """Read a CSV file, every field as the text that it is: neither 007 nor None means anything else."""
-    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[Any] = list(csv.DictReader(file, strict=True))
-    except OSError as error:
-        raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SpectuneError(f"cannot read {path}: it is not CSV in UTF-8 ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        if None in row or None in row.values():  # what is too much, and what is missing
-            raise SpectuneError(f"{path}, row {number}: has other columns than the first line; quote commas in texts")
-    return rows
-
-
-def _table_rows(source: str, **options: Any) -> list[Record]:
-    """Return what datasets.load_dataset reads, with the names of labels for their numbers."""
-    datasets = need("datasets", f"reading {options.get('data_files', source)!r}")
-    try:
-        table = datasets.load_dataset(source, **options)
-    except Exception as error:  # whatever the many readers raise
-        named, reason = options.get("data_files", source), " ".join(str(error.__cause__ or error).split())
-        raise SpectuneError(f"cannot read the data {named!r}: {reason[:200]}") from None
-    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}  # type: ignore[union-attr]
-    return [  # what has no label has -1
-        row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}  # type: ignore
-        for row in table
-    ]
-
-
-def read_jsonl(path: str | Path, task: Form) -> list[Record]:
-    """Read the records of a JSONL file and check the form of each.
-
-    Raises:
-        SpectuneError: no such file, an empty one, or a broken line, with its number.
-    """
-    records: list[Record] = []
-    try:
-        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise SpectuneError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    if isinstance(source, (list, tuple)):
+        records: list[Record] = []
+        for part in source:
+            given = part if isinstance(part, str) else part.path
+            own = (config_name, split_name) if isinstance(part, str) else (part.config, part.split)
+            found = read(given, task, *own, say)
+            for record in found:
+                record.weight = 1.0 if isinstance(part, str) else part.weight  # type: ignore[attr-defined]
+            say(f"{given}: {len(found)} records")
+            records += found
+        return records
+    records, formats, fields, blank = [], Counter(), Counter(), []
+    for values, where in rows(str(source), config_name, split_name, say):
+        if not isinstance(values, dict):
+            raise SpectuneError(f"{where}: not a JSON object with {task.forms}")
+        values = _renamed(values, task)
+        converted = convert(values, task.config.task)
+        if converted.format.startswith("unpaired") and not converted.values.pop("label"):
+            formats["left out, for their label is false"] += 1
             continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
-        record = _renamed(record, task)
-        problem = _problem(record, task)
+        problem = task.problem(converted.values)
         if problem is not None:
-            raise SpectuneError(f"{path}, line {number}: {problem}")
-        records.append(Row(record, f"{path}, line {number}"))
+            raise SpectuneError(f"{where}: {problem}")
+        if _is_blank(converted.values, task):
+            blank.append(where)
+            continue
+        formats[converted.format] += 1
+        if task.config.task != "classify" and task.config.task != "reinforce":
+            others, meant = unread(converted, values)
+            if meant:
+                name = min(meant)
+                raise SpectuneError(
+                    f"{where}: has {name!r}, which would change what is learned, and nothing reads it beside "
+                    f"{_shape(converted.values)}: take it out, or put it into messages"
+                )
+            fields.update(others)
+        records.append(Row(converted.values, where, converted.plain))
     if not records:
-        raise SpectuneError(f"{path} holds no examples; each line is a JSON object with {task.forms}")
+        why = f", for {blank[0]} and all others have a text without content" if blank else ""
+        raise SpectuneError(f"{source} holds no examples{why}; each record needs {task.forms}")
+    _tell(records, formats, fields, blank, str(source), say)
     return records
+
+
+def _tell(
+    records: Sequence[Record],
+    formats: Counter[str],
+    fields: Counter[str],
+    blank: Sequence[str],
+    source: str,
+    say: Callable[[str], None],
+) -> None:
+    known = {name: count for name, count in formats.items() if name}
+    if known and set(known) != {"text"}:
+        say(f"{source} was read as " + ", ".join(f"{name} ({count})" for name, count in known.items()))
+    if fields:
+        say(f"{source} has fields that are not used: {', '.join(sorted(fields))}")
+    if blank:
+        say(f"{source}: {len(blank)} records have a text without content and were left out, the first in {blank[0]}")
+
+
+def _shape(values: Record) -> str:
+    return " and ".join(key for key in ("messages", "prompt", "completion", "text", "chosen") if key in values)
+
+
+def _is_blank(values: Record, task: Form) -> bool:
+    only = not {"messages", "prompt", "chosen"} & {key for key, value in values.items() if value is not None}
+    return only and isinstance(values.get("text"), str) and not values["text"].strip()
 
 
 def _renamed(record: Any, task: Form) -> Any:
@@ -163,10 +160,6 @@ def _renamed(record: Any, task: Form) -> Any:
     return {**others, **{ours: record[theirs] for ours, theirs in columns.items()}}
 
 
-def _problem(record: Any, task: Form) -> str | None:
-    return task.problem(record) if isinstance(record, dict) else f"not a JSON object with {task.forms}"
-
-
 def form(record: Record) -> str | None:
     """Return which of the forms of `Sft` a record has, by the key that tells: messages, completion, text, or None.
 
@@ -178,17 +171,75 @@ def form(record: Record) -> str | None:
     return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
 
 
-def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return records for training and a held-out share of them, at random by the seed.
+def same(record: Record) -> str:
+    """Return what two records have alike that teach the same."""
+    kept = {key: value for key, value in record.items() if key in _OF_TASKS} or dict(record)
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def split(
+    records: Sequence[Record], share: float, seed: int, by: Callable[[Record], Any] | None = None
+) -> tuple[list[Record], list[Record]]:
+    """Return records for training and a held-out share of them, at least one, at random by the seed.
+
+    Records that are the same stay together, so that none is in both.
+
+    Args:
+        records: all of them.
+        share: of them that is held out.
+        seed: of the choice.
+        by: what the share is the same of, such as a label; each value that several records have stays in both parts as
+            far as it can, and every value in the first.
 
     Raises:
         SpectuneError: one of the two would be empty.
     """
-    held = round(len(records) * share)
-    if share > 0 and held in (0, len(records)):
+    if share <= 0:
+        return list(records), []
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        groups[same(record)].append(i)
+    wanted = max(1, round(len(records) * share))
+    if len(groups) < 2 or wanted >= len(records):
         raise SpectuneError(
-            f"held_out={share} of {len(records)} examples leaves one side empty; give more data, another share, or 0"
+            f"held_out={share} of {len(records)} examples, {len(groups)} of them different, leaves one side empty; "
+            "give more data, another share, or 0"
         )
-    order = list(range(len(records)))
+    order = list(groups.values())
     random.Random(seed).shuffle(order)
-    return [records[i] for i in sorted(order[held:])], [records[i] for i in sorted(order[:held])]
+    strata: dict[Any, list[list[int]]] = defaultdict(list)
+    for group in order:
+        strata[None if by is None else by(records[group[0]])].append(group)
+    quotas = {key: share * sum(map(len, members)) for key, members in strata.items()}
+    held: list[int] = []
+    kept = {key: len(members) for key, members in strata.items()}
+    taken: Counter[Any] = Counter()
+    while len(held) < wanted:
+        able = [key for key in quotas if kept[key] > 1]  # one at least is learned
+        if not able:
+            break
+        key = max(able, key=lambda key: quotas[key] - taken[key])
+        group = strata[key][len(strata[key]) - kept[key]]
+        if held and len(held) + len(group) > wanted + max(1, wanted // 2):  # a large group of the same
+            kept[key] -= 1
+            continue
+        kept[key] -= 1
+        taken[key] += len(group)
+        held += group
+    if not held:
+        raise SpectuneError(
+            f"held_out={share}: each label is in one record alone, so that none can be held out; give eval_data, more "
+            "data, or held_out=0"
+        )
+    out = set(held)
+    return [r for i, r in enumerate(records) if i not in out], [records[i] for i in sorted(out)]
+
+
+def repeated(records: Sequence[Record], seed: int) -> list[Record]:
+    """Return records as often as their weights say; what is left of a weight is drawn by the seed."""
+    draws, found = random.Random(seed), []
+    for record in records:
+        weight = getattr(record, "weight", 1.0)
+        found += [record] * (int(weight) + (draws.random() < weight % 1))
+    return found

@@ -12,7 +12,7 @@ from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoded
-from spectune.training.data.records import Record, read, split
+from spectune.training.data.records import Record, read, repeated, same, split
 from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
 
@@ -41,6 +41,7 @@ class Task:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.notes: list[str] = []  # what a user should know of the data
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """Return what is wrong with the form of a record, or None."""
@@ -54,11 +55,30 @@ class Task:
         """
         config = self.config
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, self, config.data_config, config.data_split)
-        other = config.evaluation()
-        if other is not None:
-            return records, read(other[0], self, *other[1:])
-        return split(records, config.held_out, config.seed)
+        say = self.notes.append
+        records, other = read(config.data, self, config.data_config, config.data_split, say), config.evaluation()
+        if other is None:
+            records, held = split(records, config.held_out, config.seed, self.kind)
+        else:
+            held = read(other[0], self, *other[1:], say)
+        self._watch(records, held)
+        return repeated(records, config.seed), held
+
+    def kind(self, record: Record) -> Any:
+        """Return what a held-out share has as much of as the data, such as a label."""
+        return None
+
+    def _watch(self, records: Sequence[Record], held: Sequence[Record]) -> None:
+        learned = {same(record) for record in records}
+        twice, leaks = len(records) - len(learned), sum(same(record) in learned for record in held)
+        if twice:
+            self.notes.append(
+                f"{twice} of {len(records)} training records are repeated; each counts as often as it is there"
+            )
+        if leaks:
+            self.notes.append(
+                f"{leaks} of {len(held)} held-out records are in the training data too: measures will flatter"
+            )
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
         """Return the model, without adapter, and the tokenizer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -43,6 +44,21 @@ class Classify(Task):
         label = record["label"]
         named = isinstance(label, (str, int)) or (isinstance(label, float) and label.is_integer())
         return None if named and label != "" else f"label must be a name or a whole number, not {label!r}"
+
+    def kind(self, record: Record) -> str:
+        return _name(record["label"])
+
+    def read(self) -> tuple[list[Record], list[Record]]:
+        records, held = super().read()
+        written: dict[str, set[str]] = defaultdict(set)
+        for record in (*records, *held):
+            written[" ".join(_name(record["label"]).split()).casefold()].add(_name(record["label"]))
+        for names in written.values():
+            if len(names) > 1:
+                self.notes.append(
+                    f"{', '.join(map(repr, sorted(names)))} are {len(names)} labels that differ in case or spaces"
+                )
+        return records, held
 
     def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
         config = self.config

@@ -14,7 +14,7 @@ from spectune.errors import SpectuneError
 from spectune.model.routing import base_alone
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.layout import in_common
+from spectune.training.data.formats import parts_of
 from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, of
@@ -147,21 +147,3 @@ def _pair(record: Record, tokenizer: Any, encoder: Encoder | None = None) -> Pai
         return Pair(encoder.completed(prompt, chosen), encoder.completed(prompt, rejected))
     options = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key) is not None}
     return Pair(*(encoder.one({"prompt": prompt, "completion": turns, **options}) for turns in (chosen, rejected)))
-
-
-def parts_of(record: Record) -> tuple[Any, Any, Any]:
-    """Return the prompt and what follows it of both completions, which may have it, or share a beginning that is it."""
-    chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
-    if prompt is not None:
-        size = len(prompt)
-        repeated = size > 0 and all(size < len(text) and text[:size] == prompt for text in (chosen, rejected))
-        return (prompt, chosen[size:], rejected[size:]) if repeated else (prompt, chosen, rejected)
-    shared = _shared(chosen, rejected)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _shared(chosen: Any, rejected: Any) -> int:
-    """Return how many messages, or characters of whole words, two conversations or texts begin with in common."""
-    limit = min(len(chosen), len(rejected)) - 1
-    same = in_common(chosen[:limit], rejected[:limit])
-    return max(0, chosen.rfind(" ", 0, same + 1)) if isinstance(chosen, str) else max(0, same)

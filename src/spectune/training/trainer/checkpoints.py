@@ -23,6 +23,7 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from spectune.adapters.folder import CONFIG, WEIGHTS
+from spectune.bases.loading import quiet
 from spectune.errors import SpectuneError
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model.lifecycle import extract
@@ -177,6 +178,15 @@ class AdapterCheckpoints:
             self._save_rng_state(folder)  # type: ignore[attr-defined]
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on from where a checkpoint was made; its best one lies beside it, wherever the folder has gone since."""
+        with quiet():  # of the place where it was
+            begun = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return begun
+
     def _save_state(self, place: Path, partial: Path) -> None:
         best = place.with_name(f"checkpoint-{self.state.best_global_step}")
         if self.state.best_global_step and (best == place or best.exists()):
@@ -268,9 +278,15 @@ class AdapterCheckpoints:
             group.update(values)
         if isinstance(schedule, LambdaLR):  # as all of transformers' are that do not look at the loss
             schedule.base_lrs = [group["initial_lr"] for group in groups]
-            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
-                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
-            schedule._last_lr = [group["lr"] for group in groups]
+            set_rates(schedule)
+
+
+def set_rates(schedule: LambdaLR) -> None:
+    """Give the optimizer the learning rates that its schedule has where it is."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
 
 
 Trainer = trainer_for(transformers.Trainer)

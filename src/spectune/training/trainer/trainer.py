@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -19,7 +20,7 @@ from spectune.layers.shards import whole
 from spectune.methods._adalora_schedule import before_clip
 from spectune.speed.shapes import IGNORE
 from spectune.training import processes
-from spectune.training.trainer.checkpoints import AdapterCheckpoints
+from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
 from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, WithBlanks
 
 
@@ -92,6 +93,19 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         options |= {"weight_decay": self.args.weight_decay}
         self.optimizer = kind([{"params": p, "lr": rates[name]} for name, p in groups.items()], **options)
         return self.optimizer  # type: ignore[return-value]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule, with a warm-up that begins above zero: (s + 1) / (w + 1) in step s of w.
+
+        transformers' own has a learning rate of zero in the first step, which then trains nothing.
+        """
+        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        steps = self.args.get_warmup_steps(num_training_steps)
+        if steps > 0 and isinstance(schedule, LambdaLR) and not hasattr(schedule, "rises"):
+            schedule.rises = steps
+            schedule.lr_lambdas = [rising(factor, steps) for factor in schedule.lr_lambdas]
+            set_rates(schedule)
+        return schedule
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -236,6 +250,11 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         self._check("held-out loss", measures.get("loss", 0.0))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in measures.items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+
+
+def rising(factor: Callable[[int], float], steps: int) -> Callable[[int], float]:
+    """Return a schedule's factor with other first steps, which rise from above zero."""
+    return lambda step: (step + 1) / (steps + 1) if step < steps else factor(step)
 
 
 def _token_count(inputs: Any) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from spectune.errors import SpectuneError, nearest
 from spectune.plugins import imported, where
 from spectune.training.data.records import Record
@@ -23,7 +25,8 @@ class Reward:
     """A reward function with its name; TRL's reward functions are of this form.
 
     The function is called as `function(prompts=..., completions=..., column=...)` with the lists of those that it
-    takes: a prompt, a completion as text, and every column of the data; it returns a number for each completion.
+    takes: a prompt, a completion, and every column of the data; a completion is text where its prompt is, and a list of
+    one message where that is messages.  It returns a number for each completion, or None where it has nothing to say.
 
     Args:
         name: for messages.
@@ -60,7 +63,8 @@ class Reward:
         """
         columns = {key: None for record in records for key in record if key != "prompt"}
         values: dict[str, Any] = {name: [record.get(name) for record in records] for name in columns}
-        values |= {"prompts": [record["prompt"] for record in records], "completions": list(completions)}
+        values |= {"prompts": [record["prompt"] for record in records]}
+        values |= {"completions": [_as_asked(c, r["prompt"]) for c, r in zip(completions, records, strict=True)]}
         taken = values if self._takes is None else {k: v for k, v in values.items() if k in self._takes}
         try:
             returned = self._function(**taken)
@@ -81,10 +85,48 @@ class Reward:
             raise RewardError(f"the reward {self.name} returned a {what}; {asked}")
         if len(returned) != len(completions):
             raise RewardError(f"the reward {self.name} returned {len(returned)} values; {asked}")
+        if all(value is None for value in returned):
+            raise RewardError(f"the reward {self.name} gave None for every completion; {asked}")
         for value, completion in zip(returned, completions, strict=True):
-            if not isinstance(value, Real) or not math.isfinite(value):
+            number = value is None or isinstance(value, (Real, np.bool_)) or getattr(value, "shape", None) == ()
+            if not number or (value is not None and not math.isfinite(value)):
                 raise RewardError(f"the reward {self.name} gave {value!r} for the completion {completion!r}; {asked}")
-        return [float(value) for value in returned]
+        return [0.0 if value is None else float(value) for value in returned]
+
+
+class Rewards(Reward):
+    """The weighted sum of several rewards.
+
+    Args:
+        rewards: each.
+        weights: of each; 1 if not given.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+        self.name = " + ".join(reward.name for reward in rewards)
+        self._rewards, self._weights = list(rewards), list(weights or [1.0] * len(rewards))
+
+    def check_columns(self, records: Sequence[Record]) -> None:
+        for reward in self._rewards:
+            reward.check_columns(records)
+
+    def __call__(self, records: Sequence[Record], completions: Sequence[str]) -> list[float]:
+        each = [reward(records, completions) for reward in self._rewards]
+        return [sum(w * r for w, r in zip(self._weights, row, strict=True)) for row in zip(*each, strict=True)]
+
+
+def load_rewards(names: str | Sequence[str], weights: Sequence[float] | None = None) -> Reward:
+    """Import one reward or several, which are added with their weights.
+
+    Raises:
+        SpectuneError: as `load_reward`.
+    """
+    found = [load_reward(name) for name in ([names] if isinstance(names, str) else names)]
+    return found[0] if len(found) == 1 and not weights else Rewards(found, weights)
+
+
+def _as_asked(completion: str, prompt: Any) -> Any:
+    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
 
 
 def load_reward(name: str) -> Reward:

@@ -23,7 +23,7 @@ from spectune.training.options import ReinforceOptions, TaskOptions
 from spectune.training.tasks.base import Task
 from spectune.training.tasks.reinforce.environments import Environment
 from spectune.training.tasks.reinforce.policy import advantages, policy_loss
-from spectune.training.tasks.reinforce.rewards import Reward, load_reward
+from spectune.training.tasks.reinforce.rewards import Reward, load_rewards
 from spectune.training.tasks.reinforce.rollout import completion_logits, lay_out, sample
 
 _ANSWERS = ("answer", "completion")  # columns that an exact match is with
@@ -63,7 +63,7 @@ class Reinforce(Task):
                 options.environment, options.environment_options, options.problems, config.seed
             )
         if options.reward is not None:
-            self.reward = load_reward(options.reward)
+            self.reward = load_rewards(options.reward, options.reward_weights)
         else:
             assert self.environment is not None  # or the configuration was not checked
             self.reward = Reward(f"of the environment {options.environment}", self.environment.score)
