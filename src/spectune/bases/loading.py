@@ -146,6 +146,49 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
     return text
 
 
+class Outline(NamedTuple):
+    """A base model without its weights.
+
+    Args:
+        config: of the checkpoint.
+        generation_config: of the checkpoint.
+    """
+
+    config: Any
+    generation_config: Any
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Outline, Any]:
+    """Load what a base model is without its weights, and its tokenizer.
+
+    Args:
+        name: as for `load_base`.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        SpectuneError: an unknown name, or a folder that holds no model.
+    """
+    import transformers
+
+    path = model_path(name)
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            try:
+                generation = transformers.GenerationConfig.from_pretrained(path)
+            except OSError:  # not every checkpoint has one
+                generation = transformers.GenerationConfig.from_model_config(config)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    return Outline(config, generation), tokenizer
+
+
+def _unloadable(name: str | os.PathLike[str], error: Exception) -> SpectuneError:
+    first = str(error).strip().splitlines()[0]
+    return SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}")
+
+
 def load_base(
     name: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
@@ -190,8 +233,7 @@ def load_base(
             else:
                 model = auto_class(config).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}") from error
+        raise _unloadable(name, error) from error
     if os.fspath(name) in EMBEDDED:
         model.config._name_or_path = os.fspath(name)
     model.eval()

@@ -14,6 +14,7 @@ from spectune.cli import (
     classify,
     compare,
     compose,
+    data,
     demo,
     export,
     generate,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("methods")(methods.methods)
 app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
+app.command("data", context_settings=train.SETTINGS)(data.data)
 app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("chat")(chat.chat)

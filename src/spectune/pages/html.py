@@ -132,6 +132,11 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
+def runs(pieces: Iterable[tuple[str, bool]]) -> str:
+    """Return a text as it stands, some of its pieces marked."""
+    return "<pre>" + "".join(f"<mark>{escape(t)}</mark>" if marked else escape(t) for t, marked in pieces) + "</pre>"
+
+
 def _cell(column: Column, value: Any, first: bool) -> str:
     tag, scope = ("th", ' scope="row"') if first else ("td", "")
     if column.form is None and len(str(value)) > 40:
@@ -189,6 +194,7 @@ tbody tr:hover,tbody tr:hover th{background:var(--tint)}
 @media (max-width:40rem){.small{grid-template-columns:1fr 1fr}
 tbody th{white-space:normal;min-width:7rem;max-width:9rem;overflow-wrap:anywhere}}
 details{margin:.8rem 0}
+mark{background:none;color:var(--mark);font-weight:600;text-decoration:underline;text-underline-offset:.2em}
 summary{cursor:pointer;color:var(--mark)}
 code,pre{font:.88rem/1.5 ui-monospace,monospace;background:var(--tint);border-radius:4px;padding:.1rem .3rem}
 pre{padding:.7rem .9rem;white-space:pre-wrap;overflow-wrap:anywhere}

@@ -11,7 +11,7 @@ from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import TrainConfig
-from spectune.training.data.encoding import Encoded
+from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.records import Record, read, repeated, same, split
 from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -107,6 +107,10 @@ class Task:
         Raises:
             SpectuneError: nothing is left to learn from.
         """
+        raise NotImplementedError
+
+    def examples(self, record: Record, encoder: Encoder) -> list[Example]:
+        """Return the tokens of one record and which of them are learned, before anything is cut, where it has such."""
         raise NotImplementedError
 
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:

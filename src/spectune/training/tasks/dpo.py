@@ -73,7 +73,7 @@ class Dpo(Task):
         pairs, cut, encoder = [], 0, Encoder(tokenizer, stop_tokens(model, tokenizer))
         for record in records:
             with of(record):
-                pair = _pair(record, tokenizer, encoder)
+                pair = _pair(record, encoder=encoder)
             cut += any(len(example.tokens) > limit for example in pair)
             pair = Pair(*(Example(e.tokens[:limit], e.supervised[:limit]) for e in pair))
             if all(any(e.supervised[1:]) for e in pair) and pair.chosen.tokens != pair.rejected.tokens:
@@ -84,6 +84,9 @@ class Dpo(Task):
                 "the data"
             )
         return Encoded(pairs, cut, len(records) - len(pairs), encoder.notes())
+
+    def examples(self, record: Record, encoder: Encoder) -> list[Example]:
+        return [*_pair(record, encoder=encoder)]
 
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         packer = Packer(model, tokenizer.pad_token_id or 0)
@@ -140,7 +143,7 @@ class Dpo(Task):
         return {key: float(value / sums["items"]) for key, value in sums.items() if key != "items"}
 
 
-def _pair(record: Record, tokenizer: Any, encoder: Encoder | None = None) -> Pair:
+def _pair(record: Record, tokenizer: Any = None, encoder: Encoder | None = None) -> Pair:
     encoder = encoder or Encoder(tokenizer)
     prompt, chosen, rejected = parts_of(record)
     if isinstance(prompt, str):

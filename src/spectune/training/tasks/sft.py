@@ -46,6 +46,9 @@ class Sft(Task):
     def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
         return encode(records, tokenizer, limit, self.config.completion_only, stop_tokens(model, tokenizer))
 
+    def examples(self, record: Record, encoder: Encoder) -> list[Example]:
+        return encoder.examples(record, everything=not self.config.completion_only)
+
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         return Packer(model, tokenizer.pad_token_id or 0)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spectune.errors import SpectuneError
-from spectune.training.tasks.reinforce.rewards import Reward, RewardError, load_reward
+from spectune.training.config import load_config
+from spectune.training.tasks.reinforce.rewards import Reward, RewardError, load_reward, load_rewards
 
 RECORDS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2", "extra": 5}]
 
@@ -89,3 +90,31 @@ def test_names_that_lead_nowhere(here):
     ]:
         with pytest.raises(SpectuneError, match=message):
             load_reward(name)
+
+
+def test_none_is_no_opinion_and_numpys_booleans_are_numbers():
+    assert Reward("r", lambda completions: [None, 1])(RECORDS, ["x", "y"]) == [0.0, 1.0]
+    assert Reward("r", lambda completions: [np.bool_(True), np.float32(0.5)])(RECORDS, ["x", "y"]) == [1.0, 0.5]
+
+
+def test_several_rewards_are_added_with_their_weights(here):
+    (here / "several.py").write_text(
+        "def one(completions):\n    return [1.0] * len(completions)\n"
+        "def long(completions):\n    return [None if c == 'x' else 4 for c in completions]\n"
+    )
+    both = load_rewards(["several:one", "several:long"], [2, 0.5])
+    assert both(RECORDS, ["x", "y"]) == [2.0, 4.0]
+    assert load_rewards(["several:one", "several:long"])(RECORDS, ["x", "y"]) == [1.0, 5.0]
+    assert load_rewards("several:one")(RECORDS, ["x", "y"]) == [1.0, 1.0]
+    settings = ["model=m", "output=o", "data=d", "task=reinforce"]
+    with pytest.raises(SpectuneError, match="reward_weights has 1 numbers for 2 rewards"):
+        load_config(None, [*settings, "reward=[a:b, c:d]", "reward_weights=[1]"])
+
+
+def test_a_conversation_is_completed_by_a_message():
+    def reward(prompts, completions):
+        assert prompts[0][-1]["role"] == "user"
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    record = {"prompt": [{"role": "user", "content": "say"}]}
+    assert Reward("r", reward)([record], ["ahoy"]) == [4.0]
