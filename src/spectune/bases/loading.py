@@ -113,7 +113,10 @@ def checked_device(device: str | torch.device | None) -> torch.device:
         return default_device()
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        if found.type != "cuda" or not torch.cuda.is_available():
+            torch.empty(0, device=found)
+        elif (found.index or 0) >= torch.cuda.device_count():  # to allocate would open each card in each process
+            raise RuntimeError(f"there are {torch.cuda.device_count()}")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         own = default_device().type
         there = "cpu" if own == "cpu" else f"{own} or cpu"
