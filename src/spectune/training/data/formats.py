@@ -298,15 +298,19 @@ def _scored(there: Values) -> Converted | None:
         )
         return float(found) if isinstance(found, (int, float)) else None
 
-    rated = [(score(each), each.get("response")) for each in there["completions"] if isinstance(each, Mapping)]
-    known = sorted(
-        (pair for pair in rated if pair[0] is not None and isinstance(pair[1], str)), key=lambda pair: pair[0]
-    )
-    if len(known) < 2 or known[0][0] == known[-1][0]:
+    rated: list[tuple[float, str]] = []
+    for each in there["completions"]:
+        given = score(each) if isinstance(each, Mapping) else None
+        if given is not None and isinstance(each.get("response"), str):
+            rated.append((given, each["response"]))
+    rated.sort(key=lambda pair: pair[0])
+    if len(rated) < 2 or rated[0][0] == rated[-1][0]:
         return None
-    ends = ([{"role": "assistant", "content": text}] for text in (known[-1][1], known[0][1]))
-    values = dict(zip(("chosen", "rejected"), ends, strict=True))
-    values["prompt"] = [{"role": "user", "content": there["instruction"]}]
+    values: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": there["instruction"]}],
+        "chosen": [{"role": "assistant", "content": rated[-1][1]}],
+        "rejected": [{"role": "assistant", "content": rated[0][1]}],
+    }
     return Converted(values, "scored completions, the best and the worst of each", None, ("instruction", "completions"))
 
 

@@ -197,43 +197,46 @@ def split(
     """
     if share <= 0:
         return list(records), []
+    wanted = max(1, round(len(records) * share))
+    if wanted >= len(records):
+        raise SpectuneError(
+            f"held_out={share} of {len(records)} examples leaves one side empty; give more data, another share, or 0"
+        )
     groups: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
         groups[same(record)].append(i)
-    wanted = max(1, round(len(records) * share))
-    if len(groups) < 2 or wanted >= len(records):
+    kinds = [None if by is None else by(record) for record in records]
+    out = set(_chosen([*groups.values()], kinds, wanted, seed))
+    if not out:  # no more than one record of each kind is another one, so that copies are on both sides, which is told
+        out = set(_chosen([[i] for i in range(len(records))], kinds, wanted, seed))
+    if not out:
         raise SpectuneError(
-            f"held_out={share} of {len(records)} examples, {len(groups)} of them different, leaves one side empty; "
-            "give more data, another share, or 0"
+            f"held_out={share}: each label is there once, so that none can be held out; give eval_data, more data, or "
+            "held_out=0"
         )
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
+    return [r for i, r in enumerate(records) if i not in out], [records[i] for i in sorted(out)]
+
+
+def _chosen(groups: list[list[int]], kinds: Sequence[Any], wanted: int, seed: int) -> list[int]:
+    """Return about as many as are wanted, whole groups, as many of every kind as it has, but never all of it."""
+    random.Random(seed).shuffle(groups)
     strata: dict[Any, list[list[int]]] = defaultdict(list)
-    for group in order:
-        strata[None if by is None else by(records[group[0]])].append(group)
-    quotas = {key: share * sum(map(len, members)) for key, members in strata.items()}
+    for group in groups:
+        strata[kinds[group[0]]].append(group)
+    quotas = {kind: wanted * sum(map(len, members)) / len(kinds) for kind, members in strata.items()}
     held: list[int] = []
-    kept = {key: len(members) for key, members in strata.items()}
     taken: Counter[Any] = Counter()
     while len(held) < wanted:
-        able = [key for key in quotas if kept[key] > 1]  # one at least is learned
+        able = [kind for kind, members in strata.items() if len(members) > 1]  # one at least is learned
         if not able:
             break
-        key = max(able, key=lambda key: quotas[key] - taken[key])
-        group = strata[key][len(strata[key]) - kept[key]]
-        if held and len(held) + len(group) > wanted + max(1, wanted // 2):  # a large group of the same
-            kept[key] -= 1
+        kind = max(able, key=lambda kind: quotas[kind] - taken[kind])
+        group = strata[kind].pop()
+        if held and len(held) + len(group) > wanted + max(1, wanted // 2):  # many copies of one record
             continue
-        kept[key] -= 1
-        taken[key] += len(group)
+        taken[kind] += len(group)
         held += group
-    if not held:
-        raise SpectuneError(
-            f"held_out={share}: each label is in one record alone, so that none can be held out; give eval_data, more "
-            "data, or held_out=0"
-        )
-    out = set(held)
-    return [r for i, r in enumerate(records) if i not in out], [records[i] for i in sorted(out)]
+    return held
 
 
 def repeated(records: Sequence[Record], seed: int) -> list[Record]:

@@ -68,6 +68,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         self._tokens: Any = 0  # a tensor where the device counts them, which nobody waits for
         self._tr_loss: Any = 0.0
         self._order: EvenSampler | None = None
+        self._schedule: LambdaLR | None = None  # one whose warm-up begins above zero already
         if self.args.world_size > 1:
             self.data_collator = BlankCollator(self.data_collator, self.train_dataset[0])  # type: ignore[index]
 
@@ -101,8 +102,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         steps = self.args.get_warmup_steps(num_training_steps)
-        if steps > 0 and isinstance(schedule, LambdaLR) and not hasattr(schedule, "rises"):
-            schedule.rises = steps
+        if steps > 0 and isinstance(schedule, LambdaLR) and self._schedule is not schedule:
+            self._schedule = schedule
             schedule.lr_lambdas = [rising(factor, steps) for factor in schedule.lr_lambdas]
             set_rates(schedule)
         return schedule
