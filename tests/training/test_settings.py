@@ -85,7 +85,7 @@ def test_evaluations_of_nothing_are_told(settings, capsys):
 def test_a_key_of_a_file_that_is_there_twice(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: a\noutput: b\nepochs: 1\nmodel: c\n")
-    with pytest.raises(SpectuneError, match="the key 'model' is there twice"):
+    with pytest.raises(SpectuneError, match="the key 'model' is given twice"):
         load_config(path, [])
 
 
