@@ -114,6 +114,8 @@ def test_several_rewards_are_added_with_their_weights(here):
 def test_a_conversation_is_completed_by_a_message():
     def reward(prompts, completions):
         assert prompts[0][-1]["role"] == "user"
+        assert completions[0].split() == ["ahoy"]
+        assert (completions[0][-1]["role"], completions[0][1:3], completions[0][0]) == ("assistant", "ho", "a")
         return [float(len(completion[0]["content"])) for completion in completions]
 
     record = {"prompt": [{"role": "user", "content": "say"}]}

@@ -25,8 +25,9 @@ class Reward:
     """A reward function with its name; TRL's reward functions are of this form.
 
     The function is called as `function(prompts=..., completions=..., column=...)` with the lists of those that it
-    takes: a prompt, a completion, and every column of the data; a completion is text where its prompt is, and a list of
-    one message where that is messages.  It returns a number for each completion, or None where it has nothing to say.
+    takes: a prompt, a completion, and every column of the data; a completion is text, which where the prompt is messages
+    `completion[0]["content"]` reads as well.  It returns a number for each completion, or None where it has nothing to
+    say.
 
     Args:
         name: for messages.
@@ -125,8 +126,36 @@ def load_rewards(names: str | Sequence[str], weights: Sequence[float] | None = N
     return found[0] if len(found) == 1 and not weights else Rewards(found, weights)
 
 
+class Said(str):
+    """A completion of a conversation: its text, which is also read as TRL's list of one message.
+
+    `completion[0]["content"]` is the text, and everything that a text has stays as it is.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if key in (0, -1) and not isinstance(key, slice):
+            return _Begun(super().__getitem__(slice(key, None) if key else slice(0, 1)), self)
+        return super().__getitem__(key)
+
+
+class _Begun(str):
+    """A character of a completion, and the message that this is."""
+
+    _said: str
+
+    def __new__(cls, text: str, said: str) -> _Begun:
+        made = super().__new__(cls, text)
+        made._said = said
+        return made
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return {"role": "assistant", "content": str(self._said)}[key]
+        return super().__getitem__(key)
+
+
 def _as_asked(completion: str, prompt: Any) -> Any:
-    return completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+    return completion if isinstance(prompt, str) else Said(completion)
 
 
 def load_reward(name: str) -> Reward:
