@@ -25,9 +25,9 @@ class Reward:
     """A reward function with its name; TRL's reward functions are of this form.
 
     The function is called as `function(prompts=..., completions=..., column=...)` with the lists of those that it
-    takes: a prompt, a completion, and every column of the data; a completion is text, which where the prompt is messages
-    `completion[0]["content"]` reads as well.  It returns a number for each completion, or None where it has nothing to
-    say.
+    takes: a prompt, a completion, and every column of the data; a completion is text, which where the prompt is
+    messages `completion[0]["content"]` reads as well.  It returns a number for each completion, or None where it has
+    nothing to say.
 
     Args:
         name: for messages.
