@@ -10,10 +10,13 @@ import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
 
 import spectune
+import tiny
 from methods.cases import EVERY, name
 from spectune import SpectuneError
-from spectune.layers.adapted import adapted_layers
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.model.fusing import _said, fused_where_it_pays
 from spectune.model.routing import base_alone
+from spectune.training.tasks.reinforce.rollout import sample
 
 
 def network(method="lora:rank=2", dtype=torch.float32) -> Any:
@@ -235,3 +238,62 @@ def test_what_cannot_be_fused_is_told(monkeypatch):
     assert all(layer.fused is None for layer in adapted_layers(model).values())
     with spectune.route(model, ["a", "a"]), spectune.fused(model, where="inplace"), torch.no_grad():
         model(torch.randn(2, 8))
+
+
+def test_it_is_used_where_it_pays(monkeypatch, caplog):
+    caplog.set_level("INFO", "spectune")
+    _said.clear()
+    model = network("svf")
+
+    def used(passes=100, **settings):
+        with torch.no_grad(), fused_where_it_pays(model, passes, **settings):
+            return any(layer.fused is not None for layer in adapted_layers(model).values())
+
+    assert used()
+    assert used()
+    assert len(caplog.messages) == 1
+    assert "fused: false" in caplog.messages[0]
+    assert not used(5)
+    assert not used(allowed=False)
+    with spectune.route(model, ["a", "b"]):
+        assert not used()
+    with base_alone(model):
+        assert not used()
+    spectune.activate(model, {"a": torch.tensor(1.0)})
+    assert not used()
+    spectune.activate(model, "a").train()
+    assert not used()
+    model.eval()
+    memory = {"available": 700, "total": 700}
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), memory))
+        assert not used()
+    assert used()
+    with fused_where_it_pays(nn.Linear(2, 2), 100):
+        pass
+
+
+def test_sixteen_bits_that_would_lose_the_update_are_left():
+    for size, pays in ((1e-5, False), (0.2, True)):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(32, 32)).to(torch.bfloat16)
+        spectune.adapt(model, "lora:rank=4")
+        with torch.no_grad():
+            model[0].adapters["default"][0].B.normal_().mul_(size)
+            with fused_where_it_pays(model.eval(), 100):
+                assert (model[0].fused is not None) == pays
+
+
+def test_generating_is_fused_and_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model: Any = tiny.llama()
+    spectune.adapt(model, "svf")
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.adapters["default"][0].z.add_(0.2 * torch.randn_like(layer.adapters["default"][0].z))
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    settings: Any = {"max_new_tokens": 40, "temperature": 0.0, "pad": 0, "ends": []}
+    plain = sample(model, prompts, 1, **settings, fused=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapted, "_lean", lambda *_: pytest.fail("not fused"))
+        assert sample(model, prompts, 1, **settings) == plain

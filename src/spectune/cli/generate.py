@@ -12,6 +12,7 @@ from spectune.cli.shared import (
     ADAPTER,
     DEVICE,
     DTYPE,
+    FUSED,
     JSON,
     LIBRARY,
     REMOTE_CODE,
@@ -38,6 +39,7 @@ def generate(
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Nucleus sampling, where the temperature is above 0."),
     seed: int | None = typer.Option(None, help="Of the sampling."),
     raw: bool = typer.Option(False, help="Continue the text as it is, without a chat template."),
+    fused: bool = FUSED,
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
@@ -50,7 +52,7 @@ def generate(
     from spectune.bases import generation
 
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    settings |= {"seed": seed, "raw": raw}
+    settings |= {"seed": seed, "raw": raw, "fused": fused}
     if library is not None:
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         replies = two.generate(asked, **settings)

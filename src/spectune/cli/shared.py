@@ -29,6 +29,11 @@ STRATEGY = typer.Option(
     None, "--strategy", help="prompt, classifier or few-shot; by default few-shot with shots, else the best there is."
 )
 SHOTS = typer.Option(None, "--shots", help="Examples of the task for few-shot, as for `train`.")
+FUSED = typer.Option(
+    True,
+    "--fused/--no-fused",
+    help="Answer from merged weights beside the base's, where that is faster and memory allows.",
+)
 DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 STRATEGIES = ("prompt", "classifier", "few-shot")

@@ -25,6 +25,7 @@ from spectune.compare.trial import Trial
 from spectune.errors import SpectuneError
 from spectune.model.adapting import adapt
 from spectune.model.fresh import FRESH
+from spectune.model.fusing import fused_where_it_pays
 from spectune.model.lifecycle import detach, extract
 from spectune.model.names import adapter_names
 from spectune.model.routing import base_alone
@@ -221,7 +222,7 @@ class Bench:
         if self.config.measure == "exact_match":
             for name in ("train", "test"):
                 records = self.records[name][: None if name == "test" else len(self.examples["sample"])]
-                found["right"] = exact_matches(model, self.tokenizer, records)
+                found["right"] = exact_matches(model, self.tokenizer, records, fused=self.config.fused)
                 found[name]["exact_match"] = sum(found["right"]) / len(records)
         elif classifies:
             found["right"] = [int(a == e["labels"]) for a, e in zip(chosen, self.examples["test"], strict=True)]
@@ -270,24 +271,29 @@ class _Rungs(TrainerCallback):
             self.stopped = control.should_training_stop = True
 
 
-def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record]) -> list[int]:
+def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record], *, fused: bool = True) -> list[int]:
     """Return for each record whether the model's greedy reply is its completion, but for space around it.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         records: with messages, or prompt and completion; the last completion is what is asked for.
+        fused: answer from merged weights beside the base's, where that is faster.
     """
     asked = [_question(record) for record in records]
     longest = max(len(tokenizer(answer)["input_ids"]) for _, answer, _ in asked)
     right = [0] * len(asked)
-    for raw in (False, True):
-        places = [i for i, question in enumerate(asked) if question[2] == raw]
-        for start in range(0, len(places), _ANSWERS):
-            part = places[start : start + _ANSWERS]
-            replies = generate(model, tokenizer, [asked[i][0] for i in part], max_new_tokens=longest + 4, raw=raw)
-            for i, reply in zip(part, replies, strict=True):
-                right[i] = int(reply.text.strip() == asked[i][1].strip())
+    passes = (longest + 4) * -(-len(asked) // _ANSWERS)
+    with fused_where_it_pays(model, passes, allowed=fused):
+        for raw in (False, True):
+            places = [i for i, question in enumerate(asked) if question[2] == raw]
+            for start in range(0, len(places), _ANSWERS):
+                part = places[start : start + _ANSWERS]
+                questions = [asked[i][0] for i in part]
+                settings: Any = {"max_new_tokens": longest + 4, "raw": raw, "fused": fused}
+                replies = generate(model, tokenizer, questions, **settings)
+                for i, reply in zip(part, replies, strict=True):
+                    right[i] = int(reply.text.strip() == asked[i][1].strip())
     return right
 
 

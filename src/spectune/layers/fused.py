@@ -178,8 +178,8 @@ class InPlace(Fused):
             self._own = None
 
 
-def whole_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor:
-    """Return W' (out x in) of updates with their weights, in W's dtype, from a sum in float32 at least."""
+def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | None = None) -> Tensor:
+    """Return W' (out x in) of updates with their weights, in a dtype or W's, from a sum in float32 at least."""
     weight = effective_weight(layer).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     start = weight.to(wide)
@@ -193,7 +193,7 @@ def whole_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor:
             total.addmm_(f.core.transposed(f.left), f.right, alpha=f.scale * factor * update.weight)
         else:
             total.add_(method.delta(tensors, start), alpha=factor * update.weight)
-    return total.to(weight.dtype)
+    return total.to(dtype or weight.dtype)
 
 
 def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:

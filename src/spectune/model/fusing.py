@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
-from spectune.layers.fused import Fused, InPlace
+from spectune.layers.fused import Fused, InPlace, whole_weight
+from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
+from spectune.layers.shards import is_part
 from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
 
@@ -61,7 +64,7 @@ def fused(model: M, *, where: str = "beside") -> Iterator[M]:
         parts = layer.parts(scope)
         if any(isinstance(weight, Tensor) for _, weight in parts):
             raise SpectuneError("fused takes weights that are numbers, and an adapter's weight is a tensor")
-        if parts and layer.is_plain and "weight" in layer._parameters:
+        if parts and _is_plain(layer):
             chosen.append(layer)
     made: list[tuple[Adapted, Fused]] = []
     with ExitStack() as stack:
@@ -90,9 +93,79 @@ def _end(made: list[tuple[Adapted, Fused]]) -> None:
             layer.fused = None
 
 
-def is_fused(model: nn.Module) -> bool:
-    """Whether a model is within a context of `fused`."""
-    return any(layer.fused is not None for layer in adapted_layers(model).values())
+_PASSES = 32  # of few rows, which W' takes as long to make as it saves
+_LOST = 0.05  # of an update, that 16 bits may round away
+_said: set[str] = set()
+
+
+@contextmanager
+def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True) -> Iterator[None]:
+    """Within the context answer from W' beside W, as `fused` does, where that saves time and changes nothing.
+
+    It is left where it cannot be done, where memory would be short, and where W' in 16 bits would lose a part of the
+    update, as a small one added to a large weight does.
+
+    Args:
+        model: a model, with or without adapters.
+        passes: forward passes of few rows that are to be expected; 64 tokens in one count for one.
+        allowed: False leaves it.
+    """
+    layers = adapted_layers(model)
+    if not allowed or passes < _PASSES or not layers or not _may_be_fused(layers.values()):
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(fused(model))
+        except SpectuneError:  # memory that is short by now
+            pass
+        else:
+            _say("answering from merged weights, which lie beside the base's until it is done; fused: false leaves it")
+        yield
+
+
+def _may_be_fused(layers: Any) -> bool:
+    layers = list(layers)
+    used, need = [], 0
+    for layer in layers:
+        scope = layer.selection.scope()
+        if layer.training or layer.fused is not None or (isinstance(scope.choice, Rows) and not scope.choice.alike):
+            return False
+        parts = layer.parts(scope)
+        if any(isinstance(weight, Tensor) for _, weight in parts):
+            return False
+        if parts and _is_plain(layer):
+            used.append((layer, parts))
+    need = room_needed([layer for layer, _ in used])
+    if not used or used[0][0]._parameters["weight"].is_meta or 2 * need > room(used[0][0]._parameters["weight"].device):
+        return False
+    return _lost(used[:: max(1, len(used) // 4)]) <= _LOST
+
+
+@torch.no_grad()
+def _lost(layers: Any) -> float:
+    """Return the part of the updates of some layers that W' in W's dtype has not."""
+    held = total = 0.0
+    for layer, parts in layers:
+        weight = effective_weight(layer).detach()
+        if weight.dtype.itemsize > 2:
+            continue
+        exact = whole_weight(layer, parts, torch.float32)
+        update, rounded = exact - weight, exact.to(weight.dtype) - weight.float()
+        held, total = held + float((rounded * update).sum()), total + float(update.square().sum())
+    return abs(1 - held / total) if total else 0.0
+
+
+def _say(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logging.getLogger("spectune").info(text)
+
+
+def _is_plain(layer: Adapted) -> bool:
+    """Whether a layer multiplies by a weight that it holds, and holds whole."""
+    weight = layer._parameters.get("weight")
+    return layer.is_plain and weight is not None and not is_part(weight) and weight.is_floating_point()
 
 
 def room_needed(layers: Any) -> int:

@@ -105,6 +105,11 @@ class TrainConfig(BaseModel):
         True,
         description="train svf and svft through the factors of W: faster, and equal up to rounding",
     )
+    fused: bool = Field(
+        True,
+        description="sample and evaluate from merged weights, kept beside the base's meanwhile, where that is faster, "
+        "memory allows, and they hold the whole update",
+    )
     gradient_checkpointing: Annotated[bool | Literal["selective"], BeforeValidator(_checkpointing)] = Field(
         "selective",
         description="compute activations again to save memory: selective, all but the products of linear layers; true, "

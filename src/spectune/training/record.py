@@ -28,7 +28,7 @@ _MEANING += ("modules_to_save",)
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
 # of these one is told, and the run goes on
 _TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")
-_TOLD += ("patience", "best", "save_steps", "fsdp", "factored", "gradient_checkpointing")
+_TOLD += ("patience", "best", "save_steps", "fsdp", "factored", "fused", "gradient_checkpointing")
 _STEP = (
     "batch_size",
     "gradient_accumulation_steps",

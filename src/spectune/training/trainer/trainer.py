@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.shards import whole
 from spectune.methods._adalora_schedule import before_clip
+from spectune.model.fusing import fused_where_it_pays
 from spectune.speed.shapes import IGNORE
 from spectune.training import processes
 from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
@@ -38,6 +39,9 @@ class Objective(Protocol):
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the measures of an evaluation, given sums over all its batches."""
         ...
+
+
+_PASSES_A_BATCH = 8  # of few rows, that one of a held-out batch is worth
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
@@ -240,12 +244,14 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """
         self.model.eval()
         totals: dict[str, Tensor] = {}
-        for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                for key, value in self._sums(self.model, inputs).items():
-                    totals[key] = totals[key] + value if key in totals else value
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        passes = len(dataloader) * _PASSES_A_BATCH
+        with fused_where_it_pays(self.model, passes, allowed=self.task.config.fused):
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    for key, value in self._sums(self.model, inputs).items():
+                        totals[key] = totals[key] + value if key in totals else value
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = {key: self.accelerator.reduce(value) for key, value in totals.items()}  # type: ignore[misc]
         measures = self.task.metrics(totals)
         self._check("held-out loss", measures.get("loss", 0.0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.bases.generation import last_logits, left_padded
+from spectune.model.fusing import fused_where_it_pays
 from spectune.training.data.packing import Packer
 
 Tokens = Sequence[int]
@@ -51,6 +52,7 @@ def sample(
     temperature: float,
     pad: int,
     ends: Sequence[int],
+    fused: bool = True,
 ) -> list[list[list[int]]]:
     """Return completions of each prompt, drawn from softmax(logits / temperature) by torch's generator.
 
@@ -62,6 +64,7 @@ def sample(
         temperature: 0 is greedy.
         pad: the token to pad with.
         ends: tokens that end a completion; the one that does is its last token.
+        fused: sample from merged weights beside the base's, where that is faster (`spectune.fused`).
     """
     from transformers import DynamicCache, GenerationConfig
 
@@ -69,35 +72,38 @@ def sample(
     model.eval()
     ids, mask = left_padded(prompts, pad, model.device)
     cache: dict[str, Any] = {}
-    if samples > 1 and ids.shape[1] > 1 and shares_prompts(model):
-        past = DynamicCache(config=model.config)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions,
-            past_key_values=past,
-            use_cache=True,
-            **last_logits(model),
-        )
-        past.batch_repeat_interleave(samples)
-        cache = {"past_key_values": past}
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    model.generation_config = GenerationConfig()  # a model's own top_k or penalty would make it another distribution
-    try:
-        out = model.generate(
-            input_ids=ids.repeat_interleave(samples, 0),
-            attention_mask=mask.repeat_interleave(samples, 0),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=list(ends) or None,
-            **(drawn if temperature > 0 else {"do_sample": False}),
-            **last_logits(model),
-            **cache,
-        )
-    finally:
-        model.generation_config = habits
-        model.train(training)
+    with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
+        if samples > 1 and ids.shape[1] > 1 and shares_prompts(model):
+            past = DynamicCache(config=model.config)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=True,
+                **last_logits(model),
+            )
+            past.batch_repeat_interleave(samples)
+            cache = {"past_key_values": past}
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        model.generation_config = (
+            GenerationConfig()
+        )  # a model's own top_k or penalty would make it another distribution
+        try:
+            out = model.generate(
+                input_ids=ids.repeat_interleave(samples, 0),
+                attention_mask=mask.repeat_interleave(samples, 0),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=list(ends) or None,
+                **(drawn if temperature > 0 else {"do_sample": False}),
+                **last_logits(model),
+                **cache,
+            )
+        finally:
+            model.generation_config = habits
+            model.train(training)
     cut = [_until_end(row[ids.shape[1] :], ends) for row in out.tolist()]
     return [cut[i : i + samples] for i in range(0, len(cut), samples)]
 

@@ -208,6 +208,7 @@ class Reinforce(Task):
             temperature=temperature,
             pad=pad_token(self._tokenizer),
             ends=stop_tokens(model, self._tokenizer),
+            fused=self.config.fused,
         )
 
     def _texts(self, groups: Sequence[Sequence[list[int]]]) -> list[str]:
