@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError
+from spectune.layers.core_ops import is_transformed
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
@@ -92,6 +92,12 @@ class Adapted(nn.Module):
             if y is not None:
                 return y
         if torch.is_grad_enabled():
+            weight = self._parameters.get("weight")
+            if weight is not None and weight.is_inference():
+                raise SpectuneError(
+                    f"the weight of {self.adapted_as!r} was made under torch.inference_mode, and no gradient can go "
+                    "through it: load the model outside of that mode, or ask it without gradients"
+                )
             scope = self.selection.scope_with_gradients()
             y = self._answer(scope, input)
             self.selection.in_graph(scope, y)
@@ -313,6 +319,14 @@ class Adapted(nn.Module):
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
         basis = self._modules["bases"]._modules.get(update.basis_key)  # type: ignore[union-attr]
+        if update.unmade:
+            real = not effective_weight(self).is_meta
+            if (basis is None and update.needs_basis) or (real and any(p.is_meta for p in update.trained().values())):
+                raise SpectuneError(
+                    f"the weight of {self.adapted_as!r} was on the meta device when it was adapted, and the adapter "
+                    "has no values: adapt the model when its weights are loaded"
+                )
+            update.unmade = not real
         return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -360,11 +374,6 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     return found
 
 
-def is_transformed() -> bool:
-    """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
-
-
 @cache
 def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that adds updates to `kind`: a subclass of it, so that isinstance goes on holding.
@@ -383,6 +392,24 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
         "is_transposed": plain is Conv1D,
     }
     return type(f"Adapted{kind.__name__}", under, values)
+
+
+@torch.no_grad()
+def answers_by_weight(layer: nn.Module) -> bool:
+    """Whether a layer answers W x + b, or asks its superclass for that; found out by a trial."""
+    kind = layer.plain_class if isinstance(layer, Adapted) else type(layer)
+    if adapted_class(kind).is_plain:  # type: ignore[attr-defined]
+        return True
+    weight, bias = effective_weight(layer), layer.bias
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        y = kind.forward(layer, x)
+    except Exception:  # it takes more than one argument, and says so when it is asked
+        return True
+    expected = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return not isinstance(y, Tensor)
+    return bool((y.float() - expected.float()).norm() <= 0.1 * expected.float().norm())
 
 
 def _goes_around(forward: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spectune.layers.kernels import kernels
 from spectune.speed.dense import linear, matmul
@@ -19,6 +20,11 @@ _DENSE = 100  # places of a sparse core for each entry, up to which a product wi
 _LARGE = 1 << 22  # places, of which there are too many to be filled for each product
 _CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
 _FAR = 1 << 7  # times as many of the last two on an accelerator, where each call costs more and each number less
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 def band_entries(size: int, width: int) -> int:

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.layers.core_ops import band_entries, banded_entries, banded_product, sparse_entries, sparse_product
+from spectune.layers.core_ops import (
+    band_entries,
+    band_indices,
+    banded_entries,
+    banded_product,
+    is_transformed,
+    sparse_entries,
+    sparse_product,
+)
 
 
 def _per_row(values: Tensor, t: Tensor) -> Tensor:
@@ -63,6 +71,12 @@ class Core(abc.ABC):
     @abc.abstractmethod
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of t (n, q) and, `of_values`, of the values, given that of t C^T (n, p)."""
+
+
+def _in_full(t: Tensor, values: Tensor, rows: Tensor, columns: Tensor, transpose: bool) -> Tensor:
+    """Return t C^T, or t C if `transpose`, by a matrix of all places, through which torch.func sees."""
+    full = values.new_zeros(t.shape[-1], t.shape[-1]).index_put((rows.to(t.device), columns.to(t.device)), values)
+    return t @ (full if transpose else full.mT)
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,8 @@ class Banded(Core):
 
     def _product(self, t: Tensor, transpose: bool) -> Tensor:
         values = self.values.to(t.dtype)
+        if is_transformed():
+            return _in_full(t, values, *band_indices(self.size, self.width), transpose)
         return banded_product(_rows(t, values.shape[:-1]), values, self.width, transpose).reshape(t.shape)
 
     def gradients(self, t: Tensor, grad: Tensor, of_values: bool) -> tuple[Tensor, Tensor | None]:
@@ -153,6 +169,8 @@ class Sparse(Core):
 
     def _product(self, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
         values = self.values.to(t.dtype)
+        if is_transformed():
+            return _in_full(t, values, to, of, False)
         if values.dim() == 1:
             return sparse_product(t, values, to, of)
         return torch.stack([sparse_product(row, v, to, of) for row, v in zip(t, values, strict=True)])

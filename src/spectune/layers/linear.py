@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from spectune.errors import SpectuneError
 from spectune.layers import products
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
@@ -92,6 +92,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         ops = _products(x, weight, left, right)
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
+        own_ratio = ratio
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
         cache = current_cache()
@@ -112,15 +113,24 @@ class _AdaptedLinear(torch.autograd.Function):
             t if of_values else None,
             u if of_left else None,
             y if of_ratio else None,
-            *(weight, bias, L, R, values, ratio),
+            *(weight, bias, L, R, values, ratio, own_ratio),
         )
         ctx.core, ctx.scale, ctx.ops = core if values is None else replace(core, values=None), scale, ops
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, t, u, y, weight, bias, L, R, values, ratio = ctx.saved_tensors
+        try:
+            x, t, u, y, weight, bias, L, R, values, ratio, own_ratio = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error) or not ctx.needs_input_grad[6]:
+                raise
+            raise SpectuneError(
+                "an operation in place, such as ReLU(inplace=True), wrote over the output of a DoRA layer, which its "
+                "magnitude learns from: make that operation one with inplace=False"
+            ) from None
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, grads[0], x, weight, bias, L, R, values, own_ratio)
         (grad,) = grads
         ops = ctx.ops
         to_left = to_right = to_ratio = to_x = None
@@ -136,3 +146,34 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = matmul(to_t, R) if weight is None else ops.add(matmul(grad, weight), to_t, R.mT)
         return to_x, None, None, to_left, to_right, to_values, to_ratio, None, None, None
+
+
+def _differentiable(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    L: Tensor,
+    R: Tensor,
+    values: Tensor | None,
+    ratio: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients as functions that can be differentiated again: those of the plain operations."""
+    needs = ctx.needs_input_grad
+    if x is None or (x.dtype is not torch.float64 and x.dtype is not torch.float32):
+        raise SpectuneError(
+            "a gradient of a gradient is not there for an adapted layer in 16 bits, nor where its factors are frozen "
+            "(svf, svft, lora_xs): take it with torch.func.grad, in float32"
+        )
+    core = ctx.core if values is None else replace(ctx.core, values=values)
+    y = F.linear(core.apply(F.linear(x, R)), L) * ctx.scale
+    if weight is not None:
+        y = y + F.linear(x, weight)
+    if ratio is not None:
+        y = y * ratio
+    inputs: dict[int, Any] = {0: x, 3: L, 4: R, 5: values, 6: ratio}
+    wanted = [i for i, tensor in inputs.items() if needs[i] and tensor is not None]
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+    grads = dict(zip(wanted, found, strict=True))
+    return tuple(grads.get(i) for i in range(10))

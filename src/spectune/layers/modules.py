@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -54,6 +55,10 @@ def effective_weight(layer: nn.Module) -> Tensor:
     weight = layer._parameters.get("weight")
     if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
         weight = layer.weight
+    if is_lazy(weight):
+        raise SpectuneError(
+            "a lazy layer has no weight before its first input: pass a batch through the model, and adapt it then"
+        )
     return weight.T if is_conv1d(layer) else weight  # type: ignore[return-value]
 
 

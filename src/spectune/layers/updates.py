@@ -70,6 +70,7 @@ class Update(nn.Module):
         self.drops = method.drop > 0
         self._kept: tuple[list[Tensor], Ratio | None] | None = None
         self.basis_key = method.basis_key
+        self.unmade = self.needs_basis = False  # put on a weight without values; of which the method needs some
         self.scale: float | None = None  # s, once it was asked for
         self.begun = False  # what the method does by itself as training proceeds
         self.names = tuple(trained)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.adapted import Adapted, adapted_layers, answers_by_weight, take_over
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.selection import Selection
@@ -57,6 +57,8 @@ def install(
             held = weight.dtype if dtype == "base" else dtype or master_dtype(weight)
             trained = {k: v.detach().to(weight.device, held, copy=True) for k, v in trained.items()}
             updates.append(Update(term.method, trained, term.weight))
+            updates[-1].unmade = weight.is_meta
+            updates[-1].needs_basis = type(term.method).basis is not Method.basis
             if term.sketch is not None:
                 frozen = _frozen(bases[layer_name], layer, term.method)
                 term = replace(term, basis=frozen or None)
@@ -130,13 +132,18 @@ def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[
 
 def _check_layer(name: str, layer: nn.Module) -> None:
     weight = effective_weight(layer)
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise SpectuneError(
-            f"the weight of {name!r} is {weight.dtype}, not floating point: packed or quantized weights cannot be "
-            "adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
+            f"the weight of {name!r} is {weight.dtype}, not a float of 16 bits or more: packed or quantized weights "
+            "cannot be adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
         )
     if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
+    if not weight.is_meta and not answers_by_weight(layer):
+        raise SpectuneError(
+            f"{name!r} is a {type(layer).__name__}, whose forward pass makes more of its input than W x + b: an update "
+            "beside that would not be one of W; exclude the layer"
+        )
 
 
 def selections(layers: Mapping[str, Part]) -> list[Selection]:

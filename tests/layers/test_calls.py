@@ -1,0 +1,159 @@
+"""Calls of an adapted layer that are not the usual one: right, or one sentence."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+from transformers.pytorch_utils import Conv1D
+
+import spectune
+from methods.cases import EVERY, name
+from spectune import SpectuneError
+
+FROZEN = ("svf", "svft", "lora_xs", "vera")  # methods that do not train R
+
+
+def network(method: Any = "lora:rank=2", layer: Any = None) -> Any:
+    torch.manual_seed(0)
+    model = spectune.adapt(nn.Sequential(nn.Linear(8, 8) if layer is None else layer), method)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".adapters." in key:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double()
+
+
+def values(*shape) -> Any:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method", EVERY, ids=name)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_functions(method):
+    model, x, direction = network(method), values(3, 8), values(3, 8)
+    expected = model(x).detach()
+    torch.testing.assert_close(torch.func.vmap(model)(x), expected)
+    _, moved = torch.func.jvp(model, (x,), (direction,))
+    torch.testing.assert_close(moved, model(x + direction) - expected)  # it is linear
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction)))
+    torch.testing.assert_close(dual.tangent, moved)
+    jacobian = torch.func.jacrev(model)(x[:1])
+    torch.testing.assert_close(torch.einsum("iokl,kl->io", jacobian, direction[:1]), moved[:1])
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    if "adalora" not in name(method):  # which adds its penalty to the gradients of a backward pass
+        model(x).square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(found[key], parameter.grad)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=name)
+def test_a_gradient_of_a_gradient(method):
+    model, x = network(method), values(3, 8)
+    text = name(method).removeprefix("dora:inner=")
+
+    def penalty(x):
+        return torch.func.grad(lambda x: model(x).pow(3).sum())(x).square().sum()
+
+    expected = torch.func.grad(penalty)(x)
+    x.requires_grad_()
+    y = model(x).pow(3).sum()
+    if text.startswith(FROZEN):
+        with pytest.raises(SpectuneError, match=r"torch\.func\.grad"):
+            torch.autograd.grad(y, x, create_graph=True)
+    else:
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        grad.square().sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("method", ["dora:rank=2", "dora:inner=svf", "lora:rank=2"])
+def test_before_an_operation_in_place(method):
+    model, x = network(method), values(3, 8)
+    after = nn.Sequential(model[0], nn.ReLU(inplace=True)).train()
+    if method.startswith("dora"):
+        with pytest.raises(SpectuneError, match="inplace=False"):
+            after(x).sum().backward()
+    else:
+        after(x).sum().backward()
+
+
+def test_an_input_by_its_name():
+    x = values(3, 8)
+    for layer, key in ((nn.Linear(8, 6), "input"), (Conv1D(6, 8), "x")):
+        model = network(layer=layer)
+        torch.testing.assert_close(model[0](**{key: x}), model(x))
+        with pytest.raises(TypeError):
+            model[0](x, other=1)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=2.0):
+        return super().forward(x) * scale
+
+
+class Alone(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return nn.functional.linear(x, self.weight, self.bias) * scale
+
+
+class Bent(nn.Linear):
+    def forward(self, x):
+        return torch.relu(nn.functional.linear(x, self.weight, self.bias))
+
+
+def test_layers_with_a_forward_method_of_their_own():
+    x = values(3, 8)
+    model = network("dora:rank=2", Scaled(8, 6))
+    merged = spectune.merge(copy.deepcopy(model))
+    for more in ((), (0.5,)):
+        torch.testing.assert_close(model[0](x, *more), merged[0](x, *more))
+    spectune.detach(model)
+    assert type(model[0]) is Scaled
+    model = network(layer=Alone(8, 6))
+    torch.testing.assert_close(model(x), spectune.merge(copy.deepcopy(model))(x))
+    with pytest.raises(SpectuneError, match="called with scale"):
+        model[0](x, 3.0)
+    assert spectune.activate(model, None)[0](x, 3.0).shape == (3, 6)
+    with pytest.raises(SpectuneError, match="'0' is a Bent"):
+        network(layer=Bent(8, 6))
+
+
+def test_weights_that_are_not_there_yet():
+    with pytest.raises(SpectuneError, match="lazy layer"):
+        network(layer=nn.LazyLinear(8))
+    small: Any = nn.Linear(16, 16)
+    small.weight = nn.Parameter(small.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(SpectuneError, match="float8"):
+        spectune.adapt(nn.Sequential(small), "lora:rank=2")
+    for method in ("lora:rank=2", "svf", "dora:rank=2"):
+        with torch.device("meta"):
+            model: Any = spectune.adapt(nn.Sequential(nn.Linear(8, 8)), method)
+        if method.startswith("lora"):
+            assert model(torch.randn(2, 8, device="meta")).is_meta
+        model.load_state_dict({"0.weight": torch.randn(8, 8), "0.bias": torch.randn(8)}, strict=False, assign=True)
+        with pytest.raises(SpectuneError, match="meta device"):
+            model(torch.randn(2, 8))
+    with torch.device("meta"):
+        model = spectune.adapt(nn.Sequential(nn.Linear(8, 8)), "lora:rank=2")
+    other = spectune.adapt(nn.Sequential(nn.Linear(8, 8)), "lora:rank=2")
+    model.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(model(torch.ones(2, 8)), other(torch.ones(2, 8)))
+
+
+def test_weights_of_inference_mode():
+    with torch.inference_mode():
+        layer = nn.Linear(8, 8)
+    model: Any = spectune.adapt(nn.Sequential(layer), "lora:rank=2")
+    with torch.no_grad():
+        assert model(torch.randn(2, 8)).shape == (2, 8)
+    with pytest.raises(SpectuneError, match="inference_mode"):
+        model(torch.randn(2, 8))
