@@ -3,8 +3,8 @@
 A step of decoding with a prompt in the cache, and the pass over the prompt, in batches of 1, 8 and 64 rows.  Each side
 is compared with the same model without an adapter, which shares its weights, the two taking turns; kept are the least
 time of each and the median of the ratios.  `of_memory` is the part of a step of the base that reading its weights once
-takes, at the speed measured here.  Rows with different adapters: `many.py`.  With one thread (OMP_NUM_THREADS=1) times are the
-processor's.
+takes, at the speed measured here.  Rows with different adapters: `many.py`.  With one thread (OMP_NUM_THREADS=1) times
+are the processor's.
 
     python benchmarks/decode.py [--dtype fp32 bf16] [--sides lora svf dora pissa lora_xs peft_lora peft_dora ...]
         [--rows 1 8 64] [--length 16] [--layers 30] [--rounds 9] [--name decode]
