@@ -394,24 +394,6 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{kind.__name__}", under, values)
 
 
-@torch.no_grad()
-def answers_by_weight(layer: nn.Module) -> bool:
-    """Whether a layer answers W x + b, or asks its superclass for that; found out by a trial."""
-    kind = layer.plain_class if isinstance(layer, Adapted) else type(layer)
-    if adapted_class(kind).is_plain:  # type: ignore[attr-defined]
-        return True
-    weight, bias = effective_weight(layer), layer.bias
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    try:
-        y = kind.forward(layer, x)
-    except Exception:  # it takes more than one argument, and says so when it is asked
-        return True
-    expected = F.linear(x, weight, bias)  # type: ignore[arg-type]
-    if not isinstance(y, Tensor) or y.shape != expected.shape:
-        return not isinstance(y, Tensor)
-    return bool((y.float() - expected.float()).norm() <= 0.1 * expected.float().norm())
-
-
 def _goes_around(forward: Any) -> bool:
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return {"super", "forward"} <= set(names) and "weight" not in names

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers, answers_by_weight, take_over
+from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.selection import Selection
@@ -139,11 +139,6 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         )
     if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")
-    if not weight.is_meta and not answers_by_weight(layer):
-        raise SpectuneError(
-            f"{name!r} is a {type(layer).__name__}, whose forward pass makes more of its input than W x + b: an update "
-            "beside that would not be one of W; exclude the layer"
-        )
 
 
 def selections(layers: Mapping[str, Part]) -> list[Selection]:
