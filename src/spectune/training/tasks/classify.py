@@ -35,6 +35,12 @@ class Classify(Task):
     shown = ("accuracy",)
     by_length = True
 
+    @property
+    def options(self) -> ClassifyOptions:
+        """The task's own part of the configuration."""
+        assert isinstance(self.config, ClassifyOptions)  # or it was made for another task
+        return self.config
+
     def problem(self, record: Mapping[str, Any]) -> str | None:
         if "text" not in record or "label" not in record:
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
