@@ -1,7 +1,7 @@
 """Reading what others wrote: bounds on size, depth and number in one place, and one sentence for whatever is beyond.
 
-A file is a regular one (no pipe, no device) of a bounded size, a document a tree of bounded depth with each key once
-and with text that UTF-8 can hold, and a name inside a folder leads nowhere else.
+A file is a regular one (no pipe, no device) of a bounded size; a document a tree of bounded depth, with each key once
+and text that UTF-8 can hold; a name inside a folder leads nowhere else.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from spectune.adapters.compress import compress, to_lora, to_one_rank
+from spectune.adapters.compress import LOSSY, compress, errors_by_rank, to_lora, to_one_rank
 from spectune.adapters.contents import Contents
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
@@ -189,7 +189,13 @@ class Adapter(Contents):
         return Adapter.of(read_whole(choose.load, Path(path)))
 
     def export(
-        self, path: Path_, format: Literal["peft"] = "peft", *, rank: int | None = None, one_rank: bool = False
+        self,
+        path: Path_,
+        format: Literal["peft"] = "peft",
+        *,
+        rank: int | None = None,
+        one_rank: bool = False,
+        allow_loss: bool = False,
     ) -> Adapter:
         """Write the adapter as a PEFT LoRA folder (DoRA around LoRA stays DoRA) and return what was written.
 
@@ -199,16 +205,36 @@ class Adapter(Contents):
             rank: the best LoRA of this rank instead of an exact one; its `error` says how far it is.
             one_rank: fill all layers up with zeros to one rank and one alpha, for programs such as llama.cpp that
                 read no `alpha_pattern`.
+            allow_loss: write it even where that error is above 0.1, which is another adapter.
 
         Raises:
-            SpectuneError: an unknown format, no basis at hand, or modules that PEFT cannot hold.
+            SpectuneError: an unknown format, no basis at hand, modules that PEFT cannot hold, or a rank that loses too
+                much of the update.
         """
         if format != "peft":
             raise SpectuneError(f"format must be 'peft', not {format!r}; spectune.merge(model) makes a merged model")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
+        if not allow_loss and adapter is not self:
+            self.check_loss(adapter)
         adapter = Adapter.of(to_one_rank(adapter)) if one_rank else adapter
         save_peft(adapter, Path(path))
         return adapter
+
+    def check_loss(self, result: Adapter) -> None:
+        """Raise where a LoRA made of this adapter is too far from it to stand for it, telling the error by rank.
+
+        Raises:
+            SpectuneError: its relative error is above 0.1.
+        """
+        if result.error <= LOSSY:
+            return
+        errors = errors_by_rank(self)
+        table = ", ".join(f"{rank}: {error:.2g}" for rank, error in errors.items())
+        enough = next(rank for rank, error in errors.items() if error <= LOSSY)
+        raise SpectuneError(
+            f"the relative error would be {result.error:.2g}, which is another adapter (by rank, {table}): "
+            f"take rank {enough}, a merged model (--format merged), or --allow-loss (allow_loss=True)"
+        )
 
     @staticmethod
     def from_peft(path: Path_, *, allow_bin: bool = False) -> Adapter:

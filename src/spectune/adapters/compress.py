@@ -15,8 +15,9 @@ from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
-from spectune.spectral import svd
+from spectune.spectral import singular_values, svd
 
+LOSSY = 0.1  # relative error above which a LoRA does not stand for the adapter that it was made of
 _NOISE = 1e-13  # relative size of an eigenvalue of a float64 Gram matrix that is rounding error
 
 
@@ -209,3 +210,27 @@ def _squared_norm(product: _Product) -> float:
 
 def _lora_layer(layer: LayerUpdate, product: _Product) -> LayerUpdate:
     return replace(layer, terms=(lora_term(product.left, product.right),))
+
+
+def errors_by_rank(adapter: Contents) -> dict[int, float]:
+    """Return the relative error of the best LoRA of each rank: 1, 2, 4, ..., the least that is not `LOSSY`, and all."""
+    adapter.complete()
+    heads = _heads(adapter)
+    layers = [_squared_values(layer, adapter, name) for name, layer in adapter.layers.items() if name not in heads]
+    most = max((len(values) for values in layers), default=1)
+    lost = torch.zeros(most + 1, dtype=torch.float64)  # by rank
+    for values in layers:
+        tails = values.flip(0).cumsum(0).flip(0)
+        lost[: len(tails)] += tails
+    errors = (lost / lost[0]).sqrt() if lost[0] > 0 else lost
+    ranks = {2**i for i in range(most.bit_length())} | {int((errors > LOSSY).sum()), most}
+    return {rank: float(errors[rank]) for rank in sorted(ranks) if rank > 0}
+
+
+def _squared_values(layer: LayerUpdate, adapter: Contents, name: str) -> Tensor:
+    """Return the squared singular values of a layer's dW, descending, in float64."""
+    product = _stacked(layer)
+    if product is None:
+        return singular_values(adapter.delta(name)).double().square()
+    left, right = (torch.linalg.qr(part.double())[1] for part in (product.left, product.right.mT))
+    return torch.linalg.svdvals(left @ right.mT).square()

@@ -17,6 +17,7 @@ import torch
 from spectune.bases.classifiers import load_classifier
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
+from spectune.spectral import weight_map
 
 if TYPE_CHECKING:
     from spectune.adapters.adapter import Adapter
@@ -141,6 +142,8 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
         file = package_file(embedded.package, embedded.file)
         return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
     if Path(text).is_dir():
+        for index in Path(text).glob("*.index.json"):
+            weight_map(index)
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise SpectuneError(f"there is no model folder {text!r}")
@@ -235,7 +238,9 @@ def load_base(
                 model = load_classifier(path, config, tokenizer, labels, options, new_head)
             else:
                 model = auto_class(config).from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (SpectuneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a broken folder makes of transformers
         raise _unloadable(name, error) from error
     if os.fspath(name) in EMBEDDED:
         model.config._name_or_path = os.fspath(name)

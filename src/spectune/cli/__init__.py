@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextvars import ContextVar
 
 import typer
 
@@ -29,6 +30,7 @@ from spectune.cli.shared import let_the_main_process_speak, say_error
 from spectune.errors import SpectuneError
 from spectune.plugins import import_module_of_user
 
+_debug = ContextVar("debug", default=False)
 app = typer.Typer(
     name="spectune",
     help="Fine-tune transformer models through the singular values and vectors of their own weights.",
@@ -65,8 +67,10 @@ def _version(value: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     cache: str | None = typer.Option(None, "--cache", metavar="FOLDER", help="For decompositions; `off` goes without."),
+    debug: bool = typer.Option(False, "--debug", help="Show where an unforeseen error came from."),
     plugin: list[str] = typer.Option([], "--plugin", metavar="MODULE", help="Import first: methods of your own."),
 ) -> None:
+    _debug.set(debug)
     if cache is not None:
         os.environ["SPECTUNE_CACHE"] = cache
     for module in plugin:
@@ -91,9 +95,26 @@ def main() -> None:
             "may have it open, or its permissions forbid it; close the program, or give another folder"
         )
         sys.exit(2)
+    except UnicodeDecodeError as error:
+        say_error(f"what was given is not text in UTF-8 ({error.reason} at byte {error.start}): convert it")
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         say_error(str(interrupt) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that vanished, a file in place of a folder
+        place = error.filename2 or error.filename
+        told = error.strerror or " ".join(str(error).split())
+        say_error(f"{place} cannot be read or written: {told}" if place else f"the system refused: {told}")
+        sys.exit(2)
+    except Exception as error:
+        if _debug.get():
+            raise
+        what = " ".join(str(error).split())[:200]
+        say_error(
+            f"this should not have happened ({type(error).__name__}: {what}); please report it, with what "
+            "`spectune --debug` and the same arguments show"
+        )
         sys.exit(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import JSON, print_json, weighted
+from spectune.cli.shared import ALLOW_LOSS, JSON, OVERWRITE, print_json, weighted
 
 
 def compose(
@@ -17,21 +17,31 @@ def compose(
     base: str | None = typer.Option(
         None, help="The base model, where a basis is needed; the adapters' own by default."
     ),
+    overwrite: bool = OVERWRITE,
+    allow_loss: bool = ALLOW_LOSS,
     json: bool = JSON,
 ) -> None:
     """Add adapters: spectune compose OUT pirate:0.7 chef:0.3 legalese:-0.2"""
     from spectune.adapters.adapter import Adapter
+    from spectune.adapters.destination import check_destination
     from spectune.bases.loading import bind_to_base
+    from spectune.storage import telling_of_full_disks
 
-    weighted_terms = [(Adapter.load(folder), weight) for folder, weight in map(weighted, terms)]
+    folders = [weighted(term) for term in terms]
+    check_destination(out, [folder for folder, _ in folders], overwrite=overwrite)
+    weighted_terms = [(Adapter.load(folder), weight) for folder, weight in folders]
     total = None
     for adapter, weight in weighted_terms:
         part = adapter if weight == 1.0 else weight * adapter
         total = part if total is None else total + part
     assert total is not None
     if rank is not None:
-        total = bind_to_base(total, base).compress(rank)
-    total.save(out)
+        exact = bind_to_base(total, base)
+        total = exact.compress(rank)
+        if not allow_loss:
+            exact.check_loss(total)
+    with telling_of_full_disks(out, "what was there is as it was"):
+        total.save(out)
     if json:
         print_json({"output": str(out), "parameters": total.parameter_count(), "error": total.error})
         return

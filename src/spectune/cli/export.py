@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import JSON, REMOTE_CODE, print_json
+from spectune.cli.shared import ALLOW_LOSS, JSON, OVERWRITE, REMOTE_CODE, print_json
 
 
 class Format(str, Enum):
@@ -27,24 +27,32 @@ def export(
     rank: int | None = typer.Option(None, min=1, help="For peft: the best LoRA of this rank, not an exact one."),
     base: str | None = typer.Option(None, help="The base model; the adapter's own by default."),
     dtype: str | None = typer.Option("fp32", help="For merged: the dtype of the written model."),
+    overwrite: bool = OVERWRITE,
+    allow_loss: bool = ALLOW_LOSS,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
     """Write an adapter as a PEFT LoRA folder, or merged into its model."""
     from spectune.adapters.adapter import Adapter
+    from spectune.adapters.destination import check_destination
     from spectune.bases.loading import base_name, bind_to_base, load_base
+    from spectune.bases.merged import write_merged
     from spectune.model.adapting import attach
-    from spectune.model.merging import merge
+    from spectune.storage import telling_of_full_disks
 
+    merged = format is Format.merged
+    check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)
     loaded = Adapter.load(adapter)
-    if format is Format.merged:
+    error = 0.0
+    if merged:
         name, labels = base_name(loaded, base), loaded.labels
+        check_destination(out, [name], overwrite=overwrite, merged=True)
         model, tokenizer = load_base(name, dtype, labels=labels, new_head=True, trust_remote_code=trust_remote_code)
-        merge(attach(model, loaded), keep=False).save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        error = 0.0
+        write_merged(attach(model, loaded), tokenizer, out, name, adapter)
     else:
-        error = bind_to_base(loaded, base).export(out, "peft", rank=rank).error
+        bound = bind_to_base(loaded, base)
+        with telling_of_full_disks(out, "what was there is as it was"):
+            error = bound.export(out, "peft", rank=rank, allow_loss=allow_loss).error
     if json:
         print_json({"output": str(out), "format": format.value, "error": error})
         return

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spectune.cli.shared import DEVICE, DTYPE, JSON, REMOTE_CODE, print_json
+from spectune.cli.shared import DEVICE, DTYPE, JSON, OVERWRITE, REMOTE_CODE, print_json
 
 app = typer.Typer(help="Libraries of adapters that answer the prompts they suit.", no_args_is_help=True)
 LIBRARY = typer.Argument(help="The library's folder.")
@@ -168,17 +168,21 @@ def mix(
     reward: str | None = typer.Option(None, help="module:function as for `train`, instead of the log-likelihood."),
     only: list[str] = typer.Option([], help="An adapter to mix; may be repeated. All if not given."),
     seed: int = typer.Option(0, min=0, help="Of the draws."),
+    overwrite: bool = OVERWRITE,
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
     """Find the mixture of a library's adapters that suits a few examples best, and save it as an adapter."""
+    from spectune.adapters.destination import check_destination
     from spectune.cli.shared import load_library, search_progress
+    from spectune.storage import telling_of_full_disks
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.pool import Pool
     from spectune.transformer2.prompts import read_records
 
+    check_destination(out, [library, *library.glob("adapters/*")], overwrite=overwrite)
     wanted = FewShot(
         read_records(shots),
         by=by.value,
@@ -193,7 +197,8 @@ def mix(
     opened, loaded, tokenizer = load_library(library, model, dtype, device, trust_remote_code)
     with search_progress() as progress:
         found = wanted.find(Pool(loaded, opened), tokenizer, progress)
-    found.adapter(opened).save(out)
+    with telling_of_full_disks(out, "what was there is as it was"):
+        found.adapter(opened).save(out)
     if json:
         print_json({"output": str(out), **found.summary()})
         return

@@ -38,6 +38,8 @@ DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 STRATEGIES = ("prompt", "classifier", "few-shot")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
+OVERWRITE = typer.Option(False, "--overwrite", help="Replace an earlier result in that folder.")
+ALLOW_LOSS = typer.Option(False, "--allow-loss", help="Write it however far --rank is from the exact update.")
 REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the model.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from spectune.bases.loading import auto_class, quiet
+from spectune.bases.loading import auto_class, checked_device, quiet
 from spectune.errors import SpectuneError
 from spectune.spectrum.checkpoint import open_checkpoint
 from spectune.spectrum.collect import Progress, collect, collect_movement
@@ -67,6 +67,7 @@ def report(
     Raises:
         SpectuneError: an argument that does not fit, no such checkpoint, or nothing in it to measure.
     """
+    checked_device(device)
     _check(low, high, rank, ranks, method, top, epsilon)
     out = Path(out)
     spectra = _measure(model, out, targets, exclude, allow_bin, device, progress)
