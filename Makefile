@@ -29,6 +29,9 @@ slow: .venv/installed
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py
 
+reliability: .venv/installed
+	cd tests && ../$(BIN)/python -W ignore reliability.py 200 100000
+
 test-wheel: .venv/installed
 	$(BIN)/python .ci/wheel.py
 

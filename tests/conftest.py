@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import sys
 import tempfile
 
@@ -53,3 +54,16 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Let a test talk to this machine alone."""
+    connect = socket.socket.connect
+
+    def near(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost", "0.0.0.0"):
+            raise AssertionError(f"a test wants to talk to {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", near)

@@ -537,7 +537,7 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
         ("{}", "lacks the key"),
         ('{"rank": ' + "9" * 5000 + "}", "is not valid JSON"),
         ("[" * 100000, "is not valid JSON"),
-        ("\udcff", "is not valid JSON"),
+        ("\udcff", "is not text in UTF-8"),
     ],
 )
 def test_a_config_that_is_no_json_object(tmp_path, text, message):

@@ -117,13 +117,17 @@ def test_compose_adds_on_files(adapters, tmp_path):
 def test_compose_of_different_methods_compresses(model, adapters, tmp_path):
     out = tmp_path / "small"
     terms = [adapters["pirate"], adapters["chef"] + ":-0.5"]
-    result = json.loads(run("compose", str(out), *terms, "--rank", "2", "--base", model, "--json").stdout)
+    result = json.loads(
+        run("compose", str(out), *terms, "--rank", "2", "--base", model, "--allow-loss", "--json").stdout
+    )
     assert 0 < result["error"] < 1
     assert spectune.Adapter.load(out).layers["model.layers.0.self_attn.q_proj"].terms[0].method.rank == 2
 
 
 def test_export_to_peft_and_import_again(model, adapters, tmp_path):
-    result = json.loads(run("export", adapters["pirate"], str(tmp_path / "peft"), "--rank", "4", "--json").stdout)
+    result = json.loads(
+        run("export", adapters["pirate"], str(tmp_path / "peft"), "--rank", "4", "--allow-loss", "--json").stdout
+    )
     assert 0 < result["error"] < 1
     run("import", str(tmp_path / "peft"), str(tmp_path / "back"))
     ours = spectune.Adapter.load(tmp_path / "back")

@@ -21,7 +21,7 @@ from spectune.adapters.folder import CONFIG, WEIGHTS, folder_digest
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.reading import check_tensors_file, read_json
-from spectune.storage import Entry, locked, save_tensors, telling_of_full_disks, write_atomically
+from spectune.storage import Entry, collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
 
 INDEX, BASE, PROMPTS, LOCK = "library.json", "base.safetensors", "prompts.json", ".lock"
 NONE = "none"  # the label of a prompt that is for no adapter
@@ -67,6 +67,8 @@ class Library:
         self.base_model: str | None = None
         self._records: dict[str, Record] = {}
         self._base: dict[str, Tensor] | None = None
+        if self.path.is_dir():
+            collect_temporaries(self.path)
         self._read()
 
     @classmethod

@@ -411,7 +411,7 @@ REFUSED = [
     ({"lora_alpha": float("nan")}, "'lora_alpha' in .* is nan, not a finite number"),
     ({"lora_dropout": 7}, "dropout of LoRA must be"),
     ({"use_rslora": 1}, "'use_rslora' in .* is 1, not bool"),
-    ({"rank_pattern": {"(": 4}}, r"'\(' in .* is not a regular expression"),
+    ({"rank_pattern": {"(": 4}}, r"'rank_pattern' in .*: '\(' is not a regular expression"),
     ({"rank_pattern": [4]}, r"'rank_pattern' in .* is \[4\], not a JSON object"),
     ({"base_model_name_or_path": 3}, "'base_model_name_or_path' in .* is 3, not str or null"),
 ]

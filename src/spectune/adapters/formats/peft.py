@@ -428,6 +428,10 @@ def _pattern(config: Entry, patterns: str, name: str, default: str) -> Any:
     if len(inside.values) > MOST_PATTERNS:
         raise SpectuneError(f"{inside.where} has {len(inside.values):,} patterns; at most {MOST_PATTERNS:,} are read")
     for pattern in inside.values:
-        if matches_end(pattern, name):
+        try:
+            matched = matches_end(pattern, name)
+        except SpectuneError as error:
+            raise SpectuneError(f"{inside.where}: {error}") from None
+        if matched:
             return inside.number(pattern)
     return config.number(default)
