@@ -1,8 +1,8 @@
 """Kills at system calls, full disks and hostile documents: `make reliability`, or `python tests/reliability.py 50 100`.
 
 Every operation that writes is run in a child of its own that kills itself with SIGKILL just before, or halfway into, a
-call that changes the file system.  Afterwards what is visible must be as it was, or as it was to be, and nobody who opens
-it next leaves a temporary file.
+call that changes the file system.  Afterwards what is visible must be as it was, or as it was to be, and no temporary
+file may be left once it has been opened.
 """
 
 from __future__ import annotations

@@ -663,3 +663,26 @@ def test_the_sketch_of_a_base_is_kept_until_it_is_written_to(tmp_path, monkeypat
         before, after = (spectune.Adapter.load(path).layers[layers[0]].base_sketch for path in (first, changed))
         torch.testing.assert_close(after[0], 2 * before[0])
         made.clear()
+
+
+A, B = torch.ones(1, 2), torch.ones(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"base_model.model.x.lora_A": A * 5}, "two tensors for one part of 'x'"),
+        ({"x.lora_A.weight": A * 5}, "two tensors for one part of 'x'"),
+        ({"x.lora_B": B}, "two tensors for one part of 'x'"),
+        ({"base_model.model.x.lora_A.weight": A.to(torch.float8_e4m3fn)}, "float8_e4m3fn, which no adapter has"),
+        ({"base_model.model.x.lora_B.weight": B.to(torch.complex64)}, "complex64, which no adapter has"),
+    ],
+)
+def test_one_part_has_one_tensor_of_real_numbers(tmp_path, more, told):
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "b"}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file(
+        {"base_model.model.x.lora_A.weight": A, "base_model.model.x.lora_B.weight": B, **more}, tmp_path / WEIGHTS
+    )
+    with pytest.raises(SpectuneError, match=told):
+        Adapter.load(tmp_path)

@@ -142,6 +142,9 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SpectuneError(f"{where} is damaged or cut short ({error}); get it again") from None
+    for key, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
+            raise SpectuneError(f"{key!r} in {where} is {tensor.dtype}, which no adapter has; convert it to float32")
     digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
     found = {key: metadata.get(key) for key in digests if metadata.keys() & digests.keys()}  # none by other tools
     if found.get(_DIGEST, digests[_DIGEST]) != digests[_DIGEST]:

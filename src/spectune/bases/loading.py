@@ -191,8 +191,8 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
 
 
 def _unloadable(name: str | os.PathLike[str], error: Exception) -> SpectuneError:
-    first = str(error).strip().splitlines()[0]
-    return SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first}")
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first[:300]}")
 
 
 def load_base(
