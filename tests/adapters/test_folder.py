@@ -673,7 +673,7 @@ A, B = torch.ones(1, 2), torch.ones(2, 1)
     [
         ({"base_model.model.x.lora_A": A * 5}, "two tensors for one part of 'x'"),
         ({"x.lora_A.weight": A * 5}, "two tensors for one part of 'x'"),
-        ({"x.lora_B": B}, "two tensors for one part of 'x'"),
+        ({"x.lora_B": B * 5}, "two tensors for one part of 'x'"),
         ({"base_model.model.x.lora_A.weight": A.to(torch.float8_e4m3fn)}, "float8_e4m3fn, which no adapter has"),
         ({"base_model.model.x.lora_B.weight": B.to(torch.complex64)}, "complex64, which no adapter has"),
     ],
