@@ -342,7 +342,7 @@ def test_a_folder_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch)
     adapters = [made("svf", seed=seed) for seed in (1, 2)]
     adapters[0].labels, adapters[1].labels = ("cat", "dog"), ("dog", "cat")
     adapters[0].save(tmp_path)
-    real, calls = formats.read_labels, []
+    real, calls = formats.read_more, []
 
     def meanwhile(path):
         if not calls:
@@ -350,7 +350,7 @@ def test_a_folder_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch)
         calls.append(1)
         return real(path)
 
-    monkeypatch.setattr(formats, "read_labels", meanwhile)
+    monkeypatch.setattr(formats, "read_more", meanwhile)
     loaded = Adapter.load(tmp_path)
     assert (loaded.labels, len(calls)) == (adapters[1].labels, 2)
     assert_identical(loaded, adapters[1])

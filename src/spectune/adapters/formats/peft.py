@@ -236,7 +236,10 @@ def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
     listed = entry.take("modules_to_save", list, type(None)) or []
     for key, tensor in _read(path, config, allow_bin).items():
         name, part = _split(key, path, listed)
-        (rest if part.startswith(_OWN) else grouped).setdefault(name, {})[part.removeprefix(_OWN)] = tensor
+        parts = (rest if part.startswith(_OWN) else grouped).setdefault(name, {})
+        if part.removeprefix(_OWN) in parts:
+            raise SpectuneError(f"{path / WEIGHTS} has two tensors for one part of {name!r}, the second {key!r}")
+        parts[part.removeprefix(_OWN)] = tensor
     read = _adalora if kind == "ADALORA" else _plain
     terms = {name: read(name, parts, entry, path) for name, parts in grouped.items() if parts.keys() & {"A", "B"}}
     conv1d = entry.flag("fan_in_fan_out")
