@@ -141,10 +141,10 @@ class _Parser:
         if self.taken("("):
             if self.next_is("?") and not self.taken("?:"):
                 raise self.refused()
-            step = self.alternatives(depth + 1)
+            inner = self.alternatives(depth + 1)
             if not self.taken(")"):
                 raise self.refused()
-            return step
+            return inner
         if self.taken("^"):
             return lambda name, places: places & {0}
         if self.taken("$"):

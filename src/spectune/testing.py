@@ -28,7 +28,8 @@ from spectune.layers.cores import Core, mix
 from spectune.layers.modules import effective_weight
 from spectune.methods import Method, from_fields, parse, to_text
 from spectune.model.adapting import adapt, attach
-from spectune.model.lifecycle import detach, extract, merge
+from spectune.model.lifecycle import detach, extract
+from spectune.model.merging import merge
 from spectune.model.names import updates_of
 from spectune.model.routing import route
 

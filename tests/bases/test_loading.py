@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import spectune
-from spectune import bases
+from spectune.bases import loading
 from spectune.errors import SpectuneError
 from training.folder import save_folder
 
@@ -26,10 +26,10 @@ def test_dtypes(tmp_path, name, kind):
 
 
 def test_auto_takes_bf16_only_where_it_is_fast(monkeypatch):
-    monkeypatch.setattr(bases, "fast_bf16", lambda device: True)
-    assert bases.resolve_dtype(None) == torch.bfloat16
-    monkeypatch.setattr(bases, "fast_bf16", lambda device: False)
-    assert bases.resolve_dtype("auto") == torch.float32
+    monkeypatch.setattr(loading, "fast_bf16", lambda device: True)
+    assert loading.resolve_dtype(None) == torch.bfloat16
+    monkeypatch.setattr(loading, "fast_bf16", lambda device: False)
+    assert loading.resolve_dtype("auto") == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_unknown_names(name, message):
 
 def test_a_package_that_is_not_there():
     with pytest.raises(SpectuneError, match="pip install --no-deps no-such-package"):
-        bases.package_file("no-such-package", "file")
+        loading.package_file("no-such-package", "file")
 
 
 @pytest.mark.slow

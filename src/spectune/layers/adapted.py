@@ -53,7 +53,7 @@ class Adapted(nn.Module):
         """W as the layer holds it; to other modules, in their forward passes, it tells its kind and no values."""
         weight = self._parameters.get("weight")
         if weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
-            weight = vars(self)["weight"] if "weight" in vars(self) else super().weight
+            weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return weight
         frame = sys._getframe(1)
@@ -119,7 +119,8 @@ class Adapted(nn.Module):
         mixture = scope.choice.mixtures[0] if isinstance(scope.choice, Rows) else scope.choice
         there = self.adapters._modules  # of which there may be many more than are in use
         weights = {name: weight_at(mixture, name, self) for name in mixture if name in there}
-        parts = [(u, w) for name, w in weights.items() if isinstance(w, Tensor) or w for u in there[name]]  # type: ignore
+        found = [(u, w) for name, w in weights.items() if isinstance(w, Tensor) or w for u in there[name]]  # type: ignore
+        parts: list[Part] = found  # type: ignore[assignment]
         if scope is self.selection.scope_of_model:
             vars(self)["prepared"] = scope, parts
         return parts
@@ -141,7 +142,7 @@ class Adapted(nn.Module):
     def _compiled(self, x: Tensor) -> Tensor:
         """Return the answer as torch.compile traces it: from what `prepare` left, which `activate` may exchange."""
         if self.selection.contexts or (self.fused is not None and self.fused.in_place):
-            return self._in_context(x)
+            return self._in_context(x)  # type: ignore[no-any-return,call-arg,arg-type]
         return self._of_parts(self.prepared[1], x)
 
     @torch.compiler.disable
@@ -276,9 +277,9 @@ class Adapted(nn.Module):
             and not is_transformed()
         )
 
-    def sum(self, updates: Sequence[tuple[Update, float | RowWeights]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
+    def sum(self, updates: Sequence[tuple[Update, Weight | RowWeights]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
         """Return y and the answer of several updates, or of updates that differ by row; the base's is `plain`."""
-        over_bases: dict[Any, list[tuple[Factors, float | RowWeights, float]]] = {}
+        over_bases: dict[Any, list[tuple[Factors, Weight | RowWeights, float]]] = {}
         for update, weight in updates:
             if not update.method.core_only:
                 y = self._add(y, update, weight, x, plain)
@@ -291,7 +292,7 @@ class Adapted(nn.Module):
             y = y + _joined(group).apply(x)
         return y
 
-    def _add(self, y: Tensor, update: Update, weight: float | RowWeights, x: Tensor, plain: Tensor) -> Tensor:
+    def _add(self, y: Tensor, update: Update, weight: Weight | RowWeights, x: Tensor, plain: Tensor) -> Tensor:
         tensors = self.tensors(update)
         if isinstance(weight, RowWeights):
             rows = weight.rows
@@ -343,7 +344,7 @@ class Adapted(nn.Module):
 _FORWARD = Adapted.forward.__code__
 
 
-def _joined(group: list[tuple[Factors, float | RowWeights, float]]) -> Factors:
+def _joined(group: list[tuple[Factors, Weight | RowWeights, float]]) -> Factors:
     """Add updates over one basis into one, with a core for each row where the weights differ by row."""
     first, weight, factor = group[0]
     if len(group) == 1 and not isinstance(weight, RowWeights):

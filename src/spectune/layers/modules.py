@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,14 +53,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return W (out x in) of a linear layer; a view, transposed for Conv1D."""
-    weight = layer._parameters.get("weight")
+    weight: Any = layer._parameters.get("weight")
     if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
         weight = layer.weight
     if is_lazy(weight):
         raise SpectuneError(
             "a lazy layer has no weight before its first input: pass a batch through the model, and adapt it then"
         )
-    return weight.T if is_conv1d(layer) else weight  # type: ignore[return-value]
+    return weight.T if is_conv1d(layer) else weight
 
 
 # what wrappers call the module that they wrap: no part of a layer's name, which is the base's own

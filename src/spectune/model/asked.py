@@ -116,7 +116,7 @@ class _Watch(TorchFunctionMode):
             for weight in weights:
                 for name in self.stand_ins[id(weight)]:
                     layer = self.layers[name]
-                    reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
+                    reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))  # type: ignore[arg-type]
                     if reader is None:
                         self.asked.add(name)
                     elif all(held is not weight for held in reader._parameters.values()):
@@ -203,7 +203,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 vars(module).update(own)
                 for held, before in ((module._buffers, buffers), (module._parameters, parameters)):
                     held.clear()
-                    held.update(before)
+                    held.update(before)  # type: ignore[arg-type]
 
 
 def _devices(model: nn.Module) -> Sequence[int]:

@@ -103,7 +103,7 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
                     f"merging into {name!r} gives values that are not finite: the adapter is broken there"
                 )
     parts = {name: _parts_of(layer) for name, layer in layers.items()}
-    own = {name: (nn.ModuleDict(module.adapters.items()), module.selection) for name, module in modules.items()}
+    own = {name: (nn.ModuleDict(dict(module.adapters.items())), module.selection) for name, module in modules.items()}
     ties = _ties(model)
     detach(model)
     made: list[Any] = []
@@ -220,8 +220,8 @@ def unmerge(model: M) -> M:
 def _parts_of(layer: Adapted) -> dict[str, Any]:
     """Return what detaching takes from a layer."""
     return {
-        "adapters": nn.ModuleDict(layer.adapters.items()),
-        "bases": nn.ModuleDict(layer.bases.items()),
+        "adapters": nn.ModuleDict(dict(layer.adapters.items())),
+        "bases": nn.ModuleDict(dict(layer.bases.items())),
         "selection": layer.selection,
         "mixture": layer.selection.mixture,
     }

@@ -32,6 +32,11 @@ class Objective(Protocol):
     shown: ClassVar[tuple[str, ...]]  # the measures of an evaluation that are shown and drawn beside the loss
     by_length: ClassVar[bool]  # batches are of examples of about one length
 
+    @property
+    def config(self) -> Any:
+        """The run's configuration."""
+        ...
+
     def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
         ...
