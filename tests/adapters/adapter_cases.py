@@ -51,12 +51,12 @@ def moved(model: Any, scale: float = 0.2, seed: int = 1) -> Any:
 
 
 def made(method: Any, model: Any = None, seed: int = 1, scale: float = 0.2, **options: Any) -> Adapter:
-    """Return an adapter of this method, on `small()` unless a model is given, which is left as it was."""
+    """Return an adapter of this method bound to `small()`, or to the model that is given and is left as it was."""
     model = small() if model is None else model
     spectune.adapt(model, method, name="made", **options)
     adapter = spectune.extract(moved(model, scale, seed), "made")
     spectune.detach(model, "made")
-    return adapter
+    return adapter.bind(model)
 
 
 def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -112,7 +112,7 @@ def test_loras_that_name_different_bases_are_refused(tmp_path):
 def _bare(update):
     from dataclasses import replace
 
-    return replace(update, weight=None)
+    return replace(update, held=None)
 
 
 def test_no_library_and_an_empty_one_are_told(tmp_path):

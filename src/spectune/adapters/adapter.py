@@ -68,7 +68,7 @@ class Adapter(Contents):
         weights = {name: effective_weight(find_linear(model, name)).detach() for name in self.layers}
         if check:
             self.check_base(weights)
-        self.layers = {name: replace(layer, weight=weights[name]) for name, layer in self.layers.items()}
+        self.layers = {name: replace(layer, held=weights[name]) for name, layer in self.layers.items()}
         return self
 
     # -- algebra
@@ -261,7 +261,7 @@ def _alike(ours: Adapter, theirs: Adapter) -> tuple[Adapter, Adapter]:
         for name, known in others.layers.items():
             brought = all(term.method.replaces for term in known.terms)
             if brought and name in modules and all(heads := [as_head(t, known.conv1d) for t in modules[name]]):
-                layers[name] = replace(known, terms=tuple(heads), weight=None, base_sketch=None)
+                layers[name] = replace(known, terms=tuple(heads), held=None, base_sketch=None)
                 del modules[name]
         return these._with(layers=layers, modules=modules)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from spectune.adapters import fingerprint
 from spectune.errors import SpectuneError
@@ -20,6 +21,30 @@ from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 
 _TURNED = 0.1  # part of a basis that may come out otherwise elsewhere, beyond which it is stored with the adapter
+
+
+class Lent:
+    """A tensor that somebody else holds: what a call returns, or None once it is gone.
+
+    Args:
+        tensor: the tensor.
+    """
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self._ref = None if tensor is None else TensorWeakRef(tensor)
+
+    def __call__(self) -> Tensor | None:
+        return None if self._ref is None else self._ref()
+
+    def __deepcopy__(self, memo: Any) -> Lent:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process nobody holds it
+        return Lent, ()
+
+
+def _at_hand(held: Tensor | Lent | None) -> Tensor | None:
+    return held() if isinstance(held, Lent) else held
 
 
 @dataclass(frozen=True)
@@ -125,15 +150,21 @@ class LayerUpdate:
         shape: (out, in) of the weight.
         terms: the terms.
         conv1d: the layer is a Conv1D, whose weight is stored transposed.
-        weight: W (out x in), where it is at hand.
+        held: W (out x in), where it is at hand, or the parameter that it is, lent.
         base_sketch: sketch of W, to know the base again.
     """
 
     shape: tuple[int, int]
     terms: tuple[Term, ...]
     conv1d: bool = False
-    weight: Tensor | None = field(default=None, repr=False)
+    held: Tensor | Lent | None = field(default=None, repr=False)
     base_sketch: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """W (out x in), where it is at hand."""
+        weight = _at_hand(self.held)
+        return weight.T if weight is not None and self.conv1d and isinstance(self.held, Lent) else weight
 
     def trained_weight(self) -> Tensor:
         """Return W, which must be at hand, as the update was trained on it."""
@@ -141,14 +172,14 @@ class LayerUpdate:
         return fingerprint.as_trained(self.weight.detach(), self.base_sketch)
 
     def sealed(self) -> LayerUpdate:
-        """Return the update with its sketches and without W, where every process holds a part of W only."""
+        """Return the update with its sketches, and without W and what can be made of W again."""
         if not any(needs_basis(term.method) for term in self.terms):
-            return replace(self, weight=None)
+            return replace(self, held=None)
         base, weight = self.base(), self.weight
         if weight is not None and not all(term.method.additive for term in self.terms):
             weight = whole(weight)
         terms = tuple(replace(term, sketch=term.sketched(weight), basis=None) for term in self.terms)
-        return replace(self, terms=terms, weight=None, base_sketch=base)
+        return replace(self, terms=terms, held=None, base_sketch=base)
 
     def base(self) -> Tensor | None:
         """Return the sketch of W, made now where W is at hand, else None."""
@@ -225,7 +256,7 @@ def add_layers(name: str, ours: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate
     return replace(
         ours,
         terms=collect([*ours.terms, *theirs.terms]),
-        weight=weights[0] if weights else None,
+        held=next((layer.held for layer in (ours, theirs) if layer.weight is not None), None),
         base_sketch=bases[0] if bases else ours.base_sketch,
     )
 

@@ -60,7 +60,23 @@ def effective_weight(layer: nn.Module) -> Tensor:
         raise SpectuneError(
             "a lazy layer has no weight before its first input: pass a batch through the model, and adapt it then"
         )
+    if weight.is_meta and (hook := offloading(layer)) is not None:
+        weight = hook.weights_map["weight"]
     return weight.T if is_conv1d(layer) else weight
+
+
+def offloading(layer: nn.Module) -> Any:
+    """Return accelerate's hook that holds a layer's parameters elsewhere until the layer is called, or None."""
+    hook = vars(layer).get("_hf_hook")
+    hooks = getattr(hook, "hooks", [hook])
+    return next((h for h in hooks if getattr(h, "offload", False) and h.weights_map is not None), None)
+
+
+def device_of(layer: nn.Module, weight: Tensor) -> torch.device:
+    """Return where a layer of weight W computes."""
+    hook = offloading(layer)
+    device = None if hook is None else hook.execution_device
+    return weight.device if device is None else torch.zeros(0, device=device).device
 
 
 # what wrappers call the module that they wrap: no part of a layer's name, which is the base's own

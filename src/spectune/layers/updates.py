@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -33,7 +34,20 @@ def digest(tensor: Tensor) -> Tensor:
     return torch.matmul(matrix, probe)
 
 
-class Basis(nn.Module):
+class _Resident(nn.Module):
+    """Stays where layers compute: accelerate, which brings parameters when a module is called, never sees it called."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":
+            value.detach_hook(self)
+            device = getattr(value, "execution_device", None)
+            if device is not None and torch.zeros(0, device=device).device.type != "meta":
+                self.to(device)
+        elif name not in ("_old_forward", "forward"):
+            super().__setattr__(name, value)
+
+
+class Basis(_Resident):
     """The frozen tensors of a method on one weight, shared by every adapter that has the same basis."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -55,7 +69,7 @@ class Basis(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
-class Update(nn.Module):
+class Update(_Resident):
     """One term of one adapter on one layer: a method, its trained tensors as parameters, and a weight.
 
     Args:

@@ -37,7 +37,13 @@ def install(
     if dtype not in (None, "base") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpectuneError(f"dtype must be a floating-point torch.dtype, 'base' or None, not {dtype!r}")
     layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
+    hooked = any("_hf_hook" in vars(module) for module in model.modules())
     for layer_name, layer in layers.items():
+        if hooked and effective_weight(layer).is_meta:
+            raise SpectuneError(
+                f"the weight of {layer_name!r} is offloaded with the module around it and not at hand: load the model "
+                "without offloading this module, or exclude the layer"
+            )
         _check_layer(layer_name, layer)
     bases = _bases(layers, plan, trained_on or {}, progress)
     ready: dict[str, list[Update]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
+from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
 from spectune.layers.modules import effective_weight, is_conv1d
 from spectune.layers.shards import is_part, whole
@@ -27,7 +28,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     """Return an adapter that is on a model as an `Adapter` of its own, on the CPU.
 
     It has all that trained with it: what of the base itself is set to train (`requires_grad`) is in it too.
-
+    It holds what was trained and the frozen tensors beside it, and not W, which is at hand as long as the model is.
     Where FSDP2 has sharded the model every process must call it, and the adapter holds neither W nor a basis.
 
     Raises:
@@ -56,8 +57,13 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         if not terms:
             continue
         weight = effective_weight(layer)
-        extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight)  # type: ignore[arg-type]
-        layers[layer_name] = extracted.sealed() if is_part(weight) else extracted
+        extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight).sealed()  # type: ignore[arg-type]
+        if not is_part(weight):
+            own = layer._parameters.get("weight")  # what is computed is nobody's, and is kept
+            held = weight.detach() if own is None else None if own.is_meta else Lent(own)
+            bases = zip(extracted.terms, terms, strict=True)
+            extracted = replace(extracted, held=held, terms=tuple(replace(new, basis=old.basis) for new, old in bases))
+        layers[layer_name] = extracted
     for module_name, module in whole_modules(model).items():
         own = _own_of(module, name) if name in module.adapters else None
         if own is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.mixtures import Mixture
+from spectune.layers.modules import effective_weight, offloading
 from spectune.layers.shards import whole
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
 from spectune.model.fresh import FRESH, mark_loaded
@@ -89,7 +90,13 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
             mixture = layer.selection.mixture if chosen is None else chosen
             active = active_adapters(layer, mixture)
             if active:
-                with torch.autocast(layer.weight.device.type, enabled=False):
+                own = layer._parameters.get("weight")
+                if offloading(layer) is not None or (own is not None and own.is_meta):
+                    raise SpectuneError(
+                        f"the weight of {name!r} is offloaded and would come back as it was: load the model whole to merge"
+                    )
+                kind = effective_weight(layer).device.type
+                with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
                     merged[name] = merged_weight(name, layer, active), merged_bias(layer, active)
                 if safe and not all(_finite(t) for t in merged[name]):
                     raise SpectuneError(

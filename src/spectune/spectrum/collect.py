@@ -96,7 +96,7 @@ def collect_movement(
     matrices = [matrix for matrix in checkpoint.matrices if matrix.name in pairs]
     for matrix in _remaining(matrices, ledger, progress):
         name, W = pairs[matrix.name], matrix.read()
-        one = Adapter({name: replace(adapter.layers[name], weight=W)}, adapter.base_model)
+        one = Adapter({name: replace(adapter.layers[name], held=W)}, adapter.base_model)
         one.check_base({name: W})
         moved = movement(W.to(device), one.delta(name).to(device), top, epsilon)
         ledger.add(matrix.name, {**as_entry(moved), "after": packed(moved.after)})

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +78,20 @@ class AdapterCheckpoints:
     lr_scheduler: Any
     hub_model_id: Any
     push_in_progress: Any = None
+
+    _silent_told = False
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Do a step, and after the first that is complete look at what had no part in it.
+
+        Raises:
+            SpectuneError: no trainable tensor has a gradient.
+        """
+        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        if not self._silent_told and self.accelerator.sync_gradients:
+            self._silent_told = True
+            check_gradients(self.model)
+        return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter to a folder."""
@@ -290,6 +305,29 @@ def set_rates(schedule: LambdaLR) -> None:
 
 
 Trainer = trainer_for(transformers.Trainer)
+
+
+def check_gradients(model: Any) -> None:
+    """Warn of the adapted layers that a first step gave no gradient, such as experts that no token came to.
+
+    Raises:
+        SpectuneError: it gave none to any layer.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and ".adapters." in f".{name}"}
+    silent = dict.fromkeys(name.rpartition(".adapters.")[0] for name, p in trained.items() if p.grad is None)
+    if not silent:
+        return
+    shown = ", ".join(map(repr, list(silent)[:3])) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+    if all(p.grad is None for p in trained.values()):
+        raise SpectuneError(
+            f"no adapted layer got a gradient in the first step, {shown} among them: the loss does not depend on any "
+            "(is the adapter active?)"
+        )
+    warnings.warn(
+        f"these adapted layers got no gradient in the first step and train only if a later one reaches them: {shown}; "
+        "exclude layers that the task does not use",
+        stacklevel=2,
+    )
 
 
 def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
