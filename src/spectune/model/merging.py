@@ -93,7 +93,8 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
                 own = layer._parameters.get("weight")
                 if offloading(layer) is not None or (own is not None and own.is_meta):
                     raise SpectuneError(
-                        f"the weight of {name!r} is offloaded and would come back as it was: load the model whole to merge"
+                        f"the weight of {name!r} is offloaded and would come back as it was: load the model whole, "
+                        "then merge"
                     )
                 kind = effective_weight(layer).device.type
                 with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
