@@ -125,22 +125,35 @@ def _child(module: nn.Module, key: str) -> nn.Module:
     return getattr(module, key)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, in its order; each once, where several names are one layer's."""
-    found: dict[str, nn.Module] = {}
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model, each once, with their names in the base; wrappers come before what they wrap."""
     seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module, name: str) -> None:
-        if module in seen:
-            return
-        seen.add(module)
-        if is_linear(module):
-            found[name] = module
-        for inner, child in children_of(module, name):
-            visit(child, inner)
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module not in seen:
+            seen.add(module)
+            yield name, module
+            for inner, child in children_of(module, name):
+                yield from visit(child, inner)
 
-    visit(model, "")
-    return found
+    yield from visit(model, "")
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of this name, past wrappers.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return _child(modules_around(model, name)[-1], name.rpartition(".")[2])
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model by name, in its order; each once, where several names are one layer's."""
+    return {name: module for name, module in named_modules(model) if is_linear(module)}
 
 
 def tied_parameters(model: nn.Module) -> set[int]:

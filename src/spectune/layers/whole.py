@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, change_class
 from spectune.layers.mixtures import weight_at
-from spectune.layers.modules import is_linear
+from spectune.layers.modules import children_of, is_linear
 from spectune.layers.selection import Rows, Selection
 
 Weights = tuple[tuple[str, Any], ...]  # of the adapters that have a part, by name
@@ -206,9 +206,9 @@ def _visit(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple
     if isinstance(module, Whole):
         yield name, module
     adapters = module._modules.get("adapters") if hasattr(module, "plain_class") else None
-    for key, child in module._modules.items():
-        if child is not None and child is not adapters:
-            yield from _visit(child, f"{name}.{key}" if name else key, seen)
+    for inner, child in children_of(module, name):
+        if child is not adapters:
+            yield from _visit(child, inner, seen)
 
 
 @cache

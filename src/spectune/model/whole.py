@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
-from spectune.layers.modules import is_conv1d, is_linear
+from spectune.layers.modules import find_module, is_conv1d, is_linear, named_modules
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Values, Whole, take_over_whole
@@ -38,7 +38,7 @@ def resolve_whole(model: nn.Module, modules_to_save: ModulesToSave = ()) -> Want
     Raises:
         SpectuneError: a pattern that matches no module with parameters, or rows of what is no embedding.
     """
-    modules = {name: module for name, module in model.named_modules() if _has_parameters(module)}
+    modules = {name: module for name, module in named_modules(model) if _has_parameters(module)}
     asked = modules_to_save if isinstance(modules_to_save, Mapping) else _as_mapping(modules_to_save)
     wanted: Wanted = dict.fromkeys(fresh_modules(model))
     wanted |= {name: rows for name, rows in fresh_rows(model).items() if name not in wanted}
@@ -58,14 +58,14 @@ def fresh_heads(model: nn.Module) -> list[str]:
 
 def statistics(model: nn.Module) -> list[str]:
     """Return the modules that move buffers of their own in training, such as BatchNorm's running means."""
-    return [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.track_running_stats and m._buffers]
+    return [n for n, m in named_modules(model) if isinstance(m, _NormBase) and m.track_running_stats and m._buffers]
 
 
 def as_layer_is(model: nn.Module, name: str, method: Method) -> Method:
     """Return a method as it is on a layer: a layer that is brought whole has a bias where it has one."""
     if not isinstance(method, Head):
         return method
-    return Head(bias=method.bias and model.get_submodule(name)._parameters.get("bias") is not None)
+    return Head(bias=method.bias and find_module(model, name)._parameters.get("bias") is not None)
 
 
 def with_tied_rows(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dict[str, Sequence[WholeTerm]]:
@@ -79,10 +79,10 @@ def with_tied_rows(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]])
 
 def is_head(model: nn.Module, name: str, rows: Sequence[int] | None) -> bool:
     """Whether a module is a linear layer to be trained whole, which `Head` does."""
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner = find_module(model, name.rpartition(".")[0])
     return (
         rows is None
-        and is_linear(model.get_submodule(name))
+        and is_linear(find_module(model, name))
         and not isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
     )
 
@@ -112,7 +112,7 @@ def prepare(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dic
 def put(model: nn.Module, values: Mapping[str, Values], name: str, selection: Selection) -> None:
     """Put an adapter's own versions of modules on a model."""
     for module_name, own in values.items():
-        module = model.get_submodule(module_name)
+        module = find_module(model, module_name)
         taken = module if isinstance(module, Whole) else take_over_whole(module, selection)
         taken.adapters[name] = own.train(module.training)
     _tie(model, name)
@@ -167,7 +167,7 @@ def biases(model: nn.Module, layers: Mapping[str, Sequence[Term]], which: str, w
     if which not in ("none", "lora_only", "all"):
         raise SpectuneError(f"bias must be 'none', 'lora_only' or 'all', not {which!r}")
     terms, modules, apart = {name: tuple(of) for name, of in layers.items()}, {}, set(wanted)
-    for name, module in model.named_modules() if which != "none" else ():
+    for name, module in named_modules(model) if which != "none" else ():
         own = module._parameters.get("bias")
         if own is None or name in apart or any(t.method.replaces for t in layers.get(name, ())):
             continue
@@ -186,7 +186,7 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
     """
     found = {}
     of_adapters = {id(p) for n, p in model.named_parameters() if ".adapters." in f".{n}"}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         own = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
         own = {k: p for k, p in own.items() if id(p) not in of_adapters}
         if not own:
@@ -218,7 +218,7 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the outermost modules all of whose parameters are in modules that are brought whole."""
     brought = set(names)
     found: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         inside = {n for n in _owners(name, module) if ".adapters." not in f".{n}."}
         if name and inside and inside <= brought and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
@@ -229,7 +229,7 @@ def start_of(model: nn.Module, wanted: Wanted) -> dict[str, tuple[WholeTerm, ...
     """Return the modules as they are, which is where their training starts."""
     found = {}
     for name, rows in wanted.items():
-        module = model.get_submodule(name)
+        module = find_module(model, name)
         own = {k: t.detach() for k, t in module._parameters.items() if t is not None}
         if rows is not None:
             own = {"weight": own["weight"][rows]}
@@ -241,7 +241,7 @@ def start_of(model: nn.Module, wanted: Wanted) -> dict[str, tuple[WholeTerm, ...
 def moved_statistics(model: nn.Module) -> dict[str, tuple[WholeTerm, ...]]:
     """Return the statistics that modules move themselves in training, as they are."""
     return {
-        name: (WholeTerm({k: t for k, t in model.get_submodule(name)._buffers.items() if t is not None}),)
+        name: (WholeTerm({k: t for k, t in find_module(model, name)._buffers.items() if t is not None}),)
         for name in statistics(model)
     }
 
@@ -319,12 +319,12 @@ def _tie(model: nn.Module, name: str) -> None:
 def _with_tied(model: nn.Module, wanted: Wanted) -> Wanted:
     """Return what is wanted with the modules whose weight is that of one of them."""
     names: defaultdict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if module._parameters.get("weight") is not None:
             names[id(module._parameters["weight"])].append(name)
     found = dict(wanted)
     for name, rows in wanted.items():
-        weight = model.get_submodule(name)._parameters.get("weight")
+        weight = find_module(model, name)._parameters.get("weight")
         for other in names[id(weight)] if weight is not None else ():
             found.setdefault(other, rows)
     return found
@@ -370,9 +370,9 @@ def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> list[int]:
 
 def _find(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return find_module(model, name)
     except AttributeError:
-        names = [n for n, _ in model.named_modules()]
+        names = [n for n, _ in named_modules(model)]
         raise SpectuneError(
             f"the adapter belongs to another base: the model has no module {name!r}{nearest(name, names)}"
         ) from None
