@@ -62,7 +62,7 @@ def quantize(layer):
 def test_an_integer_weight_is_neither_adapted_nor_merged():
     model = small()
     quantize(model[2])
-    refused(model, "the weight of '2' is torch.int8, not floating point.*exclude the layer", "svf")
+    refused(model, "the weight of '2' is torch.int8, not a float.*exclude the layer", "svf")
     spectune.adapt(model, "svf", exclude=["2"])
     model = small()
     spectune.adapt(model, "lora:rank=2")

@@ -56,7 +56,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     weight: Any = layer._parameters.get("weight")
     if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
         weight = layer.weight
-    if is_lazy(weight):
+    if not torch.compiler.is_compiling() and is_lazy(weight):
         raise SpectuneError(
             "a lazy layer has no weight before its first input: pass a batch through the model, and adapt it then"
         )
