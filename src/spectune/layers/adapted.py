@@ -26,7 +26,7 @@ from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
-from spectune.layers.selection import Rows, Scope, Selection
+from spectune.layers.selection import Rows, Scope, Selection, replaced
 from spectune.layers.updates import Update
 from spectune.speed.dense import by_onednn, linear
 from spectune.speed.recompute_cache import frozen_linear, learns
@@ -99,17 +99,31 @@ class Adapted(nn.Module):
                     "through it: load the model outside of that mode, or ask it without gradients"
                 )
             scope = self.selection.scope_with_gradients()
-            y = self._answer(scope, input)
+            try:
+                y = self._answer(scope, input)
+            except RuntimeError as error:
+                if (told := self._resized()) is not None:
+                    raise told from error
+                raise
             self.selection.in_graph(scope, y)
             return y
         scope = self.selection.scope()
-        if type(scope.choice) is not Rows and not learns():
-            parts = self.parts(scope)
-            if len(parts) == 1 and self._is_lean(input):
-                update, weight = parts[0]
-                if type(weight) is float and weight * update.weight == 1.0 and not (update.training and update.drops):
-                    return self._lean(update, input)
-        return self._answer(scope, input)
+        try:
+            if type(scope.choice) is not Rows and not learns():
+                parts = self.parts(scope)
+                if len(parts) == 1 and self._is_lean(input):
+                    update, weight = parts[0]
+                    if (
+                        type(weight) is float
+                        and weight * update.weight == 1.0
+                        and not (update.training and update.drops)
+                    ):
+                        return self._lean(update, input)
+            return self._answer(scope, input)
+        except RuntimeError as error:
+            if (told := self._resized()) is not None:
+                raise told from error
+            raise
 
     def parts(self, scope: Scope) -> list[Part]:
         """Return the updates that answer in this layer, where all rows have the same, and their adapters' weights."""
@@ -124,6 +138,10 @@ class Adapted(nn.Module):
         if scope is self.selection.scope_of_model:
             vars(self)["prepared"] = scope, parts
         return parts
+
+    def _resized(self) -> SpectuneError | None:
+        """Return what there is to say where W has another shape than when it was adapted."""
+        return None if self.adapted_as not in self.selection.lost() else SpectuneError(replaced(self.adapted_as))
 
     def _called(self, *args: Any, **named: Any) -> Tensor:
         """Return the answer to a call with more than an input, or with an input by its name."""
@@ -408,13 +426,13 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.selection = selection  # type: ignore[assignment]
     layer.fused = None  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
-    selection.users += 1
+    selection.joined_by(layer, name)
     return layer  # type: ignore[return-value]
 
 
 def give_back(layer: Adapted) -> None:
     """Make an adapted layer the plain one it was."""
-    layer.selection.users -= 1
+    layer.selection.left_by(layer)
     if layer.fused is not None:
         layer.fused.end()
     del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused

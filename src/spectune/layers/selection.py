@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock, _DummyThread, current_thread  # type: ignore[attr-defined]
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import UNTRIED, Layout, Layouts
@@ -198,7 +199,29 @@ class Selection:
         self.factored = False
         self.frozen = list(frozen)
         self.users = 0
+        self._layers: dict[tuple[int, str], tuple[ReferenceType[Any], Any]] = {}  # and the shape of W
         self._in_graphs: WeakSet[Scope] = WeakSet()  # those of forward passes that a backward pass may run again
+
+    def joined_by(self, layer: Any, name: str) -> None:
+        """Take note of a layer that shares it."""
+        self.users += 1
+        self._layers[id(layer), name] = ref(layer), _shape(layer)
+
+    def left_by(self, layer: Any) -> None:
+        """Forget a layer, which is plain again."""
+        self.users -= 1
+        self._layers.pop((id(layer), layer.adapted_as), None)
+
+    def lost(self) -> list[str]:
+        """Return the names of layers that something else took the place of, or whose W has another shape now."""
+        there = [(name, layer(), shape) for (_, name), (layer, shape) in self._layers.items()]
+        return [name for name, layer, shape in there if layer is None or _shape(layer) not in (shape, None)]
+
+    def forget_lost(self) -> None:
+        """Forget the layers that are gone."""
+        for key in [key for key, (layer, _) in self._layers.items() if layer() is None]:
+            del self._layers[key]
+            self.users -= 1
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Freeze parameters until the last of the layers is given back."""
@@ -271,12 +294,34 @@ class Selection:
         return (
             Selection,
             (),
-            {"mixture": self.mixture, "factored": self.factored, "frozen": self.frozen, "users": self.users},
+            {
+                "mixture": self.mixture,
+                "factored": self.factored,
+                "frozen": self.frozen,
+                "users": self.users,
+                "_layers": {},
+            },
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def replaced(name: str) -> str:
+    """Return what there is to say of a layer that is another one than was adapted."""
+    return (
+        f"{name!r} was replaced after it was adapted (resize_token_embeddings does that), and what was trained there "
+        "is gone: detach, resize, and adapt then"
+    )
+
+
+def _shape(layer: Any) -> Any:
+    weight = layer._parameters.get(
+        "weight"
+    )  # None where it is computed, or a replica's; empty where it is sharded away
+    unknown = weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0
+    return None if unknown else weight.shape
 
 
 _KEY = "spectune.scope"

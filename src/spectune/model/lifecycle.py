@@ -19,7 +19,7 @@ from spectune.methods import Method
 from spectune.methods.bias import Bias
 from spectune.methods.head import Head
 from spectune.model.install import selections
-from spectune.model.names import M, check_known_on, check_own_weights, method_of, updates_of
+from spectune.model.names import M, check_known_on, check_not_replaced, check_own_weights, method_of, updates_of
 from spectune.model.saving import leave_saving
 from spectune.model.whole import groups_of, is_complete, labels_of, trained_beside
 
@@ -36,6 +36,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     """
     check_known_on(model, name)
     check_own_weights(adapted_layers(model))
+    check_not_replaced(adapted_layers(model))
     layers: dict[str, LayerUpdate] = {}
     modules: dict[str, WholeTerm] = {}
     for layer_name, layer in adapted_layers(model).items():
@@ -114,6 +115,8 @@ def detach(model: M, name: str | None = None) -> M:
         check_known_on(model, name)
     check_own_weights(adapted_layers(model))
     shared = selections(adapted_layers(model))
+    for selection in shared:
+        selection.forget_lost()
     for layer in adapted_layers(model).values():
         for gone in [n for n in layer.adapters if name in (None, n)]:
             del layer.adapters[gone]

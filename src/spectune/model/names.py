@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.selection import replaced
 from spectune.layers.updates import Update
 from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
@@ -40,6 +41,14 @@ def names_on(layers: Mapping[str, Part]) -> list[str]:
 def check_some_adapter(layers: Mapping[str, Part]) -> None:
     if not layers:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
+    check_not_replaced(layers)
+
+
+def check_not_replaced(layers: Mapping[str, Part]) -> None:
+    """Raise where a layer that was adapted is gone, as the output embedding is after resize_token_embeddings."""
+    for selection in {layer.selection for layer in layers.values()}:
+        for name in selection.lost():
+            raise SpectuneError(replaced(name))
 
 
 def check_own_weights(layers: Mapping[str, Adapted]) -> None:

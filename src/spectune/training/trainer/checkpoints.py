@@ -26,8 +26,10 @@ from transformers.utils import PushInProgress
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.bases.loading import quiet
 from spectune.errors import SpectuneError
+from spectune.layers.adapted import adapted_layers
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model.lifecycle import extract
+from spectune.model.names import check_not_replaced
 from spectune.storage import publish, save_tensors, telling_of_full_disks
 from spectune.training import processes
 
@@ -311,8 +313,9 @@ def check_gradients(model: Any) -> None:
     """Warn of the adapted layers that a first step gave no gradient, such as experts that no token came to.
 
     Raises:
-        SpectuneError: it gave none to any layer.
+        SpectuneError: it gave none to any layer, or a layer was replaced after it was adapted.
     """
+    check_not_replaced(adapted_layers(model))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and ".adapters." in f".{name}"}
     silent = dict.fromkeys(name.rpartition(".adapters.")[0] for name, p in trained.items() if p.grad is None)
     if not silent:

@@ -1,0 +1,68 @@
+"""A layer that something else takes the place of, after it was adapted, is told of."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn as nn
+
+import spectune
+import tiny
+from spectune import SpectuneError
+from spectune.training.trainer.checkpoints import check_gradients
+
+
+def resized(build, **options):
+    model = build()
+    spectune.adapt(model, "lora:rank=2", **options)
+    model.resize_token_embeddings(120)
+    gc.collect()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "head", "other"),
+    [
+        (tiny.llama, "lm_head", "q_proj"),
+        (tiny.qwen3, "lm_head", "down_proj"),
+        (tiny.gpt2, "lm_head", "c_attn"),
+        (tiny.bert, "cls.predictions.decoder", "query"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_resized_output_embedding_is_told_of_wherever_the_adapter_is_asked_for(build, head, other):
+    model = resized(build, targets=[head, other])
+    tied = hasattr(model.get_submodule(head), "adapters")
+    for ask in (
+        lambda: spectune.extract(model),
+        lambda: spectune.activate(model, None),
+        lambda: spectune.merge(model),
+        lambda: spectune.route(model, [None]).__enter__(),
+        lambda: check_gradients(model),
+        *([lambda: model(torch.tensor([[1, 2]]))] if model.get_submodule(head).weight.shape[0] == 120 and tied else []),
+    ):
+        with pytest.raises(SpectuneError, match=f"'{head}' was replaced after it was adapted.*resize"):
+            ask()
+
+
+def test_detaching_is_the_way_out():
+    model = resized(tiny.llama, targets=["lm_head", "q_proj"])
+    spectune.detach(model)
+    spectune.adapt(model, "lora:rank=2", targets=["lm_head", "q_proj"])
+    assert "lm_head" in spectune.extract(model).layers
+
+
+def test_what_was_not_adapted_may_be_replaced():
+    model = resized(tiny.llama)
+    assert len(spectune.extract(model).layers) == 14
+
+
+def test_a_copy_or_a_part_that_went_is_no_loss():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    spectune.adapt(model, "lora:rank=2")
+    copied = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert len(spectune.extract(copied).layers) == 2
+    assert copied(torch.zeros(1, 4)).shape == (1, 4)
