@@ -439,7 +439,7 @@ def test_headers_that_promise_the_impossible(tmp_path, header):
         with pytest.raises(SpectuneError):
             Adapter.load(tmp_path)
         (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", 1 << 62) + text)
-        with pytest.raises(SpectuneError, match="damaged or cut short"):
+        with pytest.raises(SpectuneError, match="damaged or"):
             Adapter.load(tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_a_pickle_is_never_opened(tmp_path):
     with pytest.raises(SpectuneError, match=f"it has no {WEIGHTS}"):
         Adapter.load(tmp_path)
     (tmp_path / "adapter_model.bin").rename(tmp_path / WEIGHTS)
-    with pytest.raises(SpectuneError, match="damaged or cut short"):
+    with pytest.raises(SpectuneError, match="damaged or"):
         Adapter.load(tmp_path)
 
 

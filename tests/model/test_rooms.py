@@ -19,7 +19,10 @@ RANKED = [PiSSA(rank=8), PiSSA(rank=8, alpha=4), MiLoRA(rank=8), LoRAXS(rank=8, 
 def with_a_small_head() -> Any:
     config = tf.BertConfig(**tiny.BERT, num_labels=2)
     torch.manual_seed(0)
-    return tf.BertForSequenceClassification(config).eval()
+    model = tf.BertForSequenceClassification(config).eval()
+    for parameter in model.parameters():  # as if a checkpoint had it all, and the head were no new one
+        parameter._is_hf_initialized = True
+    return model
 
 
 def tokens():
