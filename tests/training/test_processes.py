@@ -99,7 +99,9 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tm
         for key, tensor in layer.terms[0].trained.items():
             torch.testing.assert_close(loaded.layers[name].terms[0].trained[key], tensor, atol=1e-5, rtol=1e-4)
     more = [*settings, f"output={tmp_path / 'two'}", "resume=true"]
-    with pytest.raises(SpectuneError, match=r"another batch_size, accumulate, number of processes \(1, not 2\)"):
+    with pytest.raises(
+        SpectuneError, match=r"another batch_size, gradient_accumulation_steps, number of processes \(1, not 2\)"
+    ):
         train(load_config(None, [*more, "batch_size=4"]))
     resumed = train(load_config(None, [*more, "batch_size=8"]))  # on one process, from step 8
     assert resumed.loss_after == pytest.approx(one.loss_after, abs=1e-5)

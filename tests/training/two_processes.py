@@ -121,7 +121,7 @@ def full_disk(folder, settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        at_step(3, patch, lambda trainer: patch.setattr(checkpoints, "save_file", fail))
+        at_step(3, patch, lambda trainer: patch.setattr(checkpoints, "save_tensors", fail))
         with pytest.raises(
             SpectuneError, match=r"checkpoint-4 cannot be written \(No space left.*is .*checkpoint-2; free"
         ):
