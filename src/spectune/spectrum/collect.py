@@ -19,6 +19,7 @@ from spectune.spectrum.ledger import Ledger, packed, unpacked
 from spectune.spectrum.movement import as_entry, movement
 
 FORMAT = 1
+_WHOLE = "trained whole, and no update of what the base has there"
 Progress = Callable[[float, float, str], None]
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, NotImplementedError)
 
@@ -115,7 +116,7 @@ def match_layers(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, st
     pairs, skipped = {}, {}
     for name, layer in adapter.layers.items():
         if all(term.method.replaces for term in layer.terms):
-            skipped[name] = "trained whole, and no update of what the base has there"
+            skipped[name] = _WHOLE
             continue
         found = [m for m in modules if m == name] or [
             m for m in modules if m.endswith("." + name) or name.endswith("." + m)
@@ -126,6 +127,7 @@ def match_layers(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, st
             skipped[name] = f"may be {' or '.join(map(repr, found[:3]))} of the base"
         else:
             skipped[name] = "not among the measured matrices"
+    skipped |= {name: _WHOLE for name in adapter.modules if name not in adapter.layers}
     if not pairs:
         name, why = next(iter(skipped.items()))
         raise SpectuneError(
