@@ -14,7 +14,11 @@ from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import is_linear
 
 METHODS = ["svf", "lora:rank=4", "dora:inner=pissa,rank=4"]
-HEADS = {"roberta": "classifier.out_proj", "deberta": "classifier", "vit": "classifier"}  # 3 rows: below the rank
+HEADS = {  # outside what a pretrained model has, so new in one that comes from no checkpoint
+    "roberta": {"classifier.dense", "classifier.out_proj"},
+    "deberta": {"pooler.dense", "classifier"},
+    "vit": {"classifier"},
+}
 
 
 def loss_of(model, inputs):
@@ -37,11 +41,13 @@ def test_adapted_trained_saved_loaded_and_merged(architecture, method, tmp_path)
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     start = loss_of(model, inputs).item()
 
-    left_out = HEADS.get(architecture, ())
-    spectune.adapt(model, method, exclude=left_out)
+    spectune.adapt(model, method)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {n for n, m in model.named_modules() if is_linear(m) and m is not head} - {left_out}
-    assert set(adapted_layers(model)) == linears
+    linears = {n for n, m in model.named_modules() if is_linear(m) and m is not head}
+    layers = adapted_layers(model)
+    assert set(layers) == linears
+    whole = {n for n, m in layers.items() if [type(u.method) for u in m.adapters["default"]] == [spectune.Head]}
+    assert whole == HEADS.get(architecture, set())
     loss = loss_of(model, inputs)
     assert loss.item() == pytest.approx(start, rel=1e-5)
 
@@ -79,7 +85,7 @@ def test_the_experts_of_mixtral_are_left_alone():
 @pytest.mark.parametrize("architecture", ["llama", "t5", "vit"])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture, method, reentrant):
     model, inputs = tiny.ARCHITECTURES[architecture]().train(), tiny.batch(architecture)
-    spectune.adapt(model, method, exclude=HEADS.get(architecture, ()))
+    spectune.adapt(model, method)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     grads = []
     for checkpointed in (False, True):

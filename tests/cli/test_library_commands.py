@@ -1,8 +1,10 @@
 """spectune library, and generate and chat with one, as a user types them."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import spectune
 from cli.test_commands import fails, run
@@ -59,10 +61,14 @@ def test_descriptions_are_shown_as_they_are(library, runs):
 
 
 def test_an_adapter_that_cannot_know_its_base_is_told(runs, tmp_path, model):
-    path = str(tmp_path / "loras")
-    assert "with --base NAME" in run("library", "add", path, str(runs / "plus")).stdout
-    run("library", "add", path, str(runs / "plus"), "--name", "other", "--base", model)
-    assert "with --base NAME" not in run("library", "add", path, str(runs / "plus"), "--name", "third").stdout
+    path, folder = str(tmp_path / "loras"), shutil.copytree(runs / "plus", tmp_path / "plus")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})  # as PEFT writes it: no sketch of W
+    assert "with --base NAME" in run("library", "add", path, str(folder)).stdout
+    run("library", "add", path, str(folder), "--name", "other", "--base", model)
+    assert "with --base NAME" not in run("library", "add", path, str(folder), "--name", "third").stdout
+    told = run("library", "add", str(tmp_path / "knows"), str(runs / "plus")).stdout
+    assert "with --base NAME" not in told  # its own files say
 
 
 def test_generate_and_chat_say_who_answers(library, model):

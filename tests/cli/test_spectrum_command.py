@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import spectune
@@ -39,10 +39,13 @@ def test_the_answer_is_shown(model, tmp_path):
 
 
 def test_layers_of_an_adapter_that_have_no_matrix_are_told(model, tmp_path):
-    blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(20, 30)}) for _ in range(3))
-    adapted = spectune.adapt(torch.nn.ModuleDict({"layers": blocks}), "lora:rank=1")
+    blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(20, 30, bias=False)}) for _ in range(3))
+    base = torch.nn.ModuleDict({"layers": blocks})
+    base.load_state_dict(load_file(model))
+    adapted = spectune.adapt(base, "lora:rank=1")
     for parameter in adapted.parameters():
-        torch.nn.init.ones_(parameter)
+        if parameter.requires_grad:
+            torch.nn.init.ones_(parameter)
     spectune.extract(adapted).save(tmp_path / "adapter")
     arguments = ["spectrum", model, "--out", str(tmp_path / "out"), "--adapter", str(tmp_path / "adapter")]
     result = runner.invoke(app, [*arguments, "--exclude", "1.up"])

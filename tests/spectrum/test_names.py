@@ -3,6 +3,7 @@
 import pytest
 
 import tiny
+from spectune.methods import parse
 from spectune.model.targets import resolve
 from spectune.spectrum.names import is_embedding, override_names, places
 
@@ -36,10 +37,10 @@ def test_embeddings_and_heads():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5", "mixtral"])
 def test_patterns_of_overrides_name_one_layer_each(architecture):
     model = tiny.ARCHITECTURES[architecture]()
-    whole = resolve(model, "lora:rank=2")
+    whole = resolve(model, parse("lora:rank=2"))
     without_prefix = [name.removeprefix("model.").removeprefix("transformer.") for name in whole]
     patterns = override_names(without_prefix)
     assert len(set(patterns.values())) == len(whole)
     for name, bare in zip(whole, without_prefix, strict=True):
-        found = resolve(model, None, overrides={patterns[bare]: "lora:rank=3"})
-        assert list(found) == [name]
+        found = resolve(model, parse("lora:rank=2"), overrides={patterns[bare]: "lora:rank=3"})
+        assert [n for n, method in found.items() if method.rank == 3] == [name]

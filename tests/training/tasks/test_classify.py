@@ -56,7 +56,7 @@ def run(settings, *more):
 )
 def test_it_learns_and_the_saved_adapter_classifies_alike(settings, tmp_path, folders, kind, method, lr):
     result = run(settings, f"model={folders[kind]}", f"method={method}", f"lr={lr}", "epochs=16")
-    assert result.after["accuracy"] > 0.7 > 0.6 > result.before["accuracy"]
+    assert result.after["accuracy"] > 0.7 > 0.65 >= result.before["accuracy"]
     assert result.after["macro_f1"] > 0.7
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["eval_accuracy"] == result.after["accuracy"]
@@ -170,8 +170,10 @@ def test_a_checkpoint_that_is_a_classifier_keeps_its_head_for_its_labels(tmp_pat
     assert not any(isinstance(u.method, Head) for u in _updates(spectune.adapt(same, "svf")))
     merged = spectune.merge(spectune.adapt(model, "svf"))  # has learned its head
     assert not any(isinstance(u.method, Head) for u in _updates(spectune.adapt(merged, "svf")))
-    for labels in (["a", "c"], ["a", "b", "c"]):
-        other, _ = spectune.load_base(tmp_path, "fp32", labels=labels)
+    with pytest.raises(SpectuneError, match=r"tells apart b, a, and the labels are a, c: .*new_head=True"):
+        spectune.load_base(tmp_path, "fp32", labels=["a", "c"])
+    for labels, new_head in ((["a", "c"], True), (["a", "b", "c"], False)):
+        other, _ = spectune.load_base(tmp_path, "fp32", labels=labels, new_head=new_head)
         assert other.classifier.weight.shape[0] == len(labels)
         assert not other.classifier.weight.any()
         assert any(isinstance(u.method, Head) for u in _updates(spectune.adapt(other, "svf", exclude="classifier")))
