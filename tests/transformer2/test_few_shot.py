@@ -143,8 +143,11 @@ def test_a_reward_decides_and_likelihood_breaks_ties(tmp_path):
 def test_a_reward_may_be_named(tmp_path, monkeypatch):
     (tmp_path / "graded.py").write_text(
         "def exact(completions, completion, prompts):\n"
-        "    assert prompts[0][0]['role'] == 'user'\n"
+        "    assert prompts[0].startswith('say ')\n"
         "    return [float(a == b) for a, b in zip(completions, completion)]\n"
+        "def said(completions, messages, prompts):\n"
+        "    assert prompts[0][0]['role'] == 'user'\n"
+        "    return [float(a[0]['content'] == m[-1]['content']) for a, m in zip(completions, messages)]\n"
         "def needs(completions, level):\n    return level\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -152,6 +155,11 @@ def test_a_reward_may_be_named(tmp_path, monkeypatch):
     wanted = from_mixture(pool, {"say": 1.0})
     options = {"population": 6, "elites": 2, "iterations": 1, "max_new_tokens": 5}
     assert FewShot(wanted, reward="graded:exact", **options).find(pool, cases.tokenizer()).score == 1.0
+    turns = [
+        [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}] for r in wanted
+    ]
+    talks = [{"messages": messages, "prompt": None} for messages in turns]  # as a table has a column without a value
+    assert FewShot(talks, reward="graded:said", **options).find(pool, cases.tokenizer()).score == 1.0
     with pytest.raises(SpectuneError, match="takes 'level', which is no column"):
         FewShot(wanted, reward="graded:needs", **options).find(pool, cases.tokenizer())
 

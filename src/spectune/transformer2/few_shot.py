@@ -150,7 +150,7 @@ class FewShot:
             return lambda of, replies: [reward(r, shot.record) for r, shot in zip(replies, of, strict=True)]
         loaded = load_reward(reward)
         loaded.check_columns([shot.record for shot in shots])
-        return lambda of, replies: loaded([{"prompt": shot.prompt, **shot.record} for shot in of], replies)
+        return lambda of, replies: loaded([{**shot.record, "prompt": shot.given} for shot in of], replies)
 
     def _rewards(
         self, pool: Pool, tokenizer: Any, mixtures: Sequence[Mixture], shots: Sequence[Shot], judge: Judge

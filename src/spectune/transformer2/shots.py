@@ -33,6 +33,11 @@ class Shot(NamedTuple):
     completion: str
     example: Example
 
+    @property
+    def given(self) -> Any:
+        """The prompt in the record's own form, as a reward has it in training: text, or messages."""
+        return self.prompt if self.record.get("messages") else self.record["prompt"]
+
 
 def as_shot(record: Mapping[str, Any], tokenizer: Any) -> Shot:
     """Return a record as a shot; where the tokenizer has a chat template a text prompt is a user's turn.
