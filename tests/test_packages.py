@@ -68,12 +68,17 @@ def test_what_is_missing_is_named_in_one_sentence(monkeypatch):
     assert need("sys", "everything") is sys
 
 
-def test_a_data_set_without_datasets(monkeypatch, tmp_path):
-    from spectune.training.data.records import _table_rows
+@pytest.mark.parametrize("name", ["glue", "table.parquet", "table.arrow", "saved"])
+def test_a_data_set_without_datasets(monkeypatch, tmp_path, name):
+    from spectune.training.data.files import rows
 
+    (tmp_path / "saved").mkdir()
+    for file in ("table.parquet", "table.arrow", "saved/state.json"):
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SpectuneError, match=r"^reading 'glue' needs datasets: pip install datasets$"):
-        _table_rows("glue")
+    with pytest.raises(SpectuneError, match=rf"^reading '{name}' needs datasets: pip install datasets$"):
+        next(rows(name, None, None, print))
 
 
 def test_a_gguf_file_without_gguf(monkeypatch, tmp_path):

@@ -266,6 +266,8 @@ def telling_of_full_disks(what: Path, kept: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # not from torch.save
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        if isinstance(error, PermissionError):
+            reason += ": its permissions forbid it, or another program may have it open"
         raise SpectuneError(f"{what} cannot be written ({reason}); {kept}") from error
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError, nearest, need
 
 _PACKED: dict[str, Callable[[Path], bytes]] = {
     ".gz": lambda path: gzip.decompress(path.read_bytes()),
@@ -90,6 +90,8 @@ def _text(path: Path, say: Callable[[str], None], guess: bool) -> str:
         content = path.read_bytes() if packed is None else packed(path)
     except OSError as error:
         raise SpectuneError(f"cannot read {path}: {error.strerror or error}") from None
+    except SpectuneError:  # a package that is not there, and a ValueError
+        raise
     except (EOFError, ValueError, lzma.LZMAError) as error:
         raise SpectuneError(f"cannot unpack {path}: {error}") from None
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -108,7 +110,7 @@ def _text(path: Path, say: Callable[[str], None], guess: bool) -> str:
 
 
 def _zstd(path: Path) -> bytes:
-    import pyarrow
+    pyarrow = need("pyarrow", f"reading {str(path)!r}")
 
     with pyarrow.OSFile(str(path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
         return stream.read()
@@ -191,7 +193,7 @@ def _separated(path: Path, text: str, delimiter: str | None) -> Rows:
 
 
 def _table(path: Path, suffix: str) -> Any:
-    import datasets
+    datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
         if suffix == ".arrow":
@@ -203,7 +205,7 @@ def _table(path: Path, suffix: str) -> Any:
 
 
 def _stored(path: Path) -> Rows:
-    import datasets
+    datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
         table = datasets.load_from_disk(str(path))
@@ -214,7 +216,7 @@ def _stored(path: Path) -> Rows:
 
 def _data_set(source: str, config_name: str | None, split_name: str | None) -> Rows:
     """Yield what datasets.load_dataset reads, with the names of labels for their numbers."""
-    import datasets
+    datasets = need("datasets", f"reading {source!r}")
 
     try:
         table = datasets.load_dataset(source, name=config_name, split=split_name or "train")
