@@ -14,6 +14,7 @@ from spectune.compare.bench import Bench
 from spectune.compare.config import CompareConfig, digest
 from spectune.compare.run import _process, compare
 from spectune.training.config import load_config
+from spectune.training.run import prepare
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,22 @@ def test_workers_on_a_cluster(folder, tmp_path):
     assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
 
 
-def test_a_method_that_fails_is_in_the_report(folder, tmp_path):
+def test_a_method_that_fails_is_in_the_report(folder, tmp_path, monkeypatch):
     document = compare(
         small(folder, tmp_path, methods=["lora", "lora_xs:rank=30"], targets=["intermediate.dense"])
     ).model_dump()
     assert [row["ran"] for row in document["methods"]] == [True, True]
-    document = compare(small(folder, tmp_path / "b", methods=["lora", "pissa:rank=40"], seeds=1)).model_dump()
-    failed = next(row for row in document["methods"] if row["method"] == "pissa:rank=40")
+
+    def refuse(config, model):
+        if config.method == "svf":
+            raise SpectuneError("no layer here takes it")
+        return prepare(config, model)
+
+    monkeypatch.setattr("spectune.compare.bench.prepare", refuse)
+    document = compare(small(folder, tmp_path / "b", methods=["lora", "svf"], seeds=1)).model_dump()
+    failed = next(row for row in document["methods"] if row["method"] == "svf")
     assert not failed["ran"]
-    assert any("rank" in failure["error"] for failure in document["failures"])
+    assert {failure["error"] for failure in document["failures"]} == {"no layer here takes it"}
 
 
 def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
@@ -112,7 +120,7 @@ def test_another_data_set_is_another_comparison(folder, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     values = {"data": str(path), "methods": ["base"], "seeds": 1}
     document = compare(small(folder, tmp_path / "out", **values)).model_dump()
-    assert any(note.startswith("1 records of ") and "nothing to learn from" in note for note in document["notes"])
+    assert any("1 records have a text without content and were left out" in note for note in document["notes"])
     with pytest.raises(SpectuneError, match=r"holds trials of other settings \(columns: None, not"):
         compare(small(folder, tmp_path / "out", **values, columns={"label": "other"}))
     rows[7]["label"] = rows[8]["label"] = "many"

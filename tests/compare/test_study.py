@@ -17,7 +17,7 @@ from spectune.compare.config import CompareConfig, check_folder, digest
 from spectune.compare.meter import Peak, StepTimes
 from spectune.compare.study import Study, best_lr, work
 from spectune.compare.trial import Results, Trial
-from training.folder import NUMBERS, make_tokenizer, save_folder
+from training.folder import NUMBERS, make_model, make_tokenizer, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_parts_share_no_record(folder, tmp_path):
 
 
 def test_a_language_model_is_judged_by_exact_matches(folder, tmp_path):
-    rows = [{"prompt": f"say {w}", "completion": " " + w} for w in ("one", "two", "three") for _ in range(30)]
+    pairs = [f"{a} and {b}" for a in NUMBERS[3:9] for b in NUMBERS[3:8]]
+    rows = [{"prompt": f"say {n} {w}", "completion": " " + w} for w in ("one", "two", "three") for n in pairs]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     values = {"task": "sft", "model": str(folder / "decoder"), "data": str(path), "metric": "exact_match"}
@@ -298,7 +299,7 @@ def test_exact_matches_need_completions_before_anything_is_loaded(folder, tmp_pa
 
 
 def test_records_of_both_forms_are_asked_each_in_its_own(monkeypatch):
-    def echo(model, tokenizer, prompts, *, max_new_tokens, raw):
+    def echo(model, tokenizer, prompts, *, raw, **settings):
         assert all(isinstance(prompt, str) == raw for prompt in prompts)
         return [Reply(prompt if raw else prompt[-1]["content"], []) for prompt in prompts]
 
@@ -309,7 +310,7 @@ def test_records_of_both_forms_are_asked_each_in_its_own(monkeypatch):
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         records.append({"messages": turns} if i % 2 else {"prompt": question, "completion": f" {answer}"})
         right.append(int(answer == question))
-    assert exact_matches(None, make_tokenizer(), records) == right
+    assert exact_matches(make_model(), make_tokenizer(), records) == right
 
 
 def test_the_peak_leaves_out_what_the_trial_before_held():

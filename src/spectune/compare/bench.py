@@ -62,9 +62,10 @@ class Bench:
         self.config = config
         task = make_task(config)
         assert config.data is not None  # or the configuration was not checked
-        records = read(config.data, task, config.data_config, config.data_split)
+        self.notes: list[str] = []  # what is to be known of the way that the data was read
+        records = read(config.data, task, config.data_config, config.data_split, self.notes.append)
         if config.test_data is not None:
-            test = read(config.test_data, task)
+            test = read(config.test_data, task, say=self.notes.append)
         else:
             records, test = _parts(records, config.test, "test", config.seed)
         records, validation = _parts(records, config.validation, "validation", config.seed)

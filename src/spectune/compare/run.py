@@ -190,6 +190,7 @@ def _header(
     about = describe()
     kept = (config.model_fields_set | {"methods"}) - set(ONCE)
     given = {k: v for k, v in config.model_dump().items() if k in kept}
+    notes += bench.notes
     for name, count in bench.cut.items():
         if count:
             notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")
