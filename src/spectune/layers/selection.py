@@ -320,8 +320,9 @@ def _shape(layer: Any) -> Any:
     weight = layer._parameters.get(
         "weight"
     )  # None where it is computed, or a replica's; empty where it is sharded away
-    unknown = weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0
-    return None if unknown else weight.shape
+    if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
+        return None
+    return weight.shape
 
 
 _KEY = "spectune.scope"
