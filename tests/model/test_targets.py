@@ -118,3 +118,76 @@ def test_a_model_may_be_one_layer():
     assert names(layer, SVF()) == [""]
     assert spectune.adapt(layer, "svf") is layer
     assert type(spectune.merge(layer)) is nn.Linear
+
+
+def test_a_name_of_a_module_stands_for_the_layers_in_it(model):
+    assert names(model, SVF(), ["mlp"]) == [n for n in EVERY if "mlp" in n]
+    assert names(model, SVF(), "layers.1.self_attn") == [f"model.layers.1.{n}" for n in BLOCK[:4]]
+    assert names(model, SVF(), exclude=["mlp"]) == [n for n in EVERY if "mlp" not in n]
+
+
+def test_targets_may_map_patterns_to_methods(model):
+    chosen = resolve(model, None, {"mlp": LoRA(rank=4), "q_proj|v_proj": SVF(), "model.layers.0.mlp.up_proj": None})
+    assert {n.rpartition(".")[2] for n, m in chosen.items() if m == SVF()} == {"q_proj", "v_proj"}
+    assert [n for n, m in chosen.items() if m == LoRA(rank=4)] == [
+        n for n in EVERY if "mlp" in n and "0.mlp.up" not in n
+    ]
+    assert len(chosen) == 9
+    spectune.adapt(adapted := tiny.llama(), targets={"q_proj|v_proj": "svf", "mlp": LoRA(8)})
+    assert len(spectune.extract(adapted).layers) == 10
+    with pytest.raises(ValueError, match="leave the method out"):
+        resolve(model, SVF(), {"mlp": LoRA()})
+    with pytest.raises(ValueError, match="no method is given"):
+        spectune.adapt(tiny.llama())
+    with pytest.raises(ValueError, match="targets: 'mpl' matches no linear layer"):
+        resolve(model, None, {"mpl": LoRA()})
+
+
+def test_blocks_are_chosen_as_peft_does(model):
+    first = [n for n in EVERY if ".0." in n]
+    assert names(model, SVF(), layers_to_transform=0) == first
+    assert names(model, SVF(), layers_to_transform=[0], layers_pattern="layers") == first
+    assert names(model, SVF(), ["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]) == [EVERY[7]]
+    with pytest.raises(ValueError, match=r"layers_to_transform: no target is in block 2 \(they are in 0 to 1\)"):
+        names(model, SVF(), layers_to_transform=[0, 2])
+    with pytest.raises(ValueError, match=r"layers_pattern: 'layer' holds none .* did you mean 'layers'"):
+        names(model, SVF(), layers_to_transform=[0], layers_pattern="layer")
+    with pytest.raises(ValueError, match="give both, or neither"):
+        names(model, SVF(), layers_pattern="layers")
+
+
+def test_rank_and_alpha_by_pattern(model):
+    chosen: Any = resolve(
+        model,
+        DoRA(LoRA(rank=8, alpha=16)),
+        ["q_proj", "v_proj"],
+        rank_pattern={r"layers\.0\..*q_proj": 2, "q_proj": 4},
+        alpha_pattern={"^model.layers.1.self_attn.v_proj": 3},
+    )
+    assert [(m.inner.rank, m.inner.alpha) for m in chosen.values()] == [(2, 16), (8, 16), (4, 16), (8, 3)]
+    with pytest.raises(ValueError, match=r"rank_pattern: 'k_proj' matches no target; did you mean 'q_proj'"):
+        resolve(model, LoRA(), ["q_proj"], rank_pattern={"k_proj": 3})
+    with pytest.raises(ValueError, match="has svf, which has no rank"):
+        resolve(model, SVF(), rank_pattern={"k_proj": 3})
+    with pytest.raises(ValueError, match="rank of LoRA must be an integer >= 1, not 0"):
+        resolve(model, LoRA(), rank_pattern={"k_proj": 0})
+
+
+def test_other_modules_of_the_same_name_are_named():
+    model = nn.ModuleDict(
+        {"a": nn.ModuleDict({"proj": nn.Linear(3, 4)}), "b": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 1)})}
+    )
+    with pytest.warns(UserWarning, match=r"'proj' names 'b.proj' \(Conv2d\) too, which is left out"):
+        assert names(model, SVF(), ["proj"]) == ["a.proj"]
+    with pytest.raises(ValueError, match=r"'b.proj' matches no linear layer: 'b.proj' is a Conv2d"):
+        names(model, SVF(), ["b.proj"])
+
+
+def test_what_all_linear_cannot_take_is_told_with_the_share_that_it_can(caplog):
+    with caplog.at_level("INFO", "spectune"):
+        spectune.adapt(tiny.llama(), "lora:rank=1")
+        assert not caplog.records
+        spectune.adapt(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1), nn.Embedding(90, 9)), "lora:rank=1")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == "'all-linear' covers 50% of the weights outside embeddings; it cannot take *.weight"

@@ -70,3 +70,29 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_keys_that_do_not_go_together(settings, message):
     with pytest.raises(SpectuneError, match=message):
         load_config(None, [*NEEDED, *settings])
+
+
+def test_targets_may_map_patterns_to_methods(tmp_path):
+    mapped = "targets={q_proj|v_proj: svf, mlp: 'lora:rank=8'}"
+    config = load_config(None, [*NEEDED, mapped, "lr=1e-3"])
+    assert config.where()["targets"] == {"q_proj|v_proj": "svf", "mlp": "lora:rank=8"}
+    assert (config.method, config.where()["method"]) == ("svf + lora:rank=8", None)
+    again = load_config(None, [*NEEDED, mapped, "lr=1e-3", "method=svf + lora:rank=8"])  # as config.yaml holds it
+    assert again.model_dump() == config.model_dump()
+    assert load_config(None, [*NEEDED, "targets={q_proj: 'lora:rank=2', v_proj: lora}"]).learning_rate() == 1e-3
+    with pytest.raises(SpectuneError, match=r"different learning rates by default \(svf: 0.02, lora: 0.001\): give lr"):
+        load_config(None, [*NEEDED, mapped])
+    with pytest.raises(SpectuneError, match="leave the method out"):
+        load_config(None, [*NEEDED, mapped, "lr=1e-3", "method=svf"])
+    with pytest.raises(SpectuneError, match="did you mean 'svf'"):
+        load_config(None, [*NEEDED, "targets={mlp: svv}"])
+
+
+def test_layers_are_narrowed_under_pefts_names():
+    config = load_config(
+        None,
+        [*NEEDED, "layers_to_transform=[0, 3]", "layers_pattern=h", "rank_pattern={q_proj: 4}", "target_modules=x"],
+    )
+    where = config.where()
+    assert (where["layers_to_transform"], where["layers_pattern"]) == ([0, 3], "h")
+    assert (where["rank_pattern"], where["alpha_pattern"], where["targets"]) == ({"q_proj": 4}, {}, "x")

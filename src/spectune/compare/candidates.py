@@ -7,7 +7,7 @@ from typing import Any
 
 from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
-from spectune.layers.modules import effective_weight
+from spectune.layers.modules import effective_weight, find_linear
 from spectune.methods import parse, to_text
 from spectune.methods.head import Head
 from spectune.model.targets import resolve
@@ -52,9 +52,9 @@ def _as_compared(text: str, config: CompareConfig, model: Any) -> tuple[str, lis
 
 def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
     method, budget = parse(text), parse_count(config.budget or "")
-    layers = resolve(model, method, config.targets, config.exclude, dict(config.overrides), fresh_heads(model))
+    layers = resolve(model, **config.where() | {"method": method, "heads": fresh_heads(model)})
     shapes = [
-        tuple(effective_weight(model.get_submodule(name)).shape)
+        tuple(effective_weight(find_linear(model, name)).shape)
         for name, own in layers.items()
         if not isinstance(own, Head)
     ]

@@ -84,6 +84,8 @@ class CompareConfig(TrainConfig):
         for key, instead in _CHOSEN.items():
             if key in self.model_fields_set:
                 raise SpectuneError(f"{key} is not a key of compare: {instead}")
+        if isinstance(self.targets, dict):
+            raise SpectuneError("targets: every method is compared on the same layers: give names, and no methods")
         known = self.of_task().measures
         if not known:
             comparable = [name for name in task_names() if options_of(name).measures]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,12 +17,12 @@ from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
-from spectune.methods import Method, parse, to_text
-from spectune.methods.head import Head
+from spectune.methods import Method, to_text
 from spectune.model.install import install, selections
 from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
+from spectune.model.patterns import Patterns
 from spectune.model.saving import watch_saving
-from spectune.model.targets import ALL_LINEAR, Targets, check_asked, resolve
+from spectune.model.targets import ALL_LINEAR, Targets, check_asked, choose, fitted, say_what_is_covered
 from spectune.model.whole import (
     ModulesToSave,
     as_layer_is,
@@ -42,13 +42,17 @@ from spectune.model.whole import (
 
 def adapt(
     model: M,
-    method: Method | str,
+    method: Method | str | None = None,
     targets: Targets = ALL_LINEAR,
-    exclude: Targets = (),
+    exclude: Patterns = (),
     overrides: Mapping[str, Method | str | None] | None = None,
     name: str = "default",
     progress: Any = None,
     *,
+    layers_to_transform: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: ModulesToSave = (),
     bias: str = "none",
     factored: bool = False,
@@ -63,13 +67,19 @@ def adapt(
     Args:
         model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16.
         method: a method such as `PiSSA(rank=16)`, or its text, `"pissa:rank=16"`.
-        targets: "all-linear" (all but the output embedding), name suffixes, or a regex for the whole name.
+        targets: "all-linear" (all but the output embedding), suffixes of names or names of modules around layers, or a
+            regex for the whole name; or a mapping of suffixes and regexes to methods, `{"q_proj|v_proj": SVF(), "mlp":
+            LoRA(8)}`, without `method`.
         exclude: suffixes or a regex of layers to leave out.
         overrides: suffix or regex -> another method, or None to leave the layer out.
         name: the adapter's name.
         modules_to_save: names or suffixes of modules of any kind (heads, norms, embeddings) to train and save whole,
             as PEFT's; a mapping says for each the rows of an embedding to train, or None for all of it.
         bias: "none"; "lora_only" trains the biases of the adapted layers too, "all" every bias of the model.
+        layers_to_transform: numbers of the blocks whose targets are taken, as PEFT's.
+        layers_pattern: the list that holds these blocks ("layers", "h"); by default the first that is numbered.
+        rank_pattern: regex of a name's end -> the rank there, as PEFT's; the first that matches.
+        alpha_pattern: the same for alpha.
         progress: called as progress(done, total) while weights are decomposed.
         factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
             products instead of three, equal up to rounding in W's dtype.
@@ -85,13 +95,27 @@ def adapt(
     check_new_name(model, name)
     wanted = resolve_whole(model, modules_to_save)
     heads = [module for module, rows in wanted.items() if is_head(model, module, rows)]
-    methods = resolve(model, parse(method), targets, exclude, overrides, heads)
+    asked = choose(
+        model,
+        method,
+        targets,
+        exclude,
+        overrides,
+        heads,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    methods = fitted(model, asked)
     plan = {layer: (Term(as_layer_is(model, layer, chosen), {}),) for layer, chosen in methods.items()}
     plan, modules = biases(model, plan, bias, wanted)
     modules = {**moved_statistics(model), **modules}
     modules |= start_of(model, {module: rows for module, rows in wanted.items() if module not in heads})
     _install(model, plan, modules, name, progress=progress, dtype=dtype)
-    _say_what_is_less(model, methods, {parse(m) for m in (method, *(overrides or {}).values()) if m is not None})
+    _say_what_is_less(model, methods, asked)
+    if targets == ALL_LINEAR:
+        say_what_is_covered(model)
     _let_train(model, [name])
     for selection in selections(adapted_layers(model)):
         selection.factored = factored
@@ -180,9 +204,9 @@ def _let_train(model: nn.Module, names: Collection[str]) -> None:
             method.start_schedule(updates)
 
 
-def _say_what_is_less(model: nn.Module, methods: Mapping[str, Method], asked: Set[Method]) -> None:
+def _say_what_is_less(model: nn.Module, methods: Mapping[str, Method], wanted: Mapping[str, Method]) -> None:
     """Warn of layers that have less room than a method's rank, and of those where it can learn nothing."""
-    small = {n: m for n, m in methods.items() if m not in asked and not isinstance(m, Head)}
+    small = {n: m for n, m in methods.items() if m != wanted[n]}
     if small:
         name, method = next(iter(small.items()))
         out_features, in_features = effective_weight(find_linear(model, name)).shape

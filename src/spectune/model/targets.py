@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn as nn
 
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
-from spectune.layers.modules import effective_weight, is_another_function, linear_layers
+from spectune.layers.modules import effective_weight, is_another_function, is_linear, linear_layers, named_modules
 from spectune.layers.reads import replaced_forward
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
 from spectune.model.asked import read_by_the_model
+from spectune.model.patterns import Patterns, Precise, by_pattern, found, in_blocks, matching
 
-Targets = str | Iterable[str]
+Targets = Patterns | Mapping[str, Method | str | None]
 ALL_LINEAR = "all-linear"
+_NEARLY_ALL = 0.9  # of the weights, below which what is left out is worth a warning
 
 
 def resolve(
     model: nn.Module,
-    method: Method,
+    method: Method | str | None,
     targets: Targets = ALL_LINEAR,
-    exclude: Targets = (),
+    exclude: Patterns = (),
     overrides: Mapping[str, Method | str | None] | None = None,
     heads: Iterable[str] = (),
+    **narrowed: Any,
 ) -> dict[str, Method]:
-    """Return the method of each layer to be adapted, in the model's order.
+    """Return the method of each layer to be adapted, in the model's order: as `choose` does, as the layers take it."""
+    methods = choose(model, method, targets, exclude, overrides, heads, **narrowed)
+    return fitted(model, methods)
 
-    A pattern is the whole name, a suffix of it at a dot, or (one string) a regex that matches the whole name.  An
-    override by whole name goes before one by regex, and that before one by suffix; `exclude` goes before them all.
-    A method's rank is at most what a layer has room for, and the linear layers named in `heads` are each a `Head`,
+
+def fitted(model: nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:
+    """Return each layer's method with a rank of at most what the layer has room for."""
+    layers = linear_layers(model)
+    return {name: m.fit(*effective_weight(layers[name]).shape) for name, m in methods.items()}
+
+
+def choose(
+    model: nn.Module,
+    method: Method | str | None,
+    targets: Targets = ALL_LINEAR,
+    exclude: Patterns = (),
+    overrides: Mapping[str, Method | str | None] | None = None,
+    heads: Iterable[str] = (),
+    *,
+    layers_to_transform: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, Method]:
+    """Return the method that is wanted for each layer, in the model's order.
+
+    A pattern is the whole name, a suffix of it at a dot, the name of a module around layers, or (one string) a regex
+    that matches the whole name.  In `overrides`, and in `targets` that map patterns to methods, it may be a regex of
+    what follows a dot as well; there one by whole name goes before one by regex, that before one by suffix, and that
+    before a module around; `exclude` goes before them all.  The linear layers named in `heads` are each a `Head`,
     whatever the targets.
 
     Raises:
@@ -43,39 +74,106 @@ def resolve(
     linears = list(layers)
     if not linears:
         raise SpectuneError("the model has no linear layer to adapt")
+    others = _others(model)
     dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
-    if targets == ALL_LINEAR:
-        outputs = output_embeddings(model)
-        past = never_asked(model)
-        chosen = [name for name in linears if layers[name] not in outputs and name not in past]
-        left_out = [name for name in past if layers[name] not in outputs and name not in dropped]
-        if left_out and not chosen:
-            check_asked(model, left_out)
-        if left_out:
-            warnings.warn(f"left out of {ALL_LINEAR!r}: {_told(left_out, past)}", stacklevel=3)
+    if isinstance(targets, Mapping):
+        if method is not None:
+            raise SpectuneError("targets that map patterns to methods say each layer's: leave the method out")
+        chosen = _by_precedence(targets, linears, "targets", others)
     else:
-        chosen = matching(targets, linears, "targets")
-    methods: dict[str, Method | None] = {name: method for name in chosen if name not in dropped}
+        if method is None:
+            raise SpectuneError("no method is given: say which, or map targets to methods")
+        taken = _all_linear(model, layers, dropped) if targets == ALL_LINEAR else None
+        taken = matching(targets, linears, "targets", others=others) if taken is None else taken
+        chosen = dict.fromkeys(taken, parse(method))
+    kept = set(in_blocks(list(chosen), layers_to_transform, layers_pattern))
+    methods: dict[str, Method | None] = {n: m for n, m in chosen.items() if n in kept and n not in dropped}
     whole = set(heads)
     methods |= {name: Head(bias=layers[name].bias is not None) for name in whole}
     dropped -= whole
-    by_precedence: list[dict[str, Method | None]] = [{}, {}, {}]
-    for pattern, override in (overrides or {}).items():
-        replacement = None if override is None else parse(override)
-        for name in matching((pattern,), linears, "overrides", regex=True):
-            level = 2 if name == pattern else 0 if name.endswith(f".{pattern}") else 1
-            by_precedence[level].setdefault(name, replacement)
-    for level in by_precedence:
-        methods |= level
-    final = {
-        name: m.fit(*effective_weight(layers[name]).shape)
-        for name in linears
-        if name not in dropped and (m := methods.get(name)) is not None
-    }
+    methods |= _by_precedence(overrides or {}, linears, "overrides", others)
+    final = {name: m for name in linears if name not in dropped and (m := methods.get(name)) is not None}
     if not final:
         raise SpectuneError("nothing is left to adapt: exclude and overrides take away every target")
+    for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
+        names = [name for name, m in final.items() if not m.replaces]
+        for name, value in by_pattern(patterns or {}, names, f"{field}_pattern").items():
+            final[name] = _with_field(final[name], field, value, name)
     check_asked(model, final)
     return final
+
+
+def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module], dropped: set[str]) -> list[str]:
+    """Return the names of every linear layer that an adapter has an effect on, but the output embedding's."""
+    outputs = output_embeddings(model)
+    past = never_asked(model)
+    chosen = [name for name in layers if layers[name] not in outputs and name not in past]
+    left_out = [name for name in past if layers[name] not in outputs and name not in dropped]
+    if left_out and not chosen:
+        check_asked(model, left_out)
+    if left_out:
+        warnings.warn(f"left out of {ALL_LINEAR!r}: {_told(left_out, past)}", stacklevel=5)
+    return chosen
+
+
+def say_what_is_covered(model: nn.Module) -> None:
+    """Log which weights "all-linear" cannot take, and the share of those outside embeddings that it can."""
+    layers = linear_layers(model)
+    outputs = output_embeddings(model)
+    aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m in outputs for p in m.parameters()}
+    taken = {id(p) for layer in layers.values() for p in layer.parameters()}
+    total, left = 0, defaultdict[str, int](int)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in aside or ".adapters." in name or ".bases." in name:
+            continue
+        total += parameter.numel()
+        if id(parameter) not in taken:
+            left[_any_number(name)] += parameter.numel()
+    if not left:
+        return
+    covered = 1 - sum(left.values()) / total
+    most = sorted(left, key=lambda name: -left[name])
+    more = f" and {len(most) - 3} more" if len(most) > 3 else ""
+    logging.getLogger("spectune").log(
+        logging.INFO if covered >= _NEARLY_ALL else logging.WARNING,
+        f"{ALL_LINEAR!r} covers {covered:.0%} of the weights outside embeddings; it cannot take "
+        f"{', '.join(most[:3])}{more}",
+    )
+
+
+def _by_precedence(
+    patterns: Mapping[str, Method | str | None], names: list[str], what: str, others: Mapping[str, str]
+) -> dict[str, Method | None]:
+    """Return the method, or None, of each layer that patterns name: the most precise one's, the first of equal ones."""
+    levels: dict[int, dict[str, Method | None]] = {level: {} for level in sorted(Precise)}
+    for pattern, replacement in patterns.items():
+        method = None if replacement is None else parse(replacement)
+        for name, level in found(pattern, names, what, regex=True, loose=True, others=others).items():
+            levels[level].setdefault(name, method)
+    methods: dict[str, Method | None] = {}
+    for level in levels.values():
+        methods |= level
+    return methods
+
+
+def _with_field(method: Method, field: str, value: Any, name: str) -> Method:
+    """Return a method, or one around another, with another rank or alpha."""
+    if field in {f.name for f in dataclasses.fields(method)}:
+        return dataclasses.replace(method, **{field: value})
+    inner = getattr(method, "inner", None)
+    if not isinstance(inner, Method):
+        raise SpectuneError(f"{field}_pattern: {name!r} has {method.name}, which has no {field}")
+    return dataclasses.replace(method, inner=_with_field(inner, field, value, name))  # type: ignore[call-arg]
+
+
+def _others(model: nn.Module) -> dict[str, str]:
+    """Return the modules that hold weights and are no linear layers, by name, with their class's."""
+    found = {}
+    for name, module in named_modules(model):
+        ours = hasattr(module, "plain_class") or ".adapters." in name or ".bases." in name
+        if name and not ours and not is_linear(module) and any(p is not None for p in module._parameters.values()):
+            found[name] = type(module).__name__
+    return found
 
 
 def never_asked(model: nn.Module) -> dict[str, str]:
@@ -111,44 +209,13 @@ def check_asked(model: nn.Module, names: Iterable[str]) -> None:
 
 def _told(names: list[str], reasons: Mapping[str, str]) -> str:
     """Return the names, a block's for all blocks, with the reason of the first."""
-    kinds = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names)
+    kinds = dict.fromkeys(map(_any_number, names))
     shown = repr(names[0]) if len(names) == 1 else ", ".join(map(repr, kinds))
     return f"{shown}, because {reasons[names[0]]}"
 
 
-def matching(patterns: Targets, names: list[str], what: str, *, regex: bool = False) -> list[str]:
-    """Return the names of linear layers that patterns match, in the patterns' order.
-
-    Args:
-        patterns: whole names or suffixes at a dot; a regex of the whole name where it is one string.
-        names: to choose from.
-        what: the setting's name, for messages.
-        regex: patterns in a list may be regexes too.
-
-    Raises:
-        SpectuneError: a pattern that matches none; the nearest names are listed.
-    """
-    one = isinstance(patterns, str)
-    found: dict[str, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched = [n for n in names if n == pattern or n.endswith(f".{pattern}")]
-        if not matched and (one or regex):
-            matched = [n for n in names if _regex(pattern, what).fullmatch(n)]
-        if not matched:
-            tails = [n.rpartition(".")[2] for n in names]
-            raise SpectuneError(
-                f"{what}: {pattern!r} matches no linear layer{nearest(pattern, [*tails, *names])} "
-                f"(the model has {', '.join(dict.fromkeys(tails))})"
-            )
-        found |= dict.fromkeys(matched)
-    return list(found)
-
-
-def _regex(pattern: str, what: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SpectuneError(f"{what}: {pattern!r} is not a valid regular expression: {error}") from None
+def _any_number(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def output_embeddings(model: nn.Module) -> set[nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectune.bases.loading import model_path
 from spectune.errors import SpectuneError, need
-from spectune.model.targets import matching
+from spectune.model.patterns import matching
 from spectune.reading import check_file, check_tensors_file, read_json
 from spectune.spectral import shards, weight_map
 from spectune.spectrum.names import Place, is_embedding, places

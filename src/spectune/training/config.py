@@ -19,6 +19,7 @@ from spectune.training.registry import options_of, owner_of, task_keys
 if TYPE_CHECKING:
     from spectune.methods import Method
 
+_NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -60,9 +61,21 @@ class TrainConfig(BaseModel):
         "rejected; reinforce: prompts and a reward; or what an installed package offers, or module:Class",
     )
     method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
-    targets: str | list[str] = Field("all-linear", description="all-linear, name suffixes, or a regex")
+    targets: str | list[str] | dict[str, str | None] = Field(
+        "all-linear",
+        description="all-linear, suffixes of names or names of modules around layers, or a regex; or, without method, "
+        "{q_proj|v_proj: svf, mlp: 'lora:rank=8'}",
+    )
     exclude: str | list[str] = Field([], description="suffixes or a regex of layers to leave out")
     overrides: dict[str, str | None] = Field({}, description="suffix or regex: another method, or null for none")
+    layers_to_transform: int | list[int] | None = Field(
+        None, description="numbers of the blocks whose targets are taken"
+    )
+    layers_pattern: str | list[str] | None = Field(
+        None, description="the list that holds these blocks (layers, h); the first that is numbered if not given"
+    )
+    rank_pattern: dict[str, int] = Field({}, description="regex of a name's end: the method's rank there")
+    alpha_pattern: dict[str, float] = Field({}, description="regex of a name's end: the method's alpha there")
     modules_to_save: list[str] | dict[str, list[int] | None] = Field(
         [],
         description="modules of any kind (heads, norms, embeddings) to train and save whole; {embed_tokens: [7, 8]} is "
@@ -145,10 +158,21 @@ class TrainConfig(BaseModel):
         return value
 
     def parsed_method(self) -> Method:
-        """Return the method."""
+        """Return the method; of several that targets name, the first."""
+        return self.parsed_methods()[0]
+
+    def parsed_methods(self) -> list[Method]:
+        """Return the method, or the different ones that targets name."""
         from spectune.methods import parse  # with torch, which the command line's help does without
 
-        return parse(self.method)
+        texts = self.targets.values() if isinstance(self.targets, dict) else [self.method]
+        return list(dict.fromkeys(parse(text) for text in texts if text is not None))
+
+    def where(self) -> dict[str, Any]:
+        """Return what `spectune.adapt` is to be told of layers and their methods, by its own names."""
+        keys = ("targets", "exclude", "overrides", *_NARROWED)
+        mapped = isinstance(self.targets, dict)
+        return {"method": None if mapped else self.parsed_method(), **{key: getattr(self, key) for key in keys}}
 
     def reports(self) -> list[str]:
         """Return where to report to."""
@@ -166,7 +190,8 @@ class TrainConfig(BaseModel):
         if not options.makes_records:
             self._check_data()
         options.check_task(self)
-        for key in ("targets", "exclude", "overrides", "modules_to_save") if self.adapter is not None else ():
+        self._check_targets()
+        for key in ("targets", "exclude", "overrides", *_NARROWED, "modules_to_save") if self.adapter else ():
             if self._given(key):
                 raise SpectuneError(f"{key} cannot change with adapter: the adapter in {self.adapter} has its layers")
         wanted = "patience" if self.patience is not None else "best" if self.best else None
@@ -176,6 +201,29 @@ class TrainConfig(BaseModel):
             raise SpectuneError(f"{wanted} needs evaluations: give eval_steps")
         if self.held_out == 0 and self.evaluation() is None:
             raise SpectuneError(f"{wanted} needs held-out data: give held_out, eval_data or eval_split")
+
+    def _check_targets(self) -> None:
+        """Take the methods that targets name for the method, in texts.
+
+        Raises:
+            SpectuneError: another method is given beside them, none is left, or their learning rates differ.
+        """
+        if not isinstance(self.targets, dict):
+            return
+        methods = " + ".join(dict.fromkeys(text for text in self.targets.values() if text is not None))
+        if not methods:
+            raise SpectuneError("targets: no pattern has a method")
+        if "method" in self.model_fields_set and self.method != methods:
+            raise SpectuneError("targets that map patterns to methods say each layer's: leave the method out")
+        rates = {method.name: method.learning_rate for method in self.parsed_methods()}
+        if self.lr is None and len(set(rates.values())) > 1:
+            told = ", ".join(f"{name}: {rate:g}" for name, rate in rates.items())
+            raise SpectuneError(
+                f"targets name methods that have different learning rates by default ({told}): give lr, and group_lr "
+                "for single tensors"
+            )
+        self.method = methods
+        self.model_fields_set.discard("method")
 
     def _given(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default
@@ -280,7 +328,8 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     config.check()
     from spectune.methods import parse  # with torch, which the command line's help does without
 
-    for text in (config.method, *config.overrides.values()):
+    config.parsed_methods()
+    for text in config.overrides.values():
         if text is not None:
             parse(text)
     return config

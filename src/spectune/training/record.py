@@ -24,7 +24,7 @@ from spectune.training.options import resumes
 
 # a resumed run would not be the same run with another of these, nor with another of what its task has for keys
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
-_MEANING += ("modules_to_save",)
+_MEANING += ("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
 # of these one is told, and the run goes on
 _TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")
@@ -90,7 +90,8 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     meaning = (*_MEANING, *(key for key, field in of_task.items() if resumes(field) == "same"))
     meaning = meaning if examples[0] == examples[1] else (*meaning, *_STEP)
     ignored = (*_INCIDENTAL, *(key for key, field in of_task.items() if resumes(field) == "ignored"))
-    defaults = {key: field.get_default() for key, field in of_task.items()}  # folders of earlier versions lack keys
+    fields = {**TrainConfig.model_fields, **of_task}
+    defaults = {key: field.get_default() for key, field in fields.items()}  # folders of earlier versions lack keys
     if set(before.get("group_lr") or ()) != set(config.group_lr):  # the optimizer has a group for each
         meaning += ("group_lr",)
     keys = [key for key in now if key not in ignored and before.get(key, defaults.get(key)) != now[key]]

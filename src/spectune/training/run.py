@@ -227,16 +227,13 @@ def token_limit(config: TrainConfig, model: Any) -> int:
 
 def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) -> None:
     """Put the adapter that a run trains on a model, and the model in training mode, sharded if that is wanted."""
-    overrides: Any = config.overrides
 
     def adapted() -> None:
         set_seed(config.seed)  # the adapter starts the same in every process
         if start_from is not None:
             attach(model, start_from, trainable=True, factored=config.factored)
         else:
-            method, whole = config.parsed_method(), config.modules_to_save
-            options: Any = {"modules_to_save": whole, "factored": config.factored}
-            adapt(model, method, config.targets, config.exclude, overrides, **options)
+            adapt(model, **config.where(), modules_to_save=config.modules_to_save, factored=config.factored)
 
     if cache.directory() is None:
         with processes.together():
