@@ -42,6 +42,27 @@ def moved(model, seed=1):
     return model
 
 
+@pytest.mark.parametrize("kind", ["M2M100", "Bart", "PLBart", "T5"])
+def test_what_else_is_tied_to_an_adapted_output_embedding_stays_so_in_what_is_saved(tmp_path, kind):
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers"), 2)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_heads"), 4)
+    sizes |= {"d_kv": 8, "d_ff": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    config = getattr(tf, f"{kind}Config")(vocab_size=100, d_model=32, tie_word_embeddings=True, **sizes)
+    torch.manual_seed(0)
+    cls = getattr(tf, f"{kind}ForConditionalGeneration")
+    model = moved(spectune.adapt(cls(config).eval(), "lora:rank=2", ["lm_head"]))
+    ties = dict(model._tied_weights_keys), dict(model.all_tied_weights_keys), config.tie_word_embeddings
+
+    def answered(model):
+        with torch.no_grad():
+            return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
+
+    expected = answered(model)
+    model.save_pretrained(tmp_path)
+    assert (model._tied_weights_keys, model.all_tied_weights_keys, config.tie_word_embeddings) == ties
+    torch.testing.assert_close(answered(cls.from_pretrained(tmp_path).eval()), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

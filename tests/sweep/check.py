@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from torch import Tensor
 import spectune
 from spectune import LoRA, SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.modules import is_linear
+from spectune.model.targets import output_embeddings
 
 RIGHT, REFUSED, WRONG, SKIPPED = "right", "refused", "wrong", "not built"
 
@@ -87,7 +90,7 @@ def _check(model: Any, inputs: Mapping[str, Any]) -> Verdict:
         raise ValueError("it gives no floating-point tensor")
     if away(run(model, inputs), start) > 0:
         raise ValueError("it gives other numbers each time")
-    fresh = copy.deepcopy(model)
+    fresh, heads = copy.deepcopy(model), copy.deepcopy(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     kinds = {n: type(m) for n, m in model.named_modules()}
     try:
@@ -111,6 +114,7 @@ def _check(model: Any, inputs: Mapping[str, Any]) -> Verdict:
             raise _Wrong("detached: the modules are others")
         _must(away(run(model, inputs), start), 0.0, "detached")
         why = why or _merged(loaded, inputs, trained)
+        why = why or _head(heads, inputs)
     except _Wrong as error:
         return Verdict(WRONG, "", len(layers), 0, str(error))
     return Verdict(RIGHT, rows, len(layers), idle, why)
@@ -187,14 +191,36 @@ def _merged(model: Any, inputs: Mapping[str, Any], expected: list[Tensor]) -> st
     spectune.activate(model, "a")
     spectune.merge(model)
     _must(away(run(model, inputs), expected), 1e-3, "merged")
-    merged = run(model, inputs)
+    return _loaded_again(model, type(model), inputs, "merged")
+
+
+def _head(model: Any, inputs: Mapping[str, Any]) -> str:
+    """Adapt the output embedding alone, which in most is tied to the input's; save as it is and merged, load again."""
+    cls, outputs = type(model), output_embeddings(model)
+    names = [name for name, module in model.named_modules() if module in outputs and is_linear(module)]
+    if not names:
+        return ""
+    try:
+        spectune.adapt(model, LoRA(rank=2), targets="|".join(map(re.escape, names)), name="a")
+    except SpectuneError as error:
+        return f"output embedding: {error}"
+    move(model, "a", 3)
+    expected = run(model, inputs)
+    why = _loaded_again(model, cls, inputs, "with an adapted output embedding")
+    spectune.merge(model)
+    _must(away(run(model, inputs), expected), 1e-3, "output embedding merged")
+    return why or _loaded_again(model, cls, inputs, "output embedding merged")
+
+
+def _loaded_again(model: Any, cls: Any, inputs: Mapping[str, Any], what: str) -> str:
+    expected = run(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
-            again = type(model).from_pretrained(folder).eval()
+            again = cls.from_pretrained(folder).eval()
+        except SpectuneError as error:
+            return f"{what}: {error}"
         except Exception as error:
             return f"transformers does not save and load it: {type(error).__name__}"
-        off = away(run(again, inputs), merged)
-    if off > 1e-3:
-        raise _Wrong(f"merged, saved and loaded: off by {off:.1e}")
+        _must(away(run(again, inputs), expected), 1e-3, f"{what}, saved and loaded")
     return ""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
@@ -24,6 +23,7 @@ from spectune.model.merged import active_adapters, merged_bias, merged_weight
 from spectune.model.names import M, check_own_weights, check_some_adapter
 from spectune.model.routing import Choice, mixture_of
 from spectune.model.saving import watch_saving
+from spectune.model.ties import Ties, are_one, say_of_ties, tied_pairs, transformers_models, untie
 
 _RECORD = "spectune_merged"  # an attribute of what merging changed
 
@@ -51,14 +51,6 @@ class _Module:
     adapters: nn.ModuleDict
     selection: Any
     fresh: Any
-
-
-class _Ties(NamedTuple):
-    """What a transformers model says of its tied weights: by name, by its configuration's flag, and those in it too."""
-
-    keys: Any
-    flag: Any
-    all_keys: Any
 
 
 def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, keep: bool = True) -> M:
@@ -112,7 +104,7 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
                 )
     parts = {name: _parts_of(layer) for name, layer in layers.items()}
     own = {name: (nn.ModuleDict(dict(module.adapters.items())), module.selection) for name, module in modules.items()}
-    ties = _ties(model)
+    ties = tied_pairs(model)
     detach(model)
     made: list[Any] = []
     new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
@@ -140,7 +132,9 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
         if keep:
             vars(module)[_RECORD] = record
     mark_loaded(model, made)
-    _untie(model, ties, keep)
+    for part, said in untie(ties, are_one):
+        if keep:
+            vars(part)[_RECORD] = said
     return model
 
 
@@ -212,10 +206,10 @@ def unmerge(model: M) -> M:
             setattr(module, FRESH, record.fresh)
         take_over_whole(module, record.selection).adapters = record.adapters
     watch_saving(model)
-    for part in _transformers_models(model):
-        before: _Ties | None = vars(part).pop(_RECORD, None)
+    for part in transformers_models(model):
+        before: Ties | None = vars(part).pop(_RECORD, None)
         if before is not None:
-            _set_ties(part, before)
+            say_of_ties(part, before)
     there = adapted_layers(model)
     own = {id(p) for part in parts_of(model).values() for p in part.adapters.parameters()}
     for layer in there.values():
@@ -253,47 +247,3 @@ def _differ(layer: Any, before: tuple[torch.dtype, list[tuple[float, float]]]) -
         for (a, s), (b, size) in zip(sums, before[1], strict=True)
     )
     return dtype != before[0] or not near
-
-
-# -- tied weights, as transformers writes and reads them
-
-
-def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-def _ties(model: nn.Module) -> list[tuple[PreTrainedModel, dict[str, str]]]:
-    """Return the pairs of parameters, by name, that each transformers model ties and that are one now."""
-    found = []
-    for part in _transformers_models(model):
-        pairs = part.get_expanded_tied_weights_keys(all_submodels=False)
-        found.append((part, {a: b for a, b in pairs.items() if _are_one(part, a, b)}))
-    return found
-
-
-def _are_one(part: nn.Module, first: str, second: str) -> bool:
-    parameters = dict(part.named_parameters(remove_duplicate=False))
-    return first in parameters and parameters[first] is parameters.get(second)
-
-
-def _untie(model: nn.Module, ties: list[tuple[PreTrainedModel, dict[str, str]]], keep: bool) -> None:
-    """Have transformers models tie no more what is no longer one, and all else as before.
-
-    Where a pair stays tied the configuration's flag stays as well, since it stands for all pairs; a checkpoint that
-    holds both parameters of a pair is loaded without tying them.
-    """
-    left = [{a: b for a, b in pairs.items() if _are_one(part, a, b)} for part, pairs in ties]
-    in_use = {id(part.config) for (part, _), remaining in zip(ties, left, strict=True) if remaining}
-    for (part, pairs), remaining in zip(ties, left, strict=True):
-        if remaining == pairs:
-            continue
-        before = _Ties(part._tied_weights_keys, part.config.tie_word_embeddings, dict(part.all_tied_weights_keys))
-        kept = {a: b for a, b in before.all_keys.items() if a not in pairs or a in remaining}
-        _set_ties(part, _Ties(remaining, before.flag and id(part.config) in in_use, kept))
-        if keep:
-            vars(part)[_RECORD] = before
-
-
-def _set_ties(part: Any, ties: _Ties) -> None:
-    part._tied_weights_keys, part.all_tied_weights_keys = ties.keys, ties.all_keys
-    part.config.tie_word_embeddings = ties.flag

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -18,6 +18,7 @@ from spectune.layers.adapted import adapted_layers, change_class
 from spectune.layers.shards import is_part
 from spectune.layers.whole import whole_modules
 from spectune.model.merged import active_adapters, merged_bias, merged_weight
+from spectune.model.ties import say_of_ties, tied_pairs, untie
 
 _MERGED = "adapters.merged"  # the tensor beside a weight that says that it is W' here
 _CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # of transformers' trainers, which go on from it
@@ -101,15 +102,19 @@ def leave_saving(model: nn.Module) -> None:
             change_class(module, module.plain_class)
 
 
-def merged_tensors(model: nn.Module) -> dict[str, dict[str, Any]]:
+def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return the weights, biases and other tensors that the adapters that answer now make, by module.
+
+    Args:
+        model: a model with adapters.
+        names: the modules; None is all.
 
     Raises:
         SpectuneError: a weight cannot hold its update, or a layer without a bias would need one.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, layer in adapted_layers(model).items():
-        active = active_adapters(layer)
+        active = active_adapters(layer) if names is None or name in names else []
         if not active:
             continue
         found[name] = {"weight": merged_weight(name, layer, active).detach()}
@@ -123,7 +128,7 @@ def merged_tensors(model: nn.Module) -> dict[str, dict[str, Any]]:
             )
         found[name]["bias"] = bias.detach()
     for name, module in whole_modules(model).items():
-        active = active_adapters(module)
+        active = active_adapters(module) if names is None or name in names else []
         if active:
             found[name] = {key: tensor.detach() for key, tensor in module.mixed(active).items()}
     return found
@@ -150,34 +155,29 @@ def _unmerged(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _as_untied(model: Any) -> Iterator[None]:
-    """Within the context, a model whose tied weights its adapters make different says that they are not tied."""
-    config: Any = getattr(model, "config", None)
-    tied = getattr(config, "tie_word_embeddings", None)
-    if not tied or not _parts_ways(model):
-        yield
-        return
-    keys = getattr(model, "all_tied_weights_keys", None)
-    config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+def _as_untied(model: nn.Module) -> Iterator[None]:
+    """Within the context, models whose tied weights the adapters make different say that those are not tied."""
+    ties = tied_pairs(model)
+    prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+
+    def owner(part: nn.Module, key: str) -> tuple[str, str]:
+        module, _, own = f"{prefixes[id(part)]}{key}".rpartition(".")
+        return module, own
+
+    made = merged_tensors(
+        model, {owner(part, key)[0] for part, pairs in ties for pair in pairs.items() for key in pair}
+    )
+
+    def equal(part: nn.Module, first: str, second: str) -> bool:
+        a, b = (made.get(module, {}).get(own) for module, own in (owner(part, first), owner(part, second)))
+        return a is b if a is None or b is None else torch.equal(a, b)
+
+    before = untie(ties, equal)
     try:
         yield
     finally:
-        config.tie_word_embeddings, model.all_tied_weights_keys = tied, keys
-
-
-def _parts_ways(model: nn.Module) -> bool:
-    """Whether adapters make two weights of one that is tied."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
-    tensors = merged_tensors(model)
-    for names in owners.values():
-        made = [tensors[name]["weight"] for name in names if name in tensors]
-        if made and len(names) > 1 and (len(made) < len(names) or any(not torch.equal(made[0], t) for t in made)):
-            return True
-    return False
+        for part, said in before:
+            say_of_ties(part, said)
 
 
 def _parts(model: nn.Module) -> bool:
