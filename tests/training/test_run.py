@@ -155,7 +155,7 @@ def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, 
     output = f"output={tmp_path / 'out'}"
     run(settings, output, "max_steps=5")
     with pytest.raises(SpectuneError, match="with another batch_size, seed"):
-        run(settings, output, "max_steps=10", "resume=true", "seed=1", "batch_size=4")
+        run(settings, output, "max_steps=10", "resume=true", "seed=1", "batch_size=2")
     run(settings, output, "max_steps=6", "resume=true", "lr=0.5")
     assert "resuming with changed lr, max_steps" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from spectune.cli import (
     export,
     generate,
     import_,
+    init,
     library,
     methods,
     plan,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("methods")(methods.methods)
+app.command("init", context_settings=train.SETTINGS)(init.init)
 app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
 app.command("data", context_settings=train.SETTINGS)(data.data)
 app.command("generate")(generate.generate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,16 @@ REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that com
 def say_error(message: str) -> None:
     """Print a message on stderr, plainly."""
     Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+
+
+def typed(*words: object) -> str:
+    """Return a command as it has to be typed."""
+    return shlex.join(map(str, words))
+
+
+def say_next(*words: object) -> None:
+    """Say on stderr which command comes next, as it has to be typed, from anywhere."""
+    Console(stderr=True).print(f"next: {_escaped(typed(*words))}", highlight=False, soft_wrap=True)
 
 
 def let_the_main_process_speak(seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import typer
@@ -11,18 +11,19 @@ from rich.console import Console
 
 from spectune.cli.shared import JSON, let_the_main_process_speak, print_json, say_error
 from spectune.errors import SpectuneError
-from spectune.training.config import TrainConfig, load_config
+from spectune.training.config import FOLLOWING, TrainConfig, load_config
 from spectune.training.registry import task_keys
 
 SETTINGS = {"ignore_unknown_options": True}
 
 
-def keys(fields: Mapping[str, FieldInfo], names: Iterable[str]) -> str:
-    """Return a line for each of these keys of a configuration."""
+def keys(fields: Mapping[str, FieldInfo], names: Iterable[str], follows: Collection[str] = ()) -> str:
+    """Return a line for each of these keys of a configuration; those that follow the data say so."""
     lines = []
     for name in names:
         field = fields[name]
         default = "required" if field.is_required() else f"default {field.default}"
+        default = "follows the data" if name in follows else default
         lines.append(f"* {name}: {field.description} ({default})")
     return "\n".join(lines)
 
@@ -31,7 +32,7 @@ HELP = f"""Fine-tune a model: spectune train run.yaml lr=1e-4 method=pissa:rank=
 
 Settings come from a YAML file, then from key=value or --key value, which win. The keys:
 
-{keys(TrainConfig.model_fields, TrainConfig.model_fields)}
+{keys(TrainConfig.model_fields, TrainConfig.model_fields, FOLLOWING)}
 {keys(task_keys(), task_keys())}
 
 The names that transformers, TRL, PEFT, axolotl and LLaMA-Factory have for these are taken too.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spectune.methods import Method
 
 _NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_length")  # the data, unless `train` is given them
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -104,7 +105,7 @@ class TrainConfig(BaseModel):
     eval_split: str | None = Field(
         None, description="split of a data set for evaluation, of eval_data or else of data; instead of held_out"
     )
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; at the end only if not given")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations, beside those before and after")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before the run stops")
     best: bool = Field(False, description="end with the checkpoint that is best on what is held out; needs eval_steps")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints; with best or patience eval_steps")

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from spectune.bases.classifiers import tokenize
 from spectune.bases.loading import load_tokenizer
 from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
@@ -39,14 +38,12 @@ def inspect(config: TrainConfig, show: int = 3) -> dict[str, Any]:
     task = make_task(config)
     records, held = task.read()
     outline, tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    limit = token_limit(config, outline)
+    task.measure(records, outline, tokenizer)
+    limit = token_limit(task.config, outline)
     encoder = Encoder(tokenizer, stop_tokens(outline, tokenizer))
 
     def examples(record: Record) -> list[Example]:
-        if config.task != "classify":
-            return task.examples(record, encoder)
-        tokens, _ = tokenize(tokenizer, record["text"], record.get("text_pair"), 1 << 30)
-        return [Example(tokens["input_ids"], [False] * len(tokens["input_ids"]))]
+        return task.examples(record, encoder)
 
     learns = config.task != "classify"
     shown = [_written(record, examples(record), tokenizer, limit) for record in records[:show]]

@@ -20,16 +20,19 @@ from spectune.errors import SpectuneError
 from spectune.methods import to_text
 from spectune.model.adapting import adapt, attach
 from spectune.model.lifecycle import extract
+from spectune.progress import Counted, working
 from spectune.spectral import cache
 from spectune.speed.checkpointing import checkpoint_activations
 from spectune.speed.heap import memory_kept, release_memory
 from spectune.speed.parts import training_parts
 from spectune.storage import telling_of_full_disks
 from spectune.training import processes
-from spectune.training.config import TrainConfig
+from spectune.training.config import FOLLOWING, TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data.encoding import Encoded
 from spectune.training.data.records import Record
+from spectune.training.defaults import sentence
+from spectune.training.draw import encode_needed
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.registry import find_task
@@ -86,16 +89,33 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     os.environ.setdefault(*_PROGRAMS)
     processes.start(config.device)
     output = Path(config.output)
-    task = make_task(config)
     with processes.together():
         check_reports(config.reports())
         _check_output(config, output)
-        records, held = task.read()
         console = (console or Console(stderr=True)) if processes.is_main() else Console(quiet=True)
+        task = make_task(_as_before(config, output) if config.resume else config)
+        with working(console, "reading the data"):
+            records, held = task.read()
         for note in task.notes:
             console.print(note, highlight=False, markup=False, soft_wrap=True)
-        model, tokenizer = task.load(records, held)
+        with working(console, f"loading {config.model}"):
+            model, tokenizer = task.load(records, held)
+        task.measure(records, model, tokenizer)
+        config = task.config
+        if task.choices:
+            apart = 0 if config.evaluation() is not None else len(held)
+            said = sentence(config, task.choices, len(records) + apart, len(records), processes.count())
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
     return train_model(config, model, tokenizer, records, held, console)
+
+
+def _as_before(config: TrainConfig, output: Path) -> TrainConfig:
+    """Return a configuration whose settings that follow the data, and are not given, are those of the run to resume."""
+    if not (output / "config.yaml").is_file():
+        return config
+    before = read_run(output)
+    found = {key: before[key] for key in FOLLOWING if key in before and key not in config.model_fields_set}
+    return config.model_copy(update=found)
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
@@ -146,8 +166,12 @@ def _train(
             _report_changes(config, output, [*records, *held], console)
     limit = token_limit(config, model)
     task = make_task(config)
-    learned = task.encode(records, model, tokenizer, limit)
-    evaluated = task.encode(held, model, tokenizer, limit) if held else None
+
+    def encode(some: Sequence[Record], what: str = "to tokens") -> Encoded:
+        return task.encode(Counted(some, console, what), model, tokenizer, limit)
+
+    learned = encode_needed(config, records, encode, by_length=task.by_length, processes=processes.count())
+    evaluated = encode(held, "held-out records to tokens") if held else None
     _report(console, learned, evaluated, limit)
     if config.eval_steps is not None and evaluated is None:
         console.print("eval_steps is given, but nothing is held out to evaluate on", style="yellow")

@@ -72,7 +72,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
-        self._tokenizer, self._ends = tokenizer, tuple(ends)
+        self.tokenizer, self._ends = tokenizer, tuple(ends)
         self._ways: Counter[str] = Counter()
         self._unused: set[str] = set()
 
@@ -90,7 +90,7 @@ class Encoder:
         if kind == "text":
             return [self._text(record["text"])]
         other = getattr(record, "plain", None)
-        if other is not None and not getattr(self._tokenizer, "chat_template", None):
+        if other is not None and not getattr(self.tokenizer, "chat_template", None):
             self._ways["plain"] += 1
             example = self.completed(other["prompt"], other["completion"])
             return [Example(example.tokens, [True] * len(example.tokens)) if everything else example]
@@ -113,20 +113,20 @@ class Encoder:
 
     def completed(self, prompt: str, completion: str) -> Example:
         """Return a text prompt and its completion, with the end of text that is learned."""
-        before = text_tokens(self._tokenizer, prompt)
-        after = continuation(self._tokenizer, prompt, ids(self._tokenizer, prompt), completion)
+        before = text_tokens(self.tokenizer, prompt)
+        after = continuation(self.tokenizer, prompt, ids(self.tokenizer, prompt), completion)
         after = self._ended(after)
         return Example([*before, *after], [False] * len(before) + [True] * len(after))
 
     def _text(self, text: str) -> Example:
-        tokens = self._ended(text_tokens(self._tokenizer, text))
+        tokens = self._ended(text_tokens(self.tokenizer, text))
         return Example(tokens, [True] * len(tokens))
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Return tokens with one end of text, which may be there already, with white space behind it."""
-        end = self._tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
         last = len(tokens)
-        while last > 0 and not self._tokenizer.decode(tokens[last - 1 : last]).strip():
+        while last > 0 and not self.tokenizer.decode(tokens[last - 1 : last]).strip():
             last -= 1
         return tokens if end is None or tokens[last - 1 : last] == [end] else [*tokens, end]
 
@@ -151,7 +151,7 @@ class Encoder:
         Raises:
             SpectuneError: no chat template, or messages that it refuses, or leaves out.
         """
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise SpectuneError(_NO_TEMPLATE)
         chat = list(messages)
@@ -183,7 +183,7 @@ class Encoder:
 
     def _turn(self, chat: Sequence[Any], i: int, options: dict[str, Any]) -> Example:
         """Return the prompt of an assistant's message, and its answer with a stop."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         prompt = prompt_text(tokenizer, chat[:i], **options)
         whole = render(tokenizer, chat[: i + 1], **options)
         end = ending(tokenizer, self._ends)
@@ -207,7 +207,7 @@ class Encoder:
         self, chat: Sequence[Any], i: int, prompt: str, whole: str, end: Ending, options: dict[str, Any]
     ) -> tuple[list[tuple[str, bool]], int | None]:
         """Return what a template writes behind a prompt, in pieces that are learned or not, and the stop."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         if whole.startswith(prompt):
             start, spans = len(prompt), marked(tokenizer, chat[: i + 1], **options)
             rest = whole[start:]
@@ -236,12 +236,12 @@ class Encoder:
     ) -> tuple[str, str, int | None]:
         """Return the answer, gap and stop of a turn that does not end as an answer without calls does."""
         bare = rest.rstrip()
-        start, until, stop = next(reversed(added_tokens(self._tokenizer, bare)), (0, -1, None))
-        if until == len(bare) and (end.suffix or stop in (*self._ends, self._tokenizer.eos_token_id)):
+        start, until, stop = next(reversed(added_tokens(self.tokenizer, bare)), (0, -1, None))
+        if until == len(bare) and (end.suffix or stop in (*self._ends, self.tokenizer.eos_token_id)):
             return bare[:start], "", stop
         if i + 1 < len(chat):  # what the next turn begins with may be the stop
-            after = render(self._tokenizer, chat[: i + 2], **options)
-            gap, stop = first_added(self._tokenizer, after[len(whole) :]) if after.startswith(whole) else ("", None)
+            after = render(self.tokenizer, chat[: i + 2], **options)
+            gap, stop = first_added(self.tokenizer, after[len(whole) :]) if after.startswith(whole) else ("", None)
             if stop in self._ends and not gap.strip():
                 return rest, gap, stop
         return rest, end.gap, end.stop
@@ -249,7 +249,7 @@ class Encoder:
     def _rewritten(self, chat: Sequence[Any], i: int, prompt: str, whole: str, options: dict[str, Any]) -> str:
         """Return what follows a prompt that the template does not write when the answer is there."""
         (message,) = plain(chat[i : i + 1])
-        shown = render(self._tokenizer, [*chat[:i], {**message, "content": MARK}], **options)
+        shown = render(self.tokenizer, [*chat[:i], {**message, "content": MARK}], **options)
         header, mark, _ = shown.partition(MARK)
         if not mark or not whole.startswith(header):
             raise SpectuneError("the chat template writes an answer otherwise than behind its own generation prompt")
@@ -265,7 +265,7 @@ class Encoder:
 
     def _watch(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
         names = other_fields(messages) | ({"tools"} if tools else set())
-        self._unused |= {name for name in names if not uses(self._tokenizer, name)}
+        self._unused |= {name for name in names if not uses(self.tokenizer, name)}
 
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the way in which records became examples."""
@@ -287,7 +287,7 @@ class Encoder:
             notes.append("nothing ends an answer: neither the chat template nor the tokenizer has an end token")
         if ways["foreign"]:
             notes.append(
-                f"the chat template ends answers with no token: {self._tokenizer.eos_token} is put behind each of them"
+                f"the chat template ends answers with no token: {self.tokenizer.eos_token} is put behind each of them"
             )
         if self._unused:
             notes.append(f"not read by the chat template: {', '.join(sorted(self._unused))}")

@@ -31,6 +31,7 @@ class Row(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], where: str, plain: Mapping[str, str] | None = None) -> None:
         super().__init__(values)
         self.where, self.plain, self.weight = where, plain, 1.0
+        self.same: str | None = None  # as `same` has it, once it was asked for
 
 
 @contextmanager
@@ -173,9 +174,15 @@ def form(record: Record) -> str | None:
 
 def same(record: Record) -> str:
     """Return what two records have alike that teach the same."""
+    known = getattr(record, "same", None)
+    if known is not None:
+        return known
     kept = {key: value for key, value in record.items() if key in _OF_TASKS} or dict(record)
     text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    if isinstance(record, Row):
+        record.same = found
+    return found
 
 
 def split(

@@ -8,13 +8,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from spectune.bases.loading import load_base
+from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
 from spectune.training import processes
-from spectune.training.config import TrainConfig
+from spectune.training.config import FOLLOWING, TrainConfig
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.records import Record, read, repeated, same, split
+from spectune.training.data.records import Record, of, read, repeated, same, split
+from spectune.training.defaults import Choice, by_count, by_lengths, settle
 from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
+
+_MEASURED = 500  # records whose lengths stand for all
 
 
 class Task:
@@ -38,10 +42,12 @@ class Task:
     by_length: ClassVar[bool] = False  # batches are of examples of about one length; these are mappings with input_ids
 
     dropout: ClassVar[bool] = True  # the model's own stays on in training; an adapter's does
+    follows: ClassVar[tuple[str, ...]] = FOLLOWING  # settings that follow the data where they are not given
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.notes: list[str] = []  # what a user should know of the data
+        self.choices: list[Choice] = []  # settings that followed the data, which `config` has by then
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """Return what is wrong with the form of a record, or None."""
@@ -57,12 +63,39 @@ class Task:
         assert config.data is not None  # or the configuration was not checked
         say = self.notes.append
         records, other = read(config.data, self, config.data_config, config.data_split, say), config.evaluation()
+        config = self._choose(by_count(config, len(records), self.follows, processes.count()))
         if other is None:
             records, held = split(records, config.held_out, config.seed, self.kind)
         else:
             held = read(other[0], self, *other[1:], say)
         self._watch(records, held)
         return repeated(records, config.seed), held
+
+    def _choose(self, choices: Sequence[Choice]) -> TrainConfig:
+        self.choices += choices
+        self.config = settle(self.config, choices)
+        return self.config
+
+    def measure(self, records: Sequence[Record], model: Any, tokenizer: Any) -> None:
+        """Let the length of examples follow the data, where it is not given.
+
+        Args:
+            records: to train on.
+            model: the model, or its outline.
+            tokenizer: the model's.
+        """
+        if "max_length" not in self.follows or "max_length" in self.config.model_fields_set:
+            return
+        encoder = Encoder(tokenizer, stop_tokens(model, tokenizer))
+        lengths: list[int] = []
+        try:
+            for record in records[:: max(1, len(records) // _MEASURED)]:
+                with of(record):
+                    lengths += (len(example.tokens) for example in self.examples(record, encoder))
+        except NotImplementedError:  # a task of someone else's, whose examples are of another kind
+            return
+        context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self._choose(by_lengths(self.config, lengths, context, self.follows))
 
     def kind(self, record: Record) -> Any:
         """Return what a held-out share has as much of as the data, such as a label."""

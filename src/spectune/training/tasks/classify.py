@@ -16,7 +16,7 @@ from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError
 from spectune.methods.head import Head
 from spectune.training import processes
-from spectune.training.data.encoding import Encoded
+from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.records import Record
 from spectune.training.options import ClassifyOptions, TaskOptions
 from spectune.training.tasks.base import Task
@@ -96,6 +96,10 @@ class Classify(Task):
         if not examples:
             raise SpectuneError("every text is empty; check the data")
         return Encoded(examples, cut, len(records) - len(examples))
+
+    def examples(self, record: Record, encoder: Encoder) -> list[Example]:
+        tokens, _ = tokenize(encoder.tokenizer, record["text"], record.get("text_pair"), 1 << 30)
+        return [Example(tokens["input_ids"], [False] * len(tokens["input_ids"]))]
 
     def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
         def collate(examples: Sequence[Any]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from spectune.methods._adalora_schedule import before_clip
 from spectune.model.fusing import fused_where_it_pays
 from spectune.speed.shapes import IGNORE
 from spectune.training import processes
+from spectune.training.draw import Drawn
 from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
 from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, WithBlanks
 
@@ -200,7 +201,11 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if isinstance(train_dataset, WithBlanks):
             train_dataset = train_dataset.examples
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler: Any
+        if isinstance(self.train_dataset, Drawn):
+            sampler = SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
         grouped = isinstance(sampler, LengthGroupedSampler)
         if grouped:  # by the examples of an optimizer step, which are those of all processes
             sampler.batch_size *= self.args.world_size

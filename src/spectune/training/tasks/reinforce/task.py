@@ -49,6 +49,7 @@ class Reinforce(Task):
     unit = "completion"
     curve = "reward"
     dropout = False
+    follows = ("held_out",)
     best_metric = "eval_reward"
 
     def __init__(self, config: TrainConfig) -> None:

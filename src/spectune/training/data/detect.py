@@ -1,0 +1,141 @@
+"""What data is for: the task, and which of its columns the task takes, from the first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from spectune.errors import SpectuneError
+from spectune.training.data.files import rows
+from spectune.training.data.formats import convert
+from spectune.training.data.records import form
+
+_LOOKED_AT = 2000
+_LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent", "topic", "tag", "rating", "stars")
+_LABELS += ("is_spam", "spam", "polarity", "emotion", "language", "coarse_label", "y", "score")
+_TEXTS = ("text", "sentence", "review", "comment", "content", "body", "message", "tweet", "document", "question")
+_TEXTS += ("utterance", "query", "title", "description")
+_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"))
+_PAIRS += (("question", "sentence"), ("sentence_a", "sentence_b"), ("query", "passage"))
+_ASKED = ("prompt", "question", "instruction", "input", "query", "user", "source", "q", "request", "problem")
+_KINDS = 150  # labels at most
+
+
+class Found(NamedTuple):
+    """What data is for.
+
+    Args:
+        task: sft, classify or dpo.
+        columns: the task's names for those of the data, where they differ.
+        reason: for both.
+    """
+
+    task: str
+    columns: dict[str, str]
+    reason: str
+
+
+def detect(source: str, *, generates: bool, config: str | None = None, split: str | None = None) -> Found:
+    """Return what data is for.
+
+    Args:
+        source: a file, a pattern, or a data set's folder or id.
+        generates: whether the model does, so that it can learn answers; others learn labels.
+        config: of a data set.
+        split: of a data set.
+
+    Raises:
+        SpectuneError: nothing that a task could learn is there.
+    """
+    read = [row for row, _ in islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
+    if not read:
+        raise SpectuneError(f"{source} holds no records")
+    if not all(isinstance(row, Mapping) for row in read):
+        raise SpectuneError(f"{source}: a record is an object with names for its values, and not a {type(read[0])!r}")
+    names = [name for name in read[0] if any(row.get(name) not in (None, "") for row in read)]
+    there = set(names)
+    if {"chosen", "rejected"} <= there and generates:
+        return Found("dpo", {}, "'chosen' and 'rejected' are there")
+    answers = _answers(read)
+    label = _label(read, names)
+    if not generates or (label is not None and not answers):
+        found = _labelled(read, names, label)
+        if found is not None:
+            return found
+        if not generates:
+            raise SpectuneError(
+                f"{source} has no column that looks like a label ({', '.join(names)}), and this model learns labels: "
+                "name the columns, columns='{text: ..., label: ...}', or take a model that generates text"
+            )
+    if answers or "text" in there:
+        return Found("sft", {}, f"{answers or 'text'} to learn from")
+    return _asked(source, read, names)
+
+
+def _answers(read: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the format of records with answers, where all of them have one."""
+    converted = [convert(row, "sft") for row in read[:200]]
+    kinds = {each.format for each in converted if form(each.values) in ("messages", "completion")}
+    known = all(form(each.values) in ("messages", "completion") for each in converted)
+    return (max(kinds, key=len) or "prompt and completion") if known and kinds else None
+
+
+def _values(read: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    return [row.get(name) for row in read if row.get(name) not in (None, "")]
+
+
+def _label(read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
+    """Return the column whose few values come back: the one with a label's name first, then the one with the fewest."""
+
+    def kinds(name: str) -> int | None:
+        values = _values(read, name)
+        if any(isinstance(value, (list, dict)) or len(str(value)) > 60 for value in values):
+            return None
+        if any(isinstance(value, float) and not value.is_integer() for value in values):
+            return None
+        count = len({str(value) for value in values})
+        return count if 2 <= count <= min(_KINDS, max(2, len(values) // 2)) else None
+
+    able = {name: count for name in names if (count := kinds(name)) is not None}
+    named = [name for name in able if name.lower() in _LABELS]
+    return min(named or able, key=lambda name: _LABELS.index(name.lower()) if named else able[name], default=None)
+
+
+def _length(read: Sequence[Mapping[str, Any]], name: str) -> float:
+    values = _values(read, name)
+    if not values or not all(isinstance(value, str) for value in values):
+        return 0.0
+    return sum(map(len, values)) / len(values)
+
+
+def _labelled(read: Sequence[Mapping[str, Any]], names: Sequence[str], label: str | None) -> Found | None:
+    others = [name for name in names if name != label and _length(read, name) > 0]
+    if label is None or not others:
+        return None
+    pair = next((pair for pair in _PAIRS if set(pair) <= set(others)), None)
+    first = pair[0] if pair else next((name for name in _TEXTS if name in others), None)
+    first = first or max(others, key=lambda name: _length(read, name))
+    columns = {"text": first, "label": label} | ({"text_pair": pair[1]} if pair else {})
+    kinds = len({str(value) for value in _values(read, label)})
+    return Found(
+        "classify",
+        {ours: theirs for ours, theirs in columns.items() if ours != theirs},
+        f"{label!r} has {kinds} values that come back: texts with labels",
+    )
+
+
+def _asked(source: str, read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Found:
+    """Return a prompt and what follows it by their names, or by the order of the two longest columns of text."""
+    texts = sorted((name for name in names if _length(read, name) > 0), key=lambda name: -_length(read, name))
+    if not texts:
+        raise SpectuneError(f"{source} has no text to learn from ({', '.join(names)})")
+    if len(texts) == 1:
+        return Found("sft", {"text": texts[0]}, f"{texts[0]!r} is the only text")
+    two = sorted(texts[:2], key=names.index)
+    named = next((name for name in _ASKED for own in texts if own.lower() == name), None)
+    if named is not None:
+        asked = next(own for own in texts if own.lower() == named)
+        two = [asked, next(own for own in texts if own != asked)]
+    columns = {"prompt": two[0], "completion": two[1]}
+    return Found("sft", columns, f"{two[1]!r} is taken as the answer to {two[0]!r}")
