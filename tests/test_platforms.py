@@ -230,6 +230,6 @@ def test_a_process_that_is_spawned_adapts_as_one_that_is_forked():
     ready = context.Queue()
     process = context.Process(target=_adapted, args=(torch.randn(3, 4).tolist(), ready))
     process.start()
-    assert ready.get(timeout=120) == ["0.adapters.default.0.z"]
+    assert ready.get(timeout=600) == ["0.adapters.default.0.z"]
     process.join()
     assert process.exitcode == 0

@@ -142,7 +142,7 @@ def test_a_claim_ends_with_its_worker_however_it_ends(tmp_path):
     ready = context.Queue()
     process = context.Process(target=_hold, args=(tmp_path, ready))
     process.start()
-    assert ready.get(timeout=60) is True
+    assert ready.get(timeout=600) is True
     results, trial = Results(tmp_path, "s"), Trial("lora", 0.1, 0, "final")
     with results.claimed(trial) as mine:
         assert not mine

@@ -85,7 +85,7 @@ def seen(request, pages, tmp_path_factory):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     options += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
     options += [f"--screenshot={folder / 'page.png'}", (folder / "frame.html").as_uri()]
-    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(["chromium", *options], capture_output=True, text=True, timeout=600, check=True)
     found = re.search(r'<pre id="audit" hidden="">([^<]+)</pre>', done.stdout)
     assert found, done.stderr
     return name, width, json.loads(unquote(found[1])), folder / "page.png"

@@ -108,7 +108,7 @@ def test_in_a_browser_the_table_sorts_and_the_theme_changes(tmp_path):
     file.write_text(page.page("x", "", [("A", TABLE)]).replace("</body>", presses), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     done = subprocess.run(
-        ["chromium", *options, file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        ["chromium", *options, file.as_uri()], capture_output=True, text=True, timeout=600, check=True
     )
     assert "<title>abdcdbacabcd</title>" in done.stdout
     assert 'data-theme="dark"' in done.stdout

@@ -475,7 +475,7 @@ FULL_DISK = """
 
 def test_a_full_disk_warns_once_and_leaves_nothing(folder):
     process = run(FULL_DISK, folder)
-    assert process.communicate(timeout=120)[0].strip() == "1"
+    assert process.communicate(timeout=600)[0].strip() == "1"
     assert process.returncode == 0
     assert [p for p in folder.glob("**/*") if p.is_file()] == []
 
@@ -521,7 +521,7 @@ WRITER = """
 
 def test_writers_readers_and_pruners_at_once_and_one_killed(folder):
     processes = [run(WRITER, folder, role) for role in ("writes", "prunes", "killed")]
-    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    printed = [process.communicate(timeout=600)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, -9]
     assert len(set(printed[:2])) == 1
     assert cache.verify() == []

@@ -71,7 +71,7 @@ _KEEP = re.compile(
     r"(num_channels|in_channels|.*_kernel.*|.*_stride.*|.*theta|.*_token_id|.*factor|torch_dtype|.*ratio)"
 )
 
-_UNSET = {"head_dim": 8, "num_key_value_heads": 2}
+_UNSET = {"head_dim": 8, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "n_group": 1, "topk_group": 1}
 
 # what the names of fields do not say
 FIXES: dict[str, dict[str, Any]] = {
@@ -90,6 +90,14 @@ FIXES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
+    "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "hidden_size": 32, "embedding_size": 32},
+    "donut-swin": {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16, "patch_size": 2, "window_size": 4},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "mistral4": {"num_key_value_heads": 4},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -105,6 +113,9 @@ def classes() -> dict[str, tuple[str, str]]:
         name = f"MODEL_FOR_{suffix}_MAPPING_NAMES" if suffix else "MODEL_MAPPING_NAMES"
         for kind, cls in getattr(modeling_auto, name).items():
             found.setdefault(kind, (task.strip(), cls if isinstance(cls, str) else cls[0]))
+    for kind, cls in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items():
+        if found[kind][0] != "encoder-decoder":  # it has a decoder of its own, too
+            found[f"{kind} (whole)"] = "encoder-decoder", cls if isinstance(cls, str) else cls[0]
     return found
 
 
@@ -112,6 +123,7 @@ def build(kind: str) -> tuple[Any, dict[str, Any]]:
     """Return a model of a type, in evaluation mode, and a batch of two rows."""
     torch.manual_seed(0)
     _, name = classes()[kind]
+    kind = kind.removesuffix(" (whole)")
     cls: Any = getattr(tf, name)
     config = _shrunk(cls.config_class or _config_class(kind), kind)
     _check_size(cls, config)
@@ -175,6 +187,9 @@ def _shrunk(cls: Any, kind: str) -> Any:
         if isinstance(value, list) and layers and name in ("layer_types", "mlp_layer_types", "layers_block_type"):
             kinds = list(dict.fromkeys(value))
             values[name] = (kinds * layers)[:layers]
+    for name, value in vars(whole).items():  # what turns rows, columns and times is half of a head each
+        if isinstance(value, dict) and "mrope_section" in value:
+            values[name] = {**value, "mrope_section": [2, 1, 1]}
     config = cls(**values)
     for name, value in vars(config).items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:

@@ -43,7 +43,7 @@ def launched(*arguments):
     command = [sys.executable, "-m", *map(str, arguments)]
     paths = os.pathsep.join([str(TESTS), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False, timeout=300
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False, timeout=600
     )
 
 
