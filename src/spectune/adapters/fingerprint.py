@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectune.errors import SpectuneError
+from spectune.layers.packed import Packed
 from spectune.layers.shards import whole
 
 PROBES = 4
@@ -63,6 +64,7 @@ def sketch_weight(weight: Tensor) -> Tensor:
     until the parameter that W is, or is a view of, is written to, so that a checkpoint need not make it again.
     """
     owner = weight._base if weight._is_view() and weight._base is not None else weight
+    owner = weight.held if isinstance(weight, Packed) else owner
     state = (owner._version, owner.data_ptr(), weight.shape, weight.stride())
     kept = _kept.get(owner)
     if kept is None or kept[0] != state:

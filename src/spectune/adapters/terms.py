@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,13 +28,15 @@ class Lent:
 
     Args:
         tensor: the tensor.
+        seen: what a call makes of it.
     """
 
-    def __init__(self, tensor: Tensor | None = None) -> None:
-        self._ref = None if tensor is None else TensorWeakRef(tensor)
+    def __init__(self, tensor: Tensor | None = None, seen: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._ref, self._seen = None if tensor is None else TensorWeakRef(tensor), seen
 
     def __call__(self) -> Tensor | None:
-        return None if self._ref is None else self._ref()
+        tensor = None if self._ref is None else self._ref()
+        return tensor if tensor is None or self._seen is None else self._seen(tensor)
 
     def __deepcopy__(self, memo: Any) -> Lent:
         return self

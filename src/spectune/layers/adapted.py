@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, ABCMeta
 from collections.abc import Sequence
 from functools import cache
 from inspect import signature
@@ -24,6 +25,7 @@ from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight
+from spectune.layers.packed import is_packed, leave_as_packed, packed_product
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
@@ -43,6 +45,7 @@ class Adapted(nn.Module):
     plain_class: type[nn.Module]
     is_transposed: bool  # W is held (in x out), as Conv1D does
     is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
+    is_packed: bool  # and by the library that holds W packed
     adapted_as: str
     bias: nn.Parameter | None
     fused: Fused | None  # W', within `spectune.fused`
@@ -182,14 +185,14 @@ class Adapted(nn.Module):
     def _by_row(self, x: Tensor, rows: Rows, layout: Layout) -> Tensor:
         """Return the answer to x (rows x ... x in), each row with a mixture of its own."""
         if not torch.is_grad_enabled() and self._fuses(x):
-            return rows.forward_of(self, x, layout).answer(x, super().forward(x))
+            return rows.forward_of(self, x, layout).answer(x, self._own(x))
         shares = rows.shares(self, x, layout).items()
         updates = [(u, share) for name, share in shares for u in self.adapters[name]]  # type: ignore[attr-defined]
-        return self.sum(updates, x, plain := self._plain(x), plain) if updates else super().forward(x)
+        return self.sum(updates, x, plain := self._plain(x), plain) if updates else self._own(x)
 
     def _of_parts(self, parts: list[Part], x: Tensor) -> Tensor:
         if not parts:
-            return super().forward(x)
+            return self._own(x)
         update, weight = parts[0]
         if len(parts) > 1 or isinstance(weight, Tensor) or weight * update.weight != 1.0:
             return self.sum(parts, x, plain := self._plain(x), plain)
@@ -277,9 +280,17 @@ class Adapted(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Return the answer of the frozen layer."""
-        if self.training and by_onednn(x, effective_weight(self)) and self._fuses(x):
+        if self.training and self.is_plain and by_onednn(x, effective_weight(self)) and self._fuses(x):
             return frozen_linear(x, effective_weight(self), self.bias)
-        return super().forward(x)
+        return self._own(x)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return the answer of the layer's own class."""
+        if not self.is_packed or not x.requires_grad or not torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.compiler.is_compiling() or is_transformed() or (self.bias is not None and self.bias.requires_grad):
+            return super().forward(x)
+        return packed_product(x, self, super().forward)
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
@@ -330,7 +341,8 @@ class Adapted(nn.Module):
             return y if self.bias is None else y - self.bias.to(y.dtype)
 
         def project(R: Tensor) -> Tensor:
-            weight = effective_weight(self)
+            weight: Any = effective_weight(self)
+            weight = weight.dense() if self.is_packed else weight
             return linear(weight, R.to(weight.dtype))
 
         return Base(without_bias, project, self.bias, lambda index: effective_weight(self).index_select(0, index))
@@ -403,14 +415,21 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D))
     own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
     around = bool(own) and all(_goes_around(forward) for forward in own)
-    under = (kind, adapted_class(plain)) if around else (Adapted, kind)
+    under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Adapted, kind)
+    if isinstance(kind, ABCMeta):  # whose instances change their class only to one that is abstract first
+        under = (_Abstract, *under)
     values = {
         "__module__": kind.__module__,
         "plain_class": kind,
         "is_plain": around or not own,
+        "is_packed": False,
         "is_transposed": plain is Conv1D,
     }
     return type(f"Adapted{kind.__name__}", under, values)
+
+
+class _Abstract(ABC):  # noqa: B024
+    pass
 
 
 def _goes_around(forward: Any) -> bool:
@@ -420,7 +439,11 @@ def _goes_around(forward: Any) -> bool:
 
 def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     """Make a linear layer an adapted one, in place, without touching its parameters."""
+    packed = is_packed(layer)
     change_class(layer, adapted_class(type(layer)))
+    if packed:
+        layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
+        leave_as_packed(layer, True)
     layer.adapted_as = name  # type: ignore[assignment]
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
@@ -436,6 +459,9 @@ def give_back(layer: Adapted) -> None:
     if layer.fused is not None:
         layer.fused.end()
     del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused
+    if layer.is_packed:
+        del layer.is_plain, layer.is_packed
+        leave_as_packed(layer, False)
     change_class(layer, layer.plain_class)
 
 

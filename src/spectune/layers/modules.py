@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.packed import is_packed, packed_weight
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -31,6 +32,8 @@ def is_another_function(layer: nn.Module) -> bool:
         layer: one that `is_linear`, and not adapted.
     """
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or effective_weight(layer).is_meta:
+        return False
+    if is_packed(layer):  # which rounds its input as well, and is no other function for that
         return False
     weight, bias = effective_weight(layer), layer._parameters.get("bias")
     x = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(2, -1).to(weight.device, weight.dtype)
@@ -52,8 +55,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """Return W (out x in) of a linear layer; a view, transposed for Conv1D."""
+    """Return W (out x in) of a linear layer; a view, transposed for Conv1D, or a `Packed` one."""
     weight: Any = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter and (packed := packed_weight(layer)) is not None:
+        return packed
     if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
         weight = layer.weight
     if not torch.compiler.is_compiling() and is_lazy(weight):

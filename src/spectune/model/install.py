@@ -17,6 +17,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
+from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
 from spectune.layers.updates import Basis, Update
 from spectune.layers.whole import Part, parts_of
@@ -45,7 +46,7 @@ def install(
                 "without offloading this module, or exclude the layer"
             )
         _check_layer(layer_name, layer)
-    bases = _bases(layers, plan, trained_on or {}, progress)
+    bases = _bases(layers, plan, trained_on or {}, progress, _dtype_of(model))
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():
         weight = effective_weight(layer)
@@ -87,6 +88,7 @@ def _bases(
     plan: Mapping[str, Sequence[Term]],
     trained_on: Mapping[str, Tensor | None],
     progress: Any,
+    around: torch.dtype | None,
 ) -> dict[str, dict[str, Basis]]:
     """Return the bases that the terms need and the layers have not, by layer and key."""
     bases: dict[str, dict[str, Basis]] = {name: {} for name in layers}
@@ -99,7 +101,7 @@ def _bases(
             if isinstance(layer, Adapted) and method.basis_key in layer.bases:
                 continue
             if term.basis is not None:
-                bases[name].setdefault(method.basis_key, frozen_basis(layer, method, term.basis))
+                bases[name].setdefault(method.basis_key, frozen_basis(layer, method, term.basis, around))
             elif (name, method) not in wanted[method.request()]:
                 wanted[method.request()].append((name, method))
     needed = dict.fromkeys(name for pairs in wanted.values() for name, _ in pairs)
@@ -107,23 +109,40 @@ def _bases(
     for request, pairs in wanted.items():
         found: Mapping[str, Any] = {}
         if request is not None:
-            found = decompose_many({name: weights[name] for name, _ in pairs}, request, progress=progress)
+            sources = {name: w.dense if isinstance(w := weights[name], Packed) else w for name, _ in pairs}
+            found = decompose_many(sources, request, progress=progress)
         for name, method in pairs:
             frozen = method.basis(weights[name], found.get(name))
             if frozen:
-                bases[name].setdefault(method.basis_key, frozen_basis(layers[name], method, frozen))
+                bases[name].setdefault(method.basis_key, frozen_basis(layers[name], method, frozen, around))
     return bases
 
 
-def frozen_basis(layer: nn.Module, method: Method, tensors: Mapping[str, Tensor]) -> Basis:
-    """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32."""
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return what a model with packed weights computes in, which these do not tell."""
+    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(plain, None)
+
+
+def frozen_basis(
+    layer: nn.Module, method: Method, tensors: Mapping[str, Tensor], around: torch.dtype | None = None
+) -> Basis:
+    """Move frozen tensors to a layer: in its dtype where they are large (the core alone trains), else float32.
+
+    Args:
+        layer: the layer.
+        method: whose they are.
+        tensors: the tensors.
+        around: the dtype of a packed weight's model.
+    """
     weight = effective_weight(layer)
     master = master_dtype(weight)
+    own = around or weight.dtype if isinstance(weight, Packed) else weight.dtype
 
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(weight.device)
-        return tensor.to(weight.device, weight.dtype if method.core_only and tensor.dim() > 1 else master)
+        return tensor.to(weight.device, own if method.core_only and tensor.dim() > 1 else master)
 
     return Basis({key: moved(tensor) for key, tensor in tensors.items()})
 
@@ -140,8 +159,8 @@ def _check_layer(name: str, layer: nn.Module) -> None:
     weight = effective_weight(layer)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise SpectuneError(
-            f"the weight of {name!r} is {weight.dtype}, not a float of 16 bits or more: packed or quantized weights "
-            "cannot be adapted; load the model in fp32, bf16 or fp16, or exclude the layer"
+            f"the weight of {name!r} is {weight.dtype}, not a float of 16 bits or more, nor packed in a way "
+            "that is known (bitsandbytes, torchao, quanto): load the model in fp32, bf16 or fp16, or exclude the layer"
         )
     if not weight.is_meta and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise SpectuneError(f"the weight of {name!r} holds values that are not finite; repair the checkpoint")

@@ -13,6 +13,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
 from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part, whole
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
 from spectune.methods import Method
@@ -61,7 +62,8 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight).sealed()  # type: ignore[arg-type]
         if not is_part(weight):
             own = layer._parameters.get("weight")  # what is computed is nobody's, and is kept
-            held = weight.detach() if own is None else None if own.is_meta else Lent(own)
+            seen = weight.lend if isinstance(weight, Packed) else None
+            held = weight.detach() if own is None else None if own.is_meta else Lent(own, seen)
             bases = zip(extracted.terms, terms, strict=True)
             extracted = replace(extracted, held=held, terms=tuple(replace(new, basis=old.basis) for new, old in bases))
         layers[layer_name] = extracted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
@@ -12,6 +13,7 @@ from spectune.layers.adapted import Adapted
 from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.packed import Packed
 from spectune.layers.whole import Part
 from spectune.model.names import updates_of
 
@@ -22,8 +24,10 @@ def active_adapters(part: Part, mixture: Mixture | None = None) -> tuple[tuple[s
     return tuple((n, float(w)) for n in part.adapters if (w := weight_at(mixture, n, part)))  # type: ignore[arg-type]
 
 
-def merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor:
-    """Return W', as the layer holds W.
+def merged_weight(
+    layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]], *, requantize: bool = False
+) -> Tensor:
+    """Return W', as the layer holds W; a packed one in float32 if it is to be packed again.
 
     Raises:
         SpectuneError: the weight cannot hold the sum.
@@ -35,6 +39,14 @@ def merged_weight(layer_name: str, layer: Adapted, active: Sequence[tuple[str, f
             "attach again, or keep the adapter beside it"
         )
     weight = effective_weight(layer).detach()
+    if isinstance(weight, Packed):
+        if requantize:
+            return whole_weight(layer, _parts(layer, active), torch.float32)
+        raise SpectuneError(
+            f"the weight of {layer_name!r} is packed ({type(weight.held).__name__}), and W' would be rounded to as few "
+            "bits, which can lose the update: merge(requantize=True) does it all the same; else keep the adapter "
+            "beside it (spectune.extract(model).save(folder))"
+        )
     if not weight.is_floating_point():
         raise SpectuneError(
             f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "

@@ -14,6 +14,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading
+from spectune.layers.packed import is_packed, packed_again
 from spectune.layers.shards import whole
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
 from spectune.model.fresh import FRESH, mark_loaded
@@ -53,7 +54,14 @@ class _Module:
     fresh: Any
 
 
-def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, keep: bool = True) -> M:
+def merge(
+    model: M,
+    names: Choice | Sequence[str] = None,
+    safe: bool = True,
+    *,
+    keep: bool = True,
+    requantize: bool = False,
+) -> M:
     """Fold adapters into new weights, and take every adapter off: plain layers again.
 
     Tied weights stay tied unless an adapter is on one of them.
@@ -63,6 +71,7 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
         names: what to fold in: an adapter, several, or a mixture as for `activate`; None is what answers now.
         safe: look at every new weight, and raise where one is not finite.
         keep: hold the old weights and the adapters, so that `unmerge` can give them back; else they go.
+        requantize: pack W' again where W is packed in 4 or 8 bits, which rounds it; else such a weight is refused.
 
     Returns:
         The model.
@@ -90,12 +99,15 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
                     )
                 kind = effective_weight(layer).device.type
                 with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-                    merged[name] = merged_weight(name, layer, active), merged_bias(layer, active)
+                    weight = merged_weight(name, layer, active, requantize=requantize)
+                    merged[name] = weight, merged_bias(layer, active)
                 if safe and not all(_finite(t) for t in merged[name]):
                     raise SpectuneError(
                         f"merging {', '.join(repr(n) for n, _ in active)} into {name!r} gives values that are not "
                         "finite: the adapter is broken there; safe=False would merge it all the same"
                     )
+                if layer.is_packed:
+                    merged[name] = _packed(name, layer, weight), merged[name][1]
         versions = {n: m.mixed(a) for n, m in modules.items() if (a := active_adapters(m, _or(chosen, m)))}
         for name, tensors in versions.items():
             if safe and not all(_finite(t) for t in tensors.values()):
@@ -112,7 +124,9 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
         if name in merged:
             weight, bias = merged[name]
-            layer.weight = nn.Parameter(weight, requires_grad=record.weight.requires_grad)  # type: ignore[misc]
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=record.weight.requires_grad)
+            layer.weight = weight  # type: ignore[misc]
             new[id(record.weight)] = layer.weight
             made.append(layer.weight)
             vars(layer).pop(FRESH, None)
@@ -136,6 +150,13 @@ def merge(model: M, names: Choice | Sequence[str] = None, safe: bool = True, *, 
         if keep:
             vars(part)[_RECORD] = said
     return model
+
+
+def _packed(name: str, layer: Adapted, weight: Tensor) -> nn.Parameter:
+    try:
+        return packed_again(layer, weight)
+    except SpectuneError as error:
+        raise SpectuneError(f"the weight of {name!r} cannot be packed again: {error}") from None
 
 
 def _put(module: nn.Module, key: str, tensor: Tensor, old: Any, new: dict[int, nn.Parameter]) -> Any:
@@ -233,15 +254,23 @@ def _finite(tensor: Tensor | None) -> bool:
     return tensor is None or tensor.is_meta or bool(whole(tensor.isfinite().all()))
 
 
-def _sums(layer: Any) -> tuple[torch.dtype, list[tuple[float, float]]]:
-    """Return what tells whether a layer's parameters are as they were: their sums and sums of sizes."""
+def _sums(layer: Any) -> tuple[torch.dtype, list[tuple[float, float]]] | None:
+    """Return what tells whether a layer's parameters are as they were: their sums and sums of sizes.
+
+    Of a packed weight nothing does, whose library lays it out anew as it likes, and which nobody writes to.
+    """
+    if is_packed(layer):
+        return None
     held = [p.detach() for p in (layer.weight, layer.bias) if p is not None and not p.is_meta]
     sums = [(p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64)) for p in held]
     return layer.weight.dtype, [(float(whole(a)), float(whole(b))) for a, b in sums]
 
 
-def _differ(layer: Any, before: tuple[torch.dtype, list[tuple[float, float]]]) -> bool:
-    dtype, sums = _sums(layer)
+def _differ(layer: Any, before: tuple[torch.dtype, list[tuple[float, float]]] | None) -> bool:
+    now = _sums(layer)
+    if now is None or before is None:
+        return False
+    dtype, sums = now
     near = all(
         abs(a - b) <= 1e-10 * size and abs(s - size) <= 1e-10 * size
         for (a, s), (b, size) in zip(sums, before[1], strict=True)
