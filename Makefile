@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow sweep test-portable test-wheel lint format bench gpu docs install clean
+.PHONY: demo test slow test-peft sweep test-portable test-wheel lint format bench gpu docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -25,6 +25,10 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests
+
+# PEFT's own tests, of two releases, with our configs: needs a package registry
+test-peft: .venv/installed
+	$(BIN)/python tests/peft/suite/run.py
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

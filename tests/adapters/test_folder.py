@@ -461,20 +461,32 @@ def resave(path: Any, change: Any) -> None:
     save_file(tensors, path / WEIGHTS)
 
 
+_IN_PEFT = "base_model.model.0.svf_"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("0.0.z"), "lacks the tensor '0.0.z'"),
-        (lambda t: t.update({"0.0.z": t["0.0.z"][:-1]}), r"'0.0.z' in .* is torch.float32 \(5,\), not floating point"),
-        (lambda t: t.update({"0.0.z": t["0.0.z"].long()}), "'0.0.z' in .* is torch.int64"),
-        (lambda t: t.update({"0.0.z": t["0.0.z"] * torch.inf}), "not finite, in '0.0.z'"),
-        (lambda t: t.update({"0.1.z": torch.ones(6)}), "a tensor that its config does not speak of: '0.1.z'"),
-        (lambda t: t.update({"0.base": torch.zeros(2)}), r"'0.base' in .* \(2,\)"),
-        (lambda t: t.update({"0.0.sketch": torch.zeros(2)}), r"'0.0.sketch' in .* \(2,\)"),
-        (lambda t: t.pop("0.0.basis.L"), "stored basis of '0.0' in .* does not fit"),
-        (lambda t: t.update({"0.0.basis.L": t["0.0.basis.L"][1:]}), "stored basis of '0.0' in .* does not fit"),
-        (lambda t: t.update({"0.0.basis.R": t["0.0.basis.R"][1:]}), "stored basis of '0.0' in .* does not fit"),
-        (lambda t: t.update({"0.0.basis.L": torch.zeros(())}), "stored basis of '0.0' in .* does not fit"),
+        (lambda t: t.pop(f"{_IN_PEFT}z"), "lacks the tensor '0.0.z'"),
+        (
+            lambda t: t.update({f"{_IN_PEFT}z": t[f"{_IN_PEFT}z"][:-1]}),
+            r"'0.0.z' in .* is torch.float32 \(5,\), not floating point",
+        ),
+        (lambda t: t.update({f"{_IN_PEFT}z": t[f"{_IN_PEFT}z"].long()}), "'0.0.z' in .* is torch.int64"),
+        (lambda t: t.update({f"{_IN_PEFT}z": t[f"{_IN_PEFT}z"] * torch.inf}), "not finite, in '.*svf_z'"),
+        (lambda t: t.update({f"{_IN_PEFT}y": torch.ones(6)}), "a tensor that its config does not speak of: '0.0.y'"),
+        (lambda t: t.update({f"{_IN_PEFT}base": torch.ones(2)}), r"'0.base' in .* \(2,\)"),
+        (lambda t: t.update({f"{_IN_PEFT}sketch": torch.ones(2)}), r"'0.0.sketch' in .* \(2,\)"),
+        (lambda t: t.pop(f"{_IN_PEFT}basis_L"), "stored basis of '0.0' in .* does not fit"),
+        (
+            lambda t: t.update({f"{_IN_PEFT}basis_L": t[f"{_IN_PEFT}basis_L"][1:]}),
+            "stored basis of '0.0' in .* does not fit",
+        ),
+        (
+            lambda t: t.update({f"{_IN_PEFT}basis_R": t[f"{_IN_PEFT}basis_R"][1:]}),
+            "stored basis of '0.0' in .* does not fit",
+        ),
+        (lambda t: t.update({f"{_IN_PEFT}basis_L": torch.zeros(())}), "stored basis of '0.0' in .* does not fit"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(tmp_path, change, message):
@@ -486,7 +498,7 @@ def test_tensors_that_do_not_fit_the_config(tmp_path, change, message):
 
 def test_indices_beyond_the_layer_are_refused(tmp_path):
     made("svft:pattern=random,width=1").save(tmp_path, bases="embed")
-    resave(tmp_path, lambda t: t["4.0.basis.rows"].__setitem__(3, 5))
+    resave(tmp_path, lambda t: t["base_model.model.4.svft_basis_rows"].__setitem__(3, 5))
     with pytest.raises(SpectuneError, match=r"stored basis of '4.0' in .* does not fit"):
         Adapter.load(tmp_path)
 
@@ -505,7 +517,7 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
         with pytest.raises(SpectuneError, match=message):
             Adapter.load(tmp_path)
 
-    refused("has the unknown key 'layer'; did you mean 'layers'", lambda c: c.update(layer=c.pop("layers")))
+    refused("lacks the key 'layers'", lambda c: c.update(layer=c.pop("layers")))
     refused("lacks the key 'methods'", lambda c: c.pop("methods"))
     refused(
         "'0' in 'layers' in .* the unknown key 'shap'; did you mean 'shape'", lambda c: c["layers"]["0"].update(shap=1)
@@ -518,7 +530,7 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
     refused("unknown method 'pisa'; did you mean 'pissa'", lambda c: c["methods"][0].update(name="pisa"))
     refused("has no 'name'", lambda c: c["methods"][0].pop("name"))
     refused("rank of PiSSA must be an integer >= 1, not 0", lambda c: c["methods"][0].update(rank=0))
-    refused("format version 2; this release reads 1", lambda c: c.update(format_version=2))
+    refused("format version 3; this release reads up to 2", lambda c: c.update(format_version=3))
     refused("library_name 'other', which is not 'spectune'", lambda c: c.update(library_name="other"))
     refused("has no layers", lambda c: c["layers"].clear())
     refused("has no terms", lambda c: c["layers"]["0"]["terms"].clear())
@@ -615,7 +627,7 @@ def test_what_is_stored_is_small_and_says_what_it_is(tmp_path):
     made("svf").save(tmp_path)
     with safe_open(tmp_path / WEIGHTS, "pt") as opened:
         assert set(opened.metadata()) == {"format", "sha256", "config_sha256"}
-        assert set(opened.keys()) == {f"{n}.{k}" for n in "024" for k in ("0.z", "0.sketch", "base")}
+        assert set(opened.keys()) == {f"base_model.model.{n}.svf_{k}" for n in "024" for k in ("z", "sketch", "base")}
     assert moved(spectune.attach(small(), Adapter.load(tmp_path)))
 
 

@@ -100,6 +100,13 @@ def wrapped_in(module: nn.Module) -> str | None:
     return next((key for key in _WRAPPED if children.get(key) is not None), None)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the model itself, past the wrappers around it."""
+    while (wrapped := wrapped_in(module)) is not None:
+        module = module._modules[wrapped]  # type: ignore[assignment]
+    return module
+
+
 def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module's children with their names in the base, in which wrappers have no part.
 
@@ -125,9 +132,7 @@ def modules_around(root: nn.Module, name: str) -> list[nn.Module]:
 
 
 def _child(module: nn.Module, key: str) -> nn.Module:
-    while (wrapped := wrapped_in(module)) is not None:
-        module = module._modules[wrapped]  # type: ignore[assignment]
-    return getattr(module, key)
+    return getattr(unwrapped(module), key)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

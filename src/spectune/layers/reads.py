@@ -36,9 +36,14 @@ def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType) -> nn.Mo
         if code.co_name == "forward" and code.co_argcount:
             module = frame.f_locals.get(code.co_varnames[0])
             if isinstance(module, nn.Module) and module is not layer:
-                return module
+                return None if _moves(module) else module
         frame = frame.f_back
     return None
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a module's forward method gathers the weights of those inside, as FSDP's does, and computes nothing."""
+    return type(module).__module__.startswith("torch.distributed.")
 
 
 def replaced_forward(layer: nn.Module) -> bool:

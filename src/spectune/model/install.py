@@ -46,7 +46,7 @@ def install(
                 "without offloading this module, or exclude the layer"
             )
         _check_layer(layer_name, layer)
-    bases = _bases(layers, plan, trained_on or {}, progress, _dtype_of(model))
+    bases = bases_for(layers, plan, trained_on or {}, progress, _dtype_of(model))
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():
         weight = effective_weight(layer)
@@ -83,7 +83,7 @@ def install(
     choose(adapted_layers(model).values(), {name: 1.0})
 
 
-def _bases(
+def bases_for(
     layers: Mapping[str, nn.Module],
     plan: Mapping[str, Sequence[Term]],
     trained_on: Mapping[str, Tensor | None],

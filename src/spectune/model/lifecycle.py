@@ -12,7 +12,7 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
-from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.modules import effective_weight, is_conv1d, unwrapped
 from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part, whole
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
@@ -78,8 +78,8 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     adapter = Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
     adapter.modules = {n: (term,) for n, term in modules.items()}
     adapter.groups = tuple(groups_of(model, [*brought, *(n for n, term in modules.items() if term.complete)]))
-    if hasattr(model, "save_pretrained"):
-        adapter.architecture = type(model).__name__, type(model).__module__
+    if hasattr(inner := unwrapped(model), "save_pretrained"):
+        adapter.architecture = type(inner).__name__, type(inner).__module__
     return adapter
 
 

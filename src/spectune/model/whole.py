@@ -191,6 +191,11 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
         own = {k: p for k, p in own.items() if id(p) not in of_adapters}
         if not own:
             continue
+        if (held := _held_by_peft(name)) is not None:
+            raise SpectuneError(
+                f"{held!r} is trained whole by PEFT, for each of its adapters: model.save_pretrained(folder) and "
+                "spectune.Adapter.load(folder) take it along"
+            )
         if isinstance(module, (Adapted, Whole)):
             raise SpectuneError(
                 f"the {next(iter(own))} of {name!r} is set to train beside the adapter on it, which no adapter holds: "
@@ -200,6 +205,14 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
         tensors = {k: whole(p).cpu().clone() for k, p in linear.items()}
         found[name] = WholeTerm(tensors, complete=is_complete(module, tensors))
     return found
+
+
+def _held_by_peft(name: str) -> str | None:
+    """Return the module that PEFT keeps another version of, of which a module of this name is a part; or None."""
+    for inside in (".modules_to_save.", ".token_adapter."):
+        if inside in f"{name}.":
+            return f"{name}.".partition(inside)[0]
+    return None
 
 
 def is_complete(module: nn.Module, tensors: Iterable[str]) -> bool:

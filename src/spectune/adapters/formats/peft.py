@@ -47,7 +47,7 @@ _TENSORS = {
     "base_layer.bias": "base_bias",
     "lora_B.bias": "bias",
 }
-_TOKENS = "token_adapter.trainable_tokens_delta"
+TOKENS = "token_adapter.trainable_tokens_delta"
 _EMPTY = (None, False, [], {}, "none")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract from W
 _STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal")  # those that leave W alone
@@ -143,7 +143,7 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
         if term.rows is not None:
             if not _is_tied(name, term, adapter):
                 rows[name] = list(term.rows)
-                tensors[f"{_PREFIX}{name}.{_TOKENS}"] = term.tensors["weight"]
+                tensors[f"{_PREFIX}{name}.{TOKENS}"] = term.tensors["weight"]
         elif term.complete and name not in ranks:
             whole.append(name)
             tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in term.tensors.items()}
@@ -158,7 +158,7 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
     method = adapter.layers[next(iter(ranks))].terms[0].method
     config = {
         "alpha_pattern": {_whole(n): a for n, a in alphas.items() if a != alpha},
-        "auto_mapping": _auto_mapping(adapter),
+        "auto_mapping": auto_mapping(adapter),
         "base_model_name_or_path": adapter.base_model,
         "bias": "none" if not biases else "lora_only" if set(biases) <= ranks.keys() else "all",
         "fan_in_fan_out": any(layer.conv1d for name, layer in adapter.layers.items() if name in ranks),
@@ -167,12 +167,12 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
         "lora_alpha": alpha,
         "lora_bias": bool(added),
         "lora_dropout": _lora(method).dropout,
-        "modules_to_save": _grouped(whole, adapter.groups) or None,
+        "modules_to_save": grouped(whole, adapter.groups) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_whole(n): r for n, r in ranks.items() if r != rank},
         "revision": None,
-        "target_modules": _targets(list(ranks)),
+        "target_modules": targets_of(list(ranks)),
         "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
         "trainable_token_indices": rows or None,
         "use_dora": isinstance(method, DoRA),
@@ -196,14 +196,14 @@ def _is_tied(name: str, term: WholeTerm, adapter: Contents) -> bool:
     return False
 
 
-def _auto_mapping(adapter: Contents) -> dict[str, str] | None:
+def auto_mapping(adapter: Contents) -> dict[str, str] | None:
     """Return what tells PEFT's AutoPeftModel classes, with no task type, which class to load the base with."""
     if adapter.architecture is None:
         return None
     return dict(zip(("base_model_class", "parent_library"), adapter.architecture, strict=True))
 
 
-def _grouped(names: list[str], groups: Sequence[str]) -> list[str]:
+def grouped(names: list[str], groups: Sequence[str]) -> list[str]:
     """Return the names of modules, those inside one that is brought as a whole by its name."""
     outer = [next((g for g in groups if name == g or name.startswith(f"{g}.")), name) for name in names]
     return list(dict.fromkeys(outer))
@@ -214,7 +214,7 @@ def _whole(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(names: list[str]) -> list[str] | str:
+def targets_of(names: list[str]) -> list[str] | str:
     """Return `target_modules`: the names, or a regex where PEFT would take one of them for a suffix of other modules.
 
     A name with a dot in it is specific enough; one at the top of the model, such as "0", is not.
@@ -304,8 +304,8 @@ def _split(key: str, path: Path, whole: Any) -> tuple[str, str]:
     owner, _, kind = bare.rpartition(".")
     if any(f".{module}." in f".{bare}" for module in whole):
         return owner, f"{_OWN}{kind}"
-    if bare.endswith(f".{_TOKENS}"):
-        return bare.removesuffix(f".{_TOKENS}"), f"{_OWN}rows"
+    if bare.endswith(f".{TOKENS}"):
+        return bare.removesuffix(f".{TOKENS}"), f"{_OWN}rows"
     for suffix, part in _TENSORS.items():
         if bare.endswith(f".{suffix}"):
             return bare.removesuffix(f".{suffix}"), part
@@ -326,7 +326,7 @@ def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], conf
     if not name or not all(parts) or any(not t.numel() for t in parts.values()):
         raise SpectuneError(f"{path / WEIGHTS} has {name!r} whole, with tensors that belong to no module")
     if "rows" in parts:
-        rows = _rows(name, config, path)
+        rows = rows_of(name, config, path)
         values = parts["rows"].float()
         if values.dim() != 2 or len(values) != len(rows):
             raise SpectuneError(f"{path / WEIGHTS} has {len(values)} rows of {name!r}, and the config {len(rows)}")
@@ -342,7 +342,7 @@ def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], conf
     return WholeTerm(held, complete=parts.keys() != {"bias"})
 
 
-def _rows(name: str, config: Entry, path: Path) -> list[int]:
+def rows_of(name: str, config: Entry, path: Path) -> list[int]:
     given: Any = config.values.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((rows for target, rows in given.items() if name.endswith(target)), None)

@@ -11,6 +11,8 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
 from spectune.adapters.folder import CONFIG, WEIGHTS, as_metadata, read_config, read_more, read_tensors
+from spectune.adapters.formats.bilingual import VERSION as BILINGUAL
+from spectune.adapters.formats.bilingual import in_peft_words, own_names, own_words
 from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
@@ -59,7 +61,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
         "layers": layers,
         **({_WHOLE: modules} if modules else {}),
     }
-    return config, tensors, as_metadata(adapter.labels, adapter.architecture, {})
+    return *in_peft_words(config, tensors, adapter), as_metadata(adapter.labels, adapter.architecture, {})
 
 
 def _describe_whole(term: WholeTerm) -> dict[str, Any]:
@@ -73,22 +75,25 @@ def _describe_whole(term: WholeTerm) -> dict[str, Any]:
 
 def load(path: Path) -> Contents:
     """Read an adapter's folder in this format."""
-    config = read_config(path)
+    found = read_config(path)
+    config = found if found.get("format_version") != BILINGUAL else own_words(found)
     entry = Entry(config, str(path / CONFIG))
     entry.check_keys(*_KEYS, *((_WHOLE,) if _WHOLE in config else ()))
     if entry.take("library_name", str) != "spectune":
         raise SpectuneError(f"{path / CONFIG} has the library_name {config['library_name']!r}, which is not 'spectune'")
     version = entry.take("format_version", int)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, BILINGUAL):
         raise SpectuneError(
-            f"{path / CONFIG} has format version {version}; this release reads {FORMAT_VERSION}: update spectune"
+            f"{path / CONFIG} has format version {version}; this release reads up to {BILINGUAL}: update spectune"
         )
     methods = [_method(fields, path) for fields in entry.take("methods", list)]
     described = {name: _described(entry.inside("layers").inside(name), methods) for name in entry.take("layers", dict)}
     if not described:
         raise SpectuneError(f"{path / CONFIG} has no layers")
     base, error = entry.take("base_model_name_or_path", str, type(None)), entry.number("error")
-    tensors = read_tensors(path, config)
+    tensors = read_tensors(path, found)
+    if version == BILINGUAL:
+        tensors = own_names(tensors, found, config, path)  # which may add modules to the config
     layers = {name: _layer(name, layer, tensors, path / WEIGHTS) for name, layer in described.items()}
     inside = entry.inside(_WHOLE)
     modules = {n: _whole_terms(n, inside.take(n, list), inside.where, tensors, path / WEIGHTS) for n in inside.values}

@@ -1,0 +1,125 @@
+"""Spectune's folders in PEFT's words: one config and one set of names that both read, without a conversion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spectune.adapters.contents import Contents
+from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_of
+from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
+from spectune.adapters.terms import ADDED_BIAS
+from spectune.storage import Entry
+
+_OWN = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers", "modules")
+_HEAD = {"weight": "H", "bias": "h"}  # a linear layer's tensors, and what they are called in a head
+_INSIDE = ".base_layer"  # how PEFT names a layer inside of its own
+VERSION = 2
+
+
+def in_peft_words(
+    config: dict[str, Any], tensors: dict[str, Tensor], adapter: Contents
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config and the tensors so that PEFT reads them too, where one of its configs can say what they are."""
+    kind = _kind(adapter)
+    if kind is None:
+        return config, tensors
+    renamed: dict[str, Tensor] = {}
+    whole = [name for name, layer in adapter.layers.items() if layer.terms[0].method.replaces]
+    rest = dict(tensors)
+    for name, layer in adapter.layers.items():
+        (term,) = layer.terms
+        if term.method.replaces:
+            for key, own in _HEAD.items():
+                tensor = rest.pop(f"{name}.0.{own}", None)
+                if tensor is not None:
+                    renamed[f"{PREFIX}{name}.{key}"] = tensor.T if key == "weight" and layer.conv1d else tensor
+            continue
+        parts = {"base": f"{name}.base", "sketch": f"{name}.0.sketch"}
+        parts |= {key: f"{name}.0.{key}" for key in term.trained}
+        parts |= {f"basis_{key}": f"{name}.0.basis.{key}" for key in term.basis or ()}
+        for part, key in parts.items():
+            if key in rest:
+                renamed[f"{PREFIX}{name}.{prefix_of(kind)}{part}"] = rest.pop(key)
+    for name, (whole_term,) in adapter.modules.items():
+        whole.append(name)
+        for key in whole_term.tensors:
+            renamed[f"{PREFIX}{name}.{key}"] = rest.pop(f"{name}.0.whole.{key}")
+    methods = [layer.terms[0].method for layer in adapter.layers.values() if not layer.terms[0].method.replaces]
+    header = {
+        "peft_type": kind,
+        "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
+        "auto_mapping": auto_mapping(adapter),
+        "inference_mode": True,
+        "target_modules": targets_of([n for n, layer in adapter.layers.items() if n not in whole]),
+        "modules_to_save": grouped(whole, adapter.groups) or None,
+        **options_of(Counter(methods).most_common(1)[0][0]),
+    }
+    return {**config, "format_version": VERSION, **header}, {**renamed, **rest}
+
+
+def _kind(adapter: Contents) -> str | None:
+    """Return the PEFT type that can hold an adapter, or None."""
+    kinds: set[str | None] = set()
+    for layer in adapter.layers.values():
+        if len(layer.terms) != 1 or layer.terms[0].weight != 1.0:
+            return None
+        if not layer.terms[0].method.replaces:
+            kinds.add(type_of(layer.terms[0].method))
+    for name, parts in adapter.modules.items():
+        plain = len(parts) == 1 and parts[0].weight == 1.0 and parts[0].rows is None and parts[0].complete
+        if not plain or ADDED_BIAS in parts[0].tensors or name in adapter.layers:
+            return None
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def own_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Spectune's format says, of a config that PEFT reads too."""
+    own = {key: config[key] for key in _OWN if key in config}
+    if own.get("modules") in ({}, None):
+        own.pop("modules", None)
+    return own
+
+
+def own_names(
+    tensors: Mapping[str, Tensor], found: Mapping[str, Any], config: dict[str, Any], where: Path
+) -> dict[str, Tensor]:
+    """Return the tensors by Spectune's names, and add to its config the modules that PEFT saved whole."""
+    prefix = prefix_of(str(found.get("peft_type")))
+    layers = config["layers"] if isinstance(config.get("layers"), dict) else {}
+    modules = {**config["modules"]} if isinstance(config.get("modules"), dict) else {}
+    renamed: dict[str, Tensor] = {}
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        owner, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if part.startswith(prefix):
+            part = part.removeprefix(prefix)
+            if part in ("base", "sketch") and not tensor.any():
+                continue  # PEFT saved a model whose weights were not at hand
+            part = "base" if part == "base" else f"0.{part.replace('basis_', 'basis.')}"
+            renamed[f"{owner}.{part}"] = tensor
+        elif owner in layers and part in _HEAD:
+            turned = part == "weight" and isinstance(layers[owner], dict) and layers[owner].get("conv1d") is True
+            renamed[f"{owner}.0.{_HEAD[part]}"] = tensor.T.contiguous() if turned else tensor
+        else:
+            saved.setdefault(owner.removesuffix(_INSIDE), {})[part] = tensor
+    for name, parts in saved.items():
+        rows = None
+        if TOKENS.rpartition(".")[2] in parts and name.endswith(f".{TOKENS.partition('.')[0]}"):
+            name = name.removesuffix(f".{TOKENS.partition('.')[0]}")
+            given = rows_of(name, Entry(dict(found), str(where)), where)
+            order = sorted(range(len(given)), key=given.__getitem__)
+            rows = [given[i] for i in order]
+            (values,) = parts.values()
+            parts = {"weight": values[order] if len(order) == len(values) else values}
+        renamed |= {f"{name}.0.whole.{key}": tensor for key, tensor in parts.items()}
+        described = {"weight": 1.0, "tensors": sorted(parts), "rows": rows}
+        modules.setdefault(name, [{**described, "complete": rows is None and parts.keys() != {"bias"}}])
+    if modules:
+        config["modules"] = modules
+    return renamed

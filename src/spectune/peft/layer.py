@@ -1,0 +1,370 @@
+"""The layer that PEFT sees: its names and states around an adapted linear layer, which does the work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.adapters.terms import Term, needs_basis
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted, give_back, take_over
+from spectune.layers.modules import effective_weight, is_conv1d, is_linear
+from spectune.layers.selection import Selection
+from spectune.layers.shards import is_part
+from spectune.layers.updates import Update
+from spectune.methods import Method
+from spectune.model.install import bases_for
+from spectune.model.merged import merged_bias, merged_weight
+from spectune.model.names import updates_of
+
+BASE, SKETCH = "base", "sketch"  # of W, and of the update: saved beside what was trained
+
+
+class HeldUpdate(Update):
+    """An update whose trained tensors lie where PEFT looks for them: a ParameterDict for each, with a key an adapter.
+
+    Args:
+        method: what to do with the tensors.
+        names: of the tensors.
+        holder: the layer that has the ParameterDicts.
+        adapter: the key.
+    """
+
+    def __init__(self, method: Method, names: Iterable[str], holder: PeftLayer, adapter: str) -> None:
+        super().__init__(method, {})
+        self.names = tuple(names)
+        self.adapter = adapter
+        vars(self)["holder"] = holder  # not a submodule of its own child
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the trained tensors by name."""
+        holder, adapter = vars(self)["holder"], self.adapter
+        found = {}
+        for name in self.names:
+            held = holder._modules[f"{holder.prefix}{name}"]
+            tensor = held._parameters.get(adapter)
+            found[name] = getattr(held, adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
+        return found
+
+
+class Sketches(BufferDict):
+    """What tells the base, or the updates, again: made when it is saved, and zero here but for what was loaded.
+
+    Args:
+        layer: whose.
+        kind: BASE or SKETCH.
+    """
+
+    def __init__(self, layer: PeftLayer, kind: str) -> None:
+        super().__init__({}, persistent=True)
+        self.kind = kind
+        vars(self)["layer"] = layer  # not a submodule of its own child
+
+    def add(self, adapter: str) -> None:
+        """Have a place for an adapter's."""
+        self[adapter] = torch.zeros(fingerprint.WEIGHT_SHAPE if self.kind == BASE else fingerprint.UPDATE_SHAPE)
+
+    def pop_told(self, adapter: str) -> Tensor | None:
+        """Return what was loaded, and forget it; None where nothing was."""
+        told: Any = self._buffers.get(adapter)
+        if told is None or not told.any():
+            return None
+        self.add(adapter)
+        return told.cpu()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        vars(self)["layer"].check()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for adapter in self:
+            made = vars(self)["layer"].sketch(adapter, self.kind)
+            if made is not None:
+                destination[f"{prefix}{adapter}"] = made
+
+
+class PeftLayer(nn.Module, BaseTunerLayer):
+    """PEFT's tuner layer around a linear layer that Spectune adapted in place.
+
+    The layer inside keeps its weight and holds the frozen tensors; what trains lies here, under PEFT's names.
+
+    Args:
+        base_layer: a linear layer, or another tuner layer around one.
+        name: the layer's name in the model.
+    """
+
+    prefix = ""  # of the names of a method's tensors, in a subclass for each
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.other_param_names: tuple[str, ...] = ()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._own: dict[str, HeldUpdate] = {}
+        self._unseen: set[str] = set()  # adapters that may have been loaded since they were last compared with the base
+        self._kept: tuple[Tensor, Tensor | None, Tensor] | None = None  # W and b, and W' that took their place
+        plain = self.get_base_layer()
+        if not is_linear(plain):
+            raise SpectuneError(
+                f"{name!r} is a {type(plain).__name__}, and the methods of spectune.peft adapt nn.Linear and Conv1D: "
+                "leave it out of target_modules"
+            )
+        if not isinstance(plain, Adapted):
+            take_over(plain, name, Selection())
+        self.out_features, self.in_features = effective_weight(self.adapted).shape
+        for kind in (BASE, SKETCH):
+            self.add_module(f"{self.prefix}{kind}", Sketches(self, kind))
+        self.register_load_state_dict_post_hook(_look_again)
+
+    @property
+    def adapted(self) -> Adapted:
+        """The linear layer inside."""
+        layer = self.get_base_layer()
+        assert isinstance(layer, Adapted)
+        return layer
+
+    # -- adapters come and go
+
+    def add(self, adapter: str, method: Method) -> None:
+        """Put an adapter of this method on the layer, without values and without a basis, which `fill` brings."""
+        shapes = method.shapes(self.out_features, self.in_features)
+        device = effective_weight(self.adapted).device
+        for name, shape in shapes.items():
+            attribute = f"{self.prefix}{name}"
+            if attribute not in self.adapter_layer_names:
+                self.add_module(attribute, nn.ParameterDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+            self._modules[attribute][adapter] = nn.Parameter(torch.zeros(shape, device=device))  # type: ignore[index]
+        for kind in (BASE, SKETCH) if needs_basis(method) else ():
+            self._sketches(kind).add(adapter)
+        update = HeldUpdate(method, shapes, self, adapter)
+        update.needs_basis = type(method).basis is not Method.basis
+        update.unmade = effective_weight(self.adapted).is_meta
+        self._own[adapter] = update
+        self._unseen.add(adapter)
+        self.adapted.adapters[adapter] = nn.ModuleList([update]).train(self.training)
+
+    @torch.no_grad()
+    def start(self, adapter: str, *, random: bool) -> None:
+        """Give an adapter the values that its method starts from, or random ones; on the meta device nothing."""
+        update, weight = self._own[adapter], effective_weight(self.adapted)
+        held = update.trained()
+        if weight.is_meta or any(tensor.is_meta for tensor in held.values()):
+            return
+        method: Any = update.method
+        shapes = method.shapes(self.out_features, self.in_features)
+        frozen = {k: v for k, v in self.adapted.tensors(update).items() if k not in shapes}
+        for name, value in method.initial(shapes, frozen).items():
+            held[name].copy_(value + 0.1 * torch.randn_like(value) if random else value)
+
+    def method_of(self, adapter: str) -> Method | None:
+        """Return an adapter's method here, or None where it has no part."""
+        update = self._own.get(adapter)
+        return None if update is None else update.method  # type: ignore[return-value]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self._own.pop(adapter_name, None) is not None:
+            del self.adapted.adapters[adapter_name]
+            left = {u.basis_key for name in self.adapted.adapters for u in updates_of(self.adapted, name)}
+            for key in self.adapted.bases.keys() - left:
+                del self.adapted.bases[key]
+        self._unseen.discard(adapter_name)
+        for kind in (BASE, SKETCH):
+            if adapter_name in self._sketches(kind):
+                del self._sketches(kind)[adapter_name]
+        super().delete_adapter(adapter_name)
+        self._answer()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._answer()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if not enabled and self.merged:
+            self.unmerge()
+        self._answer()
+
+    def _answer(self) -> None:
+        """Have the layer inside answer with what is active, enabled and not merged here."""
+        silent = self._disable_adapters or self.merged
+        mine = {} if silent else {name: 1.0 for name in self.active_adapters if name in self._own}
+        layer = self.adapted
+        mixture = {n: w for n, w in layer.selection.mixture.items() if n not in self._own and n in layer.adapters}
+        layer.selection.mixture = mixture | mine
+        layer.parts(layer.selection.scope_of_model)
+
+    # -- the answer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._unseen:
+            self.check()
+        if vars(self).get("_is_replica"):
+            for update in (u for name in self.adapted.adapters for u in updates_of(self.adapted, name)):
+                vars(update)["holder"] = self
+        return self.base_layer(x, *args, **kwargs)
+
+    def check(self) -> None:
+        """Raise where an adapter was loaded that belongs to another base, or would not reproduce its update on this.
+
+        Raises:
+            SpectuneError: it is so; the layer is named.
+        """
+        name, weight = self.adapted.adapted_as, self._weight()
+        if torch.compiler.is_compiling() or weight.is_meta or is_part(weight):
+            return
+        for adapter in list(self._unseen):
+            update = self._own[adapter]
+            if any(tensor.is_meta for tensor in update.trained().values()):
+                continue
+            self._unseen.discard(adapter)
+            base, sketch = (self._sketches(kind).pop_told(adapter) for kind in (BASE, SKETCH))
+            if base is None:
+                continue  # made here
+            fingerprint.check_weight(name, weight, base)
+            if fingerprint.as_trained(weight, base) is not weight:
+                self._decompose_as_trained(update, base)
+            self._term(update, sketch).check(name, weight, base)
+
+    def _decompose_as_trained(self, update: HeldUpdate, base: Tensor) -> None:
+        """Give an adapter that was trained on a base in fewer bits the basis that it had there."""
+        layer, key = self.adapted, update.basis_key
+        others = [u for name in layer.adapters for u in updates_of(layer, name) if u is not update]
+        if key in layer.bases and all(other.basis_key != key for other in others):
+            del layer.bases[key]
+            plan = {layer.adapted_as: [Term(self._method(update), {})]}
+            layer.bases.update(
+                bases_for({layer.adapted_as: layer}, plan, {layer.adapted_as: base}, None)[layer.adapted_as]
+            )
+
+    def _weight(self) -> Tensor:
+        """Return W (out x in), of a merged layer too."""
+        if self._kept is None:
+            return effective_weight(self.adapted).detach()
+        return self._kept[0].T if is_conv1d(self.adapted) else self._kept[0]
+
+    def _term(self, update: HeldUpdate, sketch: Tensor | None = None) -> Term:
+        trained = update.trained()
+        frozen = {k: v for k, v in self.adapted.tensors(update).items() if k not in trained}
+        return Term(self._method(update), trained, basis=frozen or None, sketch=sketch)
+
+    def _sketches(self, kind: str) -> Sketches:
+        held = self._modules[f"{self.prefix}{kind}"]
+        assert isinstance(held, Sketches)
+        return held
+
+    @torch.no_grad()
+    def sketch(self, adapter: str, kind: str) -> Tensor | None:
+        """Return what tells the base or the update again; None where that is not at hand."""
+        weight, update = self._weight(), self._own[adapter]
+        tensors = self.adapted.tensors(update).values()
+        if any(tensor.is_meta or is_part(tensor) for tensor in (weight, *tensors)):
+            return None
+        return fingerprint.sketch_weight(weight) if kind == BASE else self._term(update).make_sketch(weight)
+
+    # -- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W' in the place of W, which is kept.
+
+        Raises:
+            ValueError: with `safe_merge`, W' has values that are not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._own]
+        if names:
+            self._merge(names, safe_merge, keep=True)
+
+    @torch.no_grad()
+    def _merge(self, names: Sequence[str], safe_merge: bool, keep: bool) -> None:
+        layer: Any = self.adapted
+        self.check()
+        held, bias = layer._parameters["weight"], layer._parameters["bias"]
+        merged_before = held.data
+        if self._kept is not None:
+            self._restore()
+        chosen = [(name, 1.0) for name in (*self.merged_adapters, *names)]
+        weight, new_bias = merged_weight(layer.adapted_as, layer, chosen), merged_bias(layer, chosen)
+        if safe_merge and not bool(weight.isfinite().all()):
+            if self.merged:
+                held.data = merged_before
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        before = held.data, None if bias is None else bias.data
+        held.data = weight.to(held.dtype)
+        if bias is not None and new_bias is not None:
+            bias.data = new_bias.to(bias.dtype)
+        if keep:
+            self._kept = (*before, held.data)
+        self.merged_adapters.extend(names)
+        self._answer()
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit.
+
+        Raises:
+            SpectuneError: the merged weight was written to.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+        self.merged_adapters.clear()
+        self._answer()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        layer: Any = self.adapted
+        assert self._kept is not None
+        weight, bias, merged = self._kept
+        held = layer._parameters["weight"]
+        if held.data_ptr() != merged.data_ptr() and not torch.equal(held.data, merged.to(held.data)):
+            raise SpectuneError(
+                f"the merged weight of {layer.adapted_as!r} is another one now: load the base and the adapter instead"
+            )
+        held.data = weight.to(held.device, held.dtype)
+        if bias is not None:
+            layer._parameters["bias"].data = bias.to(held.device, bias.dtype)
+        self._kept = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the linear layer as it was before it was adapted, with W' as its weight if `merge`."""
+        if merge:
+            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._own]
+            if names:
+                self._merge(names, safe_merge, keep=False)
+        layer = self.adapted
+        for name in self._own:
+            del layer.adapters[name]
+        if not layer.adapters:
+            give_back(layer)
+        return self.base_layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return W' - W of an adapter, in W's dtype and as the layer holds W."""
+        layer, update = self.adapted, self._own[adapter]
+        delta = self._method(update).delta(layer.tensors(update), effective_weight(layer).detach())
+        delta = delta.to(effective_weight(layer).dtype)
+        return delta.T if is_conv1d(layer) else delta
+
+    @staticmethod
+    def _method(update: Update) -> Method:
+        assert isinstance(update.method, Method)
+        return update.method
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+def _look_again(layer: Any, incompatible: Any) -> None:
+    """After values were loaded, compare them with the base, as far as both are there."""
+    layer._unseen.update(layer._own)
+    layer.check()

@@ -1,0 +1,67 @@
+"""Making the methods known to PEFT, which keeps a closed list of them."""
+
+from __future__ import annotations
+
+import sys
+
+import peft
+from packaging.version import Version
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from spectune.adapters.formats.dialect import TYPES, prefix_of
+from spectune.errors import SpectuneError
+from spectune.peft.config import CONFIGS, SpectuneConfig
+from spectune.peft.layer import PeftLayer
+from spectune.peft.tuner import SpectuneTuner
+
+KNOWN = ("0.20", "0.22")  # from and before: private names of PEFT are used
+
+
+def register_all() -> None:
+    """Make every config known to PEFT.
+
+    Raises:
+        SpectuneError: this version of PEFT is not known to work, or it has a method of the same name.
+    """
+    if not Version(KNOWN[0]) <= Version(peft.__version__) < Version(KNOWN[1]):
+        raise SpectuneError(
+            f"spectune.peft is known to work with PEFT from {KNOWN[0]} and before {KNOWN[1]}, and {peft.__version__} "
+            f'is installed: pip install "peft>={KNOWN[0]},<{KNOWN[1]}"'
+        )
+    for config in CONFIGS:
+        _register(config)
+
+
+def _register(config: type[SpectuneConfig]) -> None:
+    value = TYPES[config.method]
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(value)  # type: ignore[call-overload] - the members are strings
+    if known is config:
+        return
+    if known is not None or value in PeftType._member_map_:
+        raise SpectuneError(
+            f"this PEFT ({peft.__version__}) has a method {value} of its own: update spectune, or go back to an "
+            "earlier PEFT"
+        )
+    _extend_enum(value)
+    prefix = prefix_of(value)
+    short = config.__name__.removesuffix("Config")
+    here = sys.modules[__name__]
+    # "Linear" in the name is how PEFT tells an adapted linear layer for target_modules="all-linear"
+    layer = type(f"{short}Linear", (PeftLayer,), {"__module__": __name__, "prefix": prefix})
+    members = {"__module__": __name__, "prefix": prefix, "tuner_layer_cls": layer}
+    tuner = type(f"{short}Model", (SpectuneTuner,), members)
+    for made in (layer, tuner):
+        setattr(here, made.__name__, made)
+    register_peft_method(name=value.lower(), config_cls=config, model_cls=tuner, prefix=prefix)
+
+
+def _extend_enum(value: str) -> None:
+    """Add a member to PEFT's closed list of types; a plain string lacks `.value`, which transformers reads."""
+    member = str.__new__(PeftType, value)
+    member._name_, member._value_ = value, value
+    PeftType._member_map_[value] = member
+    PeftType._member_names_.append(value)
+    PeftType._value2member_map_[value] = member
+    type.__setattr__(PeftType, value, member)

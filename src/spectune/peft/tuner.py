@@ -1,0 +1,186 @@
+"""The tuner of each method: PEFT finds the layers, Spectune decomposes and adapts them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor
+
+from spectune.adapters.terms import Term
+from spectune.errors import SpectuneError
+from spectune.layers.modules import is_conv1d
+from spectune.model.install import bases_for, master_dtype
+from spectune.model.routing import route
+from spectune.peft.config import SpectuneConfig
+from spectune.peft.layer import PeftLayer
+
+_BASE = "__base__"  # PEFT's word for the base alone, among `adapter_names`
+
+
+class SpectuneTuner(BaseTuner):
+    """A model whose layers PEFT chose and Spectune adapted; see `spectune.peft` for what it is called with."""
+
+    tuner_layer_cls: type[PeftLayer]
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
+
+    # -- adding adapters
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            if model_config.get("model_type") in (None, "custom"):
+                raise ValueError("Please specify `target_modules` in `peft_config`")
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._fill(model, adapter_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target, current_key)
+        method = peft_config.method_for(current_key, (layer.out_features, layer.in_features))
+        layer.add(adapter_name, method)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        if adapter_name not in self.active_adapters:  # an adapter that is added to others does not train yet
+            layer.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _fill(self, model: nn.Module, adapter: str) -> None:
+        """Decompose the weights of all layers that have a new adapter at once, and give it its first values."""
+        config: Any = self.peft_config[adapter]
+        layers = {n: m for n, m in self._tuned(model).items() if m.method_of(adapter) is not None}
+        methods: dict[str, Any] = {name: layer.method_of(adapter) for name, layer in layers.items()}
+        inner = {name: layer.adapted for name, layer in layers.items()}
+        plan = {name: [Term(method, {})] for name, method in methods.items()}
+        for name, bases in bases_for(inner, plan, {}, None).items():
+            for key, basis in bases.items():
+                inner[name].bases[key] = basis
+        for layer in layers.values():
+            layer.start(adapter, random=not config.init_weights)
+            layer.adapted.selection.factored = config.factored
+        config.note({name: _described(layer, methods[name]) for name, layer in layers.items()})
+
+    def _tuned(self, model: nn.Module) -> dict[str, PeftLayer]:
+        """Return this tuner's layers by their names in the base."""
+        return {m.adapted.adapted_as: m for m in model.modules() if isinstance(m, self.tuner_layer_cls)}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in self._tuned(self.model).values():
+            weight = layer.adapted.weight
+            dtype = master_dtype(weight) if autocast_adapter_dtype else weight.dtype
+            for attribute in layer.adapter_layer_names:
+                held: Any = layer._modules[attribute]
+                if adapter_name in held and held[adapter_name].dtype != dtype:
+                    trains = held[adapter_name].requires_grad
+                    held[adapter_name] = nn.Parameter(held[adapter_name].data.to(dtype), requires_grad=trains)
+
+    # -- answering
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Have each row of the batch answered by its adapter, where `adapter_names` names them."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = self._tuned(self.model).values()
+        unknown = {n for n in names if n != _BASE and all(layer.method_of(n) is None for layer in layers)}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        with route(self.model, [None if name == _BASE else name for name in names]):
+            yield
+
+    # -- sums
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter whose update is exactly the weighted sum of other adapters' updates.
+
+        Args:
+            adapters: names of adapters over one basis each layer: of one method and, where it has one, one rank.
+            weights: factor of each.
+            adapter_name: name of the sum.
+            combination_type: "linear"; there is nothing to choose where the sum is exact.
+
+        Raises:
+            SpectuneError: no adapter of the method can hold the sum.
+        """
+        if adapter_name in self.peft_config:
+            return
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if combination_type != "linear":
+            raise SpectuneError(
+                f'combination_type={combination_type!r}: the sum is exact here, which is combination_type="linear"'
+            )
+        if len(adapters) != len(weights):
+            raise SpectuneError(f"there are {len(adapters)} adapters and {len(weights)} weights; give one for each")
+        sums = {}
+        for name, layer in self._tuned(self.model).items():
+            parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if layer.method_of(a) is not None]
+            if parts:
+                sums[name] = _sum(name, layer, parts)
+        config = copy.deepcopy(self.peft_config[adapters[0]])
+        assert isinstance(config, SpectuneConfig)
+        config.target_modules, config.exclude_modules, config.layers_to_transform = set(sums), None, None
+        config.layers_pattern = None
+        layers = self._tuned(self.model)
+        config.note({name: _described(layers[name], method) for name, (method, _) in sums.items()})
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for name, (_, values) in sums.items():
+            for key, held in layers[name]._own[adapter_name].trained().items():
+                held.copy_(values[key])
+
+
+def _described(layer: PeftLayer, method: Any) -> tuple[tuple[int, int], bool, Any]:
+    return (layer.out_features, layer.in_features), is_conv1d(layer.adapted), method
+
+
+def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[Any, dict[str, Tensor]]:
+    """Return the method and the trained tensors of a weighted sum of adapters on a layer."""
+    found = []
+    for adapter, weight in parts:
+        update = layer._own[adapter]
+        method: Any = update.method
+        in_double = {key: tensor.double() for key, tensor in update.trained().items()}
+        coefficients = method.coefficients({**layer.adapted.tensors(update), **in_double})
+        if coefficients is None:
+            raise SpectuneError(
+                f"no {method.name} holds the sum of several: take their adapters off the model, add those, and export "
+                "the sum as a LoRA (spectune.extract(model, name), a + b, .to_lora())"
+            )
+        found.append((update.basis_key, method.from_coefficients(coefficients)[0], weight, coefficients))
+    if any((key, plain) != found[0][:2] for key, plain, _, _ in found):
+        raise SpectuneError(f"the adapters have different bases in {name!r}: give all of them one method and one rank")
+    total = {key: sum(weight * c[key] for _, _, weight, c in found) for key in found[0][3]}
+    return found[0][1].from_coefficients(total)

@@ -1,0 +1,154 @@
+"""PEFT's own tests over our methods: fetched from its source distributions, run with `ours.py` in their place.
+
+    python tests/peft/suite/run.py [--release 0.21.2] [--files custom decoder ...] [-- PYTEST ARGUMENTS]
+
+Nothing of PEFT's is kept in the repository: `pip download` brings each release's tests into a temporary folder, and
+`pip install --target` the release itself where another one is installed.  The models that the tests take from a hub are
+made here, tiny and random, under their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+RELEASES = ("0.21.2", "0.20.0")
+FILES = {
+    "custom": "test_custom_models.py",
+    "config": "test_config.py",
+    "decoder": "test_decoder_models.py",
+    "encoder_decoder": "test_encoder_decoder_models.py",
+    "feature_extraction": "test_feature_extraction_models.py",
+    "seq_classifier": "test_seq_classifier.py",
+}
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[2] / "src"
+SETTINGS = "[pytest]\naddopts = -q -W ignore --tb=short\n"
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1024}
+_BERT = {**_SMALL, "intermediate_size": 37}
+_LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 1}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024, "n_positions": 256}
+_OPT = {**_SMALL, "ffn_dim": 37, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "pad_token_id": 1}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
+_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 1024}
+_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "max_position_embeddings": 256}
+_GEMMA = {**_LLAMA, "head_dim": 8, "sliding_window": 8}
+MODELS = {  # by the name that the tests know: the config's class without "Config", the model's, and the sizes
+    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPT", "OPTForCausalLM", _OPT),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2", "GPT2LMHeadModel", _GPT),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJ", "GPTJForCausalLM", {**_GPT, "rotary_dim": 4}),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("Llama", "LlamaForCausalLM", _LLAMA),
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2", "Qwen2ForCausalLM", _LLAMA),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3Text", "Gemma3ForCausalLM", _GEMMA),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        "T5", "T5ForConditionalGeneration", _T5,
+    ),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("Bart", "BartForConditionalGeneration", _BART),
+    "peft-internal-testing/tiny-random-BertModel": ("Bert", "BertModel", _BERT),
+    "peft-internal-testing/tiny-random-RobertaModel": ("Roberta", "RobertaModel", _BERT),
+    "peft-internal-testing/tiny-random-DebertaModel": ("Deberta", "DebertaModel", _BERT),
+    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2", "DebertaV2Model", _BERT),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": ("Bert", "BertForSequenceClassification", _BERT),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "Roberta", "RobertaForSequenceClassification", _BERT,
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        "Llama", "LlamaForSequenceClassification", _LLAMA,
+    ),
+}  # fmt: skip
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
+
+
+def fetch(release: str, into: Path) -> tuple[Path, list[str]]:
+    """Return the folder of a release's tests and what to put in front of the search path so that it is imported."""
+    _pip(
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "peft",
+        "--no-build-isolation",
+        "-d",
+        str(into),
+        f"peft=={release}",
+    )
+    with tarfile.open(into / f"peft-{release}.tar.gz") as archive:
+        archive.extractall(into, filter="data")
+    tests = into / f"peft-{release}" / "tests"
+    (tests / "__init__.py").touch()
+    if version("peft") == release:
+        return tests, []
+    site = into / f"site-{release}"
+    _pip("install", "--quiet", "--no-deps", "--target", str(site), f"peft=={release}")
+    return tests, [str(site)]
+
+
+def make_models(into: Path) -> None:
+    """Make the models that the tests name, each in the folder of its name."""
+    import torch
+    import transformers
+
+    for name, (config, model, sizes) in MODELS.items():
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes))
+        made.eval().save_pretrained(into / name)
+
+
+def run(release: str, files: list[str], arguments: list[str], work: Path) -> tuple[str, int]:
+    """Run some files of a release's tests, and return a line that says what came of it, and pytest's exit code."""
+    tests, first = fetch(release, work)
+    (work / "pytest.ini").write_text(SETTINGS)
+    if set(files) - {"custom", "config"}:
+        make_models(tests.parent)
+    path = os.pathsep.join([*first, str(SOURCE), str(HERE)])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(work / "pytest.ini"),
+        "--rootdir",
+        str(tests.parent),
+        "-p",
+        "ours",
+    ]
+    command += [*(f"tests/{FILES[name]}" for name in files), *arguments]
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        command, cwd=tests.parent, env={**os.environ, "PYTHONPATH": path, **quiet}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|xfailed|error\w*)", "".join(said[-3:]))
+    return f"PEFT {release}, {', '.join(files)}: {', '.join(counts)}", process.returncode
+
+
+def main() -> None:
+    """Run what was asked for, and end with a line for each release."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--release", action="append", help="a release of PEFT; several may be given")
+    parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES))
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    asked = parser.parse_args(given[:cut])
+    with tempfile.TemporaryDirectory(prefix="peft-tests-") as work:
+        outcomes = [run(r, asked.files, given[cut + 1 :], Path(work)) for r in asked.release or RELEASES]
+    print("\n" + "\n".join(line for line, _ in outcomes))
+    sys.exit(max(code for _, code in outcomes))
+
+
+if __name__ == "__main__":
+    main()
