@@ -1,7 +1,7 @@
 """One method by way of `spectune.adapt` and by way of PEFT: the start, warm from the cache, and a training step.
 
-SmolLM2-135M, all 210 linears.  Sides take turns, PEFT's own LoRA among them, and the median of the ratios of one round is
-kept.
+SmolLM2-135M, all 210 linears.  Sides take turns, PEFT's own LoRA among them, and the median of the ratios of one round
+is kept.
 
     python benchmarks/peft_config.py [--dtype fp32] [--batch 4] [--rounds 5] [--only NAME ...]
 """

@@ -112,7 +112,7 @@ class Fused:
 
     def _watch(self, parts: Sequence[Weighted]) -> bool:
         held = [(self._layer._parameters, key) for key in ("weight", "bias")]
-        held += [(update._parameters, key) for update, _ in parts for key in update._parameters]
+        held += [place for update, _ in parts for place in update.places().values()]
         held = [(d, key) for d, key in held if d.get(key) is not None]
         for parameter in {d[key] for d, key in held}:
             if type(parameter) is nn.Parameter and not parameter.is_inference():

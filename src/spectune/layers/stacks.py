@@ -71,7 +71,7 @@ class Stack:
 
     def pieces(self, updates: Sequence[Update]) -> tuple[Pieces, int | None]:
         """Return the pieces of these updates in this order, and a number that is the same as long as they are."""
-        beside = {name: _beside([update._parameters[name] for update in updates]) for name in self._names}
+        beside = {name: _beside([update.tensor(name) for update in updates]) for name in self._names}
         kept = self._renewed(updates, beside) if self._computed else None
         pieces = [
             kept.pieces[k]
@@ -276,7 +276,7 @@ class RoutedForward:
                 if not update.method.in_factors or dropped or _cancels(update, layer):
                     self._alone.append((update, share))
                     continue
-                shapes = [(key, p.shape) for key, p in update._parameters.items()]
+                shapes = [(key, p.shape) for key, p in update.trained().items()]
                 kinds.setdefault((layer, x.device, update.basis_key, *shapes), []).append((update, share))
         for kind, uses in kinds.items():
             stack = stacks.get(kind) or Stack(layer, uses[0][0])

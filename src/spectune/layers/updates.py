@@ -95,6 +95,14 @@ class Update(_Resident):
         """Return the trained tensors by name; those of a replica of nn.DataParallel are plain attributes."""
         return dict(self._parameters) or {name: getattr(self, name) for name in self.names}  # type: ignore
 
+    def tensor(self, name: str) -> Tensor:
+        """Return one of the trained tensors."""
+        return self._parameters[name]  # type: ignore[return-value]
+
+    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Return for each trained tensor the mapping that holds it, and its key there."""
+        return {name: (self._parameters, name) for name in self._parameters}
+
     def ratio(self, tensors: dict[str, Tensor], base: Base) -> Ratio | None:
         """Return the method's ratio; without gradients it is kept as long as the trained tensors are what they were."""
         if self.method.additive:

@@ -44,15 +44,21 @@ class HeldUpdate(Update):
         self.adapter = adapter
         vars(self)["holder"] = holder  # not a submodule of its own child
 
+    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Return for each trained tensor the mapping that holds it, and its key there."""
+        holder = vars(self)["holder"]
+        return {name: (holder._modules[f"{holder.prefix}{name}"]._parameters, self.adapter) for name in self.names}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one of the trained tensors."""
+        holder = vars(self)["holder"]
+        held = holder._modules[f"{holder.prefix}{name}"]
+        tensor = held._parameters.get(self.adapter)
+        return getattr(held, self.adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
+
     def trained(self) -> dict[str, Tensor]:
         """Return the trained tensors by name."""
-        holder, adapter = vars(self)["holder"], self.adapter
-        found = {}
-        for name in self.names:
-            held = holder._modules[f"{holder.prefix}{name}"]
-            tensor = held._parameters.get(adapter)
-            found[name] = getattr(held, adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
-        return found
+        return {name: self.tensor(name) for name in self.names}
 
 
 class Sketches(BufferDict):
@@ -67,6 +73,11 @@ class Sketches(BufferDict):
         super().__init__({}, persistent=True)
         self.kind = kind
         vars(self)["layer"] = layer  # not a submodule of its own child
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and name in self:  # transformers fills in what it loads
+            vars(self)["layer"]._unseen.add(name)
 
     def add(self, adapter: str) -> None:
         """Have a place for an adapter's."""
