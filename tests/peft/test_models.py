@@ -120,7 +120,7 @@ def test_each_row_has_its_adapter(new, config):
     with torch.no_grad():
         rows = model(x.repeat(2, 1)[:3], adapter_names=["two", "__base__", "one"]).logits
     expected = [alone["two"][0], logits(new())[1], alone["one"][0]]
-    assert torch.allclose(rows, torch.stack(expected), atol=1e-5)
+    torch.testing.assert_close(rows, torch.stack(expected), atol=1e-3, rtol=1e-3)
     replies = model.generate(input_ids=x, adapter_names=["one", "two"], max_new_tokens=3, do_sample=False, num_beams=2)
     for i, name in enumerate(("one", "two")):
         model.set_adapter(name)
@@ -142,7 +142,7 @@ def test_several_adapters(new):
     assert spectune.adapter_names(model) == ["two"]
     assert torch.equal(logits(model), logits(trained(new(), sp.SVFConfig(), "two", seed=2)))
     model.delete_adapter("two")
-    assert torch.equal(logits(model.get_base_model()), logits(new()))
+    assert torch.equal(logits(model.base_model.model), logits(new()))
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[3]])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
 from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
+from spectune.adapters.hub import card_of, fetch, is_repository, push
 from spectune.adapters.terms import add_layers, as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
@@ -180,13 +182,59 @@ class Adapter(Contents):
         return choose.save(self, Path(path), embed=bases == "embed")
 
     @staticmethod
-    def load(path: Path_) -> Adapter:
+    def load(path: Path_, *, revision: str | None = None, token: str | bool | None = None) -> Adapter:
         """Read an adapter's folder, in spectune's or PEFT's format.
 
+        Args:
+            path: the folder, or where there is none a repository on the Hugging Face Hub, "user/name".
+            revision: branch, tag or commit of the repository.
+            token: for a private repository; by default the one that was logged in with.
+
         Raises:
-            SpectuneError: missing, truncated or tampered files, or a config that is not understood.
+            SpectuneError: missing, truncated or tampered files, a config that is not understood, or no such
+                repository.
         """
-        return Adapter.of(read_whole(choose.load, Path(path)))
+        folder = Path(path)
+        if not folder.exists() and is_repository(str(path)):
+            folder = fetch(str(path), revision, token)
+        return Adapter.of(read_whole(choose.load, folder))
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload adapter",
+        bases: Literal["none", "embed"] = "none",
+        metrics: Mapping[str, float] | None = None,
+        datasets: Sequence[str] = (),
+        notes: str = "",
+    ) -> str:
+        """Upload the adapter to the Hugging Face Hub, with a card that says what it is and how it is used.
+
+        Args:
+            name: of the repository, "user/name"; it is made if need be.
+            private: whether a new repository is; None leaves it to the account.
+            token: by default the one that was logged in with.
+            revision: the branch, made if need be; None is the main one.
+            message: of the commit.
+            bases: as for `save`.
+            metrics: shown in the card.
+            datasets: ids of the data that it was trained on, for the card.
+            notes: a paragraph for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            SpectuneError: the hub refuses, or cannot be reached.
+        """
+        card = card_of(self, name, metrics=metrics, datasets=datasets, notes=notes)
+        with TemporaryDirectory(prefix="spectune-push-") as folder:
+            written = self.save(folder, bases=bases)
+            return push(written, name, private=private, token=token, revision=revision, message=message, card=card)
 
     def export(
         self,

@@ -25,7 +25,7 @@ def in_peft_words(
     config: dict[str, Any], tensors: dict[str, Tensor], adapter: Contents
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and the tensors so that PEFT reads them too, where one of its configs can say what they are."""
-    kind = _kind(adapter)
+    kind = peft_type(adapter)
     if kind is None:
         return config, tensors
     renamed: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ def in_peft_words(
     return {**config, "format_version": VERSION, **header}, {**renamed, **rest}
 
 
-def _kind(adapter: Contents) -> str | None:
+def peft_type(adapter: Contents) -> str | None:
     """Return the PEFT type that can hold an adapter, or None."""
     kinds: set[str | None] = set()
     for layer in adapter.layers.values():

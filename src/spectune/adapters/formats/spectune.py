@@ -76,16 +76,16 @@ def _describe_whole(term: WholeTerm) -> dict[str, Any]:
 def load(path: Path) -> Contents:
     """Read an adapter's folder in this format."""
     found = read_config(path)
-    config = found if found.get("format_version") != BILINGUAL else own_words(found)
-    entry = Entry(config, str(path / CONFIG))
-    entry.check_keys(*_KEYS, *((_WHOLE,) if _WHOLE in config else ()))
-    if entry.take("library_name", str) != "spectune":
-        raise SpectuneError(f"{path / CONFIG} has the library_name {config['library_name']!r}, which is not 'spectune'")
-    version = entry.take("format_version", int)
+    version = Entry(found, str(path / CONFIG)).take("format_version", int, default=FORMAT_VERSION)
     if version not in (FORMAT_VERSION, BILINGUAL):
         raise SpectuneError(
             f"{path / CONFIG} has format version {version}; this release reads up to {BILINGUAL}: update spectune"
         )
+    config = own_words(found) if version == BILINGUAL else found
+    entry = Entry(config, str(path / CONFIG))
+    entry.check_keys(*_KEYS, *((_WHOLE,) if _WHOLE in config else ()))
+    if entry.take("library_name", str) != "spectune":
+        raise SpectuneError(f"{path / CONFIG} has the library_name {config['library_name']!r}, which is not 'spectune'")
     methods = [_method(fields, path) for fields in entry.take("methods", list)]
     described = {name: _described(entry.inside("layers").inside(name), methods) for name in entry.take("layers", dict)}
     if not described:
