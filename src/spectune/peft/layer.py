@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor
 
@@ -24,80 +23,16 @@ from spectune.methods import Method
 from spectune.model.install import bases_for
 from spectune.model.merged import merged_bias, merged_weight
 from spectune.model.names import updates_of
-
-BASE, SKETCH = "base", "sketch"  # of W, and of the update: saved beside what was trained
-
-
-class HeldUpdate(Update):
-    """An update whose trained tensors lie where PEFT looks for them: a ParameterDict for each, with a key an adapter.
-
-    Args:
-        method: what to do with the tensors.
-        names: of the tensors.
-        holder: the layer that has the ParameterDicts.
-        adapter: the key.
-    """
-
-    def __init__(self, method: Method, names: Iterable[str], holder: PeftLayer, adapter: str) -> None:
-        super().__init__(method, {})
-        self.names = tuple(names)
-        self.adapter = adapter
-        vars(self)["holder"] = holder  # not a submodule of its own child
-
-    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
-        """Return for each trained tensor the mapping that holds it, and its key there."""
-        holder = vars(self)["holder"]
-        return {name: (holder._modules[f"{holder.prefix}{name}"]._parameters, self.adapter) for name in self.names}
-
-    def tensor(self, name: str) -> Tensor:
-        """Return one of the trained tensors."""
-        holder = vars(self)["holder"]
-        held = holder._modules[f"{holder.prefix}{name}"]
-        tensor = held._parameters.get(self.adapter)
-        return getattr(held, self.adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
-
-    def trained(self) -> dict[str, Tensor]:
-        """Return the trained tensors by name."""
-        return {name: self.tensor(name) for name in self.names}
+from spectune.peft.held import BASE, SKETCH, HeldUpdate, Sketches
 
 
-class Sketches(BufferDict):
-    """What tells the base, or the updates, again: made when it is saved, and zero here but for what was loaded.
+class Kept(NamedTuple):
+    """W and b of a merged layer, and W' and b' that took their places."""
 
-    Args:
-        layer: whose.
-        kind: BASE or SKETCH.
-    """
-
-    def __init__(self, layer: PeftLayer, kind: str) -> None:
-        super().__init__({}, persistent=True)
-        self.kind = kind
-        vars(self)["layer"] = layer  # not a submodule of its own child
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, Tensor) and name in self:  # transformers fills in what it loads
-            vars(self)["layer"]._unseen.add(name)
-
-    def add(self, adapter: str) -> None:
-        """Have a place for an adapter's."""
-        self[adapter] = torch.zeros(fingerprint.WEIGHT_SHAPE if self.kind == BASE else fingerprint.UPDATE_SHAPE)
-
-    def pop_told(self, adapter: str) -> Tensor | None:
-        """Return what was loaded, and forget it; None where nothing was."""
-        told: Any = self._buffers.get(adapter)
-        if told is None or not told.any():
-            return None
-        self.add(adapter)
-        return told.cpu()
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        vars(self)["layer"].check()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for adapter in self:
-            made = vars(self)["layer"].sketch(adapter, self.kind)
-            if made is not None:
-                destination[f"{prefix}{adapter}"] = made
+    weight: Tensor
+    bias: Tensor | None
+    merged: Tensor
+    merged_bias: Tensor | None
 
 
 class PeftLayer(nn.Module, BaseTunerLayer):
@@ -119,9 +54,9 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         self.other_param_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._own: dict[str, HeldUpdate] = {}
-        self._unseen: set[str] = set()  # adapters that may have been loaded since they were last compared with the base
-        self._kept: tuple[Tensor, Tensor | None, Tensor] | None = None  # W and b, and W' that took their place
+        self.own: dict[str, HeldUpdate] = {}
+        self.unseen: set[str] = set()  # adapters that may have been loaded since they were last compared with the base
+        self._kept: Kept | None = None
         plain = self.get_base_layer()
         if not is_linear(plain):
             raise SpectuneError(
@@ -159,14 +94,14 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         update = HeldUpdate(method, shapes, self, adapter)
         update.needs_basis = type(method).basis is not Method.basis
         update.unmade = effective_weight(self.adapted).is_meta
-        self._own[adapter] = update
-        self._unseen.add(adapter)
+        self.own[adapter] = update
+        self.unseen.add(adapter)
         self.adapted.adapters[adapter] = nn.ModuleList([update]).train(self.training)
 
     @torch.no_grad()
     def start(self, adapter: str, *, random: bool) -> None:
         """Give an adapter the values that its method starts from, or random ones; on the meta device nothing."""
-        update, weight = self._own[adapter], effective_weight(self.adapted)
+        update, weight = self.own[adapter], effective_weight(self.adapted)
         held = update.trained()
         if weight.is_meta or any(tensor.is_meta for tensor in held.values()):
             return
@@ -178,16 +113,16 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     def method_of(self, adapter: str) -> Method | None:
         """Return an adapter's method here, or None where it has no part."""
-        update = self._own.get(adapter)
+        update = self.own.get(adapter)
         return None if update is None else update.method  # type: ignore[return-value]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if self._own.pop(adapter_name, None) is not None:
+        if self.own.pop(adapter_name, None) is not None:
             del self.adapted.adapters[adapter_name]
             left = {u.basis_key for name in self.adapted.adapters for u in updates_of(self.adapted, name)}
             for key in self.adapted.bases.keys() - left:
                 del self.adapted.bases[key]
-        self._unseen.discard(adapter_name)
+        self.unseen.discard(adapter_name)
         for kind in (BASE, SKETCH):
             if adapter_name in self._sketches(kind):
                 del self._sketches(kind)[adapter_name]
@@ -207,16 +142,16 @@ class PeftLayer(nn.Module, BaseTunerLayer):
     def _answer(self) -> None:
         """Have the layer inside answer with what is active, enabled and not merged here."""
         silent = self._disable_adapters or self.merged
-        mine = {} if silent else {name: 1.0 for name in self.active_adapters if name in self._own}
+        mine = {} if silent else {name: 1.0 for name in self.active_adapters if name in self.own}
         layer = self.adapted
-        mixture = {n: w for n, w in layer.selection.mixture.items() if n not in self._own and n in layer.adapters}
+        mixture = {n: w for n, w in layer.selection.mixture.items() if n not in self.own and n in layer.adapters}
         layer.selection.mixture = mixture | mine
         layer.parts(layer.selection.scope_of_model)
 
     # -- the answer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._unseen:
+        if self.unseen:
             self.check()
         if vars(self).get("_is_replica"):
             for update in (u for name in self.adapted.adapters for u in updates_of(self.adapted, name)):
@@ -232,11 +167,11 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         name, weight = self.adapted.adapted_as, self._weight()
         if torch.compiler.is_compiling() or weight.is_meta or is_part(weight):
             return
-        for adapter in list(self._unseen):
-            update = self._own[adapter]
+        for adapter in list(self.unseen):
+            update = self.own[adapter]
             if any(tensor.is_meta for tensor in update.trained().values()):
                 continue
-            self._unseen.discard(adapter)
+            self.unseen.discard(adapter)
             base, sketch = (self._sketches(kind).pop_told(adapter) for kind in (BASE, SKETCH))
             if base is None:
                 continue  # made here
@@ -260,7 +195,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Return W (out x in), of a merged layer too."""
         if self._kept is None:
             return effective_weight(self.adapted).detach()
-        return self._kept[0].T if is_conv1d(self.adapted) else self._kept[0]
+        return self._kept.weight.T if is_conv1d(self.adapted) else self._kept.weight
 
     def _term(self, update: HeldUpdate, sketch: Tensor | None = None) -> Term:
         trained = update.trained()
@@ -275,7 +210,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def sketch(self, adapter: str, kind: str) -> Tensor | None:
         """Return what tells the base or the update again; None where that is not at hand."""
-        weight, update = self._weight(), self._own[adapter]
+        weight, update = self._weight(), self.own[adapter]
         tensors = self.adapted.tensors(update).values()
         if any(tensor.is_meta or is_part(tensor) for tensor in (weight, *tensors)):
             return None
@@ -289,7 +224,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, W' has values that are not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._own]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.own]
         if names:
             self._merge(names, safe_merge, keep=True)
 
@@ -297,22 +232,21 @@ class PeftLayer(nn.Module, BaseTunerLayer):
     def _merge(self, names: Sequence[str], safe_merge: bool, keep: bool) -> None:
         layer: Any = self.adapted
         self.check()
-        held, bias = layer._parameters["weight"], layer._parameters["bias"]
-        merged_before = held.data
-        if self._kept is not None:
+        held, bias, earlier = layer._parameters["weight"], layer._parameters["bias"], self._kept
+        if earlier is not None:
             self._restore()
         chosen = [(name, 1.0) for name in (*self.merged_adapters, *names)]
         weight, new_bias = merged_weight(layer.adapted_as, layer, chosen), merged_bias(layer, chosen)
         if safe_merge and not bool(weight.isfinite().all()):
-            if self.merged:
-                held.data = merged_before
+            if earlier is not None:
+                self._put(earlier)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        before = held.data, None if bias is None else bias.data
+        own = held.data, None if bias is None else bias.data
         held.data = weight.to(held.dtype)
         if bias is not None and new_bias is not None:
             bias.data = new_bias.to(bias.dtype)
         if keep:
-            self._kept = (*before, held.data)
+            self._kept = Kept(*own, held.data, None if bias is None else bias.data)
         self.merged_adapters.extend(names)
         self._answer()
 
@@ -331,29 +265,40 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _restore(self) -> None:
+        """Put W and b back.
+
+        Raises:
+            SpectuneError: W' is another tensor now, with other values.
+        """
         layer: Any = self.adapted
         assert self._kept is not None
-        weight, bias, merged = self._kept
-        held = layer._parameters["weight"]
-        if held.data_ptr() != merged.data_ptr() and not torch.equal(held.data, merged.to(held.data)):
+        held, kept = layer._parameters["weight"], self._kept
+        if held.data_ptr() != kept.merged.data_ptr() and not torch.equal(held.data, kept.merged.to(held.data)):
             raise SpectuneError(
                 f"the merged weight of {layer.adapted_as!r} is another one now: load the base and the adapter instead"
             )
-        held.data = weight.to(held.device, held.dtype)
-        if bias is not None:
-            layer._parameters["bias"].data = bias.to(held.device, bias.dtype)
+        held.data = kept.weight.to(held.device, held.dtype)
+        if kept.bias is not None:
+            layer._parameters["bias"].data = kept.bias.to(held.device, held.dtype)
         self._kept = None
+
+    def _put(self, kept: Kept) -> None:
+        """Put W' and b' in their places again."""
+        layer: Any = self.adapted
+        layer._parameters["weight"].data, self._kept = kept.merged, kept
+        if kept.bias is not None:
+            layer._parameters["bias"].data = kept.merged_bias
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the linear layer as it was before it was adapted, with W' as its weight if `merge`."""
         if merge:
-            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._own]
+            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.own]
             if names:
                 self._merge(names, safe_merge, keep=False)
         layer = self.adapted
-        for name in self._own:
+        for name in self.own:
             del layer.adapters[name]
         if not layer.adapters:
             give_back(layer)
@@ -361,7 +306,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of an adapter, in W's dtype and as the layer holds W."""
-        layer, update = self.adapted, self._own[adapter]
+        layer, update = self.adapted, self.own[adapter]
         delta = self._method(update).delta(layer.tensors(update), effective_weight(layer).detach())
         delta = delta.to(effective_weight(layer).dtype)
         return delta.T if is_conv1d(layer) else delta
@@ -377,5 +322,5 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
 def _look_again(layer: Any, incompatible: Any) -> None:
     """After values were loaded, compare them with the base, as far as both are there."""
-    layer._unseen.update(layer._own)
+    layer.unseen.update(layer.own)
     layer.check()

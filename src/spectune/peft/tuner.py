@@ -158,7 +158,7 @@ class SpectuneTuner(BaseTuner):
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for name, (_, values) in sums.items():
-            for key, held in layers[name]._own[adapter_name].trained().items():
+            for key, held in layers[name].own[adapter_name].trained().items():
                 held.copy_(values[key])
 
 
@@ -170,7 +170,7 @@ def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tup
     """Return the method and the trained tensors of a weighted sum of adapters on a layer."""
     found = []
     for adapter, weight in parts:
-        update = layer._own[adapter]
+        update = layer.own[adapter]
         method: Any = update.method
         in_double = {key: tensor.double() for key, tensor in update.trained().items()}
         coefficients = method.coefficients({**layer.adapted.tensors(update), **in_double})

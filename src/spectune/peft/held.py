@@ -1,0 +1,88 @@
+"""What PEFT holds for an adapted layer: its trained tensors, and what tells its base and its updates again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+from spectune.adapters import fingerprint
+from spectune.layers.updates import Update
+from spectune.methods import Method
+
+BASE, SKETCH = "base", "sketch"  # of W, and of the update: saved beside what was trained
+
+
+class HeldUpdate(Update):
+    """An update whose trained tensors lie where PEFT looks for them: a ParameterDict for each, with a key an adapter.
+
+    Args:
+        method: what to do with the tensors.
+        names: of the tensors.
+        holder: the layer that has the ParameterDicts.
+        adapter: the key.
+    """
+
+    def __init__(self, method: Method, names: Iterable[str], holder: Any, adapter: str) -> None:
+        super().__init__(method, {})
+        self.names = tuple(names)
+        self.adapter = adapter
+        vars(self)["holder"] = holder  # not a submodule of its own child
+
+    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Return for each trained tensor the mapping that holds it, and its key there."""
+        holder = vars(self)["holder"]
+        return {name: (holder._modules[f"{holder.prefix}{name}"]._parameters, self.adapter) for name in self.names}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one of the trained tensors."""
+        holder = vars(self)["holder"]
+        held = holder._modules[f"{holder.prefix}{name}"]
+        tensor = held._parameters.get(self.adapter)
+        return getattr(held, self.adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the trained tensors by name."""
+        return {name: self.tensor(name) for name in self.names}
+
+
+class Sketches(BufferDict):
+    """What tells the base, or the updates, again: made when it is saved, and zero here but for what was loaded.
+
+    Args:
+        layer: whose.
+        kind: BASE or SKETCH.
+    """
+
+    def __init__(self, layer: Any, kind: str) -> None:
+        super().__init__({}, persistent=True)
+        self.kind = kind
+        vars(self)["layer"] = layer  # not a submodule of its own child
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and name in self:  # transformers fills in what it loads
+            vars(self)["layer"].unseen.add(name)
+
+    def add(self, adapter: str) -> None:
+        """Have a place for an adapter's."""
+        self[adapter] = torch.zeros(fingerprint.WEIGHT_SHAPE if self.kind == BASE else fingerprint.UPDATE_SHAPE)
+
+    def pop_told(self, adapter: str) -> Tensor | None:
+        """Return what was loaded, and forget it; None where nothing was."""
+        told: Any = self._buffers.get(adapter)
+        if told is None or not told.any():
+            return None
+        self.add(adapter)
+        return told.cpu()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        vars(self)["layer"].check()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for adapter in self:
+            made = vars(self)["layer"].sketch(adapter, self.kind)
+            if made is not None:
+                destination[f"{prefix}{adapter}"] = made
