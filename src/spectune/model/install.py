@@ -45,7 +45,7 @@ def install(
                 f"the weight of {layer_name!r} is offloaded with the module around it and not at hand: load the model "
                 "without offloading this module, or exclude the layer"
             )
-        _check_layer(layer_name, layer)
+        check_layer(layer_name, layer)
     bases = bases_for(layers, plan, trained_on or {}, progress, _dtype_of(model))
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():
@@ -155,7 +155,8 @@ def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[
     return {}
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Raise unless a layer's weight is floating point, of 16 bits or more, and finite."""
     weight = effective_weight(layer)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise SpectuneError(

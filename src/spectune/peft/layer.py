@@ -20,7 +20,7 @@ from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
 from spectune.layers.updates import Update
 from spectune.methods import Method
-from spectune.model.install import bases_for
+from spectune.model.install import bases_for, check_layer
 from spectune.model.merged import merged_bias, merged_weight
 from spectune.model.names import updates_of
 from spectune.peft.held import BASE, SKETCH, HeldUpdate, Sketches
@@ -63,6 +63,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
                 f"{name!r} is a {type(plain).__name__}, and the methods of spectune.peft adapt nn.Linear and Conv1D: "
                 "leave it out of target_modules"
             )
+        check_layer(name, plain)
         if not isinstance(plain, Adapted):
             take_over(plain, name, Selection())
         self.out_features, self.in_features = effective_weight(self.adapted).shape
