@@ -46,7 +46,7 @@ def install(
                 "without offloading this module, or exclude the layer"
             )
         check_layer(layer_name, layer)
-    bases = bases_for(layers, plan, trained_on or {}, progress, _dtype_of(model))
+    bases = bases_for(layers, plan, trained_on or {}, progress, dtype_of(model))
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():
         weight = effective_weight(layer)
@@ -118,7 +118,7 @@ def bases_for(
     return bases
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype | None:
+def dtype_of(model: nn.Module) -> torch.dtype | None:
     """Return what a model with packed weights computes in, which these do not tell."""
     plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
     return next(plain, None)

@@ -16,6 +16,7 @@ from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, give_back, take_over
 from spectune.layers.modules import effective_weight, is_conv1d, is_linear
+from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
 from spectune.layers.updates import Update
@@ -189,7 +190,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             del layer.bases[key]
             plan = {layer.adapted_as: [Term(self._method(update), {})]}
             layer.bases.update(
-                bases_for({layer.adapted_as: layer}, plan, {layer.adapted_as: base}, None)[layer.adapted_as]
+                bases_for({layer.adapted_as: layer}, plan, {layer.adapted_as: base}, None, None)[layer.adapted_as]
             )
 
     def _weight(self) -> Tensor:
@@ -308,8 +309,9 @@ class PeftLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of an adapter, in W's dtype and as the layer holds W."""
         layer, update = self.adapted, self.own[adapter]
-        delta = self._method(update).delta(layer.tensors(update), effective_weight(layer).detach())
-        delta = delta.to(effective_weight(layer).dtype)
+        weight = self._weight()
+        dense = weight.dense() if isinstance(weight, Packed) else weight
+        delta = self._method(update).delta(layer.tensors(update), dense).to(weight.dtype)
         return delta.T if is_conv1d(layer) else delta
 
     @staticmethod

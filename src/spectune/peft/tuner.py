@@ -16,7 +16,7 @@ from torch import Tensor
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.modules import is_conv1d
-from spectune.model.install import bases_for, master_dtype
+from spectune.model.install import bases_for, dtype_of, master_dtype
 from spectune.model.routing import route
 from spectune.peft.config import SpectuneConfig
 from spectune.peft.layer import PeftLayer
@@ -68,7 +68,7 @@ class SpectuneTuner(BaseTuner):
         methods: dict[str, Any] = {name: layer.method_of(adapter) for name, layer in layers.items()}
         inner = {name: layer.adapted for name, layer in layers.items()}
         plan = {name: [Term(method, {})] for name, method in methods.items()}
-        for name, bases in bases_for(inner, plan, {}, None).items():
+        for name, bases in bases_for(inner, plan, {}, None, dtype_of(model)).items():
             for key, basis in bases.items():
                 inner[name].bases[key] = basis
         for layer in layers.values():
