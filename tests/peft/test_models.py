@@ -275,3 +275,9 @@ def test_a_copy_is_its_own(new):
         p.data += 0.1 if key.endswith(".default") else 0.0
     assert torch.equal(logits(again), before)
     assert not torch.equal(logits(model), before)
+
+
+def test_blocks_are_chosen_among_all_linear_layers(new):
+    model = get_peft_model(new(), sp.SVFConfig(layers_to_transform=[1], exclude_modules=["down_proj"]))
+    expected = {n for n, m in new().named_modules() if isinstance(m, torch.nn.Linear) and ".1." in n}
+    assert set(model.base_model.targeted_module_names) == {n for n in expected if "down_proj" not in n}

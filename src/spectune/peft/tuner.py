@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor
 
@@ -37,6 +37,13 @@ class SpectuneTuner(BaseTuner):
             if model_config.get("model_type") in (None, "custom"):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if peft_config.layers_to_transform is not None:  # which PEFT does not ask of layers by their whole names
+                named = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model).target_modules
+                by_end = copy.copy(peft_config)
+                by_end.target_modules = {name.rpartition(".")[2] for name in named}
+                peft_config.target_modules = {
+                    name for name in named if check_target_module_exists(by_end, name) is True
+                }
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
