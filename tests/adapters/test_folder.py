@@ -531,7 +531,10 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
     refused("has no 'name'", lambda c: c["methods"][0].pop("name"))
     refused("rank of PiSSA must be an integer >= 1, not 0", lambda c: c["methods"][0].update(rank=0))
     refused("format version 3; this release reads up to 2", lambda c: c.update(format_version=3))
-    refused("library_name 'other', which is not 'spectune'", lambda c: c.update(library_name="other"))
+    refused("is a PEFT adapter of type 'PISSA'", lambda c: c.update(library_name="other"))
+    refused(
+        "library_name 'other', which is not 'spectune'", lambda c: c.update(library_name="other") or c.pop("peft_type")
+    )
     refused("has no layers", lambda c: c["layers"].clear())
     refused("has no terms", lambda c: c["layers"]["0"]["terms"].clear())
     refused("has method 7, and there are 1", lambda c: c["layers"]["0"]["terms"][0].update(method=7))
