@@ -214,10 +214,12 @@ class Adapted(nn.Module):
         tensors, method = self.tensors(update), update.method
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
-        ratio = update.ratio(tensors, self.base()) if method.in_factors else None
-        if not method.in_factors or (ratio is not None and ratio.rows is not None):
+        if not method.in_factors:
             return self._alone(update, x)
-        if x.device.type == "cuda":  # where many rows are a kernel's
+        ratio = None if method.additive else update.ratio(tensors, self.base())
+        if ratio is not None and ratio.rows is not None:
+            return self._alone(update, x)
+        if x.is_cuda:  # where many rows are a kernel's
             return self._fused(update, x, tensors, None if ratio is None else ratio.values)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if ratio is not None:

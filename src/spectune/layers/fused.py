@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -40,23 +40,20 @@ class Watched(nn.Parameter):
 _data: Any = torch.Tensor.data
 
 
-class _Source:
+class _Source(NamedTuple):
     """A tensor that W' is made of, as it was then."""
 
-    def __init__(self, held: dict[str, Any], key: str) -> None:
-        self.held, self.key, self.tensor = held, key, held[key]
-        self.version, self.pointer = self.tensor._version, self.tensor.data_ptr()
-        self.asked = getattr(self.tensor, "asked", 0)
+    held: dict[str, Any]
+    key: str
+    tensor: Any
+    version: int
+    pointer: int
+    asked: int
 
-    @property
-    def same(self) -> bool:
-        tensor = self.tensor
-        return (
-            self.held.get(self.key) is tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.pointer
-            and getattr(tensor, "asked", 0) == self.asked
-        )
+
+def _as_it_is(held: dict[str, Any], key: str) -> _Source:
+    tensor = held[key]
+    return _Source(held, key, tensor, tensor._version, tensor.data_ptr(), tensor.asked)
 
 
 class Fused:
@@ -94,11 +91,22 @@ class Fused:
         return F.linear(x, self._weight, self._bias)
 
     def _holds(self, scope: Any) -> bool:
-        return self._scope is scope and all(source.same for source in self._sources)
+        if self._scope is not scope:
+            return False
+        for held, key, tensor, version, pointer, asked in self._sources:  # flat, since every layer does it for a token
+            if (
+                held.get(key) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != pointer
+                or getattr(tensor, "asked", -1) != asked  # no longer watched, where another context around it ended
+            ):
+                return False
+        return True
 
     def _fits(self, x: Tensor) -> bool:
-        taken = torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources)
-        return self._weight is not None and x.dtype is self._weight.dtype and not taken
+        if self._weight is None or x.dtype is not self._weight.dtype:
+            return False
+        return not torch.is_grad_enabled() or not any(source.tensor.requires_grad for source in self._sources)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -120,7 +128,7 @@ class Fused:
                 self._watched.append(parameter)
         if any(type(d[key]) is not Watched or d[key].asked for d, key in held):
             return False  # whoever asked for `data` may write there at any time
-        self._sources = [_Source(d, key) for d, key in held]
+        self._sources = [_as_it_is(d, key) for d, key in held]
         return True
 
     def end(self) -> None:
