@@ -136,6 +136,27 @@ def test_a_banded_and_a_sparse_core_of_the_same_entries_agree(size, width, seed,
         torch.testing.assert_close(banded_product(t, values, width, True), sparse_product(t, values, columns, rows))
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 200])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_products_are_those_of_the_dense_core_however_many_rows_there_are(rows, dtype, error):
+    size, width = 40, 3
+    places = band_indices(size, width)
+    order = (places[0] * size + places[1]).sort().indices
+    values, t = torch.randn(len(order)).to(dtype), torch.randn(rows, size).to(dtype)
+    core = torch.zeros(size, size, dtype=torch.float64).index_put(places, values.double())
+    to, of = (place[order] for place in places)
+    found = {
+        "banded": banded_product(t, values, width, False),
+        "banded, transposed": banded_product(t, values, width, True),
+        "sparse": sparse_product(t, values[order], to, of),
+        "sparse, transposed": sparse_product(t, values[order], of, to),
+    }
+    for name, product in found.items():
+        exact = t.double() @ (core if name.endswith("transposed") else core.T)
+        assert product.dtype is dtype
+        assert (product - exact).abs().max() <= error * exact.abs().max(), name
+
+
 def test_the_sparse_gradient_is_the_same_however_it_is_taken(monkeypatch):
     grad, t = torch.randn(4, SIZE), torch.randn(4, SIZE)
     for name, value in (("_DENSE", 100), ("_DENSE", 0), ("_CHUNK", 8)):

@@ -5,6 +5,7 @@ Each is written in plain PyTorch; on a GPU a kernel of `spectune.layers.kernels`
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,8 @@ from spectune.layers.kernels import kernels
 from spectune.speed.dense import linear, matmul
 
 _DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
+_FEW = 16  # rows, for which a band's blocks take longer to be filled than its entries to be multiplied one by one
+_SEVERAL = 64  # rows, up to which a sparse core is faster as it is than as a matrix of all places
 _LARGE = 1 << 22  # places, of which there are too many to be filled for each product
 _CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
 _FAR = 1 << 7  # times as many of the last two on an accelerator, where each call costs more and each number less
@@ -64,6 +67,18 @@ def _band_blocks(size: int, width: int, transpose: bool, device: torch.device) -
     return block, width, places.to(device), slots.to(device)
 
 
+@cache
+def _band_rows(size: int, width: int, transpose: bool, device: torch.device) -> Tensor:
+    """Return where each row's entries are in `values`, (size x (2 w + 1)), and `entries` for those outside the core."""
+    reach = min(width, size - 1)
+    rows, columns = band_indices(size, width)
+    if transpose:
+        rows, columns = columns, rows
+    places = torch.full((size, 2 * reach + 1), len(rows))
+    places[rows, columns - rows + reach] = torch.arange(len(rows))
+    return places.to(device)
+
+
 def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
     """Return the columns that each block of a band meets, (..., count, n, block + 2 width)."""
     padded = F.pad(t, (width, width + count * block - t.shape[-1]))
@@ -89,6 +104,10 @@ def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Te
     """
     if (banded := _banded_kernels(width, t, values)) is not None:
         return banded.product(t, values, width, transpose)
+    if values.dim() == 1 and t.numel() <= _FEW * t.shape[-1]:
+        reach, wide = min(width, t.shape[-1] - 1), torch.promote_types(t.dtype, torch.float32)
+        entries = F.pad(values.to(wide), (0, 1)).take(_band_rows(t.shape[-1], width, transpose, t.device))
+        return (F.pad(t.to(wide), (reach, reach)).unfold(-1, 2 * reach + 1, 1) * entries).sum(-1).to(t.dtype)
     block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose, t.device)
     blocks = F.pad(values, (0, 1))[..., places]
     out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
@@ -150,6 +169,12 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
         values, to, of: (entries): the entries, the output index and the input index of each.
     """
     rows, square = t.reshape(-1, t.shape[-1]), (t.shape[-1],) * 2
+    several = len(rows) <= _SEVERAL and t.device.type == "cpu"
+    if several and _has_rows() and bool((to[1:] >= to[:-1]).all()):  # as methods list entries, row by row
+        wide = torch.promote_types(t.dtype, torch.float32)
+        starts = torch.ops.aten._convert_indices_from_coo_to_csr(to, square[0])
+        matrix = torch.sparse_csr_tensor(starts, of, values.to(wide), square, check_invariants=False)
+        return (matrix @ rows.mT.to(wide)).mT.reshape(t.shape).to(t.dtype).contiguous()
     if _fills(values, t):
         matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
         return linear(rows, matrix).reshape(t.shape)
@@ -157,6 +182,19 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
         values, rows = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (values, rows))
     matrix = torch.sparse_coo_tensor(torch.stack([to, of]), values, square, check_invariants=False)
     return torch.sparse.mm(matrix, rows.mT).mT.reshape(t.shape).to(t.dtype).contiguous()
+
+
+@cache
+def _has_rows() -> bool:
+    """Whether this PyTorch multiplies sparse matrices that lie row by row; it says once that it is new to them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = torch.ones(1)
+        try:
+            torch.matmul(torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), one, (1, 1)), one[:, None])
+        except RuntimeError:  # as builds without MKL may
+            return False
+    return True
 
 
 def _fills(entries: Tensor, t: Tensor) -> bool:
