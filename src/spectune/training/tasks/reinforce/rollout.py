@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def sample(
         ends: tokens that end a completion; the one that does is its last token.
         fused: sample from merged weights beside the base's, where that is faster (`spectune.fused`).
     """
-    from transformers import DynamicCache, GenerationConfig
+    from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
     training, habits = model.training, model.generation_config
     model.eval()
@@ -86,7 +87,7 @@ def sample(
             )
             past.batch_repeat_interleave(samples)
             cache = {"past_key_values": past}
-        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        drawn = {"logits_processor": LogitsProcessorList([_Drawn(temperature)])} if temperature > 0 else {}
         model.generation_config = (
             GenerationConfig()
         )  # a model's own top_k or penalty would make it another distribution
@@ -97,7 +98,8 @@ def sample(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
                 eos_token_id=list(ends) or None,
-                **(drawn if temperature > 0 else {"do_sample": False}),
+                do_sample=False,  # the largest logit, which is that of what was drawn
+                **drawn,
                 **last_logits(model),
                 **cache,
             )
@@ -106,6 +108,26 @@ def sample(
             model.train(training)
     cut = [_until_end(row[ids.shape[1] :], ends) for row in out.tolist()]
     return [cut[i : i + samples] for i in range(0, len(cut), samples)]
+
+
+class _Drawn:
+    """Leave one token of each row, drawn from softmax(logits / temperature) with one random number for the row.
+
+    What PyTorch draws takes one for each token of the vocabulary, a quarter of the time of a small model's batch.
+
+    Args:
+        temperature: above 0.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64  # a sum over the vocabulary
+        until = torch.softmax(scores.float() / self._temperature, -1).cumsum(-1, dtype=wide)
+        place = torch.rand(len(until), 1, dtype=wide, device=until.device) * until[:, -1:]
+        token = torch.searchsorted(until, place, right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
