@@ -1,4 +1,5 @@
-"""Print the tables of docs/spectral.md and docs/plan.md from the results of decompose.py and plan.py.
+"""Print the tables of docs/spectral.md, docs/plan.md and docs/performance.md from the results of decompose.py, plan.py
+and decode.py.
 
 Where there are results of several processors a cell has the worst and the best.
 """
@@ -63,7 +64,32 @@ def print_decompose() -> None:
         print(row(name, {where: rows[name] for where, rows in runs.items() if name in rows}))
 
 
+def print_decode() -> None:
+    """Print how many times as long as the base each side takes, for 1, 8 and 64 rows."""
+    runs = {where: run["results"] for where, run in saved("decode").items()}
+    dtypes = list(dict.fromkeys(dtype for run in runs.values() for dtype in run))
+    kinds = [(kind, dtype) for kind in ("decode", "prefill", "generate") for dtype in dtypes]
+    sides = list(dict.fromkeys(side for run in runs.values() for dtype in run for side in run[dtype]))
+
+    def cell(side: str, kind: str, dtype: str) -> str:
+        of = {where: run.get(dtype, {}).get(side, {}) for where, run in runs.items()}
+        found = (
+            spread(
+                {where: rows.get(n, {}).get(kind, {}).get("over_base") for where, rows in of.items()}, "{:.2f}".format
+            )
+            for n in ("1", "8", "64")
+        )
+        return " / ".join(value for value in found if value)
+
+    print(f"| | {' | '.join(f'{kind}, {dtype}' for kind, dtype in kinds)} |")
+    print(f"|{'---|' * (len(kinds) + 1)}")
+    for side in sides:
+        print(f"| {side} | {' | '.join(cell(side, kind, dtype) for kind, dtype in kinds)} |")
+
+
 if __name__ == "__main__":
     print_decompose()
     print()
     print_plan()
+    print()
+    print_decode()
