@@ -24,6 +24,7 @@ from spectune.cli import (
     library,
     methods,
     plan,
+    serve,
     spectrum,
     train,
 )
@@ -45,6 +46,7 @@ app.command("init", context_settings=train.SETTINGS)(init.init)
 app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
 app.command("data", context_settings=train.SETTINGS)(data.data)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("classify")(classify.classify)
 app.command("chat")(chat.chat)
 app.command("compose")(compose.compose)

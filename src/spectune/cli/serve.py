@@ -1,0 +1,90 @@
+"""spectune serve"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from spectune.cli.shared import DEVICE, DTYPE, LIBRARY, REMOTE_CODE, SHOTS, STRATEGY, load_transformer2, need_library
+from spectune.errors import SpectuneError, need
+
+
+def serve(
+    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
+    adapter: list[str] = typer.Option(
+        [], "--adapter", "-a", metavar="NAME=ADAPTER", help="An adapter's folder, by a name; may be repeated."
+    ),
+    library: Path | None = LIBRARY,
+    strategy: str | None = STRATEGY,
+    shots: Path | None = SHOTS,
+    host: str = typer.Option("127.0.0.1", help="Where to listen; this machine alone unless said otherwise."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Where to listen; 0 takes one that is free."),
+    api_key: str | None = typer.Option(
+        None, envvar="SPECTUNE_API_KEY", help="What requests must bring as a Bearer token."
+    ),
+    max_batch: int = typer.Option(16, min=1, max=1024, help="Replies that are written at once."),
+    max_waiting: int = typer.Option(1024, min=0, help="Requests that may wait; more are told to come again (429)."),
+    max_tokens: int | None = typer.Option(None, min=1, help="Of a reply, whatever is asked for."),
+    max_body: int = typer.Option(4 << 20, min=1024, help="Bytes of a request's body."),
+    timeout: float = typer.Option(600.0, min=0.1, help="Seconds that a request may take, waiting included."),
+    allow_origin: list[str] = typer.Option([], help="A site whose pages may ask (CORS); may be repeated."),
+    load: bool = typer.Option(True, "--load/--no-load", help="Let requests load and unload adapters."),
+    dtype: str | None = DTYPE,
+    device: str | None = DEVICE,
+    trust_remote_code: bool = REMOTE_CODE,
+) -> None:
+    """Serve a base with adapters over OpenAI's HTTP protocol, each request with the adapter or mixture it names."""
+    for package in ("uvicorn", "fastapi", "prometheus_client"):
+        need(package, "spectune serve", "'spectune[serve]'")
+    from spectune.adapters.adapter import Adapter
+    from spectune.bases.loading import default_device, load_base
+    from spectune.serving import run
+    from spectune.serving.engine import Limits
+
+    sources: dict[str, Any] = {}
+    for text in adapter:
+        name, folder = _named(text)
+        if name in sources:
+            raise SpectuneError(f"two adapters are to be called {name!r}: give each a name of its own")
+        sources[name] = partial(Adapter.load, folder)
+    if api_key is not None and not api_key.strip():
+        raise SpectuneError("the API key is empty; leave --api-key and SPECTUNE_API_KEY out, or give one")
+    settings = run.Settings(
+        host=host,
+        port=port,
+        key=api_key,
+        limits=Limits(rows=max_batch, waiting=max_waiting),
+        most_tokens=max_tokens,
+        most_bytes=max_body,
+        seconds=timeout,
+        origins=tuple(allow_origin),
+        may_load=load,
+    )
+    listening = run.listen(host, port)
+    two = None
+    if library is not None:
+        two = load_transformer2(model, library, strategy, shots, (), dtype, device, trust_remote_code)
+        loaded, tokenizer = two.model, two.tokenizer
+        for name in two.library.names:
+            if name in sources:
+                raise SpectuneError(f"the library has an adapter {name!r} too: give the other another name")
+            sources[name] = partial(two.library.adapter, name)
+    else:
+        need_library(strategy=strategy, shots=shots)
+        loaded, tokenizer = load_base(
+            model, dtype, device=device or default_device(), trust_remote_code=trust_remote_code
+        )
+    run.serve(loaded, tokenizer, sources, name=model, settings=settings, listening=listening, two=two)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Return the name and the folder of `NAME=ADAPTER`; a folder alone is called by its own name."""
+    name, equals, folder = text.partition("=")
+    if not equals:
+        name, folder = Path(text).resolve().name, text
+    if not name or not folder:
+        raise SpectuneError(f"{text!r} is not NAME=ADAPTER")
+    return name, folder

@@ -1,0 +1,318 @@
+"""The HTTP of a server: OpenAI's protocol, vLLM's names for loading adapters, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from spectune.adapters.adapter import Adapter
+from spectune.errors import SpectuneError
+from spectune.serving.answers import Answer, ChatAnswer, CompletionAnswer, failure
+from spectune.serving.asking import Asked, Reader, weights_of
+from spectune.serving.engine import Busy, Closing, Engine, Event, Job, TooSlow
+from spectune.serving.metrics import Metrics
+from spectune.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    LoadRequest,
+    Refused,
+    UnloadRequest,
+    read_body,
+)
+from spectune.serving.shelf import AUTO, BASE, UnknownAdapter, Version
+
+Choose = Callable[[str], Any]  # a prompt's decision
+
+
+@dataclass
+class Service:
+    """What the routes need.
+
+    Args:
+        engine: answers.
+        reader: makes rows of requests.
+        name: of the base.
+        seconds: that a request may take.
+        choose: what answers a prompt, by a library's strategy; called between two steps of the engine.
+        may_load: whether adapters may be loaded and unloaded by requests.
+        metrics: of the engine.
+    """
+
+    engine: Engine
+    reader: Reader
+    name: str
+    seconds: float | None = None
+    choose: Choose | None = None
+    may_load: bool = True
+    began: int = field(default_factory=lambda: int(time.time()))
+    encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "spectune-encode"))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+
+    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        """Return the answer to a chat or a completion."""
+        body = read_body(await request.body(), kind)
+        notes = request.scope.setdefault("state", {})
+        notes["model"] = repr(body.model[:80])
+        weights = weights_of(body, self.engine.shelf)
+        loop = asyncio.get_running_loop()
+        make: Any = self.reader.chat if isinstance(body, ChatRequest) else self.reader.completion
+        asked: Asked = await loop.run_in_executor(self.encoding, make, body)
+        told: dict[str, Any] = {}
+        if weights is None:
+            decision = await self._decide(body)
+            weights = dict(decision.weights)
+            told = {"decision": {"label": decision.label, "confidence": decision.confidence}}
+        told = {"adapters": _plain(weights), **told}
+        answer_kind = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
+        usage = body.stream and body.stream_options.include_usage
+        answer = answer_kind(body.model, told, asked.prompt_tokens, len(asked.rows), self.reader.tokenizer, usage=usage)
+        notes["prompt_tokens"] = asked.prompt_tokens
+        events: asyncio.Queue[list[Event]] = asyncio.Queue()
+
+        def deliver(some: list[Event]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(events.put_nowait, some)
+
+        job = Job(asked.rows, weights, deliver, self.seconds)
+        self.engine.submit(job)
+        return _Answering(self.engine, job, events, answer, body.stream, notes)
+
+    async def _decide(self, body: ChatRequest | CompletionRequest) -> Any:
+        if isinstance(body, ChatRequest):
+            prompt = _last_of_user(body)
+        else:
+            prompt = body.prompt if isinstance(body.prompt, str) else None
+        if not prompt:
+            raise Refused("a library chooses for one prompt that is a text: give one, or name the adapters", "model")
+        choose = self.choose
+        assert choose is not None
+        return await asyncio.wrap_future(self.engine.call(lambda: choose(prompt)))
+
+    # -- adapters
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return what can be asked for, the base first."""
+        head = {"object": "model", "created": self.began, "owned_by": "spectune", "root": self.name}
+        found: list[dict[str, Any]] = [{"id": BASE, **head, "parent": None, "max_model_len": self.reader.context}]
+        found += [{"id": AUTO, **head, "parent": BASE}] if self.choose is not None else []
+        return found + [{"id": v.name, **head, "parent": BASE, "adapter": v.about} for v in self.engine.shelf.versions]
+
+    async def load(self, request: Request) -> Response:
+        """Load an adapter from a folder of the server's under a name."""
+        body = read_body(await request.body(), LoadRequest)
+        self._check_may_load()
+        shelf, name = self.engine.shelf, body.lora_name
+        shelf.check_name(name)
+        if not Path(body.lora_path).is_dir():
+            raise Refused(f"there is no adapter's folder {body.lora_path[:200]!r} on the server", "lora_path")
+        adapter = await asyncio.to_thread(Adapter.load, body.lora_path)
+
+        def put() -> Version:
+            return shelf.put(name, adapter, body.lora_path, replace=body.load_inplace)
+
+        await asyncio.wrap_future(self.engine.call(put))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        """Let no new request have an adapter."""
+        body = read_body(await request.body(), UnloadRequest)
+        self._check_may_load()
+        name = body.lora_name
+        await asyncio.wrap_future(self.engine.call(lambda: self.engine.shelf.take(name)))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _check_may_load(self) -> None:
+        if not self.may_load:
+            raise HTTPException(403, "this server loads and unloads no adapters by request")
+
+
+class _Answering(Response):
+    """Sends an answer, and frees its rows as soon as the client is gone, whether it is streamed or not."""
+
+    def __init__(
+        self, engine: Engine, job: Job, events: asyncio.Queue[list[Event]], answer: Answer, stream: bool, notes: Any
+    ) -> None:
+        super().__init__()
+        self._engine, self._job, self._events, self._answer = engine, job, events, answer
+        self._stream, self._notes = stream, notes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        sending = asyncio.ensure_future((self._send_stream if self._stream else self._send_whole)(scope, receive, send))
+        watching = asyncio.ensure_future(gone())
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._engine.cancel(self._job)
+            self._notes["tokens"] = self._answer.tokens
+            for task in (sending, watching):
+                task.cancel()
+            results = await asyncio.gather(sending, watching, return_exceptions=True)
+        error = results[0]
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            raise error
+
+    async def _pieces(self) -> AsyncIterator[Event]:
+        while not self._answer.complete:
+            for event in await self._events.get():
+                if event.error is not None:
+                    raise event.error
+                self._answer.take(event)
+                yield event
+
+    async def _send_whole(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async for _ in self._pieces():
+                pass
+            response = JSONResponse(self._answer.whole())
+        except Exception as error:
+            response = _failed(error)
+        await response(scope, receive, send)
+
+    async def _send_stream(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        headers += [(b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+        async def say(*chunks: Any) -> None:
+            body = "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks)
+            if body:
+                await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
+
+        try:
+            await say(*self._answer.first())
+            async for event in self._pieces():
+                await say(self._answer.chunk(event))
+            await say(*self._answer.last())
+        except OSError:
+            raise
+        except Exception as error:
+            await say(_told(error)[1])
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Return the status and the document of an error."""
+    bad = "invalid_request_error"
+    if isinstance(error, UnknownAdapter):
+        return 404, failure(str(error), bad, "model_not_found", "model")
+    if isinstance(error, Busy):
+        return 429, failure(str(error), "rate_limit_error", "too_many_requests")
+    if isinstance(error, TooSlow):
+        return 408, failure(str(error), bad, "timeout")
+    if isinstance(error, Closing):
+        return 503, failure(str(error), "server_error", "shutting_down")
+    if isinstance(error, SpectuneError):
+        return 400, failure(str(error), bad, None, getattr(error, "param", None))
+    if isinstance(error, HTTPException):
+        status: int = error.status_code
+        return status, failure(str(error.detail), bad)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 503, failure("there is not enough memory for this now; ask for less, or again later", "server_error")
+    return 500, failure(f"this should not have happened ({type(error).__name__}); the log says more", "server_error")
+
+
+def _failed(error: Exception) -> JSONResponse:
+    status, document = _told(error)
+    return JSONResponse(document, status, {"retry-after": "1"} if status in (429, 503) else None)
+
+
+def _plain(weights: Any) -> dict[str, Any]:
+    """Return weights as JSON: numbers, or for each layer a number."""
+    return {
+        name: {k: float(v) for k, v in weight.items()} if isinstance(weight, dict) else float(weight)
+        for name, weight in weights.items()
+    }
+
+
+def _last_of_user(body: ChatRequest) -> str | None:
+    said = next((m.get("content") for m in reversed(body.messages) if m.get("role") == "user"), None)
+    if isinstance(said, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in said)
+    return said if isinstance(said, str) else None
+
+
+def make_app(service: Service, *, page: bytes = b"") -> FastAPI:
+    """Return the application of a service.
+
+    Args:
+        service: what answers.
+        page: what is at /.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.engine.stop, 30)
+        service.encoding.shutdown(wait=False)
+
+    app = FastAPI(title="spectune serve", openapi_url=None, lifespan=lifespan)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(SpectuneError)
+    @app.exception_handler(HTTPException)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return _failed(error)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await service.answer(request, ChatRequest)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await service.answer(request, CompletionRequest)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": service.models()}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        for one in service.models():
+            if one["id"] == name:
+                return one
+        service.engine.shelf.parse(name)
+        raise HTTPException(404, f"{name[:80]!r} is a mixture, which has no entry of its own")
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        return await service.load(request)
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        return await service.unload(request)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"}) if service.engine.alive else JSONResponse({"status": "ended"}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/")
+    async def home() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8")
+
+    return app

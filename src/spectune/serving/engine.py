@@ -1,0 +1,410 @@
+"""One thread that owns the model: it reads prompts, has all rows take a step, and lets rows come and go between."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Condition, Thread
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.serving.batch import Batch, Prompts, Row
+from spectune.serving.sampling import Logprobs
+from spectune.serving.shelf import Shelf, Version
+
+T = TypeVar("T")
+log = logging.getLogger("spectune.serving")
+_NOT_A_NUMBER = (
+    "the model's answer is no number (NaN): the weights of the mixture may be too large, or the dtype too small"
+)
+
+
+class Busy(SpectuneError):
+    """More requests wait than may."""
+
+
+class Closing(SpectuneError):
+    """The server is being shut down."""
+
+
+class TooSlow(SpectuneError):
+    """A request took longer than it may."""
+
+
+class Event(NamedTuple):
+    """What came of a request since the last event.
+
+    Args:
+        row: which of the request's replies.
+        text: that is certain.
+        logprobs: of tokens, where asked for.
+        tokens: of the reply so far.
+        finish: why the reply ended: "stop" or "length".
+        error: why there is none; of the whole request.
+    """
+
+    row: int
+    text: str = ""
+    logprobs: Sequence[Logprobs] = ()
+    tokens: int = 0
+    finish: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request.
+
+    Args:
+        rows: its replies.
+        weights: of adapters by name; none is the base.
+        deliver: takes its events, in the engine's thread, and must not wait.
+        seconds: that it may take, None for any time.
+
+    Attributes:
+        mixture: what the names stood for when the request came.
+        left: rows that have not ended.
+        cancelled: nobody waits for it any more.
+    """
+
+    rows: list[Row]
+    weights: Mapping[str, Any]
+    deliver: Callable[[list[Event]], None]
+    seconds: float | None = None
+    mixture: dict[Version, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    left: list[Row] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def late(self) -> bool:
+        """Whether it took longer than it may."""
+        return self.seconds is not None and time.monotonic() - self.began > self.seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine takes on.
+
+    Args:
+        rows: that are answered at once.
+        waiting: requests that wait for a row.
+        tokens: rows times the length of the longest, whose keys and values fit into memory; None is any.
+        columns: tokens of prompts that are read between two steps of the rows.
+    """
+
+    rows: int = 16
+    waiting: int = 1024
+    tokens: int | None = None
+    columns: int = 512
+
+
+class Engine:
+    """Answers requests, with rows that join and leave at every step.
+
+    Args:
+        batch: of the model.
+        shelf: its adapters.
+        pad: a token to pad prompts with.
+        limits: what it takes on.
+
+    Attributes:
+        steps, prompt_tokens, tokens: that were computed so far.
+    """
+
+    def __init__(self, batch: Batch, shelf: Shelf, pad: int = 0, limits: Limits | None = None) -> None:
+        self.batch, self.shelf, self.limits = batch, shelf, limits or Limits()
+        self.steps = self.prompt_tokens = self.tokens = 0
+        self._pad = pad
+        self._waiting: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._running: list[Job] = []
+        self._job_of: dict[Row, Job] = {}
+        self._unread: deque[Row] = deque()  # rows of running jobs that have no place yet
+        self._prompts: Prompts | None = None
+        self._woken = Condition()
+        self._closing = False
+        self._thread = Thread(target=self._run, name="spectune-engine", daemon=True)
+
+    # -- for any thread
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are being answered or read."""
+        return len(self._job_of)
+
+    def submit(self, job: Job) -> None:
+        """Take on a request, which is answered by the adapters that have its names now.
+
+        Raises:
+            Busy: too many wait.
+            Closing: the server is being shut down.
+            UnknownAdapter: a name that no adapter has.
+            SpectuneError: it would never fit into memory.
+        """
+        most = self.limits.tokens
+        longest = max(row.most for row in job.rows)
+        if most is not None and longest > most:
+            raise SpectuneError(
+                f"the prompt and its reply may take {longest} tokens, and memory holds {most}: ask for fewer with "
+                "max_tokens"
+            )
+        with self._woken:
+            if self._closing:
+                raise Closing("the server is being shut down")
+            if len(self._waiting) >= self.limits.waiting:
+                raise Busy(f"{len(self._waiting)} requests wait already; try again in a while")
+            job.mixture = self.shelf.mixture(job.weights)
+            for row in job.rows:
+                row.mixture = {version.slot: weight for version, weight in job.mixture.items()}
+            self._waiting.append(job)
+            self._woken.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Free the rows of a request that nobody waits for any more; one that has ended stays so."""
+        with self._woken:
+            job.cancelled = True
+            self._woken.notify()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Have something done between two steps, when nothing else uses the model."""
+        future: Future[T] = Future()
+        with self._woken:
+            if self._closing:
+                raise Closing("the server is being shut down")
+            self._calls.append((function, future))
+            self._woken.notify()
+        return future
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End: requests that have not ended by now get an error."""
+        with self._woken:
+            self._closing = True
+            self._woken.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # -- in the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._woken:
+                while not (self._waiting or self._calls or self._running or self._closing):
+                    self._woken.wait()
+                calls, self._calls = self._calls, deque()
+                closing = self._closing
+            if closing:
+                self._end(calls)
+                return
+            for function, future in calls:
+                self._do(function, future)
+            try:
+                self._drop()
+                self._admit()
+                self._read()
+                self._step()
+                self._sweep()
+            except Exception as error:  # nothing known raises here; whatever does must not end all answers to come
+                log.exception("an unforeseen error ended the requests that ran")
+                self._end_running(error)
+
+    def _do(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        self.batch.close()
+        try:
+            future.set_result(function())
+        except BaseException as error:  # whatever it is, whoever waits is told
+            future.set_exception(error)
+
+    def _end(self, calls: Iterable[tuple[Any, Future[Any]]]) -> None:
+        error = Closing("the server was shut down before the reply was complete")
+        for _, future in calls:
+            future.set_exception(error)
+        self._end_running(error)
+        for job in self._waiting:
+            self._fail(job, error)
+        self._waiting.clear()
+
+    def _end_running(self, error: Exception) -> None:
+        self.batch.clear()
+        self._prompts = None
+        for job in list(self._running):
+            self._fail(job, error)
+
+    def _drop(self) -> None:
+        """Let go of requests that nobody waits for, or that took too long."""
+        with self._woken:
+            gone = [job for job in self._waiting if job.cancelled or job.late]
+            for job in gone:
+                self._waiting.remove(job)
+        for job in [*gone, *(job for job in self._running if job.cancelled or job.late)]:
+            self._fail(
+                job,
+                TooSlow(f"no complete reply within {job.seconds} s; ask for fewer tokens (max_tokens), or again later"),
+            )
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a request before its replies are complete."""
+        for row in job.left:
+            del self._job_of[row]
+            if row in self.batch.rows:
+                self.batch.leave(row)
+            elif row in self._unread:
+                self._unread.remove(row)
+        job.left = []
+        if job in self._running:
+            self._running.remove(job)
+        if not job.cancelled:
+            job.deliver([Event(0, error=error)])
+
+    def _admit(self) -> None:
+        """Begin with requests in the order in which they came, as long as there are rows and memory for them."""
+        if self._prompts is not None:
+            return
+        there, free = self.batch.rows, self.limits.rows - len(self.batch.rows)
+        with self._woken:
+            while self._waiting and len(self._unread) < free:
+                job = self._waiting.popleft()
+                job.left = list(job.rows)
+                self._running.append(job)
+                self._unread.extend(job.rows)
+                self._job_of.update(dict.fromkeys(job.rows, job))
+        rows: list[Row] = []
+        longest = max((row.most for row in there), default=0)
+        while self._unread and len(rows) < free:
+            count, longest = len(there) + len(rows) + 1, max(longest, self._unread[0].most)
+            if count > 1 and self.limits.tokens is not None and count * longest > self.limits.tokens:
+                break
+            rows.append(self._unread.popleft())
+        if rows:
+            self._prompts = Prompts(rows, self._pad)
+
+    def _read(self) -> None:
+        """Read a part of the prompts of the rows that are about to join."""
+        prompts = self._prompts
+        if prompts is None:
+            return
+        try:
+            logits = self.batch.read(prompts, max(32, self.limits.columns // len(prompts.rows)))
+        except Exception as error:
+            self._prompts = None
+            self._blame(prompts.rows, error) if len(prompts.rows) == 1 else self._read_alone(prompts.rows)
+            return
+        if logits is not None or not any(row in self._job_of for row in prompts.rows):
+            self._prompts = None
+        if logits is not None:
+            self._joined(prompts, logits)
+
+    def _read_alone(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of rows one by one, after they could not be read together."""
+        for row in rows:
+            prompts = Prompts([row], self._pad)
+            try:
+                logits = self.batch.read(prompts, len(row.prompt))
+            except Exception as error:
+                self._blame([row], error)
+            else:
+                assert logits is not None
+                self._joined(prompts, logits)
+
+    def _joined(self, prompts: Prompts, logits: Tensor) -> None:
+        self.prompt_tokens += sum(len(row.prompt) for row in prompts.rows)
+        self._tell(self._taken(prompts.rows, logits))
+        going = [i for i, row in enumerate(prompts.rows) if row in self._job_of]
+        if going:
+            self.batch.join(prompts, going)
+
+    def _step(self) -> None:
+        """Have each row take a token."""
+        rows = list(self.batch.rows)
+        if not rows:
+            return
+        try:
+            logits = self.batch.step()
+        except Exception as error:
+            self._failed(error)
+            return
+        self.steps += 1
+        self._tell(self._taken(rows, logits))
+        for row in rows:
+            if row not in self._job_of and row in self.batch.rows:
+                self.batch.leave(row)
+
+    def _taken(self, rows: Sequence[Row], logits: Tensor) -> _Events:
+        """Have rows take a token each; return what there is to tell. A row that ends is no job's any more."""
+        events: _Events = defaultdict(list)
+        largest, likeliest = (values.tolist() for values in logits.max(-1))
+        for i, row in enumerate(rows):
+            if largest[i] != largest[i]:
+                self._blame([row], SpectuneError(_NOT_A_NUMBER))
+            elif row in self._job_of:
+                self._take(row, logits[i], likeliest[i] if row.sampler.plain else None, events)
+        return events
+
+    def _failed(self, error: Exception) -> None:
+        """End the requests that a step failed for: those that fail alone too, or else all."""
+        culprits = self.batch.culprits()
+        if not culprits:
+            self._blame(self.batch.rows, error)
+        for row, own in culprits:
+            self._blame([row], own)
+
+    def _blame(self, rows: Iterable[Row], error: Exception) -> None:
+        if not isinstance(error, SpectuneError):
+            log.error("a request failed", exc_info=error)
+        for job in {self._job_of[row] for row in rows if row in self._job_of}:
+            self._fail(job, error)
+
+    def _take(self, row: Row, logits: Tensor, token: int | None, events: _Events) -> None:
+        job = self._job_of[row]
+        try:
+            text, finish = row.take(logits, token)
+        except Exception as error:
+            self._blame([row], error)
+            return
+        self.tokens += 1
+        if text or finish:
+            told, row.told = row.told, []
+            events[job].append(Event(job.rows.index(row), text, told, len(row.tokens), finish))
+        if finish:
+            job.left.remove(row)
+            del self._job_of[row]
+            if not job.left:
+                self._running.remove(job)
+
+    def _tell(self, events: _Events) -> None:
+        for job, some in events.items():
+            if not job.cancelled:
+                job.deliver(some)
+
+    def _sweep(self) -> None:
+        """Take adapters off the model that no name stands for and no request uses."""
+        with self._woken:
+            gone = self.shelf.unused(v for job in (*self._running, *self._waiting) for v in job.mixture)
+        if gone:
+            self.batch.close()
+            self.shelf.remove(gone)
+
+
+_Events = defaultdict[Job, list[Event]]

@@ -1,0 +1,179 @@
+"""A server from its beginning to its end: a port, a model, adapters, and requests until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from spectune.adapters.adapter import Adapter
+from spectune.bases.generation import pad_token
+from spectune.errors import SpectuneError, need
+from spectune.serving.asking import Reader
+from spectune.serving.batch import Batch, check_joining
+from spectune.serving.engine import Engine, Limits
+from spectune.serving.shelf import Shelf
+from spectune.transformer2.two_pass import Transformer2
+
+_SHARE = 0.5  # of the memory that is free, for keys and values
+PAGE = Path(__file__).parent / "page.html"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is reached, and what it takes on.
+
+    Args:
+        host, port: where it listens; 0 is any port that is free.
+        key: that requests must bring.
+        limits: of the engine; its tokens are found out if not given.
+        most_tokens: of a reply, whatever is asked for.
+        most_bytes: of the body of a request.
+        seconds: that a request may take.
+        origins: of pages of other sites that may ask, or "*".
+        may_load: whether requests may load and unload adapters.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    most_tokens: int | None = None
+    most_bytes: int = 4 << 20
+    seconds: float | None = 600.0
+    origins: Sequence[str] = ()
+    may_load: bool = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        SpectuneError: the port is in use, or the host is none of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except (OSError, OverflowError) as error:
+        told = getattr(error, "strerror", None) or str(error)
+        raise SpectuneError(
+            f"port {port} of {host!r} cannot be listened at ({told}): give another --port or --host"
+        ) from None
+    return listening
+
+
+def put_adapters(shelf: Shelf, sources: Mapping[str, Callable[[], Adapter]], say: Callable[[str], None]) -> None:
+    """Put adapters on a shelf; one that cannot be had is told of, and the others are served.
+
+    Args:
+        shelf: the shelf.
+        sources: by name, what reads an adapter.
+        say: tells people.
+    """
+    for name, read in sources.items():
+        try:
+            shelf.put(name, read(), name)
+        except (SpectuneError, OSError, MemoryError) as error:
+            say(f"the adapter {name!r} is not served: {error}")
+
+
+def start_engine(model: Any, tokenizer: Any, shelf: Shelf, limits: Limits) -> Engine:
+    """Return an engine that answers, with as many tokens at once as memory holds.
+
+    Raises:
+        SpectuneError: a model whose texts cannot join a batch.
+    """
+    batch = Batch(model)
+    size = check_joining(model, tokenizer)
+    if limits.tokens is None:
+        limits = replace(limits, tokens=int(_SHARE * _free_memory(model.device) / size))
+    engine = Engine(batch, shelf, pad_token(tokenizer), limits)
+    engine.start()
+    return engine
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def serve(
+    model: Any,
+    tokenizer: Any,
+    sources: Mapping[str, Callable[[], Adapter]],
+    *,
+    name: str,
+    settings: Settings,
+    listening: socket.socket,
+    two: Transformer2 | None = None,
+    say: Callable[[str], None] = lambda told: print(told, file=sys.stderr, flush=True),
+) -> None:
+    """Answer requests until the process is told to stop.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        sources: by name, what reads an adapter.
+        name: of the base.
+        settings: how it is reached.
+        listening: a socket that listens.
+        two: chooses for requests that ask for "auto".
+        say: tells people.
+    """
+    uvicorn = need("uvicorn", "spectune serve", "'spectune[serve]'")
+    shelf = Shelf(model, [name], auto=two is not None)
+    put_adapters(shelf, sources, say)
+    app, _ = build(model, tokenizer, shelf, name=name, settings=settings, two=two)
+    host, port = listening.getsockname()[:2]
+    there = ", ".join(version.name for version in shelf.versions[:20]) or "no adapter"
+    say(f"{name} is served at http://{f'[{host}]' if ':' in host else host}:{port} with {there}")
+    if settings.key is None and settings.host not in ("localhost", "127.0.0.1", "::1"):
+        say("anybody who reaches this address may ask, and load adapters: give --api-key")
+    logging.getLogger("spectune.serving").addHandler(_log_handler())
+    logging.getLogger("spectune.serving").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def build(
+    model: Any, tokenizer: Any, shelf: Shelf, *, name: str, settings: Settings, two: Transformer2 | None = None
+) -> tuple[Any, Engine]:
+    """Return the ASGI application of a server, and its engine, which has begun.
+
+    Raises:
+        SpectuneError: FastAPI is not installed, or the model's texts cannot join a batch.
+    """
+    for package in ("fastapi", "prometheus_client"):
+        need(package, "spectune serve", "'spectune[serve]'")
+    from starlette.middleware.cors import CORSMiddleware
+
+    from spectune.serving.app import Service, make_app
+    from spectune.serving.guard import LOOPBACK, Guard
+
+    engine = start_engine(model, tokenizer, shelf, settings.limits)
+    choose = None if two is None else lambda prompt: two.choose([prompt])[0]
+    reader = Reader(model, tokenizer, settings.most_tokens)
+    service = Service(engine, reader, name, settings.seconds, choose, settings.may_load)
+    app = make_app(service, page=PAGE.read_bytes() if PAGE.exists() else b"")
+    hosts = LOOPBACK if settings.host in LOOPBACK else ()
+    guarded: Any = Guard(app, settings.key, settings.most_bytes, hosts, service.metrics.seen)
+    if settings.origins:
+        guarded = CORSMiddleware(guarded, settings.origins, allow_methods=["*"], allow_headers=["*"])
+    return guarded, engine
+
+
+def _log_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler
