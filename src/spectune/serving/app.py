@@ -34,6 +34,11 @@ from spectune.serving.protocol import (
 from spectune.serving.shelf import AUTO, BASE, UnknownAdapter, Version
 
 Choose = Callable[[str], Any]  # a prompt's decision
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 
 
 @dataclass
@@ -109,7 +114,23 @@ class Service:
         head = {"object": "model", "created": self.began, "owned_by": "spectune", "root": self.name}
         found: list[dict[str, Any]] = [{"id": BASE, **head, "parent": None, "max_model_len": self.reader.context}]
         found += [{"id": AUTO, **head, "parent": BASE}] if self.choose is not None else []
-        return found + [{"id": v.name, **head, "parent": BASE, "adapter": v.about} for v in self.engine.shelf.versions]
+        return found + [
+            {"id": v.name, **head, "parent": BASE, "adapter": {**v.about, "layers": len(v.about["layers"])}}
+            for v in self.engine.shelf.versions
+        ]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """Return one of them, an adapter with the names of its layers.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        found = next((one for one in self.models() if one["id"] == name), None)
+        version = next((v for v in self.engine.shelf.versions if v.name == name), None)
+        if found is None:
+            self.engine.shelf.parse(name)
+            raise UnknownAdapter(f"{name[:80]!r} has no entry of its own; it is answered by what it names")
+        return found if version is None else {**found, "adapter": version.about}
 
     async def load(self, request: Request) -> Response:
         """Load an adapter from a folder of the server's under a name."""
@@ -162,6 +183,8 @@ class _Answering(Response):
         finally:
             self._engine.cancel(self._job)
             self._notes["tokens"] = self._answer.tokens
+            if not sending.done():
+                self._notes["gone"] = True
             for task in (sending, watching):
                 task.cancel()
             results = await asyncio.gather(sending, watching, return_exceptions=True)
@@ -289,11 +312,7 @@ def make_app(service: Service, *, page: bytes = b"") -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        for one in service.models():
-            if one["id"] == name:
-                return one
-        service.engine.shelf.parse(name)
-        raise HTTPException(404, f"{name[:80]!r} is a mixture, which has no entry of its own")
+        return service.model(name)
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
@@ -313,6 +332,6 @@ def make_app(service: Service, *, page: bytes = b"") -> FastAPI:
 
     @app.get("/")
     async def home() -> Response:
-        return Response(page, media_type="text/html; charset=utf-8")
+        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     return app

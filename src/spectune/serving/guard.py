@@ -58,8 +58,6 @@ class Guard:
                 read += len(message.get("body", b""))
                 if read > self._most:
                     raise HTTPException(413, self._too_large)
-            elif message["type"] == "http.disconnect":
-                notes["gone"] = True
             return message
 
         async def send_noted(message: Any) -> None:
