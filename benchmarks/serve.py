@@ -1,11 +1,11 @@
-"""Tokens a second of a server with 0, 1, 16 and 64 adapters, each request naming another one, beside `transformers serve`.
+"""Tokens a second of a server with 0 to 64 adapters, each request naming another one, beside `transformers serve`.
 
 SmolLM2-135M over HTTP on this machine; every request asks for the same number of tokens, so many at once.  The adapters
 are LoRAs of rank 8 on all 210 linears, or SVFs, with random values.  `alone` is `generate` with one request after the
 other.  transformers' server knows no adapters: it is measured with the base.
 
-    python benchmarks/serve.py [--adapters 0 1 16 64] [--method lora:rank=8] [--requests 32] [--at-once 16] [--tokens 32]
-        [--peer] [--dtype fp32] [--name serve]
+    python benchmarks/serve.py [--adapters 0 1 16 64] [--method lora:rank=8] [--requests 32] [--at-once 16]
+        [--tokens 32] [--peer] [--dtype fp32] [--name serve]
 """
 
 from __future__ import annotations
@@ -128,17 +128,9 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     """Measure transformers' server with the base."""
     path, port = model_path("smollm2-135m"), 8377
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
-    command = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        path,
-        "--port",
-        str(port),
-        "--dtype",
-        dtype,
-    ]
+    begin = "from transformers.cli.transformers import main; main()"
+    options = ["--continuous-batching", "--port", str(port), "--dtype", dtype]
+    command = [sys.executable, "-c", begin, "serve", path, *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             for _ in range(120):

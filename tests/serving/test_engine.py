@@ -158,14 +158,8 @@ def test_a_request_that_fails_takes_nobody_along(begin):
     model, tokenizer = tiny(), words()
     shelf = shelf_of(model, 2)
     engine = begin(model, shelf, rows=8)
-    bad = adapter("svf", seed=3)
-    for layer in bad.layers.values():
-        for term in layer.terms:
-            for tensor in term.trained.values():
-                tensor.fill_(1e30)
-    engine.call(lambda: shelf.put("bad", bad, "made")).result(30)
     good = [Asked(model, tokenizer, p, 40, weights(i % 2)) for i, (p, _) in enumerate(drawn(4))]
-    ill = Asked(model, tokenizer, [5, 6], 40, {"bad": 1.0})
+    ill = Asked(model, tokenizer, [5, 6], 40, {"a0": 1e30})
     broken = Asked(model, tokenizer, [5, 6], 40)
 
     def fail(*_):
