@@ -158,7 +158,7 @@ def test_a_request_that_fails_takes_nobody_along(begin):
     model, tokenizer = tiny(), words()
     shelf = shelf_of(model, 2)
     engine = begin(model, shelf, rows=8)
-    good = [Asked(model, tokenizer, p, 40, weights(i % 2)) for i, (p, _) in enumerate(drawn(4))]
+    good = [Asked(model, tokenizer, p, 40, {f"a{i % 2}": 1.0}) for i, (p, _) in enumerate(drawn(4))]
     ill = Asked(model, tokenizer, [5, 6], 40, {"a0": 1e30})
     broken = Asked(model, tokenizer, [5, 6], 40)
 
@@ -272,7 +272,7 @@ def test_a_seed_says_what_is_drawn_whoever_is_beside(begin):
     alone = Asked(model, tokenizer, [5, 6], 20, {"a0": 1.0}, n=2, sampling=sampling)
     engine.submit(alone.job)
     alone.wait()
-    crowd = [Asked(model, tokenizer, p, 30, weights(i % 2)) for i, (p, _) in enumerate(drawn(4))]
+    crowd = [Asked(model, tokenizer, p, 30, {f"a{i % 2}": 1.0}) for i, (p, _) in enumerate(drawn(4))]
     again = Asked(model, tokenizer, [5, 6], 20, {"a0": 1.0}, n=2, sampling=sampling)
     for one in (*crowd, again):
         engine.submit(one.job)

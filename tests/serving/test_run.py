@@ -84,7 +84,6 @@ def test_what_the_command_makes_of_its_arguments(tmp_path, monkeypatch):
     assert list(given["sources"]) == ["pirate", "one"]
     settings = given["settings"]
     assert (settings.host, settings.key, settings.limits.rows, settings.origins) == ("127.0.0.1", "k", 3, ())
-    given["listening"].close()
     for wrong, told in (
         (["-a", "x=1", "-a", "x=2"], "two adapters are to be called 'x'"),
         (["-a", "=x"], "not NAME=ADAPTER"),

@@ -63,21 +63,20 @@ def serve(
         origins=tuple(allow_origin),
         may_load=load,
     )
-    listening = run.listen(host, port)
-    two = None
-    if library is not None:
-        two = load_transformer2(model, library, strategy, shots, (), dtype, device, trust_remote_code)
-        loaded, tokenizer = two.model, two.tokenizer
-        for name in two.library.names:
-            if name in sources:
-                raise SpectuneError(f"the library has an adapter {name!r} too: give the other another name")
-            sources[name] = partial(two.library.adapter, name)
-    else:
-        need_library(strategy=strategy, shots=shots)
-        loaded, tokenizer = load_base(
-            model, dtype, device=device or default_device(), trust_remote_code=trust_remote_code
-        )
-    run.serve(loaded, tokenizer, sources, name=model, settings=settings, listening=listening, two=two)
+    with run.listen(host, port) as listening:  # before the model is loaded
+        two = None
+        if library is not None:
+            two = load_transformer2(model, library, strategy, shots, (), dtype, device, trust_remote_code)
+            loaded, tokenizer = two.model, two.tokenizer
+            for name in two.library.names:
+                if name in sources:
+                    raise SpectuneError(f"the library has an adapter {name!r} too: give the other another name")
+                sources[name] = partial(two.library.adapter, name)
+        else:
+            need_library(strategy=strategy, shots=shots)
+            options: Any = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
+            loaded, tokenizer = load_base(model, dtype, **options)
+        run.serve(loaded, tokenizer, sources, name=model, settings=settings, listening=listening, two=two)
 
 
 def _named(text: str) -> tuple[str, str]:

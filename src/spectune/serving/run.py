@@ -58,6 +58,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         SpectuneError: the port is in use, or the host is none of this machine.
     """
+    listening = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -65,6 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(1024)
     except (OSError, OverflowError) as error:
+        if listening is not None:
+            listening.close()
         told = getattr(error, "strerror", None) or str(error)
         raise SpectuneError(
             f"port {port} of {host!r} cannot be listened at ({told}): give another --port or --host"
