@@ -79,9 +79,9 @@ def spectra() -> dict[str, dict[str, object]]:
             if model == MODELS[0]:
                 PICTURE.parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(out) / "spectrum.png", PICTURE)
-        found[model] = {key: document[key] for key in ("answer", "summary", "kinds")} | {"seconds": round(seconds, 1)}
-        found[model]["uniform_rank"] = document["recommendation"]["uniform_rank"]
-        print(model, *document["answer"], sep="\n  ", flush=True)
+        found[model] = document.model_dump(include={"answer", "summary", "kinds"}) | {"seconds": round(seconds, 1)}
+        found[model]["uniform_rank"] = document.recommendation.uniform_rank
+        print(model, *document.answer, sep="\n  ", flush=True)
     return found
 
 

@@ -75,11 +75,11 @@ def test_a_curve_keeps_the_ends_and_the_values():
 
 def test_ranks_are_in_proportion_and_cost_what_the_mean_rank_costs():
     shapes = [(100, 100), (300, 100), (100, 50)]
-    measured = [measure(S, SHAPE)._replace(outliers=n) for n in (10, 20, 40)]
+    measured = [measure(S, SHAPE).model_copy(update={"outliers": n}) for n in (10, 20, 40)]
     ranks = recommended_ranks(measured, shapes, mean=8, low=1, high=1000)
     sizes = [sum(shape) for shape in shapes]
     assert sum(r * s for r, s in zip(ranks, sizes, strict=True)) == pytest.approx(8 * sum(sizes), rel=0.1)
     assert ranks[1] == pytest.approx(2 * ranks[0], abs=1)
     assert recommended_ranks(measured, shapes, 8, 6, 9) == [6, 8, 9]
-    assert recommended_ranks([m._replace(outliers=0) for m in measured], shapes) == [4, 4, 4]
-    assert recommended_ranks([measured[0]._replace(outliers=None)], [(4, 4)], 16) == [2]
+    assert recommended_ranks([m.model_copy(update={"outliers": 0}) for m in measured], shapes) == [4, 4, 4]
+    assert recommended_ranks([measured[0].model_copy(update={"outliers": None})], [(4, 4)], 16) == [2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE
@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from spectune.cli.shared import JSON, print_json, say_error
+
+if TYPE_CHECKING:
+    from spectune.spectrum.model import Document
 
 
 def spectrum(
@@ -67,7 +70,7 @@ def spectrum(
     finally:
         bar.stop()
     if json:
-        print_json(document)
+        print_json(document.model_dump(exclude_unset=True))
         return
     _show(document)
 
@@ -76,33 +79,33 @@ def _one_or_more(patterns: list[str]) -> str | list[str]:
     return patterns[0] if len(patterns) == 1 else patterns
 
 
-def _show(document: dict[str, Any]) -> None:
+def _show(document: Document) -> None:
     console = Console()
     table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("kind", no_wrap=True, min_width=max(len(kind["kind"]) for kind in document["kinds"]))
+    table.add_column("kind", no_wrap=True, min_width=max(len(kind.kind) for kind in document.kinds))
     for heading in ("count", "in range", "0.5%", "median", "99.5%", "eff. rank", "outliers", "rank"):
         table.add_column(heading, justify="right")
-    for kind in document["kinds"]:
-        q, outliers = kind["quantiles"], kind["outliers"]
-        cells = (f"{kind['matrices']}", f"{kind['share']:.1%}", f"{q[0]:.3g}", f"{q[2]:.3g}", f"{q[4]:.3g}")
-        ranks = "-".join(map(str, dict.fromkeys(kind["ranks"])))
+    for kind in document.kinds:
+        q, outliers = kind.quantiles, kind.outliers
+        cells = (f"{kind.matrices}", f"{kind.share:.1%}", f"{q[0]:.3g}", f"{q[2]:.3g}", f"{q[4]:.3g}")
+        ranks = "-".join(map(str, dict.fromkeys(kind.ranks)))
         table.add_row(
-            kind["kind"],
+            kind.kind,
             *cells,
-            f"{kind['effective_rank']:.0f}",
+            f"{kind.effective_rank:.0f}",
             "" if outliers is None else f"{outliers:.0f}",
             ranks,
         )
     console.print(table)
-    for sentence in document["answer"]:
+    for sentence in document.answer:
         console.print(sentence, highlight=False, markup=False)
-    layers = document["adapter"]["skipped"] if "adapter" in document else {}
-    for what, skipped in (("not measured", document["skipped"]), ("of the adapter's layers left out", layers)):
+    layers = document.adapter.skipped if document.adapter is not None else {}
+    for what, skipped in (("not measured", document.skipped), ("of the adapter's layers left out", layers)):
         if skipped:
             name, why = next(iter(skipped.items()))
             text = f"{len(skipped)} {what}, the first {name}: {why}"
             console.print(text, style="yellow", highlight=False, markup=False)
-    console.print(f"saved {document['files']['page']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"saved {document.files['page']}", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Bar:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -246,9 +248,6 @@ def _gguf(file: Path) -> Iterator[Stored]:
 
 
 def _bin(file: Path) -> Iterator[Stored]:
-    import pickle
-    import zipfile
-
     try:  # torch before 1.6 wrote no zip files, and they cannot be mapped
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -66,7 +65,7 @@ def collect_movement(
     epsilon: float = 0.5,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+) -> tuple[dict[str, dict[str, object]], dict[str, str]]:
     """Return what an adapter did to each matrix that it is on, by name, and why its other layers are left out.
 
     A run that is stopped goes on as one of `collect` does.

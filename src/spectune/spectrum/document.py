@@ -11,6 +11,20 @@ import numpy as np
 
 from spectune.spectrum.checkpoint import Checkpoint, Matrix
 from spectune.spectrum.measures import Measures, measure, recommended_ranks
+from spectune.spectrum.model import (
+    Advice,
+    Compared,
+    Document,
+    KindRow,
+    MatrixRow,
+    Moved,
+    MovedRow,
+    MovedSummary,
+    Pair,
+    Row,
+    Summary,
+    Window,
+)
 
 NOISE = 0.025  # a bulk's distance up to which it is called noise
 GAP = 2.0  # a ratio of neighbours from which a "big" group is said to stand apart from a "small" one
@@ -42,8 +56,8 @@ class Spectra(NamedTuple):
 
 def describe(
     spectra: Spectra, low: float = 0.1, high: float = 1.1, rank: int = 16, ranks: tuple[int, int] = (4, 64)
-) -> dict[str, Any]:
-    """Return the document, ready for JSON.
+) -> Document:
+    """Return the document.
 
     Args:
         spectra: what was measured.
@@ -59,52 +73,56 @@ def describe(
     for matrix, measures, own_rank in zip(matrices, found, advised, strict=True):
         place = {key: value for key, value in matrix.place._asdict().items() if key != "stacked"}
         rows.append(
-            {"name": matrix.name, **place, "shape": list(matrix.shape), "dtype": matrix.dtype, **measures._asdict()}
-            | {"recommended_rank": own_rank}
+            MatrixRow(
+                name=matrix.name,
+                **place,
+                shape=matrix.shape,
+                dtype=matrix.dtype,
+                **measures.model_dump(),
+                recommended_rank=own_rank,
+            )
         )
     checkpoint = spectra.checkpoint
-    document = {
-        "model": checkpoint.model,
-        "label": Path(checkpoint.model).name if Path(checkpoint.model).exists() else checkpoint.model,
-        "format": checkpoint.format,
-        "fingerprint": checkpoint.fingerprint,
-        "range": [low, high],
-        "summary": _summary(rows, spectra.values, low, high),
-        "kinds": _kinds(rows, spectra.values),
-        "matrices": rows,
-        "skipped": {**checkpoint.skipped, **spectra.problems},
-        "recommendation": _recommendation(spectra, rows, RULE.format(mean=rank, low=ranks[0], high=ranks[1])),
-    }
-    document["answer"] = _answer(document)
+    document = Document(
+        model=checkpoint.model,
+        label=Path(checkpoint.model).name if Path(checkpoint.model).exists() else checkpoint.model,
+        format=checkpoint.format,
+        fingerprint=checkpoint.fingerprint,
+        range=(low, high),
+        summary=_summary(rows, spectra.values, low, high),
+        kinds=_kinds(rows, spectra.values),
+        matrices=rows,
+        skipped={**checkpoint.skipped, **spectra.problems},
+        recommendation=_recommendation(spectra, rows, RULE.format(mean=rank, low=ranks[0], high=ranks[1])),
+    )
+    document.answer = _answer(document)
     return document
 
 
-def _summary(
-    rows: Sequence[dict[str, Any]], values: Mapping[str, np.ndarray], low: float, high: float
-) -> dict[str, Any]:
-    pooled = np.sort(np.concatenate([values[row["name"]] for row in rows]))
+def _summary(rows: Sequence[MatrixRow], values: Mapping[str, np.ndarray], low: float, high: float) -> Summary:
+    pooled = np.sort(np.concatenate([values[row.name] for row in rows]))
     bottom, median, top = np.quantile(pooled, [0.005, 0.5, 0.995])
     start, share = _best_window(pooled, high / low)
-    fitted = [row for row in rows if row["outliers"] is not None]
-    energy = [float((values[row["name"]] ** 2).sum()) for row in fitted]
-    return {
-        "matrices": len(rows),
-        "values": len(pooled),
-        "share": float(((low <= pooled) & (pooled <= high)).mean()),
-        "below": float((pooled < low).mean()),
-        "above": float((pooled > high).mean()),
-        "median": float(median),
-        "middle_99": [float(bottom), float(top)],
-        "best_window": {"low": start, "high": start * high / low, "share": share},
-        "gaps": sum(row["gap"] >= GAP for row in rows),
-        "gaps_after_the_first": sum(row["gap"] >= GAP and row["gap_after"] == 1 for row in rows),
-        "fitted": len(fitted),
-        "outliers": sum(row["outliers"] for row in fitted) / max(1, sum(row["count"] for row in fitted)),
-        "outlier_energy": float(np.average([row["outlier_energy"] for row in fitted], weights=energy))
+    fitted = [row for row in rows if row.outliers is not None]
+    energy = [float((values[row.name] ** 2).sum()) for row in fitted]
+    return Summary(
+        matrices=len(rows),
+        values=len(pooled),
+        share=float(((low <= pooled) & (pooled <= high)).mean()),
+        below=float((pooled < low).mean()),
+        above=float((pooled > high).mean()),
+        median=float(median),
+        middle_99=(float(bottom), float(top)),
+        best_window=Window(low=start, high=start * high / low, share=share),
+        gaps=sum(row.gap >= GAP for row in rows),
+        gaps_after_the_first=sum(row.gap >= GAP and row.gap_after == 1 for row in rows),
+        fitted=len(fitted),
+        outliers=sum(row.outliers or 0 for row in fitted) / max(1, sum(row.count for row in fitted)),
+        outlier_energy=float(np.average([row.outlier_energy or 0.0 for row in fitted], weights=energy))
         if fitted
         else None,
-        "bulk_distance": float(np.median([row["bulk_distance"] for row in fitted])) if fitted else None,
-    }
+        bulk_distance=_median(fitted, "bulk_distance"),
+    )
 
 
 def _best_window(ordered: np.ndarray, ratio: float) -> tuple[float, float]:
@@ -118,62 +136,57 @@ def _best_window(ordered: np.ndarray, ratio: float) -> tuple[float, float]:
     return float(positive[best]), float(counts[best] / len(ordered))
 
 
-def _kinds(rows: Sequence[dict[str, Any]], values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+def _kinds(rows: Sequence[MatrixRow], values: Mapping[str, np.ndarray]) -> list[KindRow]:
+    groups: defaultdict[str, list[MatrixRow]] = defaultdict(list)
     for row in rows:
-        groups[row["kind"]].append(row)
+        groups[row.kind].append(row)
     kinds = []
     for kind, members in groups.items():
-        pooled = np.concatenate([values[row["name"]] for row in members])
-        counts = [row["count"] for row in members]
+        pooled = np.concatenate([values[row.name] for row in members])
+        counts = [row.count for row in members]
         means = ("stable_rank", "effective_rank", "rank_90", "rank_95", "rank_99", "condition", "gap", "outliers")
         kinds.append(
-            {
-                "kind": kind,
-                "matrices": len(members),
-                "values": len(pooled),
-                "share": float(np.average([row["share"] for row in members], weights=counts)),
-                "quantiles": np.quantile(pooled, [0.005, 0.25, 0.5, 0.75, 0.995]).tolist(),
+            KindRow(
+                kind=kind,
+                matrices=len(members),
+                values=len(pooled),
+                share=float(np.average([row.share for row in members], weights=counts)),
+                quantiles=tuple(np.quantile(pooled, [0.005, 0.25, 0.5, 0.75, 0.995]).tolist()),
                 **{key: _median(members, key) for key in (*means, "outlier_energy", "bulk_distance")},
-                "ranks": [min(r["recommended_rank"] for r in members), max(r["recommended_rank"] for r in members)],
-            }
+                ranks=(min(r.recommended_rank for r in members), max(r.recommended_rank for r in members)),
+            )
         )
     return kinds
 
 
-def _median(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    known = [row[key] for row in rows if row[key] is not None]
+def _median(rows: Sequence[Row], key: str) -> float | None:
+    known = [value for row in rows if (value := getattr(row, key)) is not None]
     return float(np.median(known)) if known else None
 
 
-def _recommendation(spectra: Spectra, rows: Sequence[dict[str, Any]], rule: str) -> dict[str, Any]:
+def _recommendation(spectra: Spectra, rows: Sequence[MatrixRow], rule: str) -> Advice:
     layers = {m.name: m.shape for m in spectra.measured() if not m.place.stacked}
-    chosen = {row["module"]: row["recommended_rank"] for row in rows if row["name"] in layers}
-    parameters = sum(row["recommended_rank"] * sum(row["shape"]) for row in rows if row["name"] in layers)
+    chosen = {row.module: row.recommended_rank for row in rows if row.name in layers}
+    parameters = sum(row.recommended_rank * sum(row.shape) for row in rows if row.name in layers)
     one = sum(sum(shape) for shape in layers.values())
-    return {
-        "rule": rule,
-        "ranks": chosen,
-        "lora_parameters": parameters,
-        "uniform_rank": parameters / one if one else None,
-    }
+    return Advice(rule=rule, ranks=chosen, lora_parameters=parameters, uniform_rank=parameters / one if one else None)
 
 
-def _answer(document: Mapping[str, Any]) -> list[str]:
+def _answer(document: Document) -> list[str]:
     """Return the article's question, answered for this checkpoint, in sentences."""
-    s, (low, high) = document["summary"], document["range"]
+    s, (low, high) = document.summary, document.range
     there = " In Gemma-2 9B it was 99%, says the article that asked." if (low, high) == (0.1, 1.1) else ""
-    window, (bottom, top) = s["best_window"], s["middle_99"]
+    window, (bottom, top) = s.best_window, s.middle_99
     sentences = [
-        f"{s['share']:.1%} of the {s['values']:,} singular values of {document['label']} lie between {low:g} and "
-        f"{high:g}; {s['below']:.1%} are smaller and {s['above']:.1%} larger.{there}",
+        f"{s.share:.1%} of the {s.values:,} singular values of {document.label} lie between {low:g} and "
+        f"{high:g}; {s.below:.1%} are smaller and {s.above:.1%} larger.{there}",
         f"The middle 99% span {bottom:.3g} to {top:.3g}, a factor of {top / bottom:,.0f}. "
         f"Wherever a range as wide in proportion is put (a factor of {high / low:.3g}), it holds at most "
-        f"{window['share']:.1%}: from {window['low']:.3g} to {window['high']:.3g}."
+        f"{window.share:.1%}: from {window.low:.3g} to {window.high:.3g}."
         if bottom > 0
         else f"The middle 99% reach from 0 to {top:.3g}.",
     ]
-    gaps, first, count = s["gaps"], s["gaps_after_the_first"], s["matrices"]
+    gaps, first, count = s.gaps, s.gaps_after_the_first, s.matrices
     groups = gaps - first
     apart = (
         f"No matrix of {count} has" if not gaps else f"{gaps} of {count} matrices have"
@@ -186,20 +199,20 @@ def _answer(document: Mapping[str, Any]) -> list[str]:
         else "so a big group stands apart in those only."
     )
     sentences.append(f"{apart}{where}, {verdict}")
-    if s["fitted"]:
+    if s.bulk_distance is not None:
         fit = (
             "of the shape of noise"
-            if s["bulk_distance"] < NOISE
+            if s.bulk_distance < NOISE
             else "whose shape is not quite that of noise, so its edge is a convention"
         )
         sentences.append(
-            f"{s['outliers']:.1%} of the values lie above a Marchenko-Pastur bulk and hold {s['outlier_energy']:.0%} "
-            f"of the energy. The rest is a bulk {fit} (median distance {s['bulk_distance']:.3f})."
+            f"{s.outliers:.1%} of the values lie above a Marchenko-Pastur bulk and hold {s.outlier_energy:.0%} "
+            f"of the energy. The rest is a bulk {fit} (median distance {s.bulk_distance:.3f})."
         )
     return sentences
 
 
-def compared(document: Mapping[str, Any], spectra: Spectra, other: Spectra, **options: Any) -> dict[str, Any]:
+def compared(document: Document, spectra: Spectra, other: Spectra, **options: Any) -> Compared:
     """Return another checkpoint's document and how far matching matrices are apart.
 
     By Mirsky's inequality ||S - S'|| <= ||W - W'||_F: the distance is the least by which the weights must differ.
@@ -211,29 +224,30 @@ def compared(document: Mapping[str, Any], spectra: Spectra, other: Spectra, **op
         options: for `describe`.
     """
     theirs = describe(other, **options)
-    at = {(row["layer"], row["kind"], row["expert"]): row for row in theirs["matrices"]}
+    at = {(row.layer, row.kind, row.expert): row for row in theirs.matrices}
     pairs = []
-    for row in document["matrices"]:
-        match = at.get((row["layer"], row["kind"], row["expert"]))
-        if match is None or match["shape"] != row["shape"]:
+    for row in document.matrices:
+        match = at.get((row.layer, row.kind, row.expert))
+        if match is None or match.shape != row.shape:
             continue
-        S, T = spectra.values[row["name"]], other.values[match["name"]]
+        S, T = spectra.values[row.name], other.values[match.name]
         norm = float(np.linalg.norm(S))
         pairs.append(
-            {
-                "name": row["name"],
-                "other": match["name"],
-                "kind": row["kind"],
-                "layer": row["layer"],
-                "distance": float(np.linalg.norm(S - T)) / norm if norm else 0.0,
-                "share": [row["share"], match["share"]],
-                "effective_rank": [row["effective_rank"], match["effective_rank"]],
-            }
+            Pair(
+                name=row.name,
+                other=match.name,
+                kind=row.kind,
+                layer=row.layer,
+                distance=float(np.linalg.norm(S - T)) / norm if norm else 0.0,
+                share=(row.share, match.share),
+                effective_rank=(row.effective_rank, match.effective_rank),
+            )
         )
-    return {**{key: theirs[key] for key in ("model", "label", "summary", "kinds", "answer", "skipped")}, "pairs": pairs}
+    kept = ("model", "label", "summary", "kinds", "answer", "skipped")
+    return Compared(**{key: getattr(theirs, key) for key in kept}, pairs=pairs)
 
 
-def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any) -> dict[str, Any]:
+def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any) -> Moved:
     """Return what an adapter did, by matrix and in all.
 
     Args:
@@ -245,19 +259,17 @@ def moved(spectra: Spectra, found: Mapping[str, Mapping[str, Any]], **about: Any
     for matrix in spectra.checkpoint.matrices:
         if matrix.name in found:
             entry = {key: value for key, value in found[matrix.name].items() if key != "after"}
-            rows.append({**entry, "kind": matrix.place.kind, "layer": matrix.place.layer, "shape": list(matrix.shape)})
-    with_update = [row for row in rows if row["chance"] is not None]
-    return {
-        **about,
-        "matrices": rows,
-        "summary": {
-            "matrices": len(rows),
-            "relative_norm": float(np.median([row["relative_norm"] for row in rows])),
-            "intruders": sum(row["intruders"] for row in rows),
-            "matrices_with_intruders": sum(row["intruders"] > 0 for row in rows),
-            **{key: _median(with_update, key) for key in ("update_rank", "top_overlap", "bottom_overlap", "chance")},
-        },
-    }
+            place = matrix.place
+            rows.append(MovedRow(**entry, kind=place.kind, layer=place.layer, shape=matrix.shape))
+    with_update = [row for row in rows if row.chance is not None]
+    summary = MovedSummary(
+        matrices=len(rows),
+        relative_norm=float(np.median([row.relative_norm for row in rows])),
+        intruders=sum(row.intruders for row in rows),
+        matrices_with_intruders=sum(row.intruders > 0 for row in rows),
+        **{key: _median(with_update, key) for key in ("update_rank", "top_overlap", "bottom_overlap", "chance")},
+    )
+    return Moved(**about, matrices=rows, summary=summary)
 
 
 def measures_note(name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
 from spectune.spectrum.bulk import fit_bulk
 
@@ -13,7 +13,7 @@ ENERGIES = (0.9, 0.95, 0.99)
 _ZERO = 1e-7  # of the largest: what the decomposition itself rounds to
 
 
-class Measures(NamedTuple):
+class Measures(BaseModel):
     """Figures of one matrix's singular values S, descending.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,6 @@ def _shift(before: np.ndarray, after: np.ndarray) -> list[float]:
     return [b / a - 1 if a else 0.0 for a, b in norms]
 
 
-def as_entry(moved: Movement) -> dict[str, Any]:
+def as_entry(moved: Movement) -> dict[str, object]:
     """Return all but the singular values themselves, for JSON."""
     return {key: value for key, value in moved._asdict().items() if key != "after"}

@@ -9,14 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from spectune.bases.loading import auto_class, checked_device, quiet
 from spectune.errors import SpectuneError
+from spectune.methods import parse, to_text
+from spectune.model.targets import resolve
 from spectune.spectrum.checkpoint import open_checkpoint
 from spectune.spectrum.collect import Progress, collect, collect_movement
 from spectune.spectrum.document import Spectra, compared, describe, moved
+from spectune.spectrum.figures import Other, write_png
+from spectune.spectrum.model import Advice, Document
 from spectune.spectrum.names import override_names
+from spectune.spectrum.page import spectrum_page
 from spectune.storage import write_atomically
 
 Targets = str | list[str]
@@ -40,7 +46,7 @@ def report(
     allow_bin: bool = False,
     device: str = "cpu",
     progress: Callable[[str], Progress] | None = None,
-) -> dict[str, Any]:
+) -> Document:
     """Measure a checkpoint's singular values and write spectrum.html, .png, .json and overrides.yaml.
 
     Args:
@@ -76,14 +82,14 @@ def report(
     other = None
     if compare is not None:
         theirs = _measure(compare, out, targets, exclude, allow_bin, device, progress)
-        document["compare"] = compared(document, spectra, theirs, **options)
-        other = (document["compare"], theirs.values)
+        document.compare = compared(document, spectra, theirs, **options)
+        other = (document.compare, theirs.values)
     if adapter is not None:
         tell = progress("adapter") if progress else None
         measured = spectra.checkpoint._replace(matrices=spectra.measured())
         about: dict[str, Any] = {"top": top, "epsilon": epsilon}
         found, skipped = collect_movement(measured, Path(adapter), out, **about, device=device, progress=tell)
-        document["adapter"] = moved(spectra, found, folder=str(adapter), skipped=skipped, **about)
+        document.adapter = moved(spectra, found, folder=str(adapter), skipped=skipped, **about)
     _write(document, spectra, other, out, method)
     return document
 
@@ -104,8 +110,6 @@ def _with_rank(method: str, rank: int) -> str:
     Raises:
         SpectuneError: no such method, or one without a rank.
     """
-    from spectune.methods import parse, to_text
-
     text = f"{method}{',' if ':' in method else ':'}rank={rank}"
     return to_text(parse(text))
 
@@ -124,25 +128,22 @@ def _measure(
     return Spectra(checkpoint, values, problems)
 
 
-def _write(document: dict[str, Any], spectra: Spectra, other: Any, out: Path, method: str) -> None:
-    from spectune.spectrum.figures import write_png
-    from spectune.spectrum.page import spectrum_page
-
-    advice, files = document["recommendation"], {}
-    patterns = _patterns(spectra, list(advice["ranks"]))
-    advice["without_override"] = len(advice["ranks"]) - len(patterns)
+def _write(document: Document, spectra: Spectra, other: Other | None, out: Path, method: str) -> None:
+    advice, files = document.recommendation, {}
+    patterns = _patterns(spectra, list(advice.ranks))
+    advice.without_override = len(advice.ranks) - len(patterns)
     (out / "overrides.yaml").unlink(missing_ok=True)
     if patterns:
         files["overrides"] = out / "overrides.yaml"
-        advice["command"] = f"spectune train {shlex.quote(str(files['overrides']))} data=DATA output=FOLDER"
-        text = overrides_yaml(document["model"], advice, patterns, method)
+        advice.command = f"spectune train {shlex.quote(str(files['overrides']))} data=DATA output=FOLDER"
+        text = overrides_yaml(document.model, advice, patterns, method)
         write_atomically(files["overrides"], lambda to: to.write_text(text, encoding="utf-8"))
     files |= {"page": out / "spectrum.html", "picture": out / "spectrum.png", "json": out / "spectrum.json"}
-    document["files"] = {name: str(path) for name, path in files.items()}
+    document.files = {name: str(path) for name, path in files.items()}
     write_png(document, spectra.values, files["picture"], other)
     html = spectrum_page(document, spectra.values, other)
     write_atomically(files["page"], lambda to: to.write_text(html, encoding="utf-8"))
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(document.model_dump(exclude_unset=True), indent=1, allow_nan=False) + "\n"
     write_atomically(files["json"], lambda to: to.write_text(text, encoding="utf-8"))
 
 
@@ -164,11 +165,7 @@ def _layers(folder: Path) -> list[str] | None:
     """Return the linear layers of the model that transformers makes of a folder's config, None where it makes none."""
     if not (folder / "config.json").is_file():
         return None
-    import torch
-    import transformers
-
-    from spectune.methods import parse
-    from spectune.model.targets import resolve
+    import transformers  # only for a folder of its own kind; a file of tensors does without
 
     try:
         with torch.device("meta"), quiet():
@@ -178,7 +175,7 @@ def _layers(folder: Path) -> list[str] | None:
         return None
 
 
-def overrides_yaml(model: str, advice: Mapping[str, Any], patterns: Mapping[str, str], method: str) -> str:
+def overrides_yaml(model: str, advice: Advice, patterns: Mapping[str, str], method: str) -> str:
     """Return a file for `spectune train` that gives each layer its recommended rank.
 
     Args:
@@ -187,11 +184,11 @@ def overrides_yaml(model: str, advice: Mapping[str, Any], patterns: Mapping[str,
         patterns: by which `overrides` finds each layer.
         method: the method, without its rank.
     """
-    ranks = advice["ranks"]
+    ranks = advice.ranks
     settings = {
         "model": model,
-        "method": _with_rank(method, max(1, round(advice["uniform_rank"]))),
+        "method": _with_rank(method, max(1, round(advice.uniform_rank or 1))),
         "overrides": {pattern: _with_rank(method, ranks[module]) for module, pattern in patterns.items()},
     }
-    head = f"# {advice['command']}\n# The rank of a layer is {advice['rule']}.\n"
+    head = f"# {advice.command}\n# The rank of a layer is {advice.rule}.\n"
     return head + yaml.safe_dump(settings, sort_keys=False, width=200)
