@@ -20,8 +20,9 @@ from spectune.training import progress
 from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
+from spectune.training.trainer import checkpoint_files
 from spectune.training.trainer import checkpoints as checkpoints_module
-from spectune.training.trainer.checkpoints import checkpoints
+from spectune.training.trainer.checkpoint_files import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
 from training.folder import save_folder
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused(settings, tmp_path
     if told:  # by a manifest of its own, a tensor of another shape or dtype is refused all the same
         if change_one in (shifted, slower):
             return
-        (place / "checkpoint.json").write_text(json.dumps({"sha256": checkpoints_module._digests(place)}))
+        (place / "checkpoint.json").write_text(json.dumps({"sha256": checkpoint_files.digests(place)}))
     with pytest.raises(SpectuneError, match="made with other settings" if told else rf"is damaged \({name} is not"):
         run(settings, "max_steps=10", "resume=true")
 

@@ -11,7 +11,7 @@ from spectune.bases.loading import checked_device
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.run import train
-from spectune.training.trainer.checkpoints import checkpoints
+from spectune.training.trainer.checkpoint_files import checkpoints
 from tiny import ARCHITECTURES
 from training.folder import make_tokenizer, save_folder
 

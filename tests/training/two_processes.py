@@ -15,7 +15,7 @@ from spectune.training import processes
 from spectune.training.config import load_config
 from spectune.training.progress import Interrupted
 from spectune.training.run import train
-from spectune.training.trainer import checkpoints
+from spectune.training.trainer import checkpoint_files, checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
 from training.setbacks import forgetting
 
@@ -93,7 +93,7 @@ def not_finite(folder, settings):
                 "save_steps=2",
                 "log_steps=100",
             )
-    assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint_files.checkpoints(output)] == ["checkpoint-2"]
 
 
 def best(folder, settings):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import torch
 import transformers
 from huggingface_hub import upload_folder
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
+from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.bases.loading import quiet
 from spectune.errors import SpectuneError
@@ -32,14 +30,26 @@ from spectune.model.lifecycle import extract
 from spectune.model.names import check_not_replaced
 from spectune.storage import publish, save_tensors, telling_of_full_disks
 from spectune.training import processes
+from spectune.training.trainer.checkpoint_files import (
+    MANIFEST,
+    OPTIMIZER,
+    SCHEDULER,
+    STATE,
+    TRAINER,
+    check_files,
+    damaged,
+    digests,
+)
 
-STATE = "adapter_state.safetensors"
-_OPTIMIZER, _SCHEDULER, _TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
-_MANIFEST = "checkpoint.json"  # written last: the SHA-256 of every other file
 _OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
 _NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
 _PARTIAL = ".{}.partial"
 T = TypeVar("T")
+
+
+class _OptimizerState(TypedDict):
+    state: dict[int, dict[str, Tensor | float]]
+    param_groups: list[dict[str, object]]
 
 
 def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
@@ -53,10 +63,16 @@ def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
         adapter: the name that the adapter has on the model.
     """
     members = {"adapter_name": adapter, "__doc__": kind.__doc__}
-    return type(f"Adapter{kind.__name__}", (AdapterCheckpoints, kind), members)  # type: ignore[return-value]
+    return cast("type[T]", type(f"Adapter{kind.__name__}", (AdapterCheckpoints, kind), members))
 
 
-class AdapterCheckpoints:
+if TYPE_CHECKING:
+    _Base = transformers.Trainer
+else:
+    _Base = object
+
+
+class AdapterCheckpoints(_Base):
     """Mixed in before a Trainer: what it saves, resumes from and pushes is the adapter, and never the base.
 
     A checkpoint holds the adapter as `Adapter.save` writes it, which is what to take from it, and every tensor of it
@@ -71,25 +87,20 @@ class AdapterCheckpoints:
 
     adapter_name = "default"
     last_checkpoint: str | None = None
-    args: Any
-    model: Any
-    state: Any
-    accelerator: Any
-    processing_class: Any
-    optimizer: Any
-    lr_scheduler: Any
-    hub_model_id: Any
-    push_in_progress: Any = None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    push_in_progress: PushInProgress | None = None
 
     _silent_told = False
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do a step, and after the first that is complete look at what had no part in it.
 
         Raises:
             SpectuneError: no trainable tensor has a gradient.
         """
-        loss = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(model, *args, **kwargs)
         if not self._silent_told and self.accelerator.sync_gradients:
             self._silent_told = True
             check_gradients(self.model)
@@ -100,28 +111,29 @@ class AdapterCheckpoints:
         adapter = self._extracted()
         with processes.together():
             if self.args.should_save:
-                self._write(adapter, Path(output_dir or self.args.output_dir))
+                self._write(adapter, Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _write(self, adapter: Any, folder: Path) -> None:
+    def _write(self, adapter: Adapter, folder: Path) -> None:
         adapter.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _extracted(self) -> Any:
+    def _extracted(self) -> Adapter:
         return extract(self.accelerator.unwrap_model(self.model), self.adapter_name)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: dict[str, object] | None) -> None:
         """Write a checkpoint whole or not at all.
 
         Raises:
             SpectuneError: the disk is full; the half-written folder is taken away.
         """
-        output = Path(self.args.output_dir)
+        output = Path(str(self.args.output_dir))
         place = output / f"checkpoint-{self.state.global_step}"
         partial = output / _PARTIAL.format(place.name)
-        self.store_flos()  # type: ignore[attr-defined]
+        self.store_flos()
+        # every process takes part in gathering what is sharded; only then does the main one write alone
         adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
         optimizer = _optimizer_state(self.optimizer)
         remedy = f"{self.kept()}; free some space and go on with resume=true"
@@ -135,14 +147,15 @@ class AdapterCheckpoints:
                         shutil.rmtree(partial, ignore_errors=True)
                         self._write(adapter, partial)
                         save_tensors(state, partial / STATE)
-                        torch.save(optimizer, partial / _OPTIMIZER)
-                        torch.save(self.lr_scheduler.state_dict(), partial / _SCHEDULER)
-                        self._save_scaler(str(partial))  # type: ignore[attr-defined]
+                        torch.save(optimizer, partial / OPTIMIZER)
+                        torch.save(self.lr_scheduler.state_dict(), partial / SCHEDULER)
+                        self._save_scaler(str(partial))
                         for name, content in (item for files in rngs for item in files.items()):
                             (partial / name).write_bytes(content)
                         self._save_state(place, partial)
-                        text = json.dumps({"sha256": _digests(partial)}, indent=1) + "\n"
-                        (partial / _MANIFEST).write_text(text, encoding="utf-8")
+                        text = json.dumps({"sha256": digests(partial)}, indent=1) + "\n"
+                        (partial / MANIFEST).write_text(text, encoding="utf-8")
+                        # renamed when all of it is on the disk: a folder by this name is whole, whatever ended the run
                         publish(partial, place)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -165,8 +178,8 @@ class AdapterCheckpoints:
             return
         if not before.is_done() and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)  # type: ignore[attr-defined]
-        checkpoint, output = Path(checkpoint_folder), Path(self.args.output_dir)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint, output = Path(checkpoint_folder), Path(str(self.args.output_dir))
         for name in (CONFIG, WEIGHTS):  # the checkpoint may be gone before it is uploaded
             shutil.copy(checkpoint / name, output / name)
         if self.processing_class is not None:
@@ -174,9 +187,9 @@ class AdapterCheckpoints:
         folders: list[tuple[Path, str | None]] = [(output, None)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             folders.append((checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name))
-        jobs = [
+        jobs: list[Any] = [
             upload_folder(
-                repo_id=self.hub_model_id,
+                repo_id=str(self.hub_model_id),
                 folder_path=folder,
                 path_in_repo=place,
                 commit_message=f"Training in progress, step {self.state.global_step}",
@@ -187,19 +200,19 @@ class AdapterCheckpoints:
             )
             for folder, place in folders
         ]
-        self.push_in_progress = PushInProgress([*before.jobs, *jobs])  # type: ignore[arg-type]
+        self.push_in_progress = PushInProgress([*before.jobs, *jobs])
 
     def _rng_files(self) -> dict[str, bytes]:
         """Return the file in which transformers keeps this process' random states, by its name."""
         with tempfile.TemporaryDirectory() as folder:
-            self._save_rng_state(folder)  # type: ignore[attr-defined]
+            self._save_rng_state(folder)
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Go on from where a checkpoint was made; its best one lies beside it, wherever the folder has gone since."""
         with quiet():  # of the place where it was
-            begun = super()._init_training_state(*args, **kwargs)  # type: ignore[misc]
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            begun = super()._init_training_state(*args, **kwargs)
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and best.is_dir():
             self.state.best_model_checkpoint = str(best)
         return begun
@@ -208,10 +221,10 @@ class AdapterCheckpoints:
         best = place.with_name(f"checkpoint-{self.state.best_global_step}")
         if self.state.best_global_step and (best == place or best.exists()):
             self.state.best_model_checkpoint = str(best)
-        for callback in [*self.callback_handler.callbacks, self.control]:  # type: ignore[attr-defined]
+        for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(partial / _TRAINER))
+                cast("dict[str, object]", self.state.stateful_callbacks)[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(partial / TRAINER))
 
     def kept(self) -> str:
         """Say which checkpoint a run that fails now can go on from."""
@@ -222,20 +235,20 @@ class AdapterCheckpoints:
         check_files(Path(str(self.state.best_model_checkpoint)))
         self._load_adapter(str(self.state.best_model_checkpoint))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_files(Path(resume_from_checkpoint))
         try:
-            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / _TRAINER))
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER))
         except (OSError, ValueError, TypeError) as error:
-            raise _damaged(resume_from_checkpoint, error) from None
+            raise damaged(resume_from_checkpoint, error) from None
         self._load_adapter(resume_from_checkpoint, model)
         self.last_checkpoint = resume_from_checkpoint
 
-    def _load_adapter(self, checkpoint: str, model: Any = None) -> None:
+    def _load_adapter(self, checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             state = load_file(Path(checkpoint) / STATE)
         except (OSError, SafetensorError) as error:
-            raise _damaged(checkpoint, error) from None
+            raise damaged(checkpoint, error) from None
         target = adapter_state(model if model is not None else self.model)
         if state.keys() != target.keys():
             differing = min(state.keys() ^ target.keys())
@@ -257,9 +270,9 @@ class AdapterCheckpoints:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with processes.together():
             try:
-                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+                super()._load_rng_state(checkpoint)
             except Exception as error:  # whatever a damaged file makes of the reader
-                raise _damaged(str(checkpoint), error) from None
+                raise damaged(str(checkpoint), error) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -267,10 +280,12 @@ class AdapterCheckpoints:
         folder = Path(checkpoint)
         try:
             optimizer, schedule = (
-                torch.load(folder / name, map_location="cpu", weights_only=True) for name in (_OPTIMIZER, _SCHEDULER)
+                torch.load(folder / name, map_location="cpu", weights_only=True) for name in (OPTIMIZER, SCHEDULER)
             )
         except Exception as error:  # whatever a damaged file makes of the reader
-            raise _damaged(checkpoint, error) from None
+            raise damaged(checkpoint, error) from None
+        # a checkpoint is one process': tensors in the optimizer's state are whole there, and parts where the parameter
+        # is
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         _check_optimizer(optimizer, parameters, checkpoint)
         for index, values in optimizer["state"].items():
@@ -288,7 +303,7 @@ class AdapterCheckpoints:
         self.lr_scheduler.load_state_dict(schedule)
         self._keep_rates(own)
 
-    def _keep_rates(self, own: list[dict[str, Any]]) -> None:
+    def _keep_rates(self, own: list[dict[str, float]]) -> None:
         """Train with this run's learning rates and decay, where the schedule is, and not with those of before."""
         groups, schedule = self.optimizer.param_groups, self.lr_scheduler
         for group, values in zip(groups, own, strict=True):
@@ -303,13 +318,14 @@ def set_rates(schedule: LambdaLR) -> None:
     groups = schedule.optimizer.param_groups
     for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(schedule.last_epoch)
+    # what LRScheduler.step keeps for get_last_lr(); no public function takes rates without making a step
     schedule._last_lr = [group["lr"] for group in groups]
 
 
 Trainer = trainer_for(transformers.Trainer)
 
 
-def check_gradients(model: Any) -> None:
+def check_gradients(model: nn.Module) -> None:
     """Warn of the adapted layers that a first step gave no gradient, such as experts that no token came to.
 
     Raises:
@@ -333,55 +349,7 @@ def check_gradients(model: Any) -> None:
     )
 
 
-def checkpoints(output: Path, console: Console | None = None) -> list[Path]:
-    """Return the whole checkpoints of a run folder, the last one last, and say which are not.
-
-    Args:
-        output: the folder.
-        console: where to say so.
-    """
-    found: dict[int, Path] = {}
-    for path in output.glob("*checkpoint-*"):
-        named = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if named and _is_whole(path):
-            found[int(named[1])] = path
-        elif console is not None and (named or re.fullmatch(r"\.checkpoint-\d+\.partial", path.name)):
-            console.print(f"{path.name} was not written to its end and is left out", style="yellow", highlight=False)
-    return [found[step] for step in sorted(found)]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    rngs = {path.name for path in checkpoint.glob("rng_state*.pth")}
-    of_each = {f"rng_state_{number}.pth" for number in range(len(rngs))}
-    files = all((checkpoint / name).is_file() for name in (STATE, _OPTIMIZER, _SCHEDULER, _TRAINER, _MANIFEST))
-    return files and bool(rngs) and rngs in ({"rng_state.pth"}, of_each)
-
-
-def check_files(checkpoint: Path) -> None:
-    """Raise unless a checkpoint holds the files that were written, byte for byte.
-
-    Raises:
-        SpectuneError: it does not.
-    """
-    try:
-        written = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        found = _digests(checkpoint)
-        changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(str(checkpoint), error) from None
-    if changed:
-        raise SpectuneError(
-            f"{checkpoint} is damaged ({changed[0]} is not the file that was written); delete it to go on from the one "
-            "before"
-        )
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {p.relative_to(checkpoint).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def _check_optimizer(state: Any, parameters: list[Tensor], checkpoint: str) -> None:
+def _check_optimizer(state: _OptimizerState, parameters: list[Tensor], checkpoint: str) -> None:
     """Raise unless an optimizer's state has, for parameters that there are, tensors of their shapes or single numbers.
 
     Raises:
@@ -397,23 +365,19 @@ def _check_optimizer(state: Any, parameters: list[Tensor], checkpoint: str) -> N
                         "configuration of the run"
                     )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _damaged(checkpoint, error) from None
+        raise damaged(checkpoint, error) from None
 
 
-def adapter_state(model: Any) -> dict[str, Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of the adapters in a model's state, schedules included, by name."""
     return {key: value for key, value in model.state_dict().items() if ".adapters." in f".{key}"}
 
 
-def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> _OptimizerState:
     """Return an optimizer's state with its tensors whole."""
     state = optimizer.state_dict()
     found = {
         index: {key: whole(value) if is_part(value) else value for key, value in values.items()}
         for index, values in state["state"].items()
     }
-    return {**state, "state": found}
-
-
-def _damaged(checkpoint: str, error: Exception) -> SpectuneError:
-    return SpectuneError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before")
+    return {"param_groups": state["param_groups"], "state": found}

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 BLANK = "blank"  # in a batch that counts for nothing, because other processes have the last examples
+
+
+class Examples(Protocol):
+    """Examples by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+class Order(Protocol):
+    """A sampler of PyTorch that knows its length and takes a generator."""
+
+    generator: torch.Generator | None
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
 
 
 class EvenSampler(Sampler[int]):
@@ -22,7 +39,7 @@ class EvenSampler(Sampler[int]):
         seed: of the sampler, with the epoch's number added as accelerate does.
     """
 
-    def __init__(self, sampler: Any, multiple: int, seed: int = 0) -> None:
+    def __init__(self, sampler: Order, multiple: int, seed: int = 0) -> None:
         self._sampler, self._multiple, self._seed, self._epoch = sampler, multiple, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,16 +55,16 @@ class EvenSampler(Sampler[int]):
         yield from [len(self._sampler)] * (len(self) - len(self._sampler))
 
 
-class WithBlanks(Dataset[Any]):
+class WithBlanks(Dataset[object]):
     """Examples, and None behind the last."""
 
-    def __init__(self, examples: Any) -> None:
+    def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         return self.examples[index] if index < len(self.examples) else None
 
 
@@ -59,9 +76,9 @@ class BlankCollator:
         stand_in: any example.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]], stand_in: Any) -> None:
+    def __init__(self, collator: Callable[[Sequence[object]], dict[str, Tensor | bool]], stand_in: object) -> None:
         self._collator, self._stand_in = collator, stand_in
 
-    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[object]) -> dict[str, Tensor | bool]:
         present = [example for example in examples if example is not None]
         return self._collator(present) if present else {**self._collator([self._stand_in]), BLANK: True}

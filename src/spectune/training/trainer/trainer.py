@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
@@ -23,7 +23,17 @@ from spectune.speed.shapes import IGNORE
 from spectune.training import processes
 from spectune.training.draw import Drawn
 from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
-from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, WithBlanks
+from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, Examples, Order, WithBlanks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Settings(Protocol):
+    """A run's configuration, as far as the trainer looks at it."""
+
+    @property
+    def fused(self) -> bool: ...
 
 
 class Objective(Protocol):
@@ -34,11 +44,11 @@ class Objective(Protocol):
     by_length: ClassVar[bool]  # batches are of examples of about one length
 
     @property
-    def config(self) -> Any:
+    def config(self) -> Settings:
         """The run's configuration."""
         ...
 
-    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
         ...
 
@@ -47,6 +57,7 @@ class Objective(Protocol):
         ...
 
 
+Tensors = dict[str, Tensor]
 _PASSES_A_BATCH = 8  # of few rows, that one of a held-out batch is worth
 
 
@@ -75,14 +86,14 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         self.adapter_name = adapter_name
         self.group_lr = dict(group_lr or {})
         self.model_accepts_loss_kwargs = True  # so that the items of a step are counted
-        self._tokens: Any = 0  # a tensor where the device counts them, which nobody waits for
-        self._tr_loss: Any = 0.0
+        self._tokens: Tensor | int = 0  # a tensor where the device counts them, which nobody waits for
+        self._tr_loss: Tensor | float = 0.0
         self._order: EvenSampler | None = None
         self._schedule: LambdaLR | None = None  # one whose warm-up begins above zero already
         if self.args.world_size > 1:
-            self.data_collator = BlankCollator(self.data_collator, self.train_dataset[0])  # type: ignore[index]
+            self.data_collator = BlankCollator(self.data_collator, cast(Examples, self.train_dataset)[0])
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         """Return AdamW, with a group of its own for each tensor name that has its own learning rate.
 
         Raises:
@@ -90,7 +101,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """
         if not self.group_lr or self.optimizer is not None:
             return super().create_optimizer(model)
-        stepped: Any = model if model is not None else self.model
+        stepped = model if model is not None else self.model
         trained = {n: p for n, p in stepped.named_parameters() if p.requires_grad}
         tails = {n: n.rpartition(".")[2] for n in trained}
         for name in self.group_lr:
@@ -103,14 +114,14 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
         options |= {"weight_decay": self.args.weight_decay}
         self.optimizer = kind([{"params": p, "lr": rates[name]} for name, p in groups.items()], **options)
-        return self.optimizer  # type: ignore[return-value]
+        return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the schedule, with a warm-up that begins above zero: (s + 1) / (w + 1) in step s of w.
 
         transformers' own has a learning rate of zero in the first step, which then trains nothing.
         """
-        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(num_training_steps, optimizer)
         steps = self.args.get_warmup_steps(num_training_steps)
         if steps > 0 and isinstance(schedule, LambdaLR) and self._schedule is not schedule:
             self._schedule = schedule
@@ -119,8 +130,12 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         return schedule
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the task's losses over the items of the batch, divided by those of the whole step.
 
         With several processes it is multiplied by their number, because gradients are averaged over them.
@@ -134,16 +149,16 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             self._tokens = self._tokens + (sums["tokens"] if "tokens" in sums else _token_count(inputs))
         return (loss, sums) if return_outputs else loss
 
-    def _sums(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _sums(self, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = dict(inputs)
         blank = inputs.pop(BLANK, False)
         sums = self.task.sums(model, inputs)
         return {key: value * 0 for key, value in sums.items()} if blank else sums
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Count the items of the loss in an optimizer step, over all processes."""
         counts = [(batch["labels"] != IGNORE).sum() for batch in batch_samples if not batch.get(BLANK)]
-        return self.accelerator.reduce(torch.as_tensor(sum(counts), device=device))  # type: ignore[return-value]
+        return cast(Tensor, self.accelerator.reduce(torch.as_tensor(sum(counts), device=device)))
 
     def total_tokens(self) -> int:
         """Return the tokens that all processes have trained on; every process must ask for it."""
@@ -174,7 +189,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
                 f"the {what} became {value} at step {self.state.global_step}: lower the learning rate ({self.kept()})"
             )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: dict[str, object] | None) -> None:
         self.check_loss()
         norms = [p.detach().float().norm() for p in self.model.parameters() if p.requires_grad]
         self._check(
@@ -182,32 +197,32 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         )  # a gradient can be infinite where the loss is not
         super()._save_checkpoint(model, trial)
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         before_clip(self.model)
-        return whole(super()._clip_grad_norm(model))
+        return whole(cast(Tensor, super()._clip_grad_norm(model)))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Tensors]]:
         with warnings.catch_warnings():  # the other name of this argument has other defaults
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return super()._prepare_for_training(*args, **kwargs)
 
     # -- the same batches and measures, whatever the number of processes
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Examples, *args: Any, **kwargs: Any) -> DataLoader[Tensors]:
         if self.args.world_size > 1:
             dataset = WithBlanks(dataset)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        return super()._get_dataloader(cast("Dataset[object]", dataset), *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Examples | None = None) -> Sampler[int] | None:
         if isinstance(train_dataset, WithBlanks):
             train_dataset = train_dataset.examples
         sampler: Any
         if isinstance(self.train_dataset, Drawn):
             sampler = SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
         else:
-            sampler = super()._get_train_sampler(train_dataset)
-        grouped = isinstance(sampler, LengthGroupedSampler)
-        if grouped:  # by the examples of an optimizer step, which are those of all processes
+            sampler = super()._get_train_sampler(cast("Dataset[object] | None", train_dataset))
+        if grouped := isinstance(sampler, LengthGroupedSampler):
+            # by the examples of an optimizer step, which are those of all processes
             sampler.batch_size *= self.args.world_size
         if grouped or self.args.world_size > 1:  # accelerate sees to the order of the other one
             sampler = self._order = EvenSampler(
@@ -218,7 +233,9 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     def _load_callback_state(self) -> None:
         """Go on counting evaluations without a better one; with transformers' own the patience would be the old one."""
         for callback in self._stoppers():
-            saved = self.state.stateful_callbacks.get(type(callback).__name__, {"attributes": {}})
+            saved = cast("dict[str, Any]", self.state.stateful_callbacks).get(
+                type(callback).__name__, {"attributes": {}}
+            )
             vars(callback).update(saved["attributes"])
 
     def _stoppers(self) -> list[EarlyStoppingCallback]:
@@ -233,8 +250,10 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             self._order.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return EvenSampler(SequentialSampler(eval_dataset), self._even(self.args.per_device_eval_batch_size))
+    def _get_eval_sampler(self, eval_dataset: Examples) -> EvenSampler:
+        return EvenSampler(
+            cast(Order, SequentialSampler(eval_dataset)), self._even(self.args.per_device_eval_batch_size)
+        )
 
     def _even(self, batch: int) -> int:
         """Return the examples in a forward pass of all processes; what one process has need not be filled up."""
@@ -242,7 +261,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         return batch * processes if processes > 1 else 1
 
     def evaluation_loop(
-        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self, dataloader: DataLoader[Tensors], *args: object, metric_key_prefix: str = "eval", **kwargs: object
     ) -> EvalLoopOutput:
         """Add the task's sums up over all batches of all processes, and report its metrics of them.
 
@@ -259,14 +278,15 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    for key, value in self._sums(self.model, inputs).items():
+                    for key, value in self._sums(cast("PreTrainedModel", self.model), inputs).items():
                         totals[key] = totals[key] + value if key in totals else value
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        totals = {key: self.accelerator.reduce(value) for key, value in totals.items()}  # type: ignore[misc]
+        totals = {key: cast(Tensor, self.accelerator.reduce(value)) for key, value in totals.items()}
         measures = self.task.metrics(totals)
         self._check("held-out loss", measures.get("loss", 0.0))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in measures.items()}
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]
+        none: Any = None  # no prediction is kept
+        return EvalLoopOutput(none, none, metrics, len(cast(Examples, dataloader.dataset)))
 
 
 def rising(factor: Callable[[int], float], steps: int) -> Callable[[int], float]:
@@ -274,7 +294,7 @@ def rising(factor: Callable[[int], float], steps: int) -> Callable[[int], float]
     return lambda step: (step + 1) / (steps + 1) if step < steps else factor(step)
 
 
-def _token_count(inputs: Any) -> Any:
+def _token_count(inputs: Mapping[str, Tensor]) -> Tensor | int:
     for lengths in ("cu_seq_lens_k", "cu_seq_lens_q"):  # those of the examples, though computed once for several
         if lengths in inputs:
             return inputs[lengths][-1]
