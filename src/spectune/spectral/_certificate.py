@@ -75,6 +75,7 @@ def certificate(W: Tensor, decomposition: SVD, which: Literal["top", "bottom"] =
         eye = torch.eye(len(S), dtype=torch.float64, device=W.device)
         orthogonality = max(float((X.mT @ X - eye).abs().max()) for X in (U, V))
         energy = float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
+        # ||W - U S V^T||^2 by its parts, so that no second matrix of W's size is made
         lost = energy - 2 * float((WV * U * S).sum()) + float(((U.mT @ U) * (V.mT @ V) * torch.outer(S, S)).sum())
         tall = W.shape[0] >= W.shape[1]
         excess = _excess(W if tall else W.mT, V if tall else U, energy, which)
@@ -106,6 +107,8 @@ def _excess(T: Tensor, V: Tensor, energy: float, which: str) -> float:
         def product(K: Tensor) -> Tensor:
             return A.backward(A.forward(K.mT)).mT
 
+    # the certificate goes on iterating where the decomposition ended: what two more steps gain says what is still
+    # missing
     values = []
     for _ in range(3):
         H = product(basis)

@@ -29,6 +29,8 @@ def minus_gram(T: Tensor) -> Tensor:
     k = T.shape[1]
     total = T.new_zeros(k, k, dtype=torch.float64)
     panels = [slice(i * k // PANELS, (i + 1) * k // PANELS) for i in range(PANELS)]
+    # W itself is never there in float64, which would be twice its size; eigh reads one triangle, so the other is left
+    # zero
     for rows in _chunks(T):
         double = rows.double()
         for panel in panels:
@@ -56,10 +58,14 @@ def tall_svd(T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(T, full_matrices=False)
         return U, S, Vh.mT
     S, V = eigen(T)
+    # the Gram matrix squares S: in the tail T V / S divides what is left of rounding in T V by a value that is rounding
+    # too
     head = int((TAIL * S[0] < S).sum())
     scaled = V[:, :head] / S[:head]
     U = T.new_empty(T.shape[0], len(S))
     for rows, into in zip(_chunks(T), _chunks(U), strict=True):
+        # summed in float64 and then rounded, a few rows at a time: U is as good as T's dtype can say, and no second U
+        # is held
         into[:, :head] = rows.double() @ scaled
     if head < len(S):
         first = U[:, :head].double()
@@ -73,6 +79,7 @@ def _completed(columns: Tensor, basis: Tensor) -> Tensor:
     """Return orthonormal columns, orthogonal to the basis; those that lie in it, as of zeros, are drawn anew."""
     columns, R = _orthonormal(_without(columns, basis))
     lost = R.abs() < 0.5
+    # of singular values that are zero any completion will do, but it must be the same one every time
     columns[:, lost] = start(len(lost), len(columns), 1).mT.to(columns)[:, lost]
     for _ in range(2):
         columns = _orthonormal(_without(columns, basis))[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 def tensor_digest(tensor: Tensor) -> str:
     """Return a hexadecimal digest of a tensor's shape, dtype and bytes, at the speed of memory."""
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-    data: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    data: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()  # a buffer, untyped before 3.12
     digest.update(data)
     return digest.hexdigest()
 

@@ -75,6 +75,7 @@ def block_krylov(
     # without `measure` a look takes eigenvectors, and is passed late
     look, growth = (max(3 * b, 2 * rank), 9 / 8) if measure is not None else (max(6 * b, 2 * rank), 5 / 4)
     most = min(6 * n // 10, max(40 * b, 10 * rank)) // b * b
+    # K holds the basis, P its products A K^T: the left vectors come from P at the end, without another product with W
     K, P, T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
     tiny = 10 * torch.finfo(like.dtype).eps
     Q = start(b, n, seed).to(like)
@@ -87,13 +88,18 @@ def block_krylov(
         C = Z @ basis.mT
         T[old:dim, :dim] = C
         T[:dim, old:dim] = C.mT
+        # twice, because one projection leaves what rounding has added, and a basis that is not orthogonal shows values
+        # twice
         Z = Z - C @ basis
         Z = Z - (Z @ basis.mT) @ basis
         Q, R = torch.linalg.qr(Z.mT)
         Q = Q.mT.contiguous()
         least = float(R.diagonal().abs().min() / T.diagonal().max())
+        # the block has nearly run out of directions: what QR makes of it is mostly rounding, which lies in the old ones
+        # too
         if least < tiny**0.5:  # rounding is much of a row this short
             Q = torch.linalg.qr((Q - (Q @ basis.mT) @ basis).mT)[0].mT.contiguous()
+        # W has no more directions than the basis by now: its rank is low, and the space is complete
         dry = dim >= rank and least <= tiny
         if dim < look and not dry:
             continue
@@ -101,6 +107,7 @@ def block_krylov(
         if measure is not None and not dry:
             value, scale = measure(torch.linalg.eigvalsh(T[:dim, :dim])[-rank:])
             seen.append((dim // b, value))
+            # the first looks cost eigenvalues alone; vectors are computed once, when the trend says that it is over
             if len(seen) < 3 or to_come(seen) > tol * scale:
                 continue
         values, vectors = torch.linalg.eigh(T[:dim, :dim])

@@ -77,6 +77,8 @@ def _quick(T: Tensor, part: slice, tol: float) -> Rows | None:
     if T.dtype == torch.float64:
         return None
     U, S, V = _normalized(*gram_part(T, part))
+    # float32 squares away all below 1e-3 of the largest value; whether that is what was asked for is told by the
+    # residual
     residuals = torch.linalg.vector_norm(U @ T - S[:, None] * V, dim=1)
     return (U, S, V) if bool((residuals <= tol * S).all()) else None
 
@@ -145,6 +147,8 @@ def _inverse_krylov(
     found = block_krylov(A.forward, A.backward, (k, k), rank, tol, measure if certify == "span" else None, like, seed)
     if found is None:
         return None
+    # the factor of a weight that is nearly singular has its smallest pivots raised, so that its inverse is not exactly
+    # T's: what it finds is a start, and the last word is T's own
     V = torch.linalg.qr(A.backward(A.forward(found.right)).mT)[0]
     U = torch.linalg.qr(A.forward(V.mT.contiguous()).mT)[0]
     U, V = A.lift(U.mT).double(), V.double()

@@ -66,6 +66,8 @@ def svd(
         else:
             U, S, V = (top if which == "top" else bottom)(T, k, tol, certify, seed)
     U, V = (U, V) if tall else (V, U)
+    # a decomposition determines the sign of a triplet as little as its order: fixed here, factors of adapters that were
+    # trained apart can be added
     sign = signs(V)[:, None]
     U, V = U.to(W.dtype) * sign.to(W.dtype), V.to(W.dtype) * sign.to(W.dtype)
     return SVD(U.mT.contiguous(), (S * scale).to(W.dtype), V.contiguous())

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -123,6 +123,7 @@ def store(name: str, tensors: dict[str, Tensor], shape: tuple[int, int], request
             _note_use(temporary)
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        # Windows refuses to replace a file that another process has mapped
         if isinstance(error, PermissionError) and _is_sound(path):  # another process wrote it first and has it open
             return True
         if not _warned.is_set():
@@ -143,7 +144,7 @@ def ls(folder: Path | None = None) -> list[Entry]:
     for path, status in sorted(_stats(folder), key=_recency, reverse=True):
         try:
             with safe_open(path, "pt") as file:
-                about: dict[str, Any] = file.metadata() or {}
+                about: dict[str, str] = file.metadata() or {}
             rows, columns = about["shape"].split()
             rank = int(about["rank"]) if about["rank"] else None
             shape = (int(rows), int(columns))
@@ -201,6 +202,8 @@ def _read(path: Path, used: bool = True) -> dict[str, Tensor] | None:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             about = file.metadata() or {}
+        # the seal: a file that was cut short, copied over another name or changed by a bit is none, whatever
+        # safetensors says of it. A digest of all bytes is as fast as reading them
         if about.get("key") != path.stem or about.get("checksum") != tensors_digest(tensors):
             return None
         if used:
@@ -221,6 +224,8 @@ def _is_sound(path: Path) -> bool:
 
 
 def _note_use(path: Path) -> None:
+    # whole seconds, which every file system and every copy of a folder keeps; with fractions a copy would have another
+    # order
     now = int(time.time()) * 10**9
     os.utime(path, ns=(now, now))
 

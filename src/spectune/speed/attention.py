@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,12 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spectune.private import flash_attention, flash_attention_backward, sdp_choice
+from spectune.speed.autograd import Context
 from spectune.speed.recompute_cache import current_cache, learns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "spectune_packed"
 _PROCESSOR = ("cpu", "meta")  # what stands on the meta device is counted as a processor's
@@ -69,6 +75,13 @@ def _attention(
     return out.to(dtype), None
 
 
+class _How(TypedDict):
+    """How the rows of one example see what they attend to, in the words of PyTorch's attention."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+
+
 class _Spans:
     """How many rows each example of a packed row has, and how many it attends to, which may be those of others too."""
 
@@ -77,9 +90,7 @@ class _Spans:
         self.seen: list[int] = self.own if seen is None else seen.diff().tolist()
         self.rows = rows
 
-    def parts(
-        self, own: Sequence[Tensor], seen: Sequence[Tensor]
-    ) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    def parts(self, own: Sequence[Tensor], seen: Sequence[Tensor]) -> Iterator[tuple[tuple[Tensor, ...], _How]]:
         """Return for each example its parts of tensors, and how its rows see those that they attend to.
 
         Args:
@@ -97,36 +108,45 @@ class _Spans:
 def _each(query: Tensor, key: Tensor, value: Tensor, spans: _Spans, dropout: float, scaling: float | None) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     count = sum(spans.own)
+    # rows that fill the batch up belong to no example; SDPA would give them an average of everything
     rest = query.shape[2] - count  # padding, which attends to nothing
     query = query[:, :, :count]
     key, value = (t[:, :, :count] if spans.rows is None else t.index_select(2, spans.rows) for t in (key, value))
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if not dropout and _is_flash(query, key, value, scaling):
-        out: Tensor = _Kept.apply(query, key, value, spans, scaling)  # type: ignore[assignment]
+        out: Tensor = _Kept.apply(query, key, value, spans, scaling)
     else:
-        attend = F.scaled_dot_product_attention
-        parts = spans.parts((query,), (key, value))
-        each = [attend(*part, dropout_p=dropout, scale=scaling, **how) for part, how in parts]
+        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+        each = [attend(q, k, v, **how) for (q, k, v), how in spans.parts((query,), (key, value))]
         out = torch.cat(each, 2)
     return (F.pad(out, (0, 0, 0, rest)) if rest else out).transpose(1, 2).contiguous()
 
 
 def _is_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> bool:
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scaling)
+    if flash_attention is None or flash_attention_backward is None or sdp_choice is None:
+        return False
+    choice = sdp_choice(query, key, value, None, 0.0, True, scale=scaling)
     return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+class _KeptContext(Context):
+    spans: _Spans
+    scaling: float | None
 
 
 class _Kept(torch.autograd.Function):
     """Attention of each example, which a checkpointed region keeps as it does products; no mask outlives a call."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: _Spans, scaling: float | None) -> Tensor:
+    def forward(
+        ctx: _KeptContext, query: Tensor, key: Tensor, value: Tensor, spans: _Spans, scaling: float | None
+    ) -> Tensor:
         cache = current_cache()
-        known = cache.recall() if cache is not None else None
+        known = cache.recall_whole() if cache is not None else None
         if known is None:
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            assert flash_attention is not None  # or `_is_flash` had said no
             parts = spans.parts((query,), (key, value))
-            each = [attend(*part, scale=scaling, **how) for part, how in parts]
+            each = [flash_attention(*part, scale=scaling, **how) for part, how in parts]
             known = torch.cat([out for out, _ in each], 2), torch.cat([sums for _, sums in each], 2)
         if cache is not None:
             cache.keep(*known, looked_at=True)
@@ -136,8 +156,9 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        through = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    def backward(ctx: _KeptContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        through = flash_attention_backward
+        assert through is not None
         query, key, value, out, sums = ctx.saved_tensors
         parts = ctx.spans.parts((grads[0], query, out, sums), (key, value))
         each = [through(g, q, k, v, o, s, 0.0, scale=ctx.scaling, **how) for (g, q, o, s, k, v), how in parts]
@@ -148,7 +169,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def is_full(config: Any) -> bool:
+def is_full(config: PreTrainedConfig) -> bool:
     """Whether every layer of a text model attends to all that its mask allows, without windows or biases of its own."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # the latter GPT-Neo's
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -157,18 +178,19 @@ def is_full(config: Any) -> bool:
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within the context a causal language model on a CPU attends to each example of a packed row by itself.
 
     Where that would not be the same, with sliding windows or another attention than PyTorch's, nothing changes, nor in
     models that ask for attention by another name than transformers' (Falcon).
     """
     config = model.config.get_text_config()
-    before = config._attn_implementation
+    before = getattr(config, "_attn_implementation", None)  # the public name is the model's, and for setting it only
     asks = getattr(model, "_supports_attention_backend", False)
     if before == "sdpa" and asks and is_full(config) and model.device.type in _PROCESSOR:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        if before is not None:
+            config._attn_implementation = before

@@ -6,11 +6,11 @@ And whether products of float32 are products of float32, which PyTorch has two k
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: W (out x in).
         bias: (out), or None.
     """
-    if by_onednn(x, weight):
+    if _product is not None and by_onednn(x, weight):
         return _product(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -39,7 +39,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 _SMALL = 1 << 20  # multiplications, below which a call of oneDNN takes longer than the product
-_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_product: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -48,15 +48,14 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if not (x.dtype is weight.dtype is torch.float32) or x.numel() * len(weight) < _SMALL:
         return False
-    return torch.backends.mkldnn.enabled and _mkl_is_slow()  # type: ignore[attr-defined]
+    return torch.backends.mkldnn.enabled and _mkl_is_slow()
 
 
 @cache
 def _mkl_is_slow() -> bool:
     """Whether this is a processor with AVX-512 that is not Intel's, on which MKL keeps to AVX2."""
-    here: Any = torch.backends
-    both = here.mkldnn.is_available() and here.mkl.is_available() and _product is not None
-    return both and here.cpu.get_cpu_capability().startswith("AVX512") and "AuthenticAMD" in _processor()
+    both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and _product is not None
+    return both and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "AuthenticAMD" in _processor()
 
 
 def _processor() -> str:
@@ -98,7 +97,13 @@ def exact_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _coarse_libraries() -> list[tuple[Any, str]]:
+class _Precision(Protocol):
+    """The settings of one library."""
+
+    fp32_precision: str
+
+
+def _coarse_libraries() -> list[tuple[_Precision, str]]:
     """Return the settings of libraries that take products of float32 in fewer bits, and what they are."""
-    both: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    both: list[_Precision] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     return [(library, library.fp32_precision) for library in both if library.fp32_precision not in ("ieee", "none")]

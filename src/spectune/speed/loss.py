@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, cast
 from weakref import WeakSet
 
 import torch
@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
 from spectune.speed.shapes import IGNORE, STEP, switched_off
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HELD = 24 << 20  # bytes of logits at once
 _BLOCK = 3 << 17  # logits in float32 at once, so that a processor's cache holds them
@@ -22,7 +26,7 @@ _FAR = 5, 32  # times as many of both on an accelerator
 _OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models found to change the product before they return it
 
 
-def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+def cross_entropy_sum(model: PreTrainedModel, inputs: Mapping[str, object], labels: Tensor) -> Tensor:
     """Return the sum over positions of -log p(label).
 
     Where the output embedding is frozen and the model returns its product as it is, logits are made, and their gradient
@@ -39,27 +43,31 @@ def cross_entropy_sum(model: nn.Module, inputs: Mapping[str, Any], labels: Tenso
     hidden = _hidden(model, inputs)
     if isinstance(hidden, Tensor):
         wanted = targets != IGNORE
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        head = cast(nn.Linear, model.get_output_embeddings())
         return _summed(hidden.flatten(0, -2)[wanted], head.weight, targets[wanted])
     logits = model(**inputs, use_cache=False).logits.float().flatten(0, -2)
     return F.cross_entropy(logits, targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
 
 
-def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+def _hidden(model: PreTrainedModel, inputs: Mapping[str, object]) -> Tensor | None:
     """Return what the model multiplies by its output embedding, or None where that product is not its answer."""
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    plain: bool = type(head) is nn.Linear and head.bias is None
-    if not plain or head.weight.requires_grad or type(head.weight) is not nn.Parameter or "forward" in vars(head):
+    head: object = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return None
+    if head.weight.requires_grad or type(head.weight) is not nn.Parameter:
         return None
     if model in _OWN_LOGITS or torch.compiler.is_compiling():
         return None
+    # the model runs to its end without its largest product: its logits are then the hidden states, if it does nothing
+    # more with them, which the mark of a view tells (a scaled or capped tensor is another one)
     vars(head)["forward"] = _unchanged
     try:
         outputs = model(**inputs, use_cache=False)
     finally:
-        del head.forward
+        del vars(head)["forward"]
     if getattr(outputs.logits, "_spectune_hidden", False):
         return outputs.logits
+    # one pass is lost on it, once: it is asked no more
     _OWN_LOGITS.add(model)
     return None
 
@@ -67,7 +75,7 @@ def _hidden(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 def _unchanged(hidden: Tensor) -> Tensor:
     """Take the place of the output embedding, and mark what passes so that any change by the model shows."""
     marked = hidden.view(hidden.shape)
-    marked._spectune_hidden = True  # type: ignore[attr-defined]
+    vars(marked)["_spectune_hidden"] = True
     return marked
 
 
@@ -79,7 +87,7 @@ def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             return cut(hidden, weight, targets, reduction="sum")
         if liger := _installed("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"):
             return liger(hidden, weight, targets, reduction="sum")
-    return _Chunked.apply(hidden, weight, targets)  # type: ignore[return-value]
+    return _Chunked.apply(hidden, weight, targets)
 
 
 def _takes_kernels(hidden: Tensor) -> bool:
@@ -95,9 +103,13 @@ def _installed(module: str, name: str) -> Callable[..., Tensor] | None:
         return None
 
 
+class _ChunkedContext(Context):
+    grad: Tensor | None
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: _ChunkedContext, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         learns = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden) if learns else None
@@ -109,9 +121,13 @@ class _Chunked(torch.autograd.Function):
             rows = slice(start, start + step)
             part, target = hidden[rows], targets[rows, None]
             count = len(part)
+            # oneDNN makes a kernel for each number of rows it meets: few different ones, or the first epochs are
+            # compilation
             logits = linear(F.pad(part, (0, 0, 0, -count % STEP)), weight)
             for some, wanted in zip(logits[:count].split(at_once), target.split(at_once), strict=True):
                 total += _to_gradient(some, wanted)
+            # the gradient with respect to the hidden states, before it is known what the loss is multiplied by: that is
+            # one number, and the logits need not be there a second time
             if grad is not None:
                 grad[rows] = matmul(logits, weight)[:count]
         ctx.grad = grad
@@ -119,7 +135,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: _ChunkedContext, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        assert ctx.grad is not None  # hidden states that take no gradient have no backward pass
         return ctx.grad * grads[0].to(ctx.grad.dtype), None, None
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spectune.private import unseen
+from spectune.speed.autograd import Context
 from spectune.speed.recompute_cache import current_cache
 
 
@@ -37,7 +39,7 @@ class _Norm(torch.autograd.Function):
     """y = w * x / sqrt(mean(x^2) + eps)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, early: bool) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, early: bool) -> Tensor:
         exact = x.float()
         inverse = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
         normed = exact * inverse
@@ -46,9 +48,11 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad, exact = (grads[0] * weight).float(), x.float()
+        # the gradient is g / r - x (g . x) / (n r^3), r the root mean square; nothing of the input's size is kept but x
+        # itself
         along = (grad * exact).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
         return grad.mul_(inverse).addcmul_(exact, along).to(x.dtype), None, None, None
 
@@ -68,7 +72,7 @@ class _Formula(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         scale = weight.detach() if self.early else weight.detach().float() + self.plus
-        return _Norm.apply(x, scale, self.eps, self.early)  # type: ignore[return-value]
+        return _Norm.apply(x, scale, self.eps, self.early)
 
 
 _KNOWN = (True, 0.0), (False, 0.0), (False, 1.0)  # Llama's, OLMo 2's, Gemma's
@@ -80,16 +84,17 @@ class _Forward:
     def __init__(self, module: nn.Module, formula: _Formula) -> None:
         self._module, self._formula = module, formula
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or not self._applies(args[0]):  # such as a gate, beside the input
+    def __call__(self, *args: Tensor, **kwargs: object) -> Tensor:
+        weight = self._module._parameters.get("weight")
+        alone = len(args) == 1 and not kwargs  # without a gate, which some norms take beside the input
+        if not alone or weight is None or not self._applies(args[0], weight):
             return type(self._module).forward(self._module, *args, **kwargs)
         if (cache := current_cache()) is not None:
             cache.materialize()
-        with torch._C.DisableTorchFunction():
-            return self._formula(args[0], self._module.weight)  # type: ignore[arg-type]
+        with unseen():
+            return self._formula(args[0], weight)
 
-    def _applies(self, x: Tensor) -> bool:
-        weight: Any = self._module.weight
+    def _applies(self, x: Tensor, weight: nn.Parameter) -> bool:
         learns = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
         return learns and type(weight) is nn.Parameter and weight.dtype == x.dtype and not torch.compiler.is_compiling()
 
@@ -101,18 +106,20 @@ def _formula(module: nn.Module) -> _Formula | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not alone or weight is None or weight.dim() != 1 or not isinstance(eps, float) or "forward" in vars(module):
         return None
-    sample: Any = copy.deepcopy(module).to_empty(device="cpu")
+    sample = copy.deepcopy(module).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
+    # whatever the class is called: a norm is known by its answer, and one that deviates in a bit stays as it is
     x, drawn = torch.randn(3, len(weight), generator=generator, device="cpu").to(weight.dtype).split([2, 1])
     with torch.no_grad():
-        sample.weight.copy_(drawn[0])
+        own = sample.get_parameter("weight")
+        own.copy_(drawn[0])
         try:
             answer = type(module).forward(sample, x)  # without hooks
         except Exception:  # whatever takes other inputs than a norm does
             return None
     found = (_Formula(eps, *known) for known in _KNOWN)
-    return next((formula for formula in found if _equal(formula(x, sample.weight), answer)), None)
+    return next((formula for formula in found if _equal(formula(x, own), answer)), None)
 
 
-def _equal(ours: Tensor, answer: Any) -> bool:
+def _equal(ours: Tensor, answer: object) -> bool:
     return isinstance(answer, Tensor) and ours.dtype == answer.dtype and torch.equal(ours, answer)

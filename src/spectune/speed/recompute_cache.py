@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import TracebackType
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
+
+T = TypeVar("T")
+_Args = tuple[Tensor, ...]  # of functions of torch, as far as they are looked at
 
 
 def keep_products() -> tuple[TorchFunctionMode, TorchFunctionMode]:
@@ -50,6 +55,8 @@ class RecomputeCache:
         self._pending = None
         if self._next is None:
             last = self._results[-1] if self._results else None
+            # of the first product of a kind of region nobody knows yet whether something comes behind it; once that was
+            # seen, products of that kind are held from then on
             if last is not None and self._last and self._kind() not in _looked_at:
                 self._results[-1] = (None, *last[0][1:]), last[1]
             self._results = _in_one_piece(self._results)
@@ -57,7 +64,7 @@ class RecomputeCache:
     def _kind(self) -> tuple[int, ...]:
         return (len(self._results), *self._last)
 
-    def recall(self) -> tuple[Any, ...] | None:
+    def recall(self) -> tuple[Tensor | None, ...] | None:
         """Return the results of this call in the first pass; None in the first pass, and where they are gone.
 
         The product, which is the first of them, is missing from the last: see `again`.
@@ -68,8 +75,13 @@ class RecomputeCache:
         index, self._next = self._next, self._next + 1
         if index >= len(self._results):
             return None
+        # given back at once, so that the memory of a block shrinks as its backward pass goes on
         found, self._results[index] = self._results[index], None
         return None if found is None or _changed(found) else found[0]
+
+    def recall_whole(self) -> tuple[Tensor, ...] | None:
+        """Return `recall()` where the layer looks at its product in the backward pass, so that nothing is missing."""
+        return cast("tuple[Tensor, ...] | None", self.recall())
 
     def keep(self, *results: Tensor, looked_at: bool = False) -> None:
         """Keep the results of a call, in the first pass.
@@ -79,6 +91,8 @@ class RecomputeCache:
             looked_at: whether the layer itself looks at its product in the backward pass.
         """
         if self._next is None:
+            # what changes it in place afterwards, as ReLU(inplace=True) does, shows in its version: it is then computed
+            # again
             kept = tuple(result.detach() for result in results)  # without the graph, which holds this
             self._results.append((kept, tuple(result._version for result in kept)))
             self._last = () if looked_at else tuple(results[0].shape[1:])
@@ -93,6 +107,8 @@ class RecomputeCache:
         """
         if self._kind() in _looked_at:
             return make()
+        # autograd wants a tensor of the right shape for the graph of the second pass, whose gradient looks at no value
+        # of it
         product = x.new_empty(*x.shape[:-1], size)
         self._pending = product, make
         return product
@@ -107,6 +123,7 @@ class RecomputeCache:
 
 
 _Found = tuple[tuple[Tensor | None, ...], tuple[int, ...]]  # results and their versions
+# for the process and not for the model: the blocks of a model are alike, and the next step meets the same kinds
 _looked_at: set[tuple[int, ...]] = set()  # kinds of regions whose last product is looked at, and held from then on
 _ALIGNED = 64
 
@@ -167,7 +184,13 @@ def learns() -> bool:
 class SameProducts(TorchFunctionMode):
     """Without gradients: the products that a region of `keep_products` takes in its first pass, and keeps."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: _Args = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> T | Tensor:
         if func is F.linear and not kwargs and _is_frozen(*args):
             return linear(*args)
         return func(*args, **(kwargs or {}))
@@ -178,17 +201,25 @@ class _Region(TorchFunctionMode):
         super().__init__()
         self._cache, self._again = cache, again
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> TorchFunctionMode:
         self._cache.begin(self._again)
         self._token = _cache.set(self._cache)
         return super().__enter__()
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         _cache.reset(self._token)
         self._cache.end()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: _Args = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> T | Tensor:
         self._cache.materialize()
         if func is F.linear and not kwargs and _is_frozen(*args):
             return _Frozen.apply(*args[:2], args[2] if len(args) > 2 else None, self._cache)
@@ -197,24 +228,25 @@ class _Region(TorchFunctionMode):
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, with a gradient for x alone; a region keeps it."""
-    return _Frozen.apply(x, weight, bias, current_cache())  # type: ignore[return-value]
+    return _Frozen.apply(x, weight, bias, current_cache())
 
 
 def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not learns() or trains or weight.dtype != x.dtype:
         return False
+    # under autocast the product is in another dtype than its operands, which only autograd's own node knows
     return x.is_meta or not torch.is_autocast_enabled(x.device.type)  # which does not know the meta device
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, cache: RecomputeCache | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, cache: RecomputeCache | None) -> Tensor:
         ctx.save_for_backward(weight)
-        known = cache.recall() if cache is not None else None
-        y = known[0] if known is not None else linear(x, weight, bias)
         if cache is None:
-            return y  # type: ignore[return-value]
+            return linear(x, weight, bias)
+        known = cache.recall()
+        y = known[0] if known is not None else linear(x, weight, bias)
         if y is None:
             return cache.again(len(weight), x, lambda: linear(x, weight, bias))
         cache.keep(y)
@@ -222,6 +254,6 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return matmul(grads[0], weight), None, None, None
