@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
+
+F = TypeVar("F")  # what is replaced
 
 
 class WhileNeeded:
@@ -44,7 +47,7 @@ class WhileNeeded:
             self.release()
 
 
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> WhileNeeded:
+def replaced(owner: type | ModuleType, name: str, make: Callable[[F], F]) -> WhileNeeded:
     """Return the effect that an attribute of somebody else's class or module is another one.
 
     Args:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -185,7 +184,7 @@ def dense(core: Core, size: int) -> Tensor:
 
 def with_values(core: C, values: Tensor) -> C:
     """Return the core with other values."""
-    return replace(core, values=values)  # type: ignore[type-var]
+    return core.holding(values)
 
 
 def _values(core: Core) -> Tensor:

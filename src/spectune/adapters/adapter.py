@@ -52,7 +52,7 @@ class Adapter(Contents):
             f"Adapter({'+'.join(methods)} on {len(self.layers)} layers{whole}, {self.parameter_count():,} parameters)"
         )
 
-    def _with(self, **changes: Any) -> Adapter:
+    def _with(self, **changes: object) -> Adapter:
         """Return the adapter with other contents."""
         kept = ("layers", "base_model", "error", "labels", "modules", "architecture", "groups")
         return Adapter(**{**{key: getattr(self, key) for key in kept}, **changes})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def to_one_rank(adapter: Contents) -> Contents:
     """Return an adapter of LoRAs (DoRA around them is one) with one rank and one alpha, filled up with zeros."""
 
     def lora(term: Term) -> LoRA:
-        return term.method.inner if isinstance(term.method, DoRA) else term.method  # type: ignore[return-value]
+        return cast(LoRA, term.method.inner if isinstance(term.method, DoRA) else term.method)
 
     heads = _heads(adapter)
     layers = {name: layer for name, layer in adapter.layers.items() if name not in heads}
@@ -84,7 +84,7 @@ def to_one_rank(adapter: Contents) -> Contents:
         (term,) = layer.terms
         inner, A, B = lora(term), term.trained["A"], term.trained["B"]
         wider = LoRA(rank=rank, alpha=float(rank), dropout=inner.dropout)
-        method = replace(term.method, inner=wider) if isinstance(term.method, DoRA) else wider  # type: ignore[type-var]
+        method = replace(term.method, inner=wider) if isinstance(term.method, DoRA) else wider
         trained = {
             **term.trained,
             "A": torch.cat([A, A.new_zeros(rank - len(A), A.shape[1])]),
@@ -132,15 +132,20 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     the rows of R are first brought to equal lengths, so that how dW is split into factors does not matter.
     """
     width = products[0].left.shape[1]
+    # there is nothing to cut off: the factors stay as they are, bit for bit
     if width <= rank:
         return [_Part(p, _squared_norm(p), 0.0) for p in products]
     products = [_Product(p.left.double(), p.right.double()) for p in products]
     left_gram = torch.stack([p.left.mT @ p.left for p in products])
     right_gram = torch.stack([p.right @ p.right.mT for p in products])
     lengths = left_gram.diagonal(dim1=1, dim2=2).sqrt(), right_gram.diagonal(dim1=1, dim2=2).sqrt()
+    # a LoRA with a tiny A and a huge B is the same dW as one with both alike, but its Gram matrices are not: without
+    # this step their eigenvalues lie further apart than float64 has digits. A column or row of zeros is left out
     balance = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 0.0)
     inverse = torch.where(balance > 0, 1 / balance, 0.0)
     D, V = torch.linalg.eigh(balance[:, :, None] * left_gram * balance[:, None])
+    # factors that are linearly dependent (two adapters of one origin, added) have eigenvalues of zero, which come out
+    # as rounding and would be divided by below
     D = torch.where(_NOISE * D[:, -1:] < D, D, 0.0)
     root = D.sqrt()
     to_right = root[:, :, None] * V.mT * inverse[:, None]  # D^1/2 V^T, for R as it was
@@ -148,6 +153,7 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     squares, kept = squares.clamp_min(0), Y[..., -rank:]
     to_left = balance[:, :, None] * V @ (torch.where(root > 0, 1 / root, 0.0)[:, :, None] * kept)
     singular = squares[:, -rank:].sqrt()
+    # half of each singular value to either factor, as LoRA's own are: both then train on at one learning rate
     share = torch.where(singular > 0, singular.sqrt(), 1.0)  # of the singular value, half to each factor
     to_left, to_right = to_left * share[:, None], (kept / share[:, None]).mT @ to_right
     totals, losses = squares.sum(1).tolist(), squares[:, :-rank].sum(1).tolist()
@@ -185,6 +191,7 @@ def _factored(term: Term) -> _Product:
     f = term.method.factors(term.tensors())
     left, right, scale = f.core.transposed(f.left), f.right, f.scale * term.weight
     left = left if scale == 1.0 else left * scale
+    # AdaLoRA's pruned triplets, and SVF's values that did not move: they would only widen what is truncated
     if isinstance(f.core, Diagonal):
         kept = f.core.values != 0
         left, right = left[:, kept], right[kept]
@@ -232,5 +239,6 @@ def _squared_values(layer: LayerUpdate, adapter: Contents, name: str) -> Tensor:
     product = _stacked(layer)
     if product is None:
         return singular_values(adapter.delta(name)).double().square()
+    # the triangular factors have the singular values of the product, and are as small as it is thin
     left, right = (torch.linalg.qr(part.double())[1] for part in (product.left, product.right.mT))
     return torch.linalg.svdvals(left @ right.mT).square()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import LayerUpdate, WholeTerm, on_cpu
 from spectune.errors import SpectuneError, nearest
+from spectune.methods.base import Decomposition
 from spectune.spectral import Request, decompose_many
 
 if TYPE_CHECKING:
@@ -82,8 +83,10 @@ class Contents:
                             'at hand: attach the adapter, call adapter.bind(model), or save it with bases="embed"'
                         )
                     lacking[term.method.request()].add(name)
+        # all layers of one kind of decomposition at once, so that they are computed side by side and each is looked for
+        # in the cache
         weights = {name: self.layers[name].trained_weight() for name in set().union(*lacking.values())}
-        found: dict[Request | None, Mapping[str, Any]] = {
+        found: dict[Request | None, Mapping[str, Decomposition]] = {
             request: decompose_many({name: weights[name] for name in of}, request)
             for request, of in lacking.items()
             if request is not None

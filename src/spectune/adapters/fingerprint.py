@@ -63,6 +63,7 @@ def sketch_weight(weight: Tensor) -> Tensor:
     A base that is loaded in 16 bits agrees with the rounded sketch of the base in 32, to the last digits.  It is kept
     until the parameter that W is, or is a view of, is written to, so that a checkpoint need not make it again.
     """
+    # W of a Conv1D is a transposed view, made anew at each call: what was written to is told by the parameter behind it
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     owner = weight.held if isinstance(weight, Packed) else owner
     state = (owner._version, owner.data_ptr(), weight.shape, weight.stride())
@@ -76,6 +77,8 @@ def sketch_weight(weight: Tensor) -> Tensor:
 
 def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:
     """Return the sketch of W (out x in), rounded first if asked; in float64, which no setting makes coarser."""
+    # two random projections: 16 numbers for any W, of which a change anywhere in it moves all, in proportion to its
+    # size
     right = probes(weight.shape[1], 0).to(weight.device)
     rows = max(1, _CHUNK // weight.shape[1])
     pieces = []
@@ -91,6 +94,8 @@ def same_weight(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two sketches of weights, by `sketch_weight`, are of one weight, in whatever dtype each is held."""
     if any(_near(a, b, SAME_WEIGHT) for a, b in zip(ours, theirs, strict=True)):
         return True
+    # bf16 drops digits that fp16 keeps, and fp16 exponents that bf16 keeps: neither rounds to the other, so they are
+    # only compared roughly, and only where one is held in the one and one in the other
     apart = any(_held_in(a, 1) and _held_in(b, 2) and not _held_in(b, 1) for a, b in ((ours, theirs), (theirs, ours)))
     return apart and _near(ours[1], theirs[1], BOTH_ROUNDED)
 

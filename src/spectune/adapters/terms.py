@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,10 +38,10 @@ class Lent:
         tensor = None if self._ref is None else self._ref()
         return tensor if tensor is None or self._seen is None else self._seen(tensor)
 
-    def __deepcopy__(self, memo: Any) -> Lent:
+    def __deepcopy__(self, memo: object) -> Lent:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process nobody holds it
+    def __reduce__(self) -> tuple[object, ...]:  # in another process nobody holds it
         return Lent, ()
 
 
@@ -251,6 +251,7 @@ def add_layers(name: str, ours: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate
     if ours.shape != theirs.shape:
         raise SpectuneError(f"the adapters differ in the shape of {name!r}: {ours.shape} and {theirs.shape}")
     weights = [layer.weight for layer in (ours, theirs) if layer.weight is not None]
+    # both are bound to one model: the same memory needs no sketch, which would read all of it
     one = len(weights) == 2 and weights[0].data_ptr() == weights[1].data_ptr()
     bases = [] if one else [base for layer in (ours, theirs) if (base := layer.base()) is not None]
     if len(bases) == 2 and not fingerprint.same_weight(*bases):
@@ -265,13 +266,14 @@ def add_layers(name: str, ours: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate
 
 def collect(terms: Iterable[Term]) -> tuple[Term, ...]:
     """Join the terms that one term can hold: over the same basis coefficients add, and LoRA stacks its factors."""
-    alike: defaultdict[Any, list[tuple[Term, Mapping[str, Tensor]]]] = defaultdict(list)
+    alike: defaultdict[object, list[tuple[Term, Mapping[str, Tensor]]]] = defaultdict(list)
     loras: list[Term] = []
     others: list[Term] = []
     for term in terms:
         if isinstance(term.method, LoRA):
             loras.append(term)
             continue
+        # a sum of many adapters and its inverse are to be themselves again to the last bit of float32
         in_double = {k: v.double() for k, v in term.trained.items()}
         coefficients = term.method.coefficients({**(term.basis or {}), **in_double})
         if coefficients is None:
@@ -287,15 +289,16 @@ def _sum_of_loras(terms: list[Term]) -> list[Term]:
     """Return one LoRA with the factors of all side by side."""
     if len(terms) < 2:
         return terms
-    left = torch.cat([t.trained["B"] * (t.weight * t.method.scale) for t in terms], dim=1)  # type: ignore[attr-defined]
+    scales = [t.weight * cast(LoRA, t.method).scale for t in terms]
+    left = torch.cat([t.trained["B"] * scale for t, scale in zip(terms, scales, strict=True)], dim=1)
     return [lora_term(left, torch.cat([t.trained["A"] for t in terms], dim=0))]
 
 
 def _sum_of_coefficients(pairs: list[tuple[Term, Mapping[str, Tensor]]]) -> Term:
     """Return the one term that sums terms over the same basis, given the coefficients of each."""
     terms = [term for term, _ in pairs]
-    total = {key: sum(t.weight * c[key] for t, c in pairs) for key in pairs[0][1]}
-    method, trained = terms[0].method.from_coefficients(total)  # type: ignore[arg-type]
+    total = {key: cast(Tensor, sum(t.weight * c[key] for t, c in pairs)) for key in pairs[0][1]}
+    method, trained = terms[0].method.from_coefficients(total)
     sketches = [term.sketch for term in terms if term.sketch is not None]
     return Term(
         method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,9 @@ from spectune.errors import SpectuneError
 from spectune.layers.modules import is_linear
 from spectune.model.fresh import FRESH
 from spectune.model.fusing import fused_where_it_pays
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Prediction(NamedTuple):
@@ -28,8 +31,13 @@ class Prediction(NamedTuple):
 
 
 def load_classifier(
-    path: str, config: Any, tokenizer: Any, labels: Sequence[str], options: dict[str, Any], new_head: bool = False
-) -> Any:
+    path: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    options: dict[str, object],
+    new_head: bool = False,
+) -> PreTrainedModel:
     """Load a checkpoint with a classification head; one that it lacks, or has for other labels, is zero and marked.
 
     A head is kept where its labels are the same but for case, or where numbers from 0 count as many.
@@ -47,7 +55,7 @@ def load_classifier(
     """
     import transformers
 
-    known = [config.id2label[i] for i in sorted(config.id2label)]
+    known = [label for _, label in sorted((config.id2label or {}).items())]
     names = _by_known(known, labels)
     same, names = names is not None, names or list(labels)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -104,7 +112,7 @@ def _plain(label: str) -> str:
     return "".join(c for c in label.casefold() if c.isalnum())
 
 
-def label_names(model: Any) -> list[str]:
+def label_names(model: PreTrainedModel) -> list[str]:
     """Return a classifier's labels in the order of its logits.
 
     Raises:
@@ -112,10 +120,12 @@ def label_names(model: Any) -> list[str]:
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise SpectuneError(f"{type(model).__name__} is not a classifier of texts: load it with labels=[...]")
-    return [str(model.config.id2label[i]) for i in sorted(model.config.id2label)]
+    return [str(label) for _, label in sorted((model.config.id2label or {}).items())]
 
 
-def tokenize(tokenizer: Any, text: str, pair: str | None, limit: int) -> tuple[dict[str, list[int]], bool]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, limit: int
+) -> tuple[dict[str, list[int]], bool]:
     """Return a classifier's input for one text or pair, and whether it was cut to `limit` tokens."""
     tokens = dict(tokenizer(text, pair, verbose=False))
     if len(tokens["input_ids"]) <= limit:
@@ -123,7 +133,7 @@ def tokenize(tokenizer: Any, text: str, pair: str | None, limit: int) -> tuple[d
     return dict(tokenizer(text, pair, truncation=True, max_length=limit)), True
 
 
-def context(model: Any, tokenizer: Any, limit: int | None = None) -> int:
+def context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> int:
     """Return how many tokens a classifier takes, or the limit if that is less."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():  # RoBERTa's begin behind the token to pad with
@@ -133,7 +143,7 @@ def context(model: Any, tokenizer: Any, limit: int | None = None) -> int:
     return min(n for n in (limit, positions, tokenizer.model_max_length) if n is not None)
 
 
-def pad(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+def pad(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Return rows as one batch, padded on the right."""
     longest = max(len(row["input_ids"]) for row in rows)
     filler = {"input_ids": tokenizer.pad_token_id}
@@ -145,8 +155,8 @@ def pad(tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tenso
 
 @torch.inference_mode()
 def classify(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     pairs: Sequence[str] | None = None,
     *,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -20,9 +20,11 @@ from spectune.home import cache_dir
 from spectune.spectral import weight_map
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
     from spectune.adapters.adapter import Adapter
 
-Dtype = Literal["fp32", "bf16", "fp16", "auto"]
 _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -160,11 +162,13 @@ class Outline(NamedTuple):
         generation_config: of the checkpoint.
     """
 
-    config: Any
-    generation_config: Any
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
 
 
-def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Outline, Any]:
+def load_tokenizer(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> tuple[Outline, PreTrainedTokenizerBase]:
     """Load what a base model is without its weights, and its tokenizer.
 
     Args:
@@ -203,8 +207,8 @@ def load_base(
     labels: Sequence[str] | None = None,
     new_head: bool = False,
     trust_remote_code: bool = False,
-    **kwargs: Any,
-) -> tuple[Any, Any]:
+    **kwargs: object,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer.
 
     Args:
@@ -245,7 +249,7 @@ def load_base(
     if os.fspath(name) in EMBEDDED:
         model.config._name_or_path = os.fspath(name)
     model.eval()
-    return (model if device is None else model.to(device)), tokenizer
+    return (model if device is None else cast(Any, model).to(device)), tokenizer
 
 
 def base_name(adapter: Adapter, given: str | None = None) -> str:
@@ -268,15 +272,16 @@ def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
     return adapter.bind(model)
 
 
-def auto_class(config: Any) -> Any:
+def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     import transformers
     from transformers.models.auto import modeling_auto
 
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
     architectures = getattr(config, "architectures", None) or []
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type)
+    kind: Any = config.model_type  # any text; the tables' keys are literals
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
     if causal is not None and (causal in architectures or (not architectures and masked is None)):
         return transformers.AutoModelForCausalLM
     if any(a.endswith("ForSequenceClassification") for a in architectures):
@@ -306,11 +311,11 @@ def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
     except OSError:  # read-only cache: go without
         temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
     source = gguf.parent if whole else _converted(name, gguf, torch.float32)
-    options: dict[str, Any] = {"gguf_file": gguf.name} if whole else {}
+    options: dict[str, object] = {"gguf_file": gguf.name} if whole else {}
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        causal: Any = transformers.AutoModelForCausalLM
-        model = causal.from_pretrained(source, dtype=dtype, **options)
+        causal = transformers.AutoModelForCausalLM
+        model: Any = causal.from_pretrained(source, dtype=dtype, **options)
     model.config._name_or_path = name
     if whole:
         del model.config.quantization_config

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spectune.adapters.destination import MERGED
 from spectune.model.merging import merge
 from spectune.storage import collect_temporaries, publish, telling_of_full_disks, temporary_beside
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def write_merged(model: Any, tokenizer: Any, out: Path, base: str, adapter: Path) -> None:
+
+def write_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, base: str, adapter: Path
+) -> None:
     """Merge a model's adapter into it and write the model with its tokenizer, in place of what the folder held.
 
     Args:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from spectune.errors import SpectuneError
 
-Message = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]  # of a conversation, as chat templates take it
+T = TypeVar("T")
 MARK = "spectuneanswer"  # a content that no template changes
 _ASK = "spectunequestion"
-_KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()  # what was asked of a tokenizer, by the question
+# what was asked of a tokenizer, by the question
+_KNOWN: WeakKeyDictionary[object, dict[object, Any]] = WeakKeyDictionary()
 _NO_TEMPLATE = "the tokenizer has no chat template; give one text instead of messages"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def prompt_tokens(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Message],
     *,
     raw: bool = False,
-    tools: Sequence[Any] | None = None,
-    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> list[int]:
     """Return the tokens of a prompt, as a user's turn where the tokenizer has a chat template.
 
@@ -48,24 +53,34 @@ def prompt_tokens(
     return ids(tokenizer, prompt_text(tokenizer, prompt, tools=tools, variables=variables))
 
 
-def ids(tokenizer: Any, text: str) -> list[int]:
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends a text, None where the tokenizer has none."""
+    return cast("int | None", tokenizer.eos_token_id)  # transformers has one type for all special tokens and texts
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills up rows, any where the tokenizer has none: what is masked is not looked at."""
+    return cast("int | None", tokenizer.pad_token_id) or 0
+
+
+def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of a text alone."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
-def text_tokens(tokenizer: Any, text: str) -> list[int]:
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens that a text begins with: what the tokenizer puts before it, unless it is there, and its own."""
     own, first = ids(tokenizer, text), _known(tokenizer, "first", lambda: _first(tokenizer))
     return own if own[: len(first)] == first else [*first, *own]
 
 
-def _first(tokenizer: Any) -> list[int]:
+def _first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     whole, own = tokenizer("a")["input_ids"], ids(tokenizer, "a")
     starts = (i for i in range(len(whole) - len(own) + 1) if own and whole[i : i + len(own)] == own)
     return whole[: next(starts, int(bool(whole) and whole[0] == tokenizer.bos_token_id))]
 
 
-def continuation(tokenizer: Any, before: str, tokens: Sequence[int], text: str) -> list[int]:
+def continuation(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence[int], text: str) -> list[int]:
     """Return the tokens of a text behind another one whose tokens are given and stay.
 
     They are those of both texts together where these begin with the tokens given.  Elsewhere, as where a prompt ends
@@ -86,27 +101,29 @@ def continuation(tokenizer: Any, before: str, tokens: Sequence[int], text: str) 
         found.append(joint[len(tokens) :])
         if not text[0].isspace():
             return found[0]
-    said = _decoded(tokenizer, tokens)
+    said = decoded(tokenizer, tokens)
     for lead in ("\n", ".", "a", ""):
         alone, both = ids(tokenizer, lead), ids(tokenizer, lead + text)
         if both[: len(alone)] == alone:
             found.append(both[len(alone) :])
-    return next((c for c in found if _decoded(tokenizer, [*tokens, *c]) == said + text), found[0])
+    return next((c for c in found if decoded(tokenizer, [*tokens, *c]) == said + text), found[0])
 
 
-def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, the special ones among them."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return cast(str, text)  # a list of texts is the answer to a list of lists
 
 
 # -- chat templates
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Any] | None = None,
-    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
     prompt: bool = False,
 ) -> str:
     """Return messages as the chat template writes them.
@@ -125,10 +142,10 @@ def render(
 
 
 def marked(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    tools: Sequence[Any] | None = None,
-    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> list[tuple[int, int]] | None:
     """Return the spans of characters that the template marks with {% generation %}, or None where it has no marks."""
     if not _MARKS.search(_template(tokenizer, tools)):
@@ -136,17 +153,17 @@ def marked(
     return _rendered(tokenizer, messages, tools, variables, False, True)[1]
 
 
-def _template(tokenizer: Any, tools: Any = None) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[object] | None = None) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise SpectuneError(_NO_TEMPLATE)
-    return tokenizer.get_chat_template(None, tools)
+    return tokenizer.get_chat_template(None, cast(Any, tools))
 
 
 def _rendered(
-    tokenizer: Any,
-    messages: Any,
-    tools: Any = None,
-    variables: Any = None,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
     prompt: bool = False,
     marks: bool = False,
     parts: bool | None = None,
@@ -155,14 +172,14 @@ def _rendered(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = _template(tokenizer, tools)
-    options: Any = {**tokenizer.special_tokens_map, **(variables or {})}
+    options = {**tokenizer.special_tokens_map, **(variables or {})}
     as_parts = _known(tokenizer, "parts", lambda: _wants_parts(tokenizer)) if parts is None else parts
     failed: Exception | None = None
     for as_text in (False, True):  # most templates write the arguments of calls as JSON, some take JSON
         try:
             rendered: Any = render_jinja_template(  # which the tokenizer's own apply_chat_template calls
                 conversations=[plain(messages, as_text, as_parts)],
-                tools=list(tools) if tools else None,
+                tools=cast(Any, list(tools)) if tools else None,
                 chat_template=template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=prompt,
@@ -177,7 +194,7 @@ def _rendered(
     raise SpectuneError(f"the chat template refuses the messages ({roles}): {failed}") from None
 
 
-def _wants_parts(tokenizer: Any) -> bool:
+def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template takes contents as lists of parts, and not as text (models of texts and pictures)."""
     for parts in (False, True):
         try:
@@ -214,7 +231,7 @@ def plain(messages: Sequence[Message], as_text: bool = False, parts: bool = Fals
     return found
 
 
-def _call(call: Any, as_text: bool) -> Any:
+def _call(call: object, as_text: bool) -> object:
     if not isinstance(call, Mapping):
         return call
     call = {key: value for key, value in call.items() if value is not None}
@@ -231,17 +248,17 @@ def _call(call: Any, as_text: bool) -> Any:
     return call
 
 
-def uses(tokenizer: Any, name: str) -> bool:
+def uses(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
     """Whether the chat template reads a variable, or a field of messages, of this name."""
     return re.search(rf"\b{re.escape(name)}\b", _template(tokenizer, None) + _template(tokenizer, [])) is not None
 
 
 def prompt_text(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Any] | None = None,
-    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[object] | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> str:
     """Return messages up to where the assistant's reply begins.
 
@@ -265,7 +282,7 @@ def prompt_text(
     return text + _known(tokenizer, "header", lambda: _header(tokenizer))
 
 
-def _writes(tokenizer: Any, role: str) -> bool:
+def _writes(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
     """Whether the template writes messages of a role, or refuses them."""
     said, ask = {"role": role, "content": MARK}, {"role": "user", "content": _ASK}
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -281,7 +298,7 @@ def _writes(tokenizer: Any, role: str) -> bool:
     return not left_out  # one that refuses the role says so itself
 
 
-def _header(tokenizer: Any) -> str:
+def _header(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what a template without a generation prompt writes before a reply, other than spaces."""
     ask = [{"role": "user", "content": _ASK}]
     prompt = render(tokenizer, ask, prompt=True)
@@ -314,7 +331,7 @@ class Ending(NamedTuple):
     own: bool
 
 
-def ending(tokenizer: Any, ends: Iterable[int] = ()) -> Ending:
+def ending(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> Ending:
     """Return how the chat template ends an assistant's turn.
 
     The stop is the first of the tokenizer's added tokens that the template writes behind a reply; or the one that the
@@ -325,26 +342,26 @@ def ending(tokenizer: Any, ends: Iterable[int] = ()) -> Ending:
         ends: tokens that end the model's generation.
     """
     ends = tuple(ends)
-    return _known(tokenizer, ("ending", ends), lambda: _ending(tokenizer, {*ends, tokenizer.eos_token_id}))
+    return _known(tokenizer, ("ending", ends), lambda: _ending(tokenizer, {*ends, end_of_text(tokenizer)}))
 
 
-def _ending(tokenizer: Any, ends: set[int | None]) -> Ending:
+def _ending(tokenizer: PreTrainedTokenizerBase, ends: set[int | None]) -> Ending:
     talk = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": MARK}]
     try:
         suffix = render(tokenizer, talk).rpartition(MARK)[2]
         following = render(tokenizer, [*talk, {"role": "user", "content": _ASK}]).rpartition(MARK)[2]
     except SpectuneError:
-        return Ending("", "", tokenizer.eos_token_id, False)
+        return Ending("", "", end_of_text(tokenizer), False)
     gap, stop = first_added(tokenizer, suffix)
     if stop is not None:
         return Ending(suffix, gap, stop, True)
     gap, stop = first_added(tokenizer, following)
     if stop in ends and not gap.strip():
         return Ending(suffix, gap, stop, True)
-    return Ending(suffix, "", tokenizer.eos_token_id, False)
+    return Ending(suffix, "", end_of_text(tokenizer), False)
 
 
-def added_tokens(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int, int]]:
     """Return where the tokenizer's added tokens start and end in a text, and which they are."""
     added = _known(tokenizer, "added", lambda: {t.content: i for i, t in tokenizer.added_tokens_decoder.items()})
     if not added:
@@ -354,17 +371,17 @@ def added_tokens(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
     return [(found.start(), found.end(), added[found.group()]) for found in pattern.finditer(text)]
 
 
-def first_added(tokenizer: Any, text: str) -> tuple[str, int | None]:
+def first_added(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int | None]:
     """Return what comes before the first of the tokenizer's added tokens in a text, and that token."""
     for start, _, token in added_tokens(tokenizer, text):
         return text[:start], token
     return text, None
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def stop_tokens(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a reply: the model's or else the tokenizer's, and the one that its template writes."""
-    own = model.generation_config.eos_token_id if getattr(model, "generation_config", None) is not None else None
-    own = tokenizer.eos_token_id if own is None else own
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = end_of_text(tokenizer) if own is None else own
     ends = [] if own is None else [own] if isinstance(own, int) else list(own)
     if getattr(tokenizer, "chat_template", None):
         stop = ending(tokenizer, ends).stop
@@ -372,10 +389,10 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
-def _known(tokenizer: Any, question: Any, answer: Callable[[], Any]) -> Any:
+def _known(tokenizer: PreTrainedTokenizerBase, question: object, answer: Callable[[], T]) -> T:
     """Return what was answered to a question about a tokenizer with its chat template, which is asked once."""
     template = getattr(tokenizer, "chat_template", None)
-    key = (question, str(template), len(tokenizer), tokenizer.eos_token_id)
+    key = (question, str(template), len(tokenizer), end_of_text(tokenizer))
     known = _KNOWN.setdefault(tokenizer, {})
     if key not in known:
         known[key] = answer()

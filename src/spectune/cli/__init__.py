@@ -1,4 +1,7 @@
-"""The command line: one file a command, and no logic of its own."""
+"""The command line: one file a command, and no logic of its own.
+
+What a command needs is imported in its function, so that `spectune --help` loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 

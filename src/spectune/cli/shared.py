@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from spectune.errors import SpectuneError
 
@@ -46,7 +47,7 @@ REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that com
 
 def say_error(message: str) -> None:
     """Print a message on stderr, plainly."""
-    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def typed(*words: object) -> str:
@@ -56,19 +57,13 @@ def typed(*words: object) -> str:
 
 def say_next(*words: object) -> None:
     """Say on stderr which command comes next, as it has to be typed, from anywhere."""
-    Console(stderr=True).print(f"next: {_escaped(typed(*words))}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"next: {escape(typed(*words))}", highlight=False, soft_wrap=True)
 
 
 def let_the_main_process_speak(seconds: float) -> None:
     """In another process than the main one, wait to be ended by its end; whoever is still there speaks for itself."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(seconds)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def print_json(document: Any) -> None:

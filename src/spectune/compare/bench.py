@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from spectune.bases.generation import generate
+from spectune.bases.prompts import Message
 from spectune.compare.candidates import BASE, FULL
 from spectune.compare.config import CompareConfig
 from spectune.compare.general import forgetting, general_texts, states_or_loss
@@ -37,6 +38,10 @@ from spectune.training.progress import is_measure
 from spectune.training.run import prepare, token_limit, training_arguments
 from spectune.training.tasks import make_task
 from spectune.training.tasks.dpo import Dpo
+from spectune.training.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 LEAST = 8  # records that validation and test need each
 RUNGS = (1, 2, 4)  # quarters of a run at which it is measured
@@ -78,7 +83,7 @@ class Bench:
         if config.measure == "exact_match":
             for record in [*records, *validation, *test]:
                 _question(record)
-        self.model: Any
+        self.model: PreTrainedModel
         self.model, self.tokenizer = task.load(records, [*validation, *test])
         self.model.requires_grad_(False)
         # a layer that the task needs and the model does not have trains with every method
@@ -100,7 +105,7 @@ class Bench:
 
     def release(self) -> None:
         """Give the model's memory back, where others do the work."""
-        self.model = None
+        self.model = cast(Any, None)
 
     def run(self, trial: Trial, report: Report = lambda rung, measures: False) -> dict[str, Any]:
         """Run a trial and return its result.
@@ -131,7 +136,7 @@ class Bench:
         return result
 
     @contextmanager
-    def _adapted(self, trial: Trial, config: TrainConfig) -> Iterator[tuple[Any, float, Peak]]:
+    def _adapted(self, trial: Trial, config: TrainConfig) -> Iterator[tuple[PreTrainedModel, float, Peak]]:
         """Give the model as the method has it at its start, the seconds that took, and a meter of memory."""
         set_seed(trial.seed)
         model, peak = self.model, Peak()
@@ -154,7 +159,9 @@ class Bench:
             keep_activations(self.model)
             self.model.requires_grad_(False)
 
-    def _trained(self, trial: Trial, config: TrainConfig, model: Any, quarter: int, report: Report) -> dict[str, Any]:
+    def _trained(
+        self, trial: Trial, config: TrainConfig, model: PreTrainedModel, quarter: int, report: Report
+    ) -> dict[str, Any]:
         task = make_task(config)
         if isinstance(task, Dpo) and trial.method == FULL:  # whose own weights move away from the base's
             task.reference = self.model
@@ -203,14 +210,14 @@ class Bench:
             "trainer": trainer,
         }
 
-    def _floor(self, model: Any, trainer: Any) -> float:
+    def _floor(self, model: PreTrainedModel, trainer: AdapterTrainer) -> float:
         """Return the seconds of the base's passes, once the peak of training is known: they keep every activation."""
         batches = itertools.islice(iter(trainer.get_train_dataloader()), _FLOOR_BATCHES)
         keep_activations(model)
         with training_parts(model), base_alone(model):
             return floor(model, trainer.task, batches)
 
-    def _judged(self, model: Any, trainer: Any) -> dict[str, Any]:
+    def _judged(self, model: PreTrainedModel, trainer: Any) -> dict[str, Any]:
         """Measure what has been learned on the test, on as much of the training data, and on general text."""
         model.eval()
         found: dict[str, Any] = {}
@@ -262,8 +269,15 @@ class _Rungs(TrainerCallback):
         self.stopped = False
         self.history: list[dict[str, float]] = []
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if not all(key.startswith("eval_") for key in metrics if key != "epoch"):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if metrics is None or not all(key.startswith("eval_") for key in metrics if key != "epoch"):
             return
         self.history.append({"step": state.global_step, **metrics})
         rung = round(state.global_step / self._quarter)
@@ -272,7 +286,9 @@ class _Rungs(TrainerCallback):
             self.stopped = control.should_training_stop = True
 
 
-def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record], *, fused: bool = True) -> list[int]:
+def exact_matches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], *, fused: bool = True
+) -> list[int]:
     """Return for each record whether the model's greedy reply is its completion, but for space around it.
 
     Args:
@@ -291,14 +307,14 @@ def exact_matches(model: Any, tokenizer: Any, records: Sequence[Record], *, fuse
             for start in range(0, len(places), _ANSWERS):
                 part = places[start : start + _ANSWERS]
                 questions = [asked[i][0] for i in part]
-                settings: Any = {"max_new_tokens": longest + 4, "raw": raw, "fused": fused}
+                settings = {"max_new_tokens": longest + 4, "raw": raw, "fused": fused}
                 replies = generate(model, tokenizer, questions, **settings)
                 for i, reply in zip(part, replies, strict=True):
                     right[i] = int(reply.text.strip() == asked[i][1].strip())
     return right
 
 
-def _question(record: Record) -> tuple[Any, str, bool]:
+def _question(record: Record) -> tuple[str | Sequence[Message], str, bool]:
     kind = form(record)
     if kind == "messages":
         *before, last = record["messages"]
@@ -319,6 +335,6 @@ def _parts(records: Sequence[Record], share: float, name: str, seed: int) -> tup
         ) from None
 
 
-def _measures(line: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def _measures(line: Mapping[str, float], prefix: str) -> dict[str, float]:
     own = {k.removeprefix(f"{prefix}_"): v for k, v in line.items() if k.startswith(f"{prefix}_")}
     return {k: v for k, v in own.items() if is_measure(f"eval_{k}")}

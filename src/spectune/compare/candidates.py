@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
@@ -15,12 +15,15 @@ from spectune.model.whole import fresh_heads
 from spectune.pages.units import parse_count
 from spectune.planning.budget import within_budget
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BASE, FULL = "base", "full"
 FULL_LR = 5e-5
 _EXTENSIONS = 2  # learning rates added where the best is at an end of those tried
 
 
-def candidates(config: CompareConfig, model: Any) -> tuple[list[str], list[str]]:
+def candidates(config: CompareConfig, model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Return what is compared, and sentences on what is not as it was asked for.
 
     Args:
@@ -43,14 +46,14 @@ def candidates(config: CompareConfig, model: Any) -> tuple[list[str], list[str]]
     return list(chosen), notes
 
 
-def _as_compared(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
+def _as_compared(text: str, config: CompareConfig, model: PreTrainedModel) -> tuple[str, list[str]]:
     if text in (BASE, FULL):
         return text, []
     name = to_text(parse(text))
     return (name, []) if config.budget is None else _at_budget(name, config, model)
 
 
-def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[str]]:
+def _at_budget(text: str, config: CompareConfig, model: PreTrainedModel) -> tuple[str, list[str]]:
     method, budget = parse(text), parse_count(config.budget or "")
     layers = resolve(model, **config.where() | {"method": method, "heads": fresh_heads(model)})
     shapes = [
@@ -58,14 +61,14 @@ def _at_budget(text: str, config: CompareConfig, model: Any) -> tuple[str, list[
         for name, own in layers.items()
         if not isinstance(own, Head)
     ]
-    sized = within_budget(method, shapes, budget)  # type: ignore[arg-type]
+    sized = within_budget(method, shapes, budget)
     if sized is not None:
         return to_text(sized), []
     least = sum(method.fit(*shape).parameter_count(*shape) for shape in shapes)
     return text, [f"{text} cannot be made as small as {config.budget} parameters; it is compared at {least:,}"]
 
 
-def baseline(config: CompareConfig, methods: Sequence[str], model: Any) -> str | None:
+def baseline(config: CompareConfig, methods: Sequence[str], model: PreTrainedModel) -> str | None:
     """Return the compared method that differences are taken against, or None where the default is not among them.
 
     Args:

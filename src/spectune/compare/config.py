@@ -122,14 +122,14 @@ class CompareConfig(TrainConfig):
         own |= {} if method in ("base", "full") else {"method": method}
         return TrainConfig(**own)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Return what the trials depend on, but for defaults; only equals can be compared."""
         fields = type(self).model_fields
         given = {k: v for k, v in self.model_dump().items() if v != fields[k].default}
         return {k: v for k, v in given.items() if k not in (*_EXTENT, *ONCE, *_CHOSEN)}
 
 
-def digest(values: Mapping[str, Any]) -> str:
+def digest(values: Mapping[str, object]) -> str:
     """Return a short name of settings."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

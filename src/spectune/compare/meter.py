@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from spectune.speed.heap import release_memory
-from spectune.training.tasks import Task
+from spectune.training.trainer.trainer import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 _RESET = Path("/proc/self/clear_refs")  # "5" there sets the peak back to what is resident now
 _STATUS = Path("/proc/self/status")
@@ -56,11 +60,15 @@ class StepTimes(TrainerCallback):
         self.seconds: list[float] = []
         self._start = 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         _wait(args.device)
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         _wait(args.device)
         self.seconds.append(time.perf_counter() - self._start)
 
@@ -69,7 +77,7 @@ class StepTimes(TrainerCallback):
         return median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
-def floor(model: Any, task: Task, batches: Iterable[Mapping[str, Any]]) -> float:
+def floor(model: PreTrainedModel, task: Objective, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Return the seconds of the frozen model's forward pass and its input's gradient, the median over batches.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _QUICK: dict[str, Any] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset(name: str) -> dict[str, object]:
     """Return the settings of a preset, whose data is then there.
 
     Args:
@@ -72,7 +73,7 @@ def question_types(count: int) -> list[dict[str, str]]:
     return records[:count]
 
 
-def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+def write_records(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     """Write records as JSON lines."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -8,10 +8,10 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,11 +21,15 @@ from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
 from spectune.compare.report.model import Document
 from spectune.compare.room import check_room
-from spectune.compare.trial import Results
+from spectune.compare.trial import Result, Results
 from spectune.errors import SpectuneError, need
 from spectune.pages.about import describe
 from spectune.storage import write_atomically
 from spectune.training import record
+
+if TYPE_CHECKING:
+    from spectune.compare.study import Study
+
 
 _POLL = 0.5
 Tell = Callable[[int, int, str], None]  # trials done, trials in all, and what ended last
@@ -45,10 +49,9 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         SpectuneError: bad data, a wrong value, another comparison in the folder, a missing package, or no trial that
             ran to its end.
     """
+    _check_packages(config)  # before what imports them
     from spectune.compare.report.document import document
     from spectune.compare.report.files import write_report
-
-    _check_packages(config)
     from spectune.compare.study import Study
 
     check_folder(config)
@@ -91,7 +94,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     return made
 
 
-def _finals(study: Any, method: str) -> list[dict[str, Any]]:
+def _finals(study: Study, method: str) -> list[Result]:
     done = [result for _, result in study.finals(method) if result is not None]
     if not done:  # no learning rate ran to its end
         failed = [r for _, r in study.searches(method) if r is not None and r["error"] is not None]
@@ -106,7 +109,7 @@ def _check_packages(config: CompareConfig) -> None:
         need("ray", "launcher: ray", "'spectune[ray]'")
 
 
-def _run(config: CompareConfig, methods: list[str], study: Any, bench: Bench, told: Callable[..., None]) -> None:
+def _run(config: CompareConfig, methods: list[str], study: Study, bench: Bench, told: Callable[..., None]) -> None:
     from spectune.compare.study import work
 
     told()
@@ -129,7 +132,7 @@ def _run(config: CompareConfig, methods: list[str], study: Any, bench: Bench, to
     told()
 
 
-def _said(result: Mapping[str, Any], config: CompareConfig) -> str:
+def _said(result: Result, config: CompareConfig) -> str:
     lr = "" if result["lr"] is None else f" at {result['lr']:g}"
     if result["error"] is not None:
         return f"{result['method']}{lr}: {result['error']}"
@@ -159,7 +162,7 @@ def _process(*arguments: Any) -> None:
 
 def _ray(config: CompareConfig, methods: list[str], settings: str) -> Callable[[], bool]:
     """Start workers on a Ray cluster, all of whose machines must see the output folder."""
-    import ray  # type: ignore[import-not-found]
+    import ray
 
     if not ray.is_initialized():
         ray.init(address=config.address, include_dashboard=False, log_to_driver=False)
@@ -186,8 +189,8 @@ def worker(values: dict[str, Any], methods: list[str], settings: str, threads: i
 
 def _header(
     config: CompareConfig, bench: Bench, methods: list[str], against: str | None, notes: list[str]
-) -> dict[str, Any]:
-    about = describe()
+) -> dict[str, object]:
+    about: dict[str, Any] = describe()
     kept = (config.model_fields_set | {"methods"}) - set(ONCE)
     given = {k: v for k, v in config.model_dump().items() if k in kept}
     notes += bench.notes

@@ -14,12 +14,12 @@ from optuna.trial import TrialState, create_trial
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import further, grid
 from spectune.compare.config import CompareConfig
-from spectune.compare.trial import Results, Trial
+from spectune.compare.trial import Result, Results, Trial
 from spectune.errors import SpectuneError
 
 _WAIT = 0.5  # seconds between looks at what other workers have done
 _SEARCH_SEED = 10**6  # from the comparison's own: another order of the data than those that are judged, however many
-Tell = Callable[[Mapping[str, Any]], None]
+Tell = Callable[[Result], None]
 
 
 class Study:
@@ -45,25 +45,25 @@ class Study:
             return missing
         return [trial for trial, result in self.finals(method) if result is None]
 
-    def searches(self, method: str) -> list[tuple[Trial, dict[str, Any] | None]]:
+    def searches(self, method: str) -> list[tuple[Trial, Result | None]]:
         """Return the trials of a method's learning rates, with their results."""
-        tried: dict[float, dict[str, Any] | None] = {}
+        tried: dict[float, Result | None] = {}
         wanted = grid(self.config, method)
         while wanted:
             tried |= {lr: self.results.get(self._search(method, lr)) for lr in wanted}
-            best = None if None in tried.values() else best_lr(tried, self.config)  # type: ignore[arg-type]
+            best = None if None in tried.values() else best_lr(tried, self.config)
             more = None if best is None else further(self.config, method, list(tried), best)
             wanted = [] if more is None else [more]
         return [(self._search(method, lr), result) for lr, result in tried.items()]
 
-    def finals(self, method: str) -> list[tuple[Trial, dict[str, Any] | None]]:
+    def finals(self, method: str) -> list[tuple[Trial, Result | None]]:
         """Return a method's runs over seeds, with their results; none before its learning rate is known."""
         lr = None
         if grid(self.config, method):
             tried = {trial.lr: result for trial, result in self.searches(method)}
             if None in tried.values():
                 return []
-            lr = best_lr(tried, self.config)  # type: ignore[arg-type]
+            lr = best_lr(tried, self.config)
             if lr is None:
                 return []
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
@@ -111,16 +111,16 @@ class Study:
         self._asked = own
         return stop
 
-    def reported(self) -> dict[str, Any]:
+    def reported(self) -> Result:
         """Return what the pruner needs to know of the trial that was asked for last."""
         frozen = self._asked.study.trials[self._asked.number]
         attributes = {k: v for k, v in frozen.system_attrs.items() if k.startswith("completed_rung")}
         return {"rungs": {str(k): v for k, v in frozen.intermediate_values.items()}, "optuna": attributes}
 
 
-def best_lr(tried: Mapping[float, Mapping[str, Any]], config: CompareConfig) -> float | None:
+def best_lr(tried: Mapping[Any, Result | None], config: CompareConfig) -> float | None:
     """Return the learning rate with the best metric at the end, the lower loss deciding ties; None where none ended."""
-    sound = {lr: r for lr, r in tried.items() if r["error"] is None and not r["pruned"]}
+    sound = {lr: r for lr, r in tried.items() if r is not None and r["error"] is None and not r["pruned"]}
     if not sound:
         return None
     key, sign = config.searched_by, 1 if config.searched_by == "loss" else -1
@@ -157,7 +157,7 @@ def work(
             time.sleep(_WAIT)
 
 
-def _run(study: Study, bench: Bench, trial: Trial) -> dict[str, Any]:
+def _run(study: Study, bench: Bench, trial: Trial) -> Result:
     about = {"kind": trial.kind, "method": trial.method, "lr": trial.lr, "seed": trial.seed}
     start = time.perf_counter()
     error = "the process that ran it was killed each time: was there too little memory? `spectune plan` says what fits"

@@ -17,6 +17,7 @@ from spectune.errors import SpectuneError
 from spectune.reading import read_json
 from spectune.storage import write_atomically
 
+Result = dict[str, Any]  # of a trial: what its file holds, as `Bench.run` and `study` put it together
 _DIGEST = "sha256"  # of the rest of a result
 _ATTEMPTS = 3  # of a trial whose worker was killed, before it counts as failed
 
@@ -59,10 +60,10 @@ class Results:
         self.folder = folder
         self.settings = settings
         self.corrupt: list[str] = []
-        self._known: dict[Trial, dict[str, Any]] = {}  # results do not change
+        self._known: dict[Trial, Result] = {}  # results do not change
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, trial: Trial) -> dict[str, Any] | None:
+    def get(self, trial: Trial) -> Result | None:
         """Return a trial's result, or None; a file that cannot be read goes, and its trial is to run again.
 
         Raises:
@@ -86,7 +87,7 @@ class Results:
             raise SpectuneError(f"{path} is of another comparison: give another output, or overwrite=true")
         return self._known.setdefault(trial, result)
 
-    def put(self, trial: Trial, result: dict[str, Any]) -> None:
+    def put(self, trial: Trial, result: Result) -> None:
         """Write a trial's result."""
         held = json.loads(json.dumps({"settings": self.settings, "trial": vars(trial), **result}))
         text = json.dumps({**held, _DIGEST: _digest(held)}, indent=1) + "\n"
@@ -126,7 +127,7 @@ class Results:
         return self.folder / f"{trial.name}.json"
 
 
-def _digest(result: dict[str, Any]) -> str:
+def _digest(result: Result) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError
-from spectune.layers.core_ops import is_transformed
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
@@ -30,6 +29,7 @@ from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
 from spectune.layers.updates import Update
+from spectune.private import any_autocast, is_transformed, unseen
 from spectune.speed.dense import by_onednn, linear
 from spectune.speed.recompute_cache import frozen_linear, learns
 
@@ -205,7 +205,7 @@ class Adapted(nn.Module):
             self.is_plain
             and weight is not None
             and weight.dtype is x.dtype
-            and not torch._C._is_any_autocast_enabled()
+            and not any_autocast()
             and not is_transformed()
         )
 
@@ -234,7 +234,7 @@ class Adapted(nn.Module):
         tensors, method, training = self.tensors(update), update.method, update.training
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
-        with torch._C.DisableTorchFunction():  # modes, such as a checkpointed region's, would be asked at every access
+        with unseen():  # modes, such as a checkpointed region's, would be asked at every access
             if method.in_factors and self._fuses(x) and not (training and method.drop):
                 ratio = update.ratio(tensors, self.base())
                 if ratio is None or ratio.rows is None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from spectune.layers.kernels import kernels
+from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
 
 _DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
@@ -23,11 +23,6 @@ _SEVERAL = 64  # rows, up to which a sparse core is faster as it is than as a ma
 _LARGE = 1 << 22  # places, of which there are too many to be filled for each product
 _CHUNK = 1 << 18  # elements gathered at once by the sparse core's gradient: 1 MiB of float32
 _FAR = 1 << 7  # times as many of the last two on an accelerator, where each call costs more and each number less
-
-
-def is_transformed() -> bool:
-    """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 def band_entries(size: int, width: int) -> int:
@@ -56,12 +51,16 @@ def _band_blocks(size: int, width: int, transpose: bool, device: torch.device) -
     against columns n b - w to n b + b + w.  What lies outside the band, or outside the core, has the place `entries`.
     """
     width = min(width, size - 1)
+    # blocks as wide as the band do twice the work of the band itself; smaller ones are too small for a product to be
+    # fast
     block = min(size, max(32, width))
     count = -(-size // block)
     rows, columns = band_indices(size, width)
     if transpose:
         rows, columns = columns, rows
+    # the last place stands for zero: values are padded by one, so that one gather fills the blocks, edges included
     places = torch.full((count, block, block + 2 * width), len(rows))
+    # row i is row i % b of block i // b, whose first column is i // b * b - w: i (b + 2 w) + j + w - i // b * b in all
     slots = rows * places.shape[2] + columns + width - rows // block * block
     places.view(-1)[slots] = torch.arange(len(rows))
     return block, width, places.to(device), slots.to(device)
@@ -81,11 +80,12 @@ def _band_rows(size: int, width: int, transpose: bool, device: torch.device) -> 
 
 def _windows(t: Tensor, block: int, width: int, count: int) -> Tensor:
     """Return the columns that each block of a band meets, (..., count, n, block + 2 width)."""
+    # windows overlap by 2 w: views of one padded copy
     padded = F.pad(t, (width, width + count * block - t.shape[-1]))
     return padded.unfold(-1, block + 2 * width, block).movedim(-2, -3)
 
 
-def _banded_kernels(width: int, *tensors: Tensor) -> Any | None:
+def _banded_kernels(width: int, *tensors: Tensor) -> ModuleType | None:
     banded = kernels("banded", *tensors)
     return banded if banded is not None and width <= banded.WIDEST else None
 
@@ -135,19 +135,24 @@ def _(grad: Tensor, t: Tensor, width: int, transpose: bool) -> Tensor:
     return t.new_empty(*t.shape[:-2], band_entries(t.shape[-1], width))
 
 
-def _save_banded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _BandedContext(Context):
+    width: int
+    transpose: bool
+
+
+def _save_banded(ctx: _BandedContext, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
     t, values, ctx.width, ctx.transpose = inputs
     ctx.save_for_backward(t, values)
 
 
-def _banded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _banded_backward(ctx: _BandedContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     t, values = ctx.saved_tensors
     to_t = banded_product(grad, values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[0] else None
     to_values = banded_entries(grad, t, ctx.width, ctx.transpose) if ctx.needs_input_grad[1] else None
     return to_t, to_values, None, None
 
 
-def _banded_entries_backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _banded_entries_backward(ctx: _BandedContext, of_values: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     grad, t = ctx.saved_tensors
     to_grad = banded_product(t, of_values, ctx.width, ctx.transpose) if ctx.needs_input_grad[0] else None
     to_t = banded_product(grad, of_values, ctx.width, not ctx.transpose) if ctx.needs_input_grad[1] else None
@@ -209,11 +214,11 @@ def _(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-def _save_sparse(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_sparse(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _sparse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _sparse_backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     t, values, to, of = ctx.saved_tensors
     to_t = sparse_product(grad, values, of, to) if ctx.needs_input_grad[0] else None
     to_values = sparse_entries(grad, t, to, of) if ctx.needs_input_grad[1] else None

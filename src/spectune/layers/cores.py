@@ -11,7 +11,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from spectune.layers.core_ops import (
     band_indices,
     banded_entries,
     banded_product,
-    is_transformed,
     sparse_entries,
     sparse_product,
 )
+from spectune.private import is_transformed
 
 
 def _per_row(values: Tensor, t: Tensor) -> Tensor:
@@ -40,6 +40,9 @@ def _rows(t: Tensor, batch: Sequence[int]) -> Tensor:
     return t.reshape(*batch, math.prod(t.shape[len(batch) : -1]), t.shape[-1])
 
 
+C = TypeVar("C", bound="Core")
+
+
 class Core(abc.ABC):
     """The contract of a core C (p x q): two products, their gradients, and how cores over one basis add.
 
@@ -50,8 +53,12 @@ class Core(abc.ABC):
 
     values: Tensor | None  # None where nothing trains
 
+    def holding(self: C, values: Tensor | None) -> C:
+        """Return the core with other values."""
+        return replace(cast(Any, self), values=values)  # every core is a dataclass
+
     @property
-    def layout(self) -> tuple[Any, ...]:
+    def layout(self) -> tuple[object, ...]:
         """Cores of the same layout over one basis add value by value."""
         return (type(self).__name__.lower(),)
 
@@ -127,7 +134,7 @@ class Banded(Core):
     width: int
 
     @property
-    def layout(self) -> tuple[Any, ...]:
+    def layout(self) -> tuple[object, ...]:
         """Cores of the same layout over one basis add value by value."""
         return ("banded", self.width)
 
@@ -204,9 +211,6 @@ class Dense(Core):
         return self.transposed(grad), grad.mT @ t if of_values else None
 
 
-C = TypeVar("C", bound=Core)
-
-
 def mix(cores: Sequence[C], weights: Sequence[float | Tensor]) -> C:
     """Add cores over one basis: values = sum_k weights_k values_k.
 
@@ -218,4 +222,4 @@ def mix(cores: Sequence[C], weights: Sequence[float | Tensor]) -> C:
     for core, w in zip(cores, weights, strict=True):
         assert core.values is not None  # or it would have nothing to add
         parts.append((w.reshape(-1, *(1,) * core.values.dim()) if isinstance(w, Tensor) else w) * core.values)
-    return replace(cores[0], values=sum(parts[1:], parts[0]))  # type: ignore[type-var]  # every core is a dataclass
+    return cores[0].holding(sum(parts[1:], parts[0]))

@@ -7,11 +7,11 @@ from functools import cache
 from platform import machine
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.layers.cores import Core, Identity
+from spectune.private import multiplies_bfloat16
 from spectune.speed.dense import linear
 
 
@@ -108,5 +108,4 @@ def add_product(y: Tensor, u: Tensor, L: Tensor, scale: float) -> None:
 @cache
 def _has_16_bits() -> bool:
     """Whether this processor multiplies bfloat16."""
-    intel = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return intel or machine() in ("arm64", "aarch64")
+    return multiplies_bfloat16() or machine() in ("arm64", "aarch64")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -78,6 +78,8 @@ class Seen(NamedTuple):
         values = x
         if x.dim() > features and x.is_floating_point() and x.shape[-1:] != (1,):
             with torch.no_grad():
+                # a number for each slice, instead of the slice: a random projection differs wherever two slices do, but
+                # for chance
                 probe = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0))
                 values = (x.float() * probe.to(x.device)).sum(-1) if features or x.dim() > 1 else x.float()
         elif features:
@@ -113,6 +115,7 @@ def where(both: Seen, alone: Sequence[Seen], tolerance: float) -> Layout | str:
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not a.numel() or not a.is_floating_point():
         return torch.equal(a, b)
+    # masks hold -inf, and the difference of two of them is no number
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):
         return False
@@ -120,11 +123,14 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return not b.numel() or bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
+Path = tuple[Hashable, ...]  # to a value within sequences and mappings: their keys
+
+
 class Plan(NamedTuple):
     """Where rows lie in what a module takes and gives, by the path to each tensor; None is a tensor without any."""
 
-    taken: Mapping[Any, Layout | None]
-    given: Mapping[Any, Layout]
+    taken: Mapping[Path, Layout | None]
+    given: Mapping[Path, Layout]
 
 
 class Layouts:
@@ -143,11 +149,11 @@ class Layouts:
 
     def __init__(self) -> None:
         self.places: dict[tuple[Place, int], Layout | str] = {}
-        self.plans: dict[nn.Module, dict[Any, Plan]] = {}
+        self.plans: dict[nn.Module, dict[object, Plan]] = {}
         self.apart: dict[Place, nn.Module] = {}
         self.names: dict[Place, str] = {}
         self.shown: set[Place] = set()
-        self.tried: set[Any] = set()
+        self.tried: set[object] = set()
         self.entrances: set[nn.Module] = set()
         self.failure: str | None = None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers import products
+from spectune.layers.cores import Core
 from spectune.layers.factors import Factors
 from spectune.layers.kernels import kernels
+from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
 from spectune.speed.recompute_cache import current_cache
 
@@ -44,12 +46,12 @@ def adapted_linear(
         training: take the fastest product with W; else the one that the layer itself would take, to the last bit.
     """
     values = getattr(update.core, "values", None)
-    return _AdaptedLinear.apply(  # type: ignore[return-value]
+    return _AdaptedLinear.apply(
         x, weight, bias, update.left, update.right, values, ratio, update.core, update.scale, training
     )
 
 
-def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> Any:
+def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> ModuleType:
     """Return the module whose products with thin factors these operands take."""
     if weight is None or len(x) < _FEW_ROWS:
         return products
@@ -58,7 +60,7 @@ def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> 
 
 
 def _output(
-    ops: Any,
+    ops: ModuleType,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -75,10 +77,16 @@ def _output(
     return ops.add(product(x, weight, before), u, L, scale, ratio, after)
 
 
+class _LinearContext(Context):
+    core: Core
+    scale: float
+    ops: ModuleType
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LinearContext,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -86,40 +94,42 @@ class _AdaptedLinear(torch.autograd.Function):
         right: Tensor,
         values: Tensor | None,
         ratio: Tensor | None,
-        core: Any,
+        core: Core,
         scale: float,
         training: bool,
     ) -> Tensor:
         ops = _products(x, weight, left, right)
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
         own_ratio = ratio
+        # DoRA's m can pass through zero, where y / ratio, from which the gradient of the ratio is taken, would not be
+        # finite
         if ratio is not None:
             ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
         cache = current_cache()
-        known = cache.recall() if cache is not None else None
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
-        if known is None:
+        if cache is None or (known := cache.recall()) is None:
             t, u = ops.project(x, R, core)
             y = _output(ops, x, weight, bias, u, L, scale, ratio, training)
         else:
-            y, t = known
+            kept, t = cast("tuple[Tensor | None, Tensor]", known)
             u = core.apply(t)
-            if cache is not None and y is None:
+            if (y := kept) is None:  # a region's last product, which mostly nobody looks at
                 y = cache.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
         if cache is not None:
             cache.keep(y, t, looked_at=of_ratio)
-        ctx.save_for_backward(
+        kept: Any = (  # None stays None, which the type of `save_for_backward` does not say
             x if of_right else None,
             t if of_values else None,
             u if of_left else None,
             y if of_ratio else None,
             *(weight, bias, L, R, values, ratio, own_ratio),
         )
-        ctx.core, ctx.scale, ctx.ops = core if values is None else replace(core, values=None), scale, ops
+        ctx.save_for_backward(*kept)
+        ctx.core, ctx.scale, ctx.ops = core if values is None else core.holding(None), scale, ops
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LinearContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         try:
             x, t, u, y, weight, bias, L, R, values, ratio, own_ratio = ctx.saved_tensors
         except RuntimeError as error:
@@ -129,6 +139,8 @@ class _AdaptedLinear(torch.autograd.Function):
                 "an operation in place, such as ReLU(inplace=True), wrote over the output of a DoRA layer, which its "
                 "magnitude learns from: make that operation one with inplace=False"
             ) from None
+        # a backward pass with create_graph=True: the fast formulas below write in place, and no graph could come of
+        # them
         if torch.is_grad_enabled():
             return _differentiable(ctx, grads[0], x, weight, bias, L, R, values, own_ratio)
         (grad,) = grads
@@ -136,7 +148,7 @@ class _AdaptedLinear(torch.autograd.Function):
         to_left = to_right = to_ratio = to_x = None
         if ratio is not None:
             grad, to_ratio = ops.through_ratio(grad, y, bias, ratio)
-        core = ctx.core if values is None else replace(ctx.core, values=values)
+        core = ctx.core if values is None else ctx.core.holding(values)
         to_u, _ = ops.project(grad, L.mT, scale=ctx.scale)
         if ctx.needs_input_grad[3]:
             to_left = ops.over_rows(grad, u, ctx.scale)
@@ -149,7 +161,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _differentiable(
-    ctx: Any,
+    ctx: _LinearContext,
     grad: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -166,14 +178,14 @@ def _differentiable(
             "a gradient of a gradient is not there for an adapted layer in 16 bits, nor where its factors are frozen "
             "(svf, svft, lora_xs): take it with torch.func.grad, in float32"
         )
-    core = ctx.core if values is None else replace(ctx.core, values=values)
+    core = ctx.core if values is None else ctx.core.holding(values)
     y = F.linear(core.apply(F.linear(x, R)), L) * ctx.scale
     if weight is not None:
         y = y + F.linear(x, weight)
     if ratio is not None:
         y = y * ratio
-    inputs: dict[int, Any] = {0: x, 3: L, 4: R, 5: values, 6: ratio}
+    inputs: dict[int, Tensor | None] = {0: x, 3: L, 4: R, 5: values, 6: ratio}
     wanted = [i for i, tensor in inputs.items() if needs[i] and tensor is not None]
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], grad, create_graph=True)
+    found = torch.autograd.grad(y, [t for i in wanted if (t := inputs[i]) is not None], grad, create_graph=True)
     grads = dict(zip(wanted, found, strict=True))
     return tuple(grads.get(i) for i in range(10))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class RowWeights(NamedTuple):
     column: Tensor
     rows: Tensor
     weights: Tensor
-    uses: list[tuple[int, Any]]
+    uses: Sequence[tuple[int, Weight | float]]
 
 
 def weight_at(mixture: Mixture, name: str, layer: Place) -> Weight:

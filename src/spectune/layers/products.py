@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,12 +10,20 @@ from torch import Tensor
 from spectune.speed.dense import linear, matmul
 
 
+class Middle(Protocol):
+    """A core, as products see it: none of the cores, which are built on these modules, is imported here."""
+
+    @property
+    def diagonal(self) -> Tensor | None: ...
+    def apply(self, t: Tensor) -> Tensor: ...
+
+
 def factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a factor as the products take it."""
     return matrix.to(dtype)
 
 
-def project(x: Tensor, R: Tensor, core: Any = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, R: Tensor, core: Middle | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return t = scale * x R^T (n x rank) and t C^T, for x (n x size) and R (rank x size); no core is C = I."""
     t = linear(x, R)
     if scale != 1:

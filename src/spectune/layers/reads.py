@@ -17,7 +17,7 @@ _OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like
 _FROM_FIRST = ("to", "type_as")  # of which the first argument gives its values
 
 
-def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType) -> nn.Module | None:
+def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType | None) -> nn.Module | None:
     """Return the module whose forward method, innermost, asks for a layer's weight; None where the layer does itself.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Lock, _DummyThread, current_thread  # type: ignore[attr-defined]
-from typing import Any
+from threading import Lock, current_thread
+from typing import Any, cast
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
@@ -19,6 +19,7 @@ from spectune.layers.layouts import UNTRIED, Layout, Layouts
 from spectune.layers.mixtures import Mixture, RowWeights, weight_at
 from spectune.layers.protocols import Layer, Place
 from spectune.layers.stacks import RoutedForward, Stack
+from spectune.private import FOREIGN_THREAD, graph_task
 
 
 class Rows:
@@ -35,17 +36,17 @@ class Rows:
     """
 
     def __init__(
-        self, mixtures: Sequence[Mixture], layouts: Layouts | None = None, stacks: dict[Any, Stack] | None = None
+        self, mixtures: Sequence[Mixture], layouts: Layouts | None = None, stacks: dict[object, Stack] | None = None
     ) -> None:
         self.mixtures = list(mixtures)
         self.layouts = Layouts() if layouts is None else layouts
         self.stacks = {} if stacks is None else stacks
         self.count: int | None = None
-        self._kinds: dict[Any, list[int]] = {}
+        self._kinds: dict[object, list[int]] = {}
         for i, mixture in enumerate(mixtures):
             self._kinds.setdefault(_identity(mixture), []).append(i)
         self.alike = len(self._kinds) == 1
-        self._forwards: dict[Any, RoutedForward] = {}
+        self._forwards: dict[object, RoutedForward] = {}
         self._by_layer = {name for row in mixtures for name, weight in row.items() if isinstance(weight, dict)}
         self._shares: dict[tuple[str, Layer | None, int, torch.device], RowWeights | None] = {}
         self._layouts: dict[tuple[Place, int], Layout | None] = {}
@@ -137,10 +138,11 @@ class Rows:
         return found
 
 
-def _identity(mixture: Mixture) -> Any:
+def _identity(mixture: Mixture) -> object:
     """Return what equal mixtures have in common."""
 
-    def of(weight: Any) -> Any:
+    # a tensor is told by its identity: equal numbers may be different parameters, of which each takes its own gradient
+    def of(weight: object) -> object:
         if isinstance(weight, dict):
             return tuple((id(layer), of(w)) for layer, w in weight.items())
         return id(weight) if isinstance(weight, Tensor) else weight
@@ -148,7 +150,7 @@ def _identity(mixture: Mixture) -> Any:
     return frozenset((name, of(weight)) for name, weight in mixture.items())
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
 
 
@@ -199,18 +201,19 @@ class Selection:
         self.factored = False
         self.frozen = list(frozen)
         self.users = 0
-        self._layers: dict[tuple[int, str], tuple[ReferenceType[Any], Any]] = {}  # and the shape of W
+        # by the layer and its name: the layer, and the shape of W
+        self._layers: dict[tuple[int, str], tuple[ReferenceType[nn.Module], torch.Size | None]] = {}
         self._in_graphs: WeakSet[Scope] = WeakSet()  # those of forward passes that a backward pass may run again
 
-    def joined_by(self, layer: Any, name: str) -> None:
+    def joined_by(self, layer: nn.Module, name: str) -> None:
         """Take note of a layer that shares it."""
         self.users += 1
         self._layers[id(layer), name] = ref(layer), _shape(layer)
 
-    def left_by(self, layer: Any) -> None:
+    def left_by(self, layer: nn.Module) -> None:
         """Forget a layer, which is plain again."""
         self.users -= 1
-        self._layers.pop((id(layer), layer.adapted_as), None)
+        self._layers.pop((id(layer), vars(layer)["adapted_as"]), None)
 
     def lost(self) -> list[str]:
         """Return the names of layers that something else took the place of, or whose W has another shape now."""
@@ -234,7 +237,7 @@ class Selection:
     @property
     def mixture(self) -> Mixture:
         """Adapter names and weights for every row, where no context says otherwise."""
-        return self._model.choice  # type: ignore[return-value]
+        return cast(Mixture, self._model.choice)
 
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
@@ -255,11 +258,14 @@ class Selection:
     def scope_with_gradients(self) -> Scope:
         """Return what answers here; in a layer that a backward pass runs again, what answered the first time."""
         scope = self.scope()
-        if torch._C._current_graph_task_id() == -1:
+        if graph_task() == -1:
             return scope
+        # a WeakSet may not change while it is iterated over, and another thread's forward pass may add to it
         with _counting:
             known = list(self._in_graphs)
-        if not isinstance(current_thread(), _DummyThread):  # else the thread of a GPU, which is in no context
+        if not isinstance(current_thread(), FOREIGN_THREAD):
+            # reentrant checkpointing and `torch.utils.checkpoint` run the region in this thread, inside of the context
+            # that the backward pass is called in: that one, if it is one of those that a forward pass was in
             if scope in known:
                 return scope
         elif len(known) > 1:
@@ -276,7 +282,9 @@ class Selection:
     def in_graph(self, scope: Scope, y: Tensor) -> None:
         """Remember a scope as long as the graph of a layer's answer y is there."""
         if y.grad_fn is not None:
-            y.grad_fn.metadata[_KEY] = scope  # type: ignore[index]
+            # the graph holds the scope, and the set holds it weakly: it is forgotten when nothing can run backward
+            # through it any more, with no hook to be called
+            cast("dict[str, Any]", y.grad_fn.metadata)[_KEY] = scope
             with _counting:
                 self._in_graphs.add(scope)
 
@@ -287,10 +295,12 @@ class Selection:
             return self
         pinned = Selection(self.frozen)
         pinned.layouts, pinned.factored = self.layouts, self.factored
+        # replicas of nn.DataParallel run in threads that have no context of their caller's; the graph they build is one
+        # with it
         pinned._model, pinned._in_graphs = scope, self._in_graphs
         return pinned
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy is in no context and in no graph
+    def __reduce__(self) -> tuple[object, ...]:  # a copy is in no context and in no graph
         return (
             Selection,
             (),
@@ -303,7 +313,7 @@ class Selection:
             },
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -316,10 +326,9 @@ def replaced(name: str) -> str:
     )
 
 
-def _shape(layer: Any) -> Any:
-    weight = layer._parameters.get(
-        "weight"
-    )  # None where it is computed, or a replica's; empty where it is sharded away
+def _shape(layer: nn.Module) -> torch.Size | None:
+    # None where it is computed, or a replica's; empty where it is sharded away
+    weight = layer._parameters.get("weight")
     if weight is None or isinstance(weight, UninitializedParameter) or weight.numel() == 0:
         return None
     return weight.shape

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_part(tensor: Any) -> bool:
+
+def is_part(tensor: Any) -> TypeGuard[DTensor]:
     """Whether a process holds a part of this tensor only."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Any) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, detached; every process must ask for it."""
-    return tensor.detach().full_tensor() if is_part(tensor) else tensor.detach()
+    own = tensor.detach()
+    return own.full_tensor() if is_part(own) else own
 
 
-def as_part(tensor: Tensor, of: Any) -> Tensor:
+def as_part(tensor: Tensor, of: Tensor) -> Tensor:
     """Return a whole tensor, the same in every process, in parts as `of` is."""
     if not is_part(of):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # a second, which nobody without shards need wait for
 
     return distribute_tensor(tensor.to(of.device), of.device_mesh, of.placements, src_data_rank=None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
 from spectune.layers.updates import Update, digest
+from spectune.private import copy_all
 from spectune.speed.dense import linear
 
 _LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
@@ -104,7 +105,7 @@ class Stack:
             if k not in pieces:
                 pieces[k] = torch.stack(own)
             else:
-                torch._foreach_copy_([pieces[k][i] for i in places], own)
+                copy_all([pieces[k][i] for i in places], own)
         version = 0 if kept is None else kept.version + 1
         self._kept = _Kept(list(updates), [t.clone() for t in seen], pieces, version)
         return self._kept

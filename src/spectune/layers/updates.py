@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -59,7 +59,7 @@ class Basis(_Resident):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
         held = {**self._buffers, **self._parameters}
-        return held if len(held) == len(self.names) else {n: getattr(self, n) for n in self.names}  # type: ignore
+        return held if len(held) == len(self.names) else {n: getattr(self, n) for n in self.names}
 
     def as_parameters(self) -> None:
         """Hold the matrices as frozen parameters, which FSDP2 shards, and not as buffers, which it does not."""
@@ -93,7 +93,8 @@ class Update(_Resident):
 
     def trained(self) -> dict[str, Tensor]:
         """Return the trained tensors by name; those of a replica of nn.DataParallel are plain attributes."""
-        return dict(self._parameters) or {name: getattr(self, name) for name in self.names}  # type: ignore
+        own = cast("dict[str, Tensor]", dict(self._parameters))  # none of which is None
+        return own or {name: getattr(self, name) for name in self.names}
 
     def tensor(self, name: str) -> Tensor:
         """Return one of the trained tensors."""

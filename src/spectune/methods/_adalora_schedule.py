@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypedDict, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -18,11 +18,51 @@ from torch.optim.optimizer import (
 )
 
 from spectune.layers.shards import as_part, is_part, whole
+from spectune.layers.updates import Update
+from spectune.private import after_backward
 from spectune.shared import WhileNeeded, replaced
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
 
 _FACTORS = ("P", "E", "Q")
 _MATRICES = ("P", "Q")
 _SMALLEST = 1e-12  # a norm below it has no direction
+
+
+class _Settings(Protocol):
+    """AdaLoRA, as far as its schedule looks at it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+    rank: int
+    first_rank: int
+    penalty: str
+    gamma: float
+    beta1: float
+    beta2: float
+    t_init: float
+    t_final: float
+    interval: int
+    total_steps: int | None
+
+    def steps(self, share: float) -> int: ...
+
+
+if TYPE_CHECKING:
+
+    class _Scored(Update):
+        """An update under a schedule, which has put its count of steps and its choice of triplets beside E."""
+
+        E: nn.Parameter
+        step: Tensor
+        kept: Tensor
+
+
+class _State(TypedDict):
+    updates: list[_Scored]
+    total_steps: int | None
 
 
 class BudgetSchedule:
@@ -49,8 +89,9 @@ class BudgetSchedule:
     _alive: ClassVar[weakref.WeakSet[BudgetSchedule]] = weakref.WeakSet()
     loss_scale: ClassVar[Tensor | None] = None  # of the backward pass at hand, where a GradScaler scaled its loss
 
-    def __init__(self, updates: Sequence[Any]) -> None:
-        for update in updates:
+    def __init__(self, updates: Sequence[Update]) -> None:
+        scored = cast("list[_Scored]", list(updates))
+        for update in scored:
             update.register_buffer("step", torch.zeros((), dtype=torch.int64, device=update.E.device))
             update.register_buffer("kept", torch.ones_like(update.E, dtype=torch.bool))
             for name in _FACTORS:
@@ -58,26 +99,27 @@ class BudgetSchedule:
                 update.register_buffer(f"sensitivity_{name}", torch.zeros_like(parameter))
                 update.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter))
             update.__dict__["schedule"] = self
-        self.__setstate__({"updates": list(updates), "total_steps": None})
+        self.__setstate__({"updates": scored, "total_steps": None})
         self._watch()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> _State:
         return {"updates": self.updates(), "total_steps": self.total_steps}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: _State) -> None:
         # reached by copies and pickles of a model as well: a copy has a schedule of its own, over its own updates,
         # which are not complete at this time
         self._updates = [weakref.ref(update) for update in state["updates"]]
         self._terms: dict[tuple[int, str], _Term] = {}
-        self._scored: list[Any] = []
+        self._scored: list[_Scored] = []
         self.total_steps: int | None = state["total_steps"]
         self._warned = False
         BudgetSchedule._alive.add(self)
         for effect in _effects():
             effect.acquire()
+            # the effects of the process last as long as any schedule does, and a schedule as long as its model
             weakref.finalize(self, effect.release).atexit = False
 
-    def updates(self) -> list[Any]:
+    def updates(self) -> list[_Scored]:
         """Return the updates that are still part of a model."""
         return [update for ref in self._updates if (update := ref()) is not None]
 
@@ -126,14 +168,14 @@ class BudgetSchedule:
             self._allocate(self._scored, method)
         self._scored = []
 
-    def _method(self, update: Any) -> Any:
+    def _method(self, update: _Scored) -> _Settings:
         """Return the AdaLoRA of an update, with the length of the run if it is known."""
         method = _settings(update)
         if method.total_steps is None and self.total_steps is not None:
             method = dataclasses.replace(method, total_steps=self.total_steps)
         return method
 
-    def _allocate(self, updates: list[Any], method: Any) -> None:
+    def _allocate(self, updates: list[_Scored], method: _Settings) -> None:
         if method.total_steps is None:
             if not self._warned:
                 warnings.warn(
@@ -165,9 +207,9 @@ class BudgetSchedule:
             update.E.mul_(as_part(update.kept, update.E))
 
 
-def _settings(update: Any) -> Any:
+def _settings(update: Update) -> _Settings:
     """Return the AdaLoRA of an update, looking inside a DoRA."""
-    return getattr(update.method, "inner", update.method)
+    return cast("_Settings", getattr(update.method, "inner", update.method))
 
 
 class _Term:
@@ -180,7 +222,7 @@ class _Term:
         count: matrices over which the mean is taken.
     """
 
-    def __init__(self, parameter: Tensor, rows: bool, method: Any, count: int) -> None:
+    def __init__(self, parameter: Tensor, rows: bool, method: _Settings, count: int) -> None:
         self.parameter = weakref.ref(parameter)
         self.rows, self.joined = rows, False
         self._mean = method.penalty == "mean_norm"
@@ -205,6 +247,8 @@ class _Term:
         parameter = self.parameter()
         if not self._factor or parameter is None or parameter.grad is None:
             return
+        # the gradient of ||W^T W - I||_F by hand, with n x r products alone: autograd would keep a graph of it beside
+        # the loss
         W = whole(parameter)  # thin
         gram = W @ W.mT if self.rows else W.mT @ W
         gram.diagonal().sub_(1)
@@ -215,7 +259,7 @@ class _Term:
         self.joined = True
 
 
-def _score(update: Any, method: Any) -> None:
+def _score(update: _Scored, method: _Settings) -> None:
     for name in _FACTORS:
         parameter = getattr(update, name)
         sensitivity = getattr(update, f"sensitivity_{name}")
@@ -226,33 +270,34 @@ def _score(update: Any, method: Any) -> None:
         uncertainty.lerp_((now - sensitivity).abs_(), 1 - method.beta2)
 
 
-def _triplet_scores(update: Any) -> Tensor:
+def _triplet_scores(update: _Scored) -> Tensor:
     def score(name: str) -> Tensor:
         return getattr(update, f"sensitivity_{name}") * getattr(update, f"uncertainty_{name}")
 
     return score("E") + score("P").mean(0) + score("Q").mean(1)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     for schedule in list(BudgetSchedule._alive):
         if schedule._stepped_by(optimizer):
             schedule.before_step()
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    BudgetSchedule.loss_scale = None  # where the end of the backward pass was not told of
     for schedule in list(BudgetSchedule._alive):
         if schedule._stepped_by(optimizer):
             schedule.after_step()
 
 
-def tell_total_steps(model: Any, steps: int) -> None:
+def tell_total_steps(model: nn.Module, steps: int) -> None:
     """Tell every AdaLoRA schedule in a model how many optimizer steps the run will take."""
     for module in model.modules():
         if (schedule := module.__dict__.get("schedule")) is not None:
             schedule.total_steps = steps
 
 
-def before_clip(model: Any) -> None:
+def before_clip(model: nn.Module) -> None:
     """Have every AdaLoRA schedule in a model complete its gradients, which are about to be clipped."""
     schedules = {id(s): s for module in model.modules() if (s := module.__dict__.get("schedule")) is not None}
     for schedule in schedules.values():
@@ -272,11 +317,16 @@ def _effects() -> tuple[WhileNeeded, ...]:
     )
 
 
-def _telling_of_scale(scale: Any) -> Any:
+_Losses = Tensor | Iterable[Tensor]
+_Scale = Callable[["GradScaler", _Losses], _Losses]
+_Begin = Callable[..., None]
+
+
+def _telling_of_scale(scale: _Scale) -> _Scale:
     """Have a GradScaler tell by what it scaled the loss of a backward pass, which AdaLoRA's penalty is part of."""
 
     @functools.wraps(scale)
-    def scale_and_tell(self: Any, outputs: Any) -> Any:
+    def scale_and_tell(self: GradScaler, outputs: _Losses) -> _Losses:
         scaled = scale(self, outputs)
         for loss in [scaled] if isinstance(scaled, Tensor) else scaled:
             if self.is_enabled() and isinstance(loss, Tensor) and loss.requires_grad:
@@ -286,12 +336,12 @@ def _telling_of_scale(scale: Any) -> Any:
     return scale_and_tell
 
 
-def _during_this_pass(scale: Tensor) -> None:
+def _during_this_pass(scale: Tensor | None) -> None:
     BudgetSchedule.loss_scale = scale
-    torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(BudgetSchedule, "loss_scale", None))
+    after_backward(lambda: setattr(BudgetSchedule, "loss_scale", None))
 
 
-def _telling_of_length(begin: Any) -> Any:
+def _telling_of_length(begin: _Begin) -> _Begin:
     """Have a transformers.Trainer of a model with AdaLoRA on it tell the length of its run.
 
     Its own list of callbacks is in a module that takes ten times as long to import, with all of `datasets`.
@@ -299,11 +349,25 @@ def _telling_of_length(begin: Any) -> Any:
     from transformers.trainer_callback import TrainerCallback
 
     class SpectuneRunLength(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_train_begin(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            model: nn.Module | None = None,
+            **kwargs: object,
+        ) -> None:
+            assert model is not None  # the handler gives its own
             tell_total_steps(model, state.max_steps)
 
     @functools.wraps(begin)
-    def begin_with_ours(self: Any, callbacks: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    def begin_with_ours(
+        self: CallbackHandler,
+        callbacks: list[type[TrainerCallback] | TrainerCallback],
+        model: object,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         begin(self, callbacks, model, *args, **kwargs)
         if isinstance(model, torch.nn.Module) and any("schedule" in module.__dict__ for module in model.modules()):
             self.add_callback(SpectuneRunLength)

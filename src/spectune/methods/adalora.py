@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.cores import Diagonal
 from spectune.layers.factors import Factors
+from spectune.layers.updates import Update
 from spectune.methods._adalora_schedule import BudgetSchedule
 from spectune.methods.base import Method, Shapes, Tensors, check_choice, check_int, check_range
 from spectune.methods.registry import register
@@ -53,7 +54,7 @@ class AdaLoRA(Method):
     paper: ClassVar[str] = "arXiv:2303.10512"
     summary: ClassVar[str] = "W + s P diag(E) Q, pruned to a budget over the model; P, E and Q train"
     learning_rate: ClassVar[float] = 2e-3
-    earlier: ClassVar[Mapping[str, Any]] = {"penalty": "sum_of_squares"}
+    earlier: ClassVar[Mapping[str, object]] = {"penalty": "sum_of_squares"}
 
     rank: int = 8
     initial_rank: int | None = None
@@ -115,5 +116,5 @@ class AdaLoRA(Method):
     def factors(self, t: Tensors) -> Factors:
         return Factors(t["P"], t["Q"], Diagonal(t["E"]), self.alpha / self.first_rank)
 
-    def start_schedule(self, updates: Sequence[Any]) -> None:
+    def start_schedule(self, updates: Sequence[Update]) -> None:
         BudgetSchedule(updates)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors, Ratio
-from spectune.spectral import Request
+from spectune.layers.updates import Update
+from spectune.spectral import SVD, OneSided, Request
 from spectune.speed.dropout import dropout
 
 Tensors = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+Decomposition = SVD | OneSided | None  # what `request` is answered with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Method(abc.ABC):
     summary: ClassVar[str]
     learning_rate: ClassVar[float]  # a starting point for a short run on a small model
     basis_fields: ClassVar[tuple[str, ...]] = ()  # the fields that the frozen tensors depend on
-    earlier: ClassVar[Mapping[str, Any]] = {}  # fields that older files lack, and what these were written with
+    earlier: ClassVar[Mapping[str, object]] = {}  # fields that older files lack, and what these were written with
     learns_from_zero: ClassVar[bool] = True  # False where L or R is made of W, so that nothing moves where W is zero
     core_only: ClassVar[bool] = False  # L and R are frozen: adapters over one basis add core by core
     additive: ClassVar[bool] = True  # W' - W is s L C R, so that a DoRA magnitude can go around it
@@ -57,7 +59,7 @@ class Method(abc.ABC):
         """Return the decomposition of W that `basis` needs, or None."""
         return None
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: Decomposition) -> dict[str, Tensor]:
         """Return the frozen tensors for a weight (out x in), given what `request` asked for."""
         return {}
 
@@ -127,7 +129,7 @@ class Method(abc.ABC):
         """Return the method and trained tensors whose coefficients these are; the inverse of `coefficients`."""
         return self, dict(coefficients)
 
-    def start_schedule(self, updates: Sequence[Any]) -> None:  # noqa: B027 - most methods have none
+    def start_schedule(self, updates: Sequence[Update]) -> None:  # noqa: B027 - most methods have none
         """Begin whatever the method does by itself as training proceeds, over all its updates in a model."""
 
     # -- shared by all
@@ -142,7 +144,7 @@ class Method(abc.ABC):
         """Count the trained parameters for a weight (out_features x in_features)."""
         return sum(int(torch.Size(shape).numel()) for shape in self.shapes(out_features, in_features).values())
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """Return the name and every field, as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
@@ -151,7 +153,19 @@ class Method(abc.ABC):
         }
 
 
-def at_most(method: Any, limit: int) -> Any:
+class _Ranked(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float | None: ...
+
+
+R = TypeVar("R", bound=_Ranked)
+
+
+def at_most(method: R, limit: int) -> R:
     """Return a method with `rank` and `alpha` at a rank of at most `limit`, with the same scale."""
     if method.rank <= limit:
         return method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors, Ratio
-from spectune.methods.base import Method, Shapes, Tensors
+from spectune.layers.updates import Update
+from spectune.methods.base import Decomposition, Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
 from spectune.spectral import Request
@@ -53,7 +54,7 @@ class DoRA(Method):
             raise SpectuneError(f"inner of DoRA must be an additive method such as LoRA(), not {self.inner!r}")
 
     @property
-    def learning_rate(self) -> float:  # type: ignore[override]
+    def learning_rate(self) -> float:
         """The inner method's."""
         return self.inner.learning_rate
 
@@ -71,7 +72,7 @@ class DoRA(Method):
     def request(self) -> Request | None:
         return self.inner.request()
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: Decomposition) -> dict[str, Tensor]:
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         return {"norms": norms, **self.inner.basis(weight, decomposition)}
 
@@ -83,7 +84,7 @@ class DoRA(Method):
         return {"magnitude": basis["norms"].clone(), **self.inner.initial(inner, basis)}
 
     @property
-    def learns_from_zero(self) -> bool:  # type: ignore[override]
+    def learns_from_zero(self) -> bool:
         """As the inner method does."""
         return self.inner.learns_from_zero
 
@@ -91,7 +92,7 @@ class DoRA(Method):
         inner = self.inner.fit(out_features, in_features)
         return self if inner == self.inner else replace(self, inner=inner)
 
-    def start_schedule(self, updates: Sequence[Any]) -> None:
+    def start_schedule(self, updates: Sequence[Update]) -> None:
         self.inner.start_schedule(updates)
 
     def factors(self, t: Tensors) -> Factors:
@@ -101,14 +102,14 @@ class DoRA(Method):
     def _norms(self, t: Tensors, f: Factors, base: Base) -> tuple[Tensor, Tensor]:
         """Return ||W_i + dW_i|| and in which rows it is too little to be had so (out)."""
         cache = current_cache()
-        known = cache.recall() if cache is not None else None
+        known = cache.recall_whole() if cache is not None else None
         if known is not None:
             return known[0], known[1]
         squared, largest, dtype = [], [], t["norms"].dtype
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
             diagonals = self.inner.projections(t)
-            if getattr(f.core, "values", None) is not None:
-                f = f._replace(core=replace(f.core, values=f.core.values.to(dtype)))  # type: ignore[attr-defined, type-var]
+            if (values := getattr(f.core, "values", None)) is not None:
+                f = f._replace(core=f.core.holding(values.to(dtype)))
             right = f.right if diagonals else f.right.to(dtype)
             g, h = diagonals or (base.project(f.right), right @ right.mT)
             lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))

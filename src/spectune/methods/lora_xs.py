@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from spectune.layers.cores import Dense
 from spectune.layers.factors import Factors
 from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
-from spectune.spectral import Request
+from spectune.spectral import SVD, Request
 
 
 @register
@@ -60,7 +60,7 @@ class LoRAXS(Method):
     def request(self) -> Request:
         return Request("top", self.rank)
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: SVD) -> dict[str, Tensor]:
         U, S, Vh = decomposition
         return {"U": U, "S": S, "SVh": S[:, None] * Vh}
 

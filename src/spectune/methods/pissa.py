@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from spectune.layers.factors import Factors, add_product, project, taken
 from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
-from spectune.spectral import Request
+from spectune.spectral import SVD, Request
 
 
 @register
@@ -68,7 +68,7 @@ class PiSSA(Method):
     def request(self) -> Request:
         return Request(self.which, self.rank)
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: SVD) -> dict[str, Tensor]:
         U, S, Vh = decomposition
         root = (S / self.scale).sqrt()
         return {"A0": root[:, None] * Vh, "B0": U * root}

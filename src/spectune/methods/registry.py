@@ -73,7 +73,7 @@ def _registered(name: str) -> type[Method] | None:
     return plain.get(name.lower().replace("_", "").replace("-", ""))
 
 
-def _known(found: Any) -> type[Method]:
+def _known(found: object) -> type[Method]:
     """Return a method class that a package offers, registered."""
     if isinstance(found, type) and issubclass(found, Method):
         if _registered(found.name) is not found:
@@ -98,7 +98,7 @@ def parse(text: str | Method) -> Method:
     if isinstance(text, Method):
         return text
     name, rest = _taken_apart(text.strip())
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for pair in filter(None, (p.strip() for p in rest.split(","))):
         field, equals, value = pair.partition("=")
         if not equals:
@@ -118,7 +118,7 @@ def _taken_apart(text: str) -> tuple[str, str]:
     return name, rest
 
 
-def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
+def from_fields(fields: Mapping[str, object], *, complete: bool = True) -> Method:
     """Return the method of these fields, the inverse of `Method.fields`.
 
     Args:
@@ -139,14 +139,14 @@ def from_fields(fields: Mapping[str, Any], *, complete: bool = True) -> Method:
     if "inner" in known and not complete:
         chosen = given.pop("inner", None)
         start = _default(cls, "inner").fields() if chosen is None else {"name": find(str(chosen)).name}
-        theirs = {f.name for f in dataclasses.fields(find(start["name"]))} - known
+        theirs = {f.name for f in dataclasses.fields(find(str(start["name"])))} - known
         given["inner"] = start | {k: given.pop(k) for k in list(given) if k in theirs}
     for key in given.keys() - known:
         raise SpectuneError(f"{cls.name} has no field {key!r}{nearest(key, known)} (known: {', '.join(sorted(known))})")
     for key in known - given.keys() if complete else ():
         raise SpectuneError(f"the description of {cls.name} lacks the field {key!r}")
-    if isinstance(given.get("inner"), Mapping):
-        given["inner"] = from_fields(given["inner"], complete=complete)
+    if isinstance(inner := given.get("inner"), Mapping):
+        given["inner"] = from_fields(inner, complete=complete)
     return cls(**given)
 
 
@@ -169,7 +169,7 @@ def _default(cls: type[Method], field: str) -> Any:
     return getattr(cls(), field)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> bool | int | float | str | None:
     lowered = text.lower()
     if lowered in ("true", "false", "none", "null"):
         return {"true": True, "false": False}.get(lowered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from spectune.layers.cores import Diagonal
 from spectune.layers.factors import Factors
 from spectune.methods.base import Method, Shapes, Tensors, check_choice, check_range
 from spectune.methods.registry import register
-from spectune.spectral import Request
+from spectune.spectral import SVD, Request
 
 
 @register
@@ -52,7 +52,7 @@ class SVF(Method):
     def request(self) -> Request:
         return Request("one_sided")
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: SVD) -> dict[str, Tensor]:
         L, R, S = decomposition
         return {"L": L, "R": R, "S": S}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from spectune.layers.cores import Banded, Diagonal, Sparse
 from spectune.layers.factors import Factors
 from spectune.methods.base import Method, Shapes, Tensors, check_bool, check_choice, check_int, check_range
 from spectune.methods.registry import register
-from spectune.spectral import Request
+from spectune.spectral import SVD, Request
 
 
 @register
@@ -56,12 +56,12 @@ class SVFT(Method):
         check_bool(self, "gate")
 
     @property
-    def basis_fields(self) -> tuple[str, ...]:  # type: ignore[override]
+    def basis_fields(self) -> tuple[str, ...]:
         indexed = {"random": ("pattern", "width", "seed"), "top_k": ("pattern", "width")}
         return indexed.get(self.pattern, ())
 
     @property
-    def learning_rate(self) -> float:  # type: ignore[override]
+    def learning_rate(self) -> float:
         """The paper's for the pattern."""
         return {"plain": 5e-2, "banded": 5e-3, "top_k": 5e-3, "random": 1e-3}[self.pattern]
 
@@ -73,7 +73,7 @@ class SVFT(Method):
     def request(self) -> Request:
         return Request("full")
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: SVD) -> dict[str, Tensor]:
         U, S, Vh = decomposition
         k = len(S)
         frozen = {"U": U, "Vh": Vh, "S": S}
@@ -95,19 +95,18 @@ class SVFT(Method):
         return {"M": torch.randn(shapes["M"]) * (2 / shapes["M"][0]) ** 0.5, "g": torch.zeros(1)}
 
     def factors(self, t: Tensors) -> Factors:
+        return Factors(t["U"], t["Vh"], self._core(t))
+
+    def _core(self, t: Tensors) -> Diagonal | Banded | Sparse:
         values, k = self._values(t), len(t["S"])
         if self.pattern == "plain":
-            core = Diagonal(values)
-        elif self.pattern == "banded":
-            core = Banded(values, k, self.width)
-        else:
-            core = Sparse(values, t["rows"], t["columns"], k)
-        return Factors(t["U"], t["Vh"], core)
+            return Diagonal(values)
+        if self.pattern == "banded":
+            return Banded(values, k, self.width)
+        return Sparse(values, t["rows"], t["columns"], k)
 
     def whole(self, t: Tensors) -> Factors:
-        update = self.factors(t)
-        core: Any = update.core
-        return update._replace(core=core.plus(t["S"]))
+        return Factors(t["U"], t["Vh"], self._core(t).plus(t["S"]))
 
     def still(self, t: Tensors) -> Tensors:
         return {**t, "M": torch.zeros_like(t["M"])}

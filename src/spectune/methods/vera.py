@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class VeRA(Method):
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         return {"b": (out_features,), "d": (self.rank,)}
 
-    def basis(self, weight: Tensor, decomposition: Any) -> dict[str, Tensor]:
+    def basis(self, weight: Tensor, decomposition: None) -> dict[str, Tensor]:
         A, B = _random(self.seed, self.rank, *weight.shape, weight.device)
         return {"A": A, "B": B}
 

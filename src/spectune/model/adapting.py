@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -47,7 +47,7 @@ def adapt(
     exclude: Patterns = (),
     overrides: Mapping[str, Method | str | None] | None = None,
     name: str = "default",
-    progress: Any = None,
+    progress: Callable[[int, int], None] | None = None,
     *,
     layers_to_transform: int | Iterable[int] | None = None,
     layers_pattern: str | Iterable[str] | None = None,

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.layouts import Layouts
+from spectune.layers.layouts import Layouts, Path
 from spectune.layers.selection import Rows, Selection, within
 from spectune.model.exchange import exchanged
 from spectune.model.row_trial import leaves, structure_of, walk
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -35,8 +37,13 @@ def answering_apart(shared: Sequence[Selection], layouts: Layouts, rows: Rows) -
 
 
 def _forward(
-    shared: Sequence[Selection], layouts: Layouts, module: nn.Module, forward: Any, *args: Any, **kwargs: Any
-) -> Any:
+    shared: Sequence[Selection],
+    layouts: Layouts,
+    module: nn.Module,
+    forward: Callable[..., T],
+    *args: object,
+    **kwargs: object,
+) -> T:
     """Return what a module makes of all rows, put together from what it makes of those of each choice."""
     rows = shared[0].scope().choice
     if not isinstance(rows, Rows) or all(rows.same(layer) for layer, m in layouts.apart.items() if m is module):
@@ -52,7 +59,7 @@ def _forward(
     outputs, order, counts = [], [], []
     for mixture, wanted in rows.groups():
 
-        def taken(path: Any, value: Any, wanted: Sequence[int] = wanted) -> Any:
+        def taken(path: Path, value: Any, wanted: Sequence[int] = wanted) -> Any:
             layout = plan.taken.get(path)
             if layout is None:
                 return value
@@ -66,7 +73,7 @@ def _forward(
     places = torch.tensor(order).argsort()
     each = [dict(leaves(output)) for output in outputs]
 
-    def joined(path: Any, value: Any) -> Any:
+    def joined(path: Path, value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         return plan.given[path].join([found[path] for found in each], counts, places.to(value.device))

@@ -7,9 +7,9 @@ import itertools
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,11 @@ from spectune.layers.packed import as_packed
 from spectune.layers.reads import reader_of, takes_values
 from spectune.layers.shards import is_part
 from spectune.model.routing import base_alone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+T = TypeVar("T")
 
 _TOKENS = 4
 _SAMPLES = 8000  # half a second of sound
@@ -40,7 +45,7 @@ def trial_inputs(model: PreTrainedModel, rows: int = 1) -> Iterator[dict[str, Te
         rows: of the batch, equal ones.
     """
     wanted = inspect.signature(model.forward).parameters
-    config: Any = model.config
+    config: PreTrainedConfig = model.config
     vocabulary = _of(config, "vocab_size") or _TOKENS + 2
     ids = torch.arange(_TOKENS).add(1).clamp(max=vocabulary - 1)[None].expand(rows, -1)
     size = _of(config, "image_size") or 224
@@ -107,7 +112,13 @@ class _Watch(TorchFunctionMode):
             if weight is not None and id(weight) in weights:
                 self.stand_ins.setdefault(id(weights[id(weight)]), []).append(name)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> T:
         result = func(*args, **(kwargs or {}))
         values = [*args, *(kwargs or {}).values()]
         values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
@@ -117,7 +128,7 @@ class _Watch(TorchFunctionMode):
             for weight in weights:
                 for name in self.stand_ins[id(weight)]:
                     layer = self.layers[name]
-                    reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))  # type: ignore[arg-type]
+                    reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
                     if reader is None:
                         self.asked.add(name)
                     elif all(held is not weight for held in reader._parameters.values()):
@@ -156,7 +167,10 @@ def _try(model: PreTrainedModel, watch: _Watch) -> None:
 
 
 def _passes(
-    model: PreTrainedModel, inputs: dict[str, Tensor], watch: _Watch, run: Callable[[Any, dict[str, Tensor], Any], None]
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    watch: _Watch,
+    run: Callable[[nn.Module, dict[str, Tensor], _Watch], None],
 ) -> bool:
     try:
         run(model, inputs, watch)
@@ -203,16 +217,17 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for module, own, buffers, parameters in kept:
                 vars(module).clear()
                 vars(module).update(own)
+                held: Any  # both are dictionaries of what their module has
                 for held, before in ((module._buffers, buffers), (module._parameters, parameters)):
                     held.clear()
-                    held.update(before)  # type: ignore[arg-type]
+                    held.update(before)
 
 
 def _devices(model: nn.Module) -> Sequence[int]:
     return list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
-def _of(config: Any, field: str) -> Any:
+def _of(config: PreTrainedConfig, field: str) -> int | None:
     """Return a field of a configuration, or of one within it."""
     value = getattr(config, field, None)
     if value is not None:

@@ -47,14 +47,14 @@ def fresh_modules(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*marked, *found]))
 
 
-def mark_loaded(model: nn.Module, tensors: Iterable[Any]) -> None:
+def mark_loaded(model: nn.Module, tensors: Iterable[object]) -> None:
     """Have tensors count as ones that a checkpoint filled, in a model where such are marked."""
     if any(getattr(p, _LOADED, False) for p in model.parameters()):
         for tensor in tensors:
             setattr(tensor, _LOADED, True)
 
 
-def fresh_rows(model: Any) -> dict[str, list[int]]:
+def fresh_rows(model: nn.Module) -> dict[str, list[int]]:
     """Return the rows of a model's embeddings that its checkpoint had not, by the embedding's name."""
     inner = embeddings_of(model)
     config = _read_json(_file(model, "config.json")) if inner else None
@@ -70,7 +70,7 @@ def fresh_rows(model: Any) -> dict[str, list[int]]:
     }
 
 
-def embeddings_of(model: Any) -> list[Any]:
+def embeddings_of(model: nn.Module) -> list[nn.Embedding]:
     """Return a model's input and output embeddings."""
     found = []
     for ask in ("get_input_embeddings", "get_output_embeddings"):
@@ -83,7 +83,7 @@ def embeddings_of(model: Any) -> list[Any]:
     return found
 
 
-def _unmarked(model: Any, owners: dict[str, nn.Module]) -> list[str]:
+def _unmarked(model: nn.Module, owners: dict[str, nn.Module]) -> list[str]:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if prefix == "." or not any(name.startswith(prefix) for name in owners):
         return []
@@ -101,7 +101,7 @@ def _unmarked(model: Any, owners: dict[str, nn.Module]) -> list[str]:
     return head
 
 
-def _keys(model: Any) -> set[str] | None:
+def _keys(model: nn.Module) -> set[str] | None:
     """Return the names of the tensors in a model's checkpoint, or None where it is not at hand."""
     for name in _FILES:
         path = _file(model, name)
@@ -118,7 +118,7 @@ def _keys(model: Any) -> set[str] | None:
     return None
 
 
-def _file(model: Any, name: str) -> Path | None:
+def _file(model: nn.Module, name: str) -> Path | None:
     """Return a file of a model's checkpoint that is on this machine, or None."""
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not source:
@@ -147,5 +147,5 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _own(module: nn.Module) -> Iterator[Any]:
+def _own(module: nn.Module) -> Iterator[object]:
     return (p for p in module._parameters.values() if p is not None)

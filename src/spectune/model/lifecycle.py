@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -23,6 +23,9 @@ from spectune.model.install import selections
 from spectune.model.names import M, check_known_on, check_not_replaced, check_own_weights, method_of, updates_of
 from spectune.model.saving import leave_saving
 from spectune.model.whole import groups_of, is_complete, labels_of, trained_beside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def extract(model: nn.Module, name: str = "default") -> Adapter:
@@ -59,7 +62,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         if not terms:
             continue
         weight = effective_weight(layer)
-        extracted = LayerUpdate(tuple(weight.shape), tuple(terms), is_conv1d(layer), weight).sealed()  # type: ignore[arg-type]
+        extracted = LayerUpdate((weight.shape[0], weight.shape[1]), tuple(terms), is_conv1d(layer), weight).sealed()
         if not is_part(weight):
             own = layer._parameters.get("weight")  # what is computed is nobody's, and is kept
             seen = weight.lend if isinstance(weight, Packed) else None
@@ -72,7 +75,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         if own is not None:
             modules[module_name] = own
     modules |= trained_beside(model)
-    config: Any = getattr(model, "config", None)
+    config: PreTrainedConfig | None = getattr(model, "config", None)
     brought = [n for n, layer in layers.items() if all(t.method.replaces for t in layer.terms)]
     labels = labels_of(model) if brought else None
     adapter = Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
@@ -101,7 +104,7 @@ def _own_of(module: Whole, name: str) -> WholeTerm | None:
     """Return an adapter's own version of a module, or None where it is statistics that never moved."""
     own = module.values(name)
     tensors = {k: whole(t).cpu().clone() for k, t in own.tensors().items()}
-    if not own._parameters and all(torch.equal(t, module._buffers[k]) for k, t in own.tensors().items()):  # type: ignore[arg-type]
+    if not own._parameters and all(torch.equal(t, module.get_buffer(k)) for k, t in own.tensors().items()):
         return None
     rows = None if own.rows is None else tuple(own.rows.tolist())
     return WholeTerm(tensors, rows=rows, complete=rows is None and is_complete(module, tensors))

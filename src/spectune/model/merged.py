@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from spectune.model.names import updates_of
 def active_adapters(part: Part, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
     """Return the adapters that have a part in a layer or module, with their weights."""
     mixture = part.selection.mixture if mixture is None else mixture
-    return tuple((n, float(w)) for n in part.adapters if (w := weight_at(mixture, n, part)))  # type: ignore[arg-type]
+    return tuple((n, float(w)) for n in part.adapters if (w := weight_at(mixture, n, part)))
 
 
 def merged_weight(
@@ -56,7 +55,7 @@ def merged_weight(
     return total.T.contiguous() if is_conv1d(layer) else total
 
 
-def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
+def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[object, float]]:
     return [(update, factor) for name, factor in active for update in updates_of(layer, name)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading
 from spectune.layers.packed import is_packed, packed_again
+from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
 from spectune.model.fresh import FRESH, mark_loaded
@@ -26,6 +27,11 @@ from spectune.model.routing import Choice, mixture_of
 from spectune.model.saving import watch_saving
 from spectune.model.ties import Ties, are_one, say_of_ties, tied_pairs, transformers_models, untie
 
+if TYPE_CHECKING:
+    from spectune.layers.selection import Selection
+
+
+_Sums = tuple[torch.dtype, list[tuple[float, float]]]
 _RECORD = "spectune_merged"  # an attribute of what merging changed
 
 
@@ -37,9 +43,9 @@ class _Layer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     parts: dict[str, Any]
-    fresh: Any
-    merged: tuple[Any, Any] = (None, None)
-    sums: Any = None
+    fresh: object
+    merged: tuple[nn.Parameter | None, nn.Parameter | None] = (None, None)
+    sums: _Sums | None = None
 
 
 @dataclass
@@ -48,10 +54,10 @@ class _Module:
 
     name: str
     before: dict[str, Any]
-    now: dict[str, Any]
+    now: dict[str, Tensor]
     adapters: nn.ModuleDict
-    selection: Any
-    fresh: Any
+    selection: Selection
+    fresh: object
 
 
 def merge(
@@ -118,7 +124,7 @@ def merge(
     own = {name: (nn.ModuleDict(dict(module.adapters.items())), module.selection) for name, module in modules.items()}
     ties = tied_pairs(model)
     detach(model)
-    made: list[Any] = []
+    made: list[Tensor] = []
     new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
     for name, layer in layers.items():
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
@@ -159,13 +165,13 @@ def _packed(name: str, layer: Adapted, weight: Tensor) -> nn.Parameter:
         raise SpectuneError(f"the weight of {name!r} cannot be packed again: {error}") from None
 
 
-def _put(module: nn.Module, key: str, tensor: Tensor, old: Any, new: dict[int, nn.Parameter]) -> Any:
+def _put(module: nn.Module, key: str, tensor: Tensor, old: Tensor | None, new: dict[int, nn.Parameter]) -> Tensor:
     if key in module._buffers:
-        module._buffers[key] = tensor.clone()
-        return module._buffers[key]
+        module._buffers[key] = made = tensor.clone()
+        return made
     made = new.get(id(old))
     if made is None or made.shape != tensor.shape or not torch.equal(made, tensor):
-        made = nn.Parameter(tensor.clone(), requires_grad=old.requires_grad)
+        made = nn.Parameter(tensor.clone(), requires_grad=old is not None and old.requires_grad)
         new.setdefault(id(old), made)
     module._parameters[key] = made
     return made
@@ -190,7 +196,9 @@ def unmerge(model: M) -> M:
     records: dict[Any, _Layer] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Layer)}
     if not records:
         raise SpectuneError("no merged adapter can be taken out of the model: none was merged, or with keep=False")
-    brought: dict[Any, _Module] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Module)}
+    brought: dict[nn.Module, _Module] = {
+        m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Module)
+    }
     for module, record in brought.items():
         held = {**module._parameters, **module._buffers}
         if isinstance(module, Whole) or any(held[key] is not tensor for key, tensor in record.now.items()):
@@ -219,9 +227,9 @@ def unmerge(model: M) -> M:
             adapted.selection.mixture = mixture
     for module, record in brought.items():
         for key, tensor in record.before.items():
-            held = module._buffers if key in module._buffers else module._parameters
-            tensor.data = tensor.data.to(held[key].device)
-            held[key] = tensor
+            place: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
+            tensor.data = tensor.data.to(place[key].device)
+            place[key] = tensor
         del vars(module)[_RECORD]
         if record.fresh is not None:
             setattr(module, FRESH, record.fresh)
@@ -254,7 +262,7 @@ def _finite(tensor: Tensor | None) -> bool:
     return tensor is None or tensor.is_meta or bool(whole(tensor.isfinite().all()))
 
 
-def _sums(layer: Any) -> tuple[torch.dtype, list[tuple[float, float]]] | None:
+def _sums(layer: Any) -> _Sums | None:
     """Return what tells whether a layer's parameters are as they were: their sums and sums of sizes.
 
     Of a packed weight nothing does, whose library lays it out anew as it likes, and which nobody writes to.
@@ -266,7 +274,7 @@ def _sums(layer: Any) -> tuple[torch.dtype, list[tuple[float, float]]] | None:
     return layer.weight.dtype, [(float(whole(a)), float(whole(b))) for a, b in sums]
 
 
-def _differ(layer: Any, before: tuple[torch.dtype, list[tuple[float, float]]] | None) -> bool:
+def _differ(layer: Any, before: _Sums | None) -> bool:
     now = _sums(layer)
     if now is None or before is None:
         return False

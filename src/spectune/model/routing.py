@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,13 @@ from spectune.model.install import choose, selections
 from spectune.model.names import M, check_known, check_some_adapter, names_on
 from spectune.model.row_trial import Call, find_layouts, rows_of
 from spectune.speed.recompute_cache import like_learning
+
+if TYPE_CHECKING:
+    from spectune.layers.selection import Selection
+    from spectune.layers.stacks import Stack
+
+T = TypeVar("T")
+
 
 # an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
 Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
@@ -89,11 +96,11 @@ class Reference(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: modes, devices and checkpoints are the model's business
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         with base_alone(self.__dict__["model"]):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         return self.__dict__["model"](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -101,7 +108,7 @@ class Reference(nn.Module):
 
 
 @contextmanager
-def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | None = None) -> Iterator[None]:
+def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[object, Stack] | None = None) -> Iterator[None]:
     """Within the context, give each row of every batch an adapter, a mixture or none.
 
     `model.generate` may expand each row to its beams or returned sequences.  With gradient checkpointing the backward
@@ -129,8 +136,8 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[Any, Any] | 
 def _expanding(model: nn.Module) -> Iterator[None]:
     """Within the context `model.generate` may make several rows of one: its beams, or its returned sequences."""
 
-    def wrap(generate: Any) -> Any:
-        def generate_rows(*args: Any, **kwargs: Any) -> Any:
+    def wrap(generate: Callable[..., T]) -> Callable[..., T]:
+        def generate_rows(*args: object, **kwargs: object) -> T:
             with generating():
                 return generate(*args, **kwargs)
 
@@ -144,7 +151,9 @@ def _expanding(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shared: Any) -> Iterator[None]:
+def _told_apart(
+    model: nn.Module, layers: Mapping[str, Part], routed: Rows, shared: Sequence[Selection]
+) -> Iterator[None]:
     """Within the context see to it, before a call of the model or a part of it, that its rows are known in each layer.
 
     All parts are watched as long as there are layers that no pass has shown, afterwards those that were called.
@@ -152,7 +161,8 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shar
     layouts = routed.layouts
     within = {model: dict(layers)}
     new = {layer: name for name, layer in layers.items() if layer not in layouts.shown}
-    layouts.names.update(new)  # type: ignore[arg-type]
+    for layer, name in new.items():
+        layouts.names[layer] = name
     if not routed.alike and not hasattr(model, "_orig_mod"):
         for name, layer in layers.items():
             parts = name.split(".")[:-1]
@@ -162,7 +172,7 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shar
     calls: list[nn.Module] = []
 
     # another thread may have these hooks at hand when they are gone, and then gives them no kwargs
-    def before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if shared[0].scope().choice is not routed:
             return
         calls.append(module)
@@ -181,7 +191,7 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shar
         if routed.alike:
             return
         layouts.entrances.add(module)
-        call = Call(module, args, kwargs, count)
+        call = Call(module, args, kwargs or {}, count)
         structure = call.structure if module is model else None
         parts = within[module]
         if structure not in layouts.tried | {None} or not layouts.shown.issuperset(parts.values()):
@@ -192,7 +202,7 @@ def _told_apart(model: nn.Module, layers: Mapping[str, Part], routed: Rows, shar
             routed.forget()
         begin()
 
-    def after(module: nn.Module, *given: Any) -> None:
+    def after(module: nn.Module, *given: object) -> None:
         if shared[0].scope().choice is routed and calls[-1:] == [module]:
             calls.pop()
             if not calls:
@@ -236,7 +246,7 @@ def _mixture(choice: Choice, names: Sequence[str], layers: Mapping[str, Part]) -
     return mixture
 
 
-def _weight(name: str, weight: Any) -> float | Tensor:
+def _weight(name: str, weight: object) -> float | Tensor:
     if isinstance(weight, Tensor) and weight.dim() == 0:
         return weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):

@@ -7,18 +7,22 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from spectune.layers.layouts import GATHERED, MIXED, SHARED, Layout, Layouts, Plan, Seen, where
+from spectune.layers.layouts import GATHERED, MIXED, SHARED, Layout, Layouts, Path, Plan, Seen, where
 from spectune.layers.modules import modules_around
+from spectune.layers.protocols import Place
 from spectune.layers.whole import Part
 
+Values = Mapping[Path, Any]  # what somebody else's module takes or gives
+Places = dict[tuple[Place, int], Layout | str]
+Plans = dict[nn.Module, dict[object, Plan]]
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NUMBERED = re.compile(r"(^|_)\d+(?=\.)|(?<=\.)(\w*_)?\d+(?=\.)")  # parts of a name, but the last
 _ROUNDING = 3.0  # times the square root of a dtype's epsilon
@@ -34,15 +38,15 @@ class Call(NamedTuple):
     """
 
     module: nn.Module
-    args: Any
-    kwargs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     rows: int
 
     @property
-    def structure(self) -> Any:
+    def structure(self) -> object:
         """What calls have in common whose layers have the rows in the same places."""
 
-        def described(value: Any) -> Any:
+        def described(value: Any) -> object:
             if isinstance(value, Tensor):
                 sizes = tuple(value.shape[1:])
                 return sizes if value.is_floating_point() and value.dim() > 2 else tuple(n == 1 for n in sizes)
@@ -65,7 +69,7 @@ class _Guess(NamedTuple):
 _GUESSES = (_Guess(0, True), _Guess(0, False), _Guess(1, False))
 
 
-def rows_of(args: Any, kwargs: Any, given: int, expandable: bool) -> int | tuple[int, ...] | None:
+def rows_of(args: object, kwargs: object, given: int, expandable: bool) -> int | tuple[int, ...] | None:
     """Return the number of rows of a batch, or the shape of what is no batch of `given` rows; None is no tensor."""
     tensors = [value for _, value in leaves((args, kwargs)) if isinstance(value, Tensor)]
     inputs = [t for t in tensors if t.dim() > 1]
@@ -85,7 +89,9 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Part]) -> No
         call: what is called, and with what.
         layers: the adapted layers of the module by name.
     """
-    best: Any = None
+    best: tuple[int, tuple[Places, Plans]] | None = None
+    # some models take their rows in the second axis, and some take vectors that are of the rows or of nothing:
+    # whichever reading gives the fewest contradictions
     for guess in _GUESSES:
         try:
             found = _verdicts(call, guess, layers)
@@ -106,6 +112,8 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Part]) -> No
         layouts.learn(key, verdict)
     for module, plan in plans.items():
         layouts.plans.setdefault(module, {}).update(plan)
+    # a layer whose rows cannot be told may stand in a module that takes and gives rows, which then runs once for each
+    # choice
     troubled = {layer for (layer, _), verdict in layouts.places.items() if isinstance(verdict, str)}
     for name, layer in layers.items():
         around = [m for m in modules_around(call.module, name) if m in plans]
@@ -113,7 +121,7 @@ def find_layouts(layouts: Layouts, call: Call, layers: Mapping[str, Part]) -> No
             layouts.apart[layer] = around[-1]
 
 
-def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[Places, Plans]:
     """Return where rows lie in the inputs of layers, and how modules can answer some rows alone."""
     second, turned = _unlike_the_first(call, guess)
     modules = {module for name in layers for module in modules_around(call.module, name)}
@@ -121,6 +129,7 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[di
     devices = {p.device for p in call.module.parameters() if p.device.type == "cuda"}
     for wanted in ([0, second], [0], [second]):
         with torch.no_grad(), torch.random.fork_rng(devices), _eager():
+            # dropout and routers that sample draw alike in each pass; what still differs depends on the other row
             torch.manual_seed(0)
             args, kwargs = _part(call, guess, wanted, second if turned else None)
             with _recording(layers.values(), modules) as record:
@@ -133,7 +142,7 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[di
     return places, {module: plan for module, plan in plans.items() if plan}
 
 
-def _eager() -> Any:
+def _eager() -> AbstractContextManager[Any]:
     """Return a context in which nothing is compiled; where nothing was, what compiles takes seconds to import."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
@@ -151,16 +160,20 @@ def _unlike_the_first(call: Call, guess: _Guess) -> tuple[int, bool]:
     return 1, True
 
 
-def _part(call: Call, guess: _Guess, wanted: Sequence[int], turned: int | None) -> tuple[Any, Any]:
+def _part(
+    call: Call, guess: _Guess, wanted: Sequence[int], turned: int | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments for some rows, sharing nothing that a forward pass may write to."""
     first = True
 
-    def leaf(_: Any, value: Any) -> Any:
+    def leaf(_: Path, value: Any) -> Any:
         nonlocal first
         if isinstance(value, Tensor):
             if not guess.fits(value, call.rows):
                 return value.detach().clone()
             own = value.detach().index_select(guess.axis, torch.tensor(wanted, device=value.device))
+            # where all rows are the same, as in a batch of one prompt, equal answers would say nothing: one row is made
+            # another one
             if first and turned is not None and turned in wanted and own.dim() > 1:
                 place = [slice(None)] * guess.axis + [list(wanted).index(turned)]
                 own[tuple(place)] = own[tuple(place)].flip(-1)
@@ -186,21 +199,21 @@ def _tolerance(module: nn.Module) -> float:
 
 class _Record(NamedTuple):
     inputs: dict[nn.Module, list[Seen]]
-    calls: dict[nn.Module, list[tuple[Any, Any]]]
+    calls: dict[nn.Module, list[tuple[Values, Values]]]
 
 
 @contextmanager
-def _recording(layers: Any, modules: Any) -> Iterator[_Record]:
+def _recording(layers: Iterable[nn.Module], modules: Iterable[nn.Module]) -> Iterator[_Record]:
     """Within the context note what layers are given, and what modules take and give."""
     record, open_calls = _Record(defaultdict(list), defaultdict(list)), defaultdict(list)
 
-    def of_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def of_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         record.inputs[module].append(Seen.of(args[0] if args else next(iter(kwargs.values())), features=True))
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         open_calls[module].append(_seen((args, kwargs)))
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         record.calls[module].append((open_calls[module].pop(), _seen(output)))
 
     with ExitStack() as hooks:
@@ -212,7 +225,7 @@ def _recording(layers: Any, modules: Any) -> Iterator[_Record]:
         yield record
 
 
-def _seen(tree: Any) -> dict[Any, Any]:
+def _seen(tree: object) -> Values:
     """Return what is compared of values, by path: of tensors and plain values; of all else no more than the type."""
     return {
         path: Seen.of(value) if isinstance(value, Tensor) else value if isinstance(value, _PLAIN) else type(value)
@@ -220,7 +233,7 @@ def _seen(tree: Any) -> dict[Any, Any]:
     }
 
 
-def _places(layers: Mapping[str, Part], both: _Record, alone: Sequence[_Record], tolerance: float) -> dict[Any, Any]:
+def _places(layers: Mapping[str, Part], both: _Record, alone: Sequence[_Record], tolerance: float) -> Places:
     found = Layouts()
     for layer in layers.values():
         calls, ones = both.inputs[layer], [record.inputs[layer] for record in alone]
@@ -266,7 +279,7 @@ def _tokens(name: str, layers: Mapping[str, Part], both: _Record) -> set[int]:
     return found
 
 
-def _plans(module: nn.Module, both: _Record, alone: Sequence[_Record], tolerance: float) -> dict[Any, Plan]:
+def _plans(module: nn.Module, both: _Record, alone: Sequence[_Record], tolerance: float) -> dict[object, Plan]:
     """Return how a module can answer some rows alone, by the structure of what it takes; nothing if it cannot."""
     plans = {}
     calls, ones = both.calls[module], [record.calls[module] for record in alone]
@@ -277,31 +290,31 @@ def _plans(module: nn.Module, both: _Record, alone: Sequence[_Record], tolerance
         out = _axes(given, [one[i][1] for one in ones], tolerance)
         if into is None or out is None or None in out.values() or not any(into.values()):
             return {}
-        plan = Plan(into, out)  # type: ignore[arg-type]
+        plan = Plan(into, {path: place for path, place in out.items() if place is not None})
         if plans.setdefault(structure_of(taken), plan) != plan:
             return {}
     return plans
 
 
-def _axes(both: Mapping[Any, Any], alone: Sequence[Mapping[Any, Any]], tolerance: float) -> dict[Any, Any] | None:
+def _axes(both: Values, alone: Sequence[Values], tolerance: float) -> dict[Path, Layout | None] | None:
     """Return where rows lie in each of several tensors, None for one that has none; or None if that cannot be said."""
-    found: dict[Any, Layout | None] = {}
+    found: dict[Path, Layout | None] = {}
     for path, value in both.items():
-        others = [one.get(path, NotImplemented) for one in alone]
+        others: list[Any] = [one.get(path, NotImplemented) for one in alone]
         if not isinstance(value, Seen):
             if isinstance(value, type) or any(value != other for other in others):
                 return None
             continue
         if not all(isinstance(other, Seen) for other in others):
             return None
-        place = where(value, others, tolerance)  # type: ignore[arg-type]
+        place = where(value, others, tolerance)
         if isinstance(place, str) and place != SHARED:
             return None
         found[path] = place if isinstance(place, Layout) else None
     return found
 
 
-def structure_of(seen: Mapping[Any, Any]) -> Any:
+def structure_of(seen: Values) -> object:
     """Return what calls of a module have in common that one plan holds for."""
     return tuple((path, len(v.shape) if isinstance(v, (Seen, Tensor)) else None) for path, v in seen.items())
 
@@ -309,7 +322,7 @@ def structure_of(seen: Mapping[Any, Any]) -> Any:
 # -- values within values
 
 
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(tree: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield the values within sequences and mappings, and the path to each."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
@@ -321,7 +334,7 @@ def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
         yield path, tree
 
 
-def walk(tree: Any, leaf: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
+def walk(tree: Any, leaf: Callable[[Path, Any], object], path: Path = ()) -> Any:
     """Return sequences and mappings with other values: leaf(path, value) for each."""
     if isinstance(tree, Mapping):
         made: Any = copy.copy(tree)

@@ -130,7 +130,7 @@ def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dic
     for name, module in whole_modules(model).items():
         active = active_adapters(module) if names is None or name in names else []
         if active:
-            found[name] = {key: tensor.detach() for key, tensor in module.mixed(active).items()}
+            found[name] = {key: tensor.detach() for key, tensor in module.mixed(tuple(active)).items()}
     return found
 
 

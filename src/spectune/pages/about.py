@@ -7,7 +7,6 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -15,7 +14,7 @@ import torch
 _PACKAGES = ("spectune", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "optuna")
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, object]:
     """Return the processor, cores, memory, accelerator, versions and date."""
     accelerator = None
     if torch.accelerator.is_available():

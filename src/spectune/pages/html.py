@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 INK = "#0a0b0c"  # what pictures draw text and axes with; it becomes the page's own colour of text
 
@@ -83,7 +83,7 @@ def figures(pictures: Iterable[tuple[str, str, str]], *, wide: bool = False, siz
     return f'<div class="{"wide" if wide else f"grid {size}".rstrip()}">{"".join(inner)}</div>'
 
 
-def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> str:
+def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> str:
     """Return a table that sorts by the column whose heading is pressed.
 
     Args:
@@ -137,7 +137,7 @@ def runs(pieces: Iterable[tuple[str, bool]]) -> str:
     return "<pre>" + "".join(f"<mark>{escape(t)}</mark>" if marked else escape(t) for t, marked in pieces) + "</pre>"
 
 
-def _cell(column: Column, value: Any, first: bool) -> str:
+def _cell(column: Column, value: object, first: bool) -> str:
     tag, scope = ("th", ' scope="row"') if first else ("td", "")
     if column.form is None and len(str(value)) > 40:
         scope += " class=t"

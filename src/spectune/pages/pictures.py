@@ -36,11 +36,11 @@ def as_svg(draw: Callable[[Figure], None], size: tuple[float, float], prefix: st
 def as_file(draw: Callable[[Figure], None], size: tuple[float, float], path: Path) -> None:
     """Write what `draw` draws on a figure (inches), in the format that the path ends in: png or svg."""
     kind = path.suffix[1:]
-    about: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
+    metadata = {"Date": None} if kind == "svg" else None
     with mpl.rc_context(_SHARED):
         figure = Figure(figsize=size, dpi=130, layout="constrained")
         draw(figure)
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, **about))
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, metadata=metadata))
 
 
 def plain_logs(axes: Axes) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.private import flash_attention
 from spectune.shared import replaced
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.parts import training_parts
 from spectune.training.data.encoding import Example
 from spectune.training.data.packing import Packer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Batch:
     gradient_checkpointing: bool | Literal["selective"] = "selective"
 
 
-def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]:
+def make_inputs(model: PreTrainedModel, batch: Batch, device: str = "cpu") -> dict[str, Tensor]:
     """Return a training batch: a language model's as `spectune train` packs it, with labels; else tokens or images."""
     config = model.config
     if model.main_input_name == "pixel_values":
@@ -55,7 +59,7 @@ def make_inputs(model: Any, batch: Batch, device: str = "cpu") -> dict[str, Any]
     return inputs if device == "cpu" else _without_numbers(inputs, model)
 
 
-def _without_numbers(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+def _without_numbers(inputs: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Move tokens to the meta device, with a mask at hand, which models would ask numbers for."""
     tokens = inputs.pop("input_ids").to("meta")
     packed = inputs.pop("position_ids", None) is not None
@@ -64,7 +68,7 @@ def _without_numbers(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     return {**inputs, "input_ids": tokens, "attention_mask": torch.empty(shape, dtype=dtype, device="meta")}
 
 
-def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+def loss_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Return the loss of training on a batch, or the mean square of what a model without a language head returns."""
     inputs = dict(inputs)
     labels = inputs.pop("labels", None)
@@ -75,7 +79,7 @@ def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def training_attention(model: Any) -> Iterator[None]:
+def training_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within the context a model attends and norms as in training; on the meta device as a CPU does with numbers."""
     looks = "warn_if_padding_and_no_attention_mask"
     looking = [m for m in model.modules() if model.device.type == "meta" and hasattr(type(m), looks)]
@@ -92,7 +96,7 @@ def training_attention(model: Any) -> Iterator[None]:
                 del module.__dict__[looks]
 
 
-def _attends_whole(attend: Any) -> Any:
+def _attends_whole(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return what on the meta device has attention as one operation, and elsewhere is `attend`.
 
     There PyTorch takes attention apart; a CPU does so with dropout or a trained mask only.  It is replaced, since
@@ -102,7 +106,7 @@ def _attends_whole(attend: Any) -> Any:
     def attend_whole(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
         dropout = kwargs.get("dropout_p", args[3] if len(args) > 3 else 0.0)
-        if query.is_meta and dropout == 0 and (mask is None or not mask.requires_grad):
+        if query.is_meta and flash_attention is not None and dropout == 0 and (mask is None or not mask.requires_grad):
             return _fused(query, *args, **kwargs)
         return attend(query, *args, **kwargs)
 
@@ -125,5 +129,5 @@ def _fused(
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    assert flash_attention is not None
+    return flash_attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -23,7 +23,7 @@ def size_field(method: Method) -> str | None:
     return "width" if getattr(method, "pattern", "plain") != "plain" else None
 
 
-def within_budget(method: Method, shapes: Iterable[tuple[int, int]], budget: int) -> Method | None:
+def within_budget(method: Method, shapes: Iterable[tuple[int, ...]], budget: int) -> Method | None:
     """Return the method with the largest rank or width that trains at most `budget` values, or None.
 
     Args:
@@ -57,7 +57,7 @@ def _sized(method: Any, field: str, size: int) -> Method:
     inner = getattr(method, "inner", None)
     if isinstance(inner, Method):
         return dataclasses.replace(method, inner=_sized(inner, field, size))
-    changes: dict[str, Any] = {field: size}
+    changes: dict[str, object] = {field: size}
     if getattr(method, "initial_rank", None) is not None:
         changes["initial_rank"] = None
     return dataclasses.replace(method, **changes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -41,7 +42,7 @@ def weights_of(model: nn.Module, precision: Precision) -> Weights:
     if precision == "4bit":
         packed = {id(model.get_submodule(name).weight) for name in resolve(model, LoRA(rank=1))}
 
-    def held(parameters: Any) -> float:
+    def held(parameters: Iterable[Tensor]) -> float:
         unique = {id(p): p for p in parameters}.values()
         return sum(p.numel() * (NF4 if id(p) in packed else size) for p in unique)
 
@@ -81,7 +82,7 @@ class Memory:
     step: int
     total: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from spectune.bases.shapes import build, find_config
 from spectune.errors import SpectuneError
@@ -34,10 +34,10 @@ class Plan:
     batch: Batch
     machine: Machine
     floor_seconds: dict[str, float | None]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, object]]
     notes: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the plan as JSON values."""
         timed = "measured on this machine, scaled" if self.machine.measured else "stored rates of another machine"
         return {
@@ -70,7 +70,7 @@ def plan(
     measured: bool = True,
     machine: Machine | None = None,
     trust_remote_code: bool = False,
-    progress: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Return what each method trains, stores, holds in memory and costs on a model, from its config alone.
 
@@ -105,7 +105,7 @@ def plan(
     limit = None if budget is None else parse_count(budget)
     config = find_config(model, trust_remote_code=trust_remote_code)
     built = build(config, trust_remote_code=trust_remote_code)
-    weights = {precision: weights_of(built, precision) for precision in precisions}  # type: ignore[arg-type]
+    weights = {precision: weights_of(built, cast(Any, precision)) for precision in precisions}
     if room is not None:
         _check_room(model, weights, devices, room)
     machine = machine or this_machine(measured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight
 from spectune.methods import Method, parse, to_text
 from spectune.methods.adalora import AdaLoRA
-from spectune.model.targets import resolve
+from spectune.model.targets import Targets, resolve
 from spectune.model.whole import fresh_heads
 from spectune.planning.batch import Batch
 from spectune.planning.budget import least_of, within_budget
@@ -23,8 +23,15 @@ from spectune.planning.memory import DTYPES, Parts, Weights
 from spectune.planning.sizes import adapter_sizes, bases_bytes, keras_lora_parameters
 from spectune.planning.step import Cost, measure
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 FULL, KERAS = "full", "keras_lora"
 _TOKENS = 4096  # that a step is passed with; more than the loss takes at once
+
+
+# targets, exclude and overrides, as `adapt` takes them
+Where = tuple[Targets, Targets, Mapping[str, Method | str | None] | None]
 
 
 class Planner:
@@ -44,8 +51,8 @@ class Planner:
     def __init__(
         self,
         name: str,
-        model: Any,
-        config: Any,
+        model: PreTrainedModel,
+        config: PreTrainedConfig,
         batch: Batch,
         machine: Machine,
         weights: Mapping[str, Weights],
@@ -57,9 +64,9 @@ class Planner:
         self.weights, self.devices, self.room, self.budget = weights, devices, room, budget
         self.notes: list[str] = []
         self._few = max(1, min(batch.rows, _TOKENS // batch.length))
-        self._costs: dict[Any, Cost | None] = {}
+        self._costs: dict[object, Cost | None] = {}
 
-    def row(self, method: str | Method, where: tuple[Any, Any, Any]) -> dict[str, Any]:
+    def row(self, method: str | Method, where: Where) -> dict[str, object]:
         """Return one method's row."""
         if isinstance(method, str) and method.partition(":")[0] == KERAS:
             return self._keras(method)
@@ -74,7 +81,7 @@ class Planner:
         trained = sum(m.parameter_count(*shapes[n]) for n, m in chosen.items())
         weights_file, config_file = adapter_sizes(self.model, chosen, self.name)
         kinds = Counter((m, *shapes[n]) for n, m in chosen.items())
-        row: dict[str, Any] = {
+        row: dict[str, object] = {
             "method": to_text(parsed),
             "trainable_parameters": trained,
             "trainable_share": trained / sum(p.numel() for p in self.model.parameters()),
@@ -96,7 +103,7 @@ class Planner:
             row |= self._within(parsed, chosen, shapes)
         return row
 
-    def _within(self, method: Method, chosen: Mapping[str, Method], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    def _within(self, method: Method, chosen: Mapping[str, Method], shapes: Mapping[str, Any]) -> dict[str, object]:
         mine = [shapes[n] for n, m in chosen.items() if m == method.fit(*shapes[n])]
         others = [(m, shapes[n]) for n, m in chosen.items() if m != method.fit(*shapes[n])]
         rest = sum(m.parameter_count(*shape) for m, shape in others)
@@ -107,12 +114,12 @@ class Planner:
         count = rest + sum(fitting.fit(*shape).parameter_count(*shape) for shape in mine)
         return {"budget": {"method": to_text(fitting), "trainable_parameters": count}, "smallest": smallest}
 
-    def _full(self) -> dict[str, Any]:
+    def _full(self) -> dict[str, object]:
         parameters = list(self.model.parameters())
         trained = sum(p.numel() for p in parameters)
         names = {id(p): n for n, p in self.model.named_parameters()}
         file = safetensors_size({n: p for n, p in self.model.named_parameters() if id(p) in names}, {"format": "pt"})
-        row: dict[str, Any] = {
+        row: dict[str, object] = {
             "method": FULL,
             "trainable_parameters": trained,
             "trainable_share": 1.0,
@@ -131,7 +138,7 @@ class Planner:
             row |= {"budget": fits, "smallest": trained}
         return row
 
-    def _keras(self, method: str) -> dict[str, Any]:
+    def _keras(self, method: str) -> dict[str, object]:
         """Return the count of KerasHub's LoRA, whose factors of query and value are per head; nothing else of it."""
         rank = getattr(parse(method.replace(KERAS, "lora", 1)), "rank")  # noqa: B009 - LoRA has one
         trained = keras_lora_parameters(self.config, rank)
@@ -146,13 +153,15 @@ class Planner:
             row |= {"budget": counted if fit else None, "smallest": one}
         return row
 
-    def _costly(self, precision: str, methods: Any, fixed: Mapping[str, float]) -> dict[str, Any]:
+    def _costly(
+        self, precision: str, methods: Mapping[str, Method] | str, fixed: Mapping[str, Any]
+    ) -> dict[str, object]:
         dtype = DTYPES[precision]
         costs = self._two(methods, dtype)
         lines: dict[str, Any] = {"activations": None}
         if costs is not None:
             lines = {"activations": self._line(costs, "activations"), "step": self._line(costs, "with_gradients")}
-        parts = Parts(self.weights[precision], **lines, **fixed)  # type: ignore[arg-type]
+        parts = Parts(self.weights[precision], **lines, **fixed)
         on = {}
         for count in self.devices:
             held = parts.on(count, self.batch.rows).to_dict()
@@ -163,7 +172,7 @@ class Planner:
         ratio = None if step is None or floor is None else step / floor
         return {"memory": on, "step_seconds": step, "step_over_floor": ratio}
 
-    def _step(self, methods: Any, precision: str) -> float | None:
+    def _step(self, methods: Mapping[str, Method] | str, precision: str) -> float | None:
         costs = self._two(methods, DTYPES[precision])
         if costs is None:
             return None
@@ -177,7 +186,7 @@ class Planner:
         """Return the floor's seconds in each precision."""
         return {precision: self._step("floor", precision) for precision in self.weights}
 
-    def _two(self, methods: Any, dtype: torch.dtype) -> tuple[Cost, Cost] | None:
+    def _two(self, methods: Mapping[str, Method] | str, dtype: torch.dtype) -> tuple[Cost, Cost] | None:
         """Return the costs of `_few` rows and of one more; those of other batches lie on the line through them."""
         one, more = (self._cost(methods, rows, dtype) for rows in (self._few, self._few + 1))
         return None if one is None or more is None else (one, more)
@@ -187,7 +196,7 @@ class Planner:
         some, each = getattr(costs[0], what), getattr(costs[1], what) - getattr(costs[0], what)
         return some - (self._few - 1) * each, each
 
-    def _cost(self, methods: Any, rows: int, dtype: torch.dtype) -> Cost | None:
+    def _cost(self, methods: Mapping[str, Method] | str, rows: int, dtype: torch.dtype) -> Cost | None:
         key = (methods if isinstance(methods, str) else tuple(methods.items()), rows, dtype)
         if key not in self._costs:
             batch = replace(self.batch, rows=rows)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spectune.methods import Method
+from spectune.model.adapting import adapt
 from spectune.spectral import Request, decompose_many
+from spectune.spectral._types import Kind, empty_decomposition
 from spectune.speed import dense
 
 STAND_IN = 1 << 20  # entries of the largest weight that is decomposed to see how long it takes
@@ -25,7 +27,7 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def typical(run: Callable[[], Any], times: int = 5) -> float:
+def typical(run: Callable[[], object], times: int = 5) -> float:
     """Return the median seconds of a run, after one to warm up."""
     run()
     taken = []
@@ -68,7 +70,6 @@ def rates() -> dict[str, float]:
 
 def layer(method: Method | str = "lora:rank=1", size: int = 8) -> float:
     """Return the seconds of adapting a layer (size x size) so small that a method has next to nothing to compute."""
-    from spectune.model.adapting import adapt
 
     def model(depth: int) -> nn.Module:  # layers lie as deep as in models
         return nn.ModuleList(model(depth - 1) for _ in range(_EACH)) if depth else nn.Linear(size, size)
@@ -109,11 +110,11 @@ def attention(dtype: str, heads: int, queries: int, keys: int, size: int, causal
     return typical(lambda: gradients(torch.ones_like(out), q, k, v, out, log_sum, 0.0, causal))
 
 
-def operation(func: Any, arguments: tuple[Any, ...]) -> float:
+def operation(func: Callable[..., object], arguments: tuple[Any, ...]) -> float:
     """Return the seconds of one of our operators, on numbers of its arguments' shapes; integers are places."""
     size = arguments[0].shape[-1]
 
-    def filled(value: Any) -> Any:
+    def filled(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         if value.is_floating_point():
@@ -134,7 +135,7 @@ def stand_in(out_features: int, in_features: int) -> Tensor:
     return W + (U * (6 * torch.arange(1, head + 1) ** -0.6)) @ V
 
 
-def decomposition(kind: Any, rank: int | None, out_features: int, in_features: int) -> float:
+def decomposition(kind: Kind, rank: int | None, out_features: int, in_features: int) -> float:
     """Return the seconds that one core takes for a decomposition of a stand-in weight."""
     weight, threads = stand_in(out_features, in_features), torch.get_num_threads()
     try:
@@ -146,8 +147,6 @@ def decomposition(kind: Any, rank: int | None, out_features: int, in_features: i
 
 def basis(method: Method, out_features: int, in_features: int) -> tuple[float, float]:
     """Return the seconds of turning a decomposition into frozen tensors: each time, and the first time more."""
-    from spectune.spectral._types import empty_decomposition
-
     weight = torch.randn(out_features, in_features)
     request = method.request()
     if request is not None and request.rank is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectune.adapters import fingerprint
 from spectune.adapters.adapter import Adapter
@@ -20,8 +20,11 @@ from spectune.model.install import frozen_basis
 from spectune.model.whole import groups_of, labels_of
 from spectune.spectral._types import empty_decomposition
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def keras_lora_parameters(config: Any, rank: int) -> int:
+
+def keras_lora_parameters(config: PreTrainedConfig, rank: int) -> int:
     """Count what KerasHub's `enable_lora(rank)` trains: A of (heads, in, rank) and B of (rank, head) a projection.
 
     Raises:
@@ -36,10 +39,10 @@ def keras_lora_parameters(config: Any, rank: int) -> int:
     return layers * sum(n * hidden * rank + rank * head for n in (heads, values))
 
 
-def bases_bytes(model: Any, methods: Mapping[str, Method], dtype: torch.dtype) -> int:
+def bases_bytes(model: nn.Module, methods: Mapping[str, Method], dtype: torch.dtype) -> int:
     """Return the bytes of the methods' frozen tensors; what layers share counts once."""
     held: dict[int, Tensor] = {}
-    each: dict[Any, int] = {}
+    each: dict[object, int] = {}
     total = 0
     model.to(dtype)
     try:
@@ -63,13 +66,13 @@ def bases_bytes(model: Any, methods: Mapping[str, Method], dtype: torch.dtype) -
     return total
 
 
-def _frozen(layer: Any, method: Method) -> dict[str, Tensor]:
+def _frozen(layer: nn.Module, method: Method) -> dict[str, Tensor]:
     weight = effective_weight(layer)
     decomposition = empty_decomposition(method.request(), *weight.shape)
     return frozen_basis(layer, method, method.basis(weight, decomposition)).tensors()
 
 
-def adapter_sizes(model: Any, methods: Mapping[str, Method], base: str | None = None) -> tuple[int, int]:
+def adapter_sizes(model: nn.Module, methods: Mapping[str, Method], base: str | None = None) -> tuple[int, int]:
     """Return the bytes of the two files that `Adapter.save` writes for methods by layer: weights and config.
 
     Args:

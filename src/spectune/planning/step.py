@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,11 @@ from spectune.planning.machine import Machine
 from spectune.planning.tally import Tally
 from spectune.spectral._types import empty_decomposition
 from spectune.speed.checkpointing import checkpoint_activations, keep_activations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    pass
 
 _ADAM = 7  # times that a fused AdamW reads or writes the size of a tensor
 _SCORES = 24  # and AdaLoRA's scores more
@@ -54,7 +59,7 @@ def _values(cost: Cost) -> list[float]:
 
 
 def measure(
-    model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine
+    model: PreTrainedModel, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine
 ) -> Cost:
     """Return what a training step costs, from one pass of a model on the meta device.
 
@@ -101,7 +106,7 @@ def _keep(stack: nn.ModuleList, blocks: list[nn.Module]) -> None:
     stack._modules.update({str(i): block for i, block in enumerate(blocks)})
 
 
-def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> tuple[nn.ModuleList, int] | None:
+def _stack(model: PreTrainedModel, methods: Mapping[str, Method] | str) -> tuple[nn.ModuleList, int] | None:
     """Return the longest list of blocks where they are alike, and how many to begin with: two if the first differs."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
@@ -109,7 +114,7 @@ def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> tuple[nn.Mo
         return None
     name, stack = max(outer.items(), key=lambda item: len(item[1]))
 
-    def described(i: int) -> tuple[Any, ...]:
+    def described(i: int) -> tuple[object, ...]:
         prefix = f"{name}.{i}."
         chosen = {} if isinstance(methods, str) else methods
         mine = [(n.removeprefix(prefix), m) for n, m in chosen.items() if n.startswith(prefix)]
@@ -120,9 +125,11 @@ def _stack(model: nn.Module, methods: Mapping[str, Method] | str) -> tuple[nn.Mo
     return stack, 1 if described(0) == described(1) else 2
 
 
-def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine) -> Cost:
+def _pass(
+    model: PreTrainedModel, methods: Mapping[str, Method] | str, batch: Batch, dtype: torch.dtype, machine: Machine
+) -> Cost:
     before = next(model.parameters()).dtype
-    model.to(dtype).train()
+    cast(nn.Module, model).to(dtype).train()
     hooks = []
     recomputes = methods != "floor" and model.supports_gradient_checkpointing
     try:
@@ -150,11 +157,11 @@ def _pass(model: Any, methods: Mapping[str, Method] | str, batch: Batch, dtype: 
             keep_activations(model)
         if adapted_layers(model):
             detach(model)
-        model.to(before).requires_grad_(True)
+        cast(nn.Module, model).to(before).requires_grad_(True)
         model.zero_grad()
 
 
-def _inputs_of(model: Any) -> list[nn.Module]:
+def _inputs_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the input embedding, and those of the same tokens: the stacks of an encoder-decoder have one each."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -162,7 +169,7 @@ def _inputs_of(model: Any) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == embedding.num_embeddings]
 
 
-def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
+def _adapt(model: PreTrainedModel, methods: Mapping[str, Method]) -> None:
     """Adapt the layers that a shortened model has left, with bases on the meta device too."""
     there = {n: m for n, m in methods.items() if _has(model, n)}
     first = next(iter(there.values()))
@@ -174,7 +181,7 @@ def _adapt(model: Any, methods: Mapping[str, Method]) -> None:
             layer.bases[method.basis_key] = frozen_basis(layer, method, frozen)
 
 
-def _has(model: nn.Module, name: str) -> bool:
+def _has(model: PreTrainedModel, name: str) -> bool:
     try:
         model.get_submodule(name)
     except AttributeError:
@@ -182,7 +189,7 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _step(model: Any, batch: Batch, machine: Machine) -> Cost:
+def _step(model: PreTrainedModel, batch: Batch, machine: Machine) -> Cost:
     """Pass a batch forward and backward, and add what AdamW's step takes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     tally = Tally(machine)

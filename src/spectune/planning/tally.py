@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -41,10 +42,12 @@ class Tally(TorchDispatchMode):
         self.machine = machine
         self.seconds = self.flops = 0.0
         self.held = self.peak = self.most = 0
-        self._seen: dict[int, tuple[Any, int]] = {}
+        self._seen: dict[int, tuple[object, int]] = {}
         self._forgotten: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = list(_on_meta((*args, *kwargs.values())))
@@ -61,7 +64,7 @@ class Tally(TorchDispatchMode):
             self.seconds += self.machine.overhead
         return out
 
-    def _hold(self, storage: Any) -> None:
+    def _hold(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
@@ -84,7 +87,9 @@ class Tally(TorchDispatchMode):
                 self._forgotten[key] = self._seen[key][1]
                 self.held -= self._seen[key][1]
 
-    def _charge(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor], flops: float) -> None:
+    def _charge(
+        self, func: OpOverload, args: tuple[Any, ...], given: list[Tensor], made: list[Tensor], flops: float
+    ) -> None:
         name, dtype = func._schema.name.removeprefix("aten::"), given[0].dtype if given else torch.float32
         if name == _ONEDNN:
             a, b = given[0], given[1].mT
@@ -115,7 +120,7 @@ class Tally(TorchDispatchMode):
             self.seconds += max(self.machine.passing(moved, slow), arithmetic)
 
 
-def _on_meta(values: Iterable[Any]) -> Iterator[Tensor]:
+def _on_meta(values: Iterable[object]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             if value.is_meta:
@@ -133,7 +138,7 @@ def _transposed(matrix: Tensor) -> bool:
     return matrix.stride(-1) != 1
 
 
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
     if func._schema.name == _ONEDNN:
         return 2 * out.numel() * args[0].shape[-1]
     packet = func._overloadpacket

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Container
 
 from spectune.errors import SpectuneError
 
@@ -75,7 +75,7 @@ _INSTEAD = {
 }
 
 
-def aliased(values: dict[str, Any], known: Any) -> dict[str, Any]:
+def aliased(values: dict[str, object], known: Container[str]) -> dict[str, object]:
     """Return settings under our names, given some under those of other tools.
 
     Args:
@@ -85,7 +85,7 @@ def aliased(values: dict[str, Any], known: Any) -> dict[str, Any]:
     Raises:
         SpectuneError: a setting is given twice, under two names, or a share as a number of records.
     """
-    result: dict[str, Any] = {}
+    result: dict[str, object] = {}
     for key, value in values.items():
         ours = key if key in known else _OURS.get(key, key)
         if ours in result or (ours != key and ours in values):

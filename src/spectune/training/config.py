@@ -24,7 +24,7 @@ FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_length")  # 
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _checkpointing(value: Any) -> Any:
+def _checkpointing(value: object) -> object:
     return "selective" if value == "light" else value  # as it was called once
 
 
@@ -141,19 +141,19 @@ class TrainConfig(BaseModel):
             cls = with_task(cls, str(values.get("task", cls.model_fields["task"].default)))
         return super().__new__(cls)
 
-    def __reduce__(self) -> Any:  # the class is made at run time
+    def __reduce__(self) -> object:  # the class is made at run time
         base = next(c for c in type(self).__mro__ if issubclass(c, TrainConfig) and c.options_type is None)
         return _made, (base, self.model_dump(exclude_unset=True))
 
     @field_validator("model", "data", "output", "adapter", "eval_data", mode="before")
     @classmethod
-    def _at_home(cls, value: Any) -> Any:
+    def _at_home(cls, value: object) -> object:
         """Return a path of the home folder in full, which a shell writes out only where it stands alone."""
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
     @field_validator("data")
     @classmethod
-    def _some_data(cls, value: Any) -> Any:
+    def _some_data(cls, value: object) -> object:
         if isinstance(value, list) and not value:
             raise ValueError("the list of data is empty")
         return value
@@ -244,7 +244,7 @@ class TrainConfig(BaseModel):
                 "both out for a held_out share"
             )
 
-    def evaluation(self) -> tuple[Any, str | None, str | None] | None:
+    def evaluation(self) -> tuple[str | list[str | Source], str | None, str | None] | None:
         """Return the data, configuration and split to evaluate on, or None where it is a share of the training data."""
         if self.data is None or (self.eval_data is None and self.eval_split is None):
             return None

@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from spectune.storage import write_atomically
 
 
 def plot_curve(
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, object]],
     path: Path,
     title: str,
     unit: str = "token",
@@ -28,7 +27,7 @@ def plot_curve(
         shown: measures of evaluations.
         measure: the one to draw.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # a run that fails before its end does without
 
     figure = Figure(figsize=(11 if shown else 7, 3.6), dpi=120, layout="constrained")
     axes, *beside = figure.subplots(1, 2 if shown else 1, squeeze=False)[0]

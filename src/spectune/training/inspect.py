@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectune.bases.loading import load_tokenizer
 from spectune.bases.prompts import stop_tokens
@@ -19,6 +19,9 @@ from spectune.training.data.encoding import Encoder, Example
 from spectune.training.data.records import Record, of, same
 from spectune.training.run import token_limit
 from spectune.training.tasks import make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAMED = 10  # records that are named where some are cut or left out
 
@@ -105,7 +108,9 @@ def _part(
     return part
 
 
-def _written(record: Record, examples: Sequence[Example], tokenizer: Any, limit: int) -> dict[str, Any]:
+def _written(
+    record: Record, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> dict[str, Any]:
     found = {
         "where": getattr(record, "where", None),
         "examples": [
@@ -121,7 +126,7 @@ def _written(record: Record, examples: Sequence[Example], tokenizer: Any, limit:
     return {**found, "label": record["label"]} if "label" in record else found
 
 
-def _pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return an example's text in stretches that are learned or not, as the tokenizer gives it back."""
     found, before, start = [], "", 0
     for end in range(1, len(example.tokens) + 1):

@@ -5,12 +5,19 @@ Light on purpose: the command line reads these for its help, and imports no mode
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError
+
+
+class RunConfig(Protocol):
+    """A run's whole configuration, as far as what a task adds is checked against it."""
+
+    @property
+    def data(self) -> object: ...
 
 
 class TaskOptions(BaseModel):
@@ -29,7 +36,7 @@ class TaskOptions(BaseModel):
         """Whether the records come from the task itself, and not from `data`."""
         return False
 
-    def check_task(self, config: Any) -> None:
+    def check_task(self, config: RunConfig) -> None:
         """Raise for keys of a configuration that do not go together.
 
         Raises:
@@ -67,7 +74,7 @@ class ReinforceOptions(TaskOptions):
     """The keys of task: reinforce."""
 
     environment: str | None = Field(None, description="reinforce: reasoning-gym environment, such as chain_sum")
-    environment_options: dict[str, Any] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
+    environment_options: dict[str, object] = Field({}, description="reinforce: the environment's, as {max_terms: 2}")
     problems: int = Field(2000, ge=2, description="reinforce: the environment's problems, those held out included")
     raw: bool = Field(False, description="reinforce: put the environment's questions without a chat template")
     reward: str | list[str] | None = Field(
@@ -95,7 +102,7 @@ class ReinforceOptions(TaskOptions):
     def makes_records(self) -> bool:
         return self.environment is not None
 
-    def check_task(self, config: Any) -> None:
+    def check_task(self, config: RunConfig) -> None:
         count = len([self.reward] if isinstance(self.reward, str) else self.reward or ())
         if self.reward_weights is not None and len(self.reward_weights) != count:
             raise SpectuneError(f"reward_weights has {len(self.reward_weights)} numbers for {count} rewards")

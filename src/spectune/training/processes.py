@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from spectune.layers.updates import Basis
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)  # others wait while the main process decomposes a large model
-_talk: dict[str, Any] = {}  # "group" of all processes, on the CPU whatever the accelerator, and "fsdp" if launched so
+# "group" of all processes, on the CPU whatever the accelerator, and "fsdp" if launched so
+_talk: dict[str, object] = {}
 
 
 def start(device: str | None = None) -> torch.device:
@@ -42,7 +43,8 @@ def start(device: str | None = None) -> torch.device:
         raise SpectuneError(f"device={device} is for one process; with {launched} give device={chosen.type}")
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true":  # the sharding is ours
         _talk["fsdp"] = True
-    own: Any = PartialState(cpu=chosen.type == "cpu").device
+    own = PartialState(cpu=chosen.type == "cpu").device
+    assert own is not None  # once the state is there
     if not dist.is_initialized() or own.type != chosen.type:
         raise SpectuneError(f"{launched} processes cannot train together on {chosen.type}; give device=cpu")
     return own
@@ -71,10 +73,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _group() -> Any:
+def _group() -> dist.ProcessGroup:
     if "group" not in _talk:
         _talk["group"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return _talk["group"]
+    return cast("dist.ProcessGroup", _talk["group"])
 
 
 def is_main() -> bool:
@@ -141,16 +143,17 @@ def shard(model: nn.Module) -> None:
 
     accelerate, which knows no FSDP2 on the CPU and saves the base with every checkpoint, is told to leave it alone.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard  # with torch.distributed.tensor, which takes its time
 
     for module in model.modules():
         if isinstance(module, Basis):
             module.as_parameters()
-    own: Any = PartialState().device
+    own = PartialState().device
+    assert own is not None
     mesh = dist.init_device_mesh(own.type, (count(),))
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model._is_accelerate_prepared = True  # type: ignore[assignment]
+    vars(model)["_is_accelerate_prepared"] = True

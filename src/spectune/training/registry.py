@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from pydantic.fields import FieldInfo
+
 from spectune.errors import SpectuneError, nearest
 from spectune.plugins import imported, load, offered
 from spectune.training.options import ClassifyOptions, DpoOptions, ReinforceOptions, SftOptions, TaskOptions
@@ -33,7 +35,7 @@ def task_names() -> list[str]:
     return [*_BUILT_IN, *(name for name in offered(GROUP) if name not in _BUILT_IN)]
 
 
-def find_task(name: str) -> Any:
+def find_task(name: str) -> Any:  # type[Task], which imports this module
     """Return the class of a task.
 
     Raises:
@@ -69,6 +71,6 @@ def owner_of(key: str) -> str | None:
     return next((name for name, task in _BUILT_IN.items() if key in task.options.model_fields), None)
 
 
-def task_keys() -> dict[str, Any]:
+def task_keys() -> dict[str, FieldInfo]:
     """Return the keys of all tasks that come with spectune, by name."""
     return {key: field for task in _BUILT_IN.values() for key, field in task.options.model_fields.items()}

@@ -37,7 +37,7 @@ from spectune.training.progress import Interrupted, RunLog, check_reports, is_me
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.registry import find_task
 from spectune.training.tasks import Task, make_task
-from spectune.training.trainer.checkpoints import checkpoints
+from spectune.training.trainer.checkpoint_files import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
 
 _CURVE = "curve.png"

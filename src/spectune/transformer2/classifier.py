@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,9 @@ from spectune.transformer2.calibration import Calibration
 from spectune.transformer2.labels import label_scores, labelling_prompt, opened
 from spectune.transformer2.library import Library, read_json, write_json
 from spectune.transformer2.pool import Pool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["hidden", "adapter"]
 FOLDER, CONFIG, WEIGHTS, ADAPTER = "classifier", "classifier.json", "classifier.safetensors", "adapter"
@@ -50,10 +53,10 @@ class Classifier:
     calibration: Calibration
     layer: int
     tensors: Mapping[str, Tensor] = field(repr=False)
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, object] = field(default_factory=dict)
     adapter: Adapter | None = field(default=None, repr=False)
 
-    def logits(self, pool: Pool, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    def logits(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:
         """Return the logits of every label, (prompts x labels), before the temperature.
 
         Raises:
@@ -69,7 +72,7 @@ class Classifier:
         pool.activate(None)
         return scores
 
-    def check(self, library: Library, model: Any) -> None:
+    def check(self, library: Library, model: PreTrainedModel) -> None:
         """Raise unless this is the classifier of a library as it is, on this base.
 
         Raises:
@@ -146,7 +149,9 @@ def _digest(data: bytes, folder: Path, kind: str) -> str:
     return hashlib.sha256(data + more.encode()).hexdigest()
 
 
-def adapter_scores(pool: Pool, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str]) -> Tensor:
+def adapter_scores(
+    pool: Pool, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], labels: Sequence[str]
+) -> Tensor:
     """Return log p(label | question) under what is active on the model, (prompts x labels)."""
     questions = [labelling_prompt(pool.library, prompt, descriptions=False) for prompt in prompts]
     return label_scores(pool.model, tokenizer, [opened(tokenizer, q) for q in questions], labels)
@@ -159,7 +164,9 @@ def regress(states: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def hidden_states(model: Any, tokenizer: Any, prompts: Sequence[str], layer: int) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], layer: int
+) -> Tensor:
     """Return the mean over a prompt's tokens of a hidden state of the model, (prompts x hidden), float32 on the CPU.
 
     Args:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from spectune.bases.generation import generate
 from spectune.errors import SpectuneError
+from spectune.training.data.records import Record
 from spectune.training.tasks.reinforce.rewards import load_reward
 from spectune.transformer2.mix import By, Mix, layer_groups
 from spectune.transformer2.pool import Mixture, Pool
 from spectune.transformer2.search import Found, Progress, cross_entropy_method, gradient_ascent
 from spectune.transformer2.shots import TOKENS, Shot, as_shot, batches, mean_likelihood, population_likelihood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Judge = Callable[[Sequence[Shot], Sequence[str]], Sequence[float]]
 _LIMIT = 64  # adapters that can be mixed: a population says little about more weights
@@ -46,10 +50,10 @@ class FewShot:
         SpectuneError: no shots, an unknown `by` or `search`, or a gradient of a reward.
     """
 
-    shots: Sequence[Mapping[str, Any]] = field(repr=False)
+    shots: Sequence[Record] = field(repr=False)
     by: By = "global"
     search: Literal["cem", "gradient"] = "cem"
-    reward: Callable[[str, Mapping[str, Any]], float] | str | None = None
+    reward: Callable[[str, Record], float] | str | None = None
     names: Sequence[str] | None = None
     population: int = 32
     elites: int = 6
@@ -77,7 +81,7 @@ class FewShot:
         if not 1 <= self.elites <= self.population:
             raise SpectuneError(f"elites must be from 1 to population ({self.population}), not {self.elites}")
 
-    def find(self, pool: Pool, tokenizer: Any, progress: Progress | None = None) -> Mix:
+    def find(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None) -> Mix:
         """Search for the mixture.
 
         Args:
@@ -117,7 +121,12 @@ class FewShot:
         )
 
     def _evolve(
-        self, pool: Pool, tokenizer: Any, blank: Mix, shots: Sequence[Shot], progress: Progress | None
+        self,
+        pool: Pool,
+        tokenizer: PreTrainedTokenizerBase,
+        blank: Mix,
+        shots: Sequence[Shot],
+        progress: Progress | None,
     ) -> Found:
         judge = self._judge(shots)
 
@@ -153,7 +162,12 @@ class FewShot:
         return lambda of, replies: loaded([{**shot.record, "prompt": shot.given} for shot in of], replies)
 
     def _rewards(
-        self, pool: Pool, tokenizer: Any, mixtures: Sequence[Mixture], shots: Sequence[Shot], judge: Judge
+        self,
+        pool: Pool,
+        tokenizer: PreTrainedTokenizerBase,
+        mixtures: Sequence[Mixture],
+        shots: Sequence[Shot],
+        judge: Judge,
     ) -> Tensor:
         total = torch.zeros(len(mixtures))
         step = max(1, TOKENS // (len(mixtures) * (max(len(s.example.tokens) for s in shots) + self.max_new_tokens)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from spectune.bases.generation import last_logits
 from spectune.bases.prompts import prompt_tokens
 from spectune.errors import SpectuneError
 from spectune.transformer2.library import NONE, Library
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 CONTENT_FREE = ("N/A", "...", "")  # prompts that are for nothing (arXiv 2102.09690)
 _TOKENS = 1 << 14  # tokens that lie in caches at once, over prompts and labels
@@ -36,12 +39,12 @@ def labelling_prompt(library: Library, prompt: str, descriptions: bool = True) -
     return f"{skills}Which skill is this message for? Answer with its name only.\n\nMessage: {prompt}"
 
 
-def label_tokens(tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
+def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each label as the answer would give it."""
     return [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in labels]
 
 
-def opened(tokenizer: Any, question: str) -> list[int]:
+def opened(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """Return the tokens of a labelling question, up to where the label follows."""
     tokens = prompt_tokens(tokenizer, question)
     return tokens + tokenizer(_OPENING, add_special_tokens=False)["input_ids"]
@@ -53,7 +56,9 @@ def answer_text(label: str) -> str:
 
 
 @torch.inference_mode()
-def label_scores(model: Any, tokenizer: Any, prefixes: Sequence[Sequence[int]], labels: Sequence[str]) -> Tensor:
+def label_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[Sequence[int]], labels: Sequence[str]
+) -> Tensor:
     """Return log p(label | prefix) of every label, (prefixes x labels), float32 on the CPU.
 
     A prefix is read once; the labels go on from its cache.
@@ -84,7 +89,7 @@ def label_scores(model: Any, tokenizer: Any, prefixes: Sequence[Sequence[int]], 
     return scores
 
 
-def _scores(model: Any, prefixes: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+def _scores(model: PreTrainedModel, prefixes: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
     device, longest, most = model.device, max(map(len, prefixes)), max(map(len, answers))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prefixes], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prefixes], device=device)
@@ -103,7 +108,7 @@ def _scores(model: Any, prefixes: Sequence[Sequence[int]], answers: Sequence[Seq
     return (total + torch.cat(rest, dim=1)).cpu()
 
 
-def _rest(model: Any, cache: Any, mask: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+def _rest(model: PreTrainedModel, cache: Cache, mask: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
     """Return the log-likelihood of all but the first token of each answer, (prefixes x answers), behind a cache."""
     (rows, count), device = (len(mask), len(answers)), mask.device
     most = max(2, *map(len, answers))
@@ -125,7 +130,11 @@ def _rest(model: Any, cache: Any, mask: Tensor, answers: Sequence[Sequence[int]]
 
 
 def prompt_scores(
-    model: Any, tokenizer: Any, library: Library, prompts: Sequence[str], bias: Tensor | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    library: Library,
+    prompts: Sequence[str],
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return how much likelier each prompt makes every label than a prompt without content does.
 

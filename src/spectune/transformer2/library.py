@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +22,9 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.reading import check_tensors_file, read_json
 from spectune.storage import Entry, collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INDEX, BASE, PROMPTS, LOCK = "library.json", "base.safetensors", "prompts.json", ".lock"
 NONE = "none"  # the label of a prompt that is for no adapter
@@ -167,7 +170,7 @@ class Library:
         adapter: Adapter | str | PathLike[str],
         description: str = "",
         prompts: Sequence[str] = (),
-        model: Any = None,
+        model: PreTrainedModel | None = None,
     ) -> Record:
         """Copy an adapter into the library.
 
@@ -240,7 +243,7 @@ class Library:
             self._read()
             yield
 
-    def _checked_base(self, name: str, adapter: Adapter, model: Any) -> dict[str, Tensor]:
+    def _checked_base(self, name: str, adapter: Adapter, model: PreTrainedModel | None) -> dict[str, Tensor]:
         """Return the sketches of the base that an adapter tells of, which must be those of the library."""
         if model is not None:
             weights = {layer: effective_weight(find_linear(model, layer)).detach() for layer in adapter.layers}
@@ -288,7 +291,7 @@ class Library:
         write_json(self.path / INDEX, dict(zip(_KEYS, values, strict=True)))
 
 
-def write_json(path: Path, document: Any) -> None:
+def write_json(path: Path, document: object) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"

@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.transformer2.library import Library
+
+# a weight for each name: a number, or one for each layer
+Mixture = Mapping[str, float | Tensor | Mapping[str, float | Tensor]]
 
 By = Literal["global", "layer", "projection"]
 
@@ -43,10 +46,10 @@ class Mix:
     evaluations: int = 0
     seconds: float = 0.0
 
-    def mixture(self, weights: Tensor | None = None) -> dict[str, Any]:
+    def mixture(self, weights: Tensor | None = None) -> Mixture:
         """Return the mixture, or that of other weights, which keep their gradient."""
         weights = self.weights if weights is None else weights
-        table: Any = weights if weights.requires_grad else weights.tolist()
+        table = weights if weights.requires_grad else weights.tolist()
         if self.by == "global":
             return {name: table[0][k] for k, name in enumerate(self.names)}
         index = {kind: i for i, kind in enumerate(self.kinds)}
@@ -70,7 +73,7 @@ class Mix:
             raise SpectuneError("every weight of the mixture is 0: the base alone does best on the shots")
         return reduce(lambda a, b: a + b, parts)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Return the mixture and how it was found as JSON values."""
         table = {
             kind: dict(zip(self.names, row, strict=True))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,9 +25,14 @@ from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
 from spectune.model.routing import activate, route
 from spectune.transformer2.library import EMPTY, Library, Record
+from spectune.transformer2.mix import Mixture
 from spectune.transformer2.packed import Packed, Structure, pack, structure_of
 
-Mixture = Mapping[str, Any]  # a weight for each name: a number, or one for each layer
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spectune.layers.stacks import Stack
+
 _PREFIX = "library-"
 
 
@@ -47,7 +52,7 @@ class Pool:
         SpectuneError: the library is empty, or its base is another model.
     """
 
-    def __init__(self, model: Any, library: Library, max_bytes: int = 1 << 30, slots: int = 8) -> None:
+    def __init__(self, model: PreTrainedModel, library: Library, max_bytes: int = 1 << 30, slots: int = 8) -> None:
         if not len(library):
             raise SpectuneError(EMPTY.format(str(library.path)))
         self.model, self.library = model, library
@@ -61,7 +66,7 @@ class Pool:
         self._parameters: dict[str, list[Tensor]] = {}
         self._sketches: dict[str, Tensor] = {}
         self._others: dict[str, Adapter] = {}
-        self._stacks: dict[Any, Any] = {}  # of the slots' factors, for rows that differ
+        self._stacks: dict[object, Stack] = {}  # of the slots' factors, for rows that differ
         for layer, sketch in library.sketches().items():
             self._check_layer(layer, sketch, f"the library {str(library.path)!r}")
 
@@ -105,7 +110,7 @@ class Pool:
         for layer_name, layer in adapter.layers.items():
             weight = effective_weight(layers[layer_name]).detach()
             for term in layer.terms:
-                tensors: Any = getattr(layers[layer_name].bases._modules.get(term.method.basis_key), "_buffers", None)
+                tensors = getattr(layers[layer_name].bases._modules.get(term.method.basis_key), "_buffers", None)
                 replace(term, basis=tensors).check(layer_name, weight, layer.base_sketch)
         self._verified.add(record)
 
@@ -159,7 +164,7 @@ class Pool:
             slot = self._new_slot()
             install(self.model, _plan(packed), slot)
         activate(self.model, None)
-        layers: dict[str, Any] = adapted_layers(self.model)
+        layers = cast("dict[str, Any]", adapted_layers(self.model))
         parameters = [layers[p.layer].adapters[slot][p.term]._parameters[p.key] for p in packed.structure]
         self._parameters[slot] = [parameter.requires_grad_(False) for parameter in parameters]
         self._slot_structures[slot] = packed.structure

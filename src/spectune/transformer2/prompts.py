@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig
 from spectune.training.data.messages import is_conversation
-from spectune.training.data.records import read
+from spectune.training.data.records import Record, read
 from spectune.training.tasks import Task, make_task
 
 
@@ -18,7 +18,7 @@ class _Prompts(Task):
 
     forms: ClassVar[str] = "'messages', 'prompt' or 'text'"
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         asked = _asked(record)
         if asked is None:
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
@@ -27,7 +27,7 @@ class _Prompts(Task):
         return "a prompt must be text, or a list of messages with role and content, both text"
 
 
-def read_records(path: str | Path) -> list[Mapping[str, Any]]:
+def read_records(path: str | Path) -> list[Record]:
     """Return the records of a file of examples.
 
     Raises:
@@ -54,7 +54,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def prompt_of(record: Mapping[str, Any]) -> str:
+def prompt_of(record: Record) -> str:
     """Return what the user asks in a record: the last user's message before the last reply, the prompt, or the text."""
     asked = _asked(record)
     if isinstance(asked, str):
@@ -62,7 +62,7 @@ def prompt_of(record: Mapping[str, Any]) -> str:
     return next((m["content"] for m in reversed(asked or []) if m["role"] == "user"), "")
 
 
-def _asked(record: Mapping[str, Any]) -> Any:
+def _asked(record: Record) -> str | list[Message] | None:
     return next((record[key] for key in ("messages", "prompt", "text") if record.get(key) is not None), None)
 
 

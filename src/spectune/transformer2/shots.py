@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.bases.generation import last_logits
+from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError
 from spectune.training.data.encoding import Example, encode_one
+from spectune.training.data.records import Record
 from spectune.transformer2.pool import Mixture, Pool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 1 << 15  # tokens in a forward pass of the population
 _LOGITS = 1 << 28  # logits that it holds: 512 MiB in bf16
@@ -28,18 +33,18 @@ class Shot(NamedTuple):
         example: its tokens, and which of them the completion is.
     """
 
-    record: Mapping[str, Any]
-    prompt: Any
+    record: Record
+    prompt: str | Sequence[Message]
     completion: str
     example: Example
 
     @property
-    def given(self) -> Any:
+    def given(self) -> str | Sequence[Message]:
         """The prompt in the record's own form, as a reward has it in training: text, or messages."""
         return self.prompt if self.record.get("messages") else self.record["prompt"]
 
 
-def as_shot(record: Mapping[str, Any], tokenizer: Any) -> Shot:
+def as_shot(record: Record, tokenizer: PreTrainedTokenizerBase) -> Shot:
     """Return a record as a shot; where the tokenizer has a chat template a text prompt is a user's turn.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,9 @@ from spectune.transformer2.library import NONE
 from spectune.transformer2.mix import Mix
 from spectune.transformer2.pool import Mixture, Pool
 from spectune.transformer2.search import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Decision(NamedTuple):
@@ -45,10 +48,10 @@ class Strategy(Protocol):
 class PromptStrategy:
     """The base model labels the prompt among the library's names and "none", which is the base alone."""
 
-    def __init__(self, pool: Pool, tokenizer: Any) -> None:
+    def __init__(self, pool: Pool, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pool, self.tokenizer = pool, tokenizer
         self._bias: Tensor | None = None
-        self._asked: list[Any] = []  # what the bias is of
+        self._asked: list[tuple[str, str]] = []  # what the bias is of
 
     def choose(self, prompts: Sequence[str]) -> list[Decision]:
         """Return the likeliest label of each prompt."""
@@ -67,7 +70,7 @@ class PromptStrategy:
 class ClassifierStrategy:
     """The library's classifier labels the prompt; below its threshold the base alone answers."""
 
-    def __init__(self, pool: Pool, tokenizer: Any, classifier: Classifier | None = None) -> None:
+    def __init__(self, pool: Pool, tokenizer: PreTrainedTokenizerBase, classifier: Classifier | None = None) -> None:
         self.pool, self.tokenizer = pool, tokenizer
         self.classifier = classifier or Classifier.load(pool.library)
         self.classifier.check(pool.library, pool.model)
@@ -104,7 +107,10 @@ class Fixed:
 
 
 def make_strategy(
-    strategy: str | FewShot | Mix | Mixture | Strategy, pool: Pool, tokenizer: Any, progress: Progress | None = None
+    strategy: str | FewShot | Mix | Mixture | Strategy,
+    pool: Pool,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None = None,
 ) -> Strategy:
     """Return a strategy by name, by what it is to find, or by the mixture it is.
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,16 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
+from spectune.training.config import load_config
+from spectune.training.run import train_model
 from spectune.transformer2.calibration import Calibration, best, calibrate, calibration_error
 from spectune.transformer2.classifier import Classifier, Kind, base_sketches, hidden_states
 from spectune.transformer2.labels import answer_text, labelling_prompt
 from spectune.transformer2.library import NONE, Library
 from spectune.transformer2.pool import Pool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LEAST = 10  # example prompts of an adapter
 _NAME = "default"  # of the adapter that trains
@@ -84,7 +89,7 @@ def split_prompts(library: Library, none: Sequence[str], held: float, seed: int)
 
 def train_classifier(
     pool: Pool,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     kind: Kind = "hidden",
     *,
     none: Sequence[str] = (),
@@ -174,7 +179,7 @@ def logistic_regression(states: Tensor, targets: Tensor, labels: int) -> dict[st
 
 def _train_adapter(
     pool: Pool,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     split: Split,
     method: str,
@@ -183,10 +188,7 @@ def _train_adapter(
     seed: int,
     console: Console | None,
 ) -> Any:
-    from spectune.training.config import load_config
-    from spectune.training.run import train_model
-
-    def records(part: Labelled) -> list[dict[str, Any]]:
+    def records(part: Labelled) -> list[dict[str, object]]:
         return [_record(pool.library, tokenizer, p, labels[i]) for p, i in zip(part.prompts, part.labels, strict=True)]
 
     pool.close()
@@ -206,14 +208,14 @@ def _train_adapter(
     return result.adapter
 
 
-def _record(library: Library, tokenizer: Any, prompt: str, label: str) -> dict[str, Any]:
+def _record(library: Library, tokenizer: PreTrainedTokenizerBase, prompt: str, label: str) -> dict[str, object]:
     question, answer = labelling_prompt(library, prompt, descriptions=False), answer_text(label)
     if getattr(tokenizer, "chat_template", None):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     return {"prompt": question, "completion": answer}
 
 
-def _report(logits: Tensor, split: Split, chosen: Calibration, none: int | None) -> dict[str, Any]:
+def _report(logits: Tensor, split: Split, chosen: Calibration, none: int | None) -> dict[str, object]:
     """Return what held-out prompts that chose nothing say of the classifier."""
     confidence, label = best(logits / chosen.temperature, none)
     targets = split.report.targets

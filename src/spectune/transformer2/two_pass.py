@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.generation import Message, generate
+from spectune.bases.loading import model_path, quiet
 from spectune.errors import SpectuneError
 from spectune.transformer2.classifier import CONFIG, FOLDER
 from spectune.transformer2.few_shot import FewShot
@@ -15,6 +16,9 @@ from spectune.transformer2.mix import Mix
 from spectune.transformer2.pool import Mixture, Pool
 from spectune.transformer2.search import Progress
 from spectune.transformer2.strategies import Decision, Strategy, make_strategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Answer(NamedTuple):
@@ -50,11 +54,11 @@ class Transformer2:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         library: Library | str | PathLike[str],
         *,
         strategy: str | FewShot | Mix | Mixture | Strategy = "prompt",
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_bytes: int = 1 << 30,
         progress: Progress | None = None,
     ) -> None:
@@ -118,10 +122,8 @@ def _asked(prompt: str | Sequence[Message]) -> str:
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
 
 
-def _tokenizer(model: Any) -> Any:
-    import transformers
-
-    from spectune.bases.loading import model_path, quiet
+def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    import transformers  # for who gives no tokenizer
 
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     try:

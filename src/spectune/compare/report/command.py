@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Any
 
 import yaml
 
@@ -43,7 +42,7 @@ def train_command(document: Document, row: MethodRow) -> str | None:
     )
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):

@@ -13,12 +13,12 @@ from spectune.compare.report.command import train_command
 from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Trial
 from spectune.compare.report.statistics import holm, mean_interval, paired_difference, record_difference
 from spectune.compare.report.verdict import adapts, answer, cheapest
+from spectune.compare.trial import Result
 from spectune.methods import METHODS
 
 PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
 SIGNIFICANT = 0.05
 _NAMES = {"full": "full fine-tuning", "lora_xs": "LoRA-XS"}
-Result = Mapping[str, Any]
 _MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")
 
 

@@ -22,7 +22,7 @@ Spot = tuple[str, float, float, str]  # a name, where its point is, and its colo
 Line = tuple[tuple[float, float], tuple[float, float]]  # its ends
 # read on white and on black
 HUES = ("#2d7fd3", "#e2733b", "#2f9e6e", "#c9569b", "#7f68d6", "#b08a1e", "#1f9aa8", "#d1495b")
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
+DASHES: tuple[object, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 MARKERS = ("o", "s", "D")
 
 
@@ -56,7 +56,7 @@ COSTS = (
 )
 
 
-def styles(document: Document) -> dict[str, tuple[str, Any, str]]:
+def styles(document: Document) -> dict[str, tuple[str, object, str]]:
     """Return colour, dashes and marker of each method, the same in every picture."""
     found = {}
     for i, row in enumerate(document.methods):
@@ -79,7 +79,7 @@ def front(rows: Sequence[MethodRow], cost: Cost, greater_is_better: bool) -> lis
     return kept
 
 
-def draw_pareto(figure: Any, document: Document, costs: Sequence[Cost]) -> None:
+def draw_pareto(figure: Figure, document: Document, costs: Sequence[Cost]) -> None:
     """Draw the metric with its intervals against costs, the front as a line; who is far off is put at the border."""
     panels = figure.subplots(-(-len(costs) // 2), min(2, len(costs)), squeeze=False).flat
     found = [(axes, *_pareto(axes, document, cost)) for axes, cost in zip(panels, costs, strict=False)]
@@ -178,7 +178,9 @@ def _put_labels(axes: Axes, spots: Sequence[Spot], lines: Sequence[Line]) -> Non
         assert best is not None
         taken.append(best)
         note.remove()
-        leader: Any = {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3}} if reach > 16 else {}
+        leader: dict[str, Any] = (
+            {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3}} if reach > 16 else {}
+        )
         axes.annotate(
             text, (x, y), xytext=((best[0] - px) / unit, (best[1] - py) / unit), textcoords="offset points",
             fontsize=8, color=mpl.rcParams["text.color"], annotation_clip=False, **leader,
@@ -196,7 +198,7 @@ def curve_keys(document: Document) -> list[str]:
     return [key for key in dict.fromkeys(("eval_loss", f"eval_{document.metric}")) if key in known]
 
 
-def draw_curves(figure: Any, document: Document, key: str) -> None:
+def draw_curves(figure: Figure, document: Document, key: str) -> None:
     """Draw a held-out measure over the steps, the mean over seeds, a line a method."""
     axes, look = figure.subplots(), styles(document)
     measure = key.removeprefix("eval_")
@@ -265,7 +267,7 @@ def write_pictures(document: Document, folder: Path) -> list[Path]:
     def curves(figure: Figure) -> None:
         lines = -(-len(rows) // 4)
         heights = [4.2] * bool(keys) + [2.2 * lines] * bool(rows)
-        parts: Any = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+        parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
         if keys:
             for part, key in zip(parts[0, 0].subfigures(1, len(keys), squeeze=False).flat, keys, strict=True):
                 draw_curves(part, document, key)

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from spectune.compare.report.figures import write_pictures
 from spectune.compare.report.model import Document, MethodRow
@@ -43,7 +42,7 @@ def _csv(rows: Sequence[MethodRow]) -> str:
     return text.getvalue()
 
 
-def _flat(row: MethodRow) -> dict[str, Any]:
+def _flat(row: MethodRow) -> dict[str, object]:
     plain = ("method", "ran", "lr", "steps", "trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds")
     plain += ("step_over_floor", "peak_bytes", "tokens_per_second", "edge", "cost_seconds")
     parts = {

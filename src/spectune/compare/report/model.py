@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -168,9 +168,9 @@ class Document(BaseModel):
     split: dict[str, int] = {}
     budget: str | None = None
     general: str | None = None
-    versions: dict[str, Any] = {}
+    versions: dict[str, object] = {}
     date: str = ""
-    machine: dict[str, Any] = {}
+    machine: dict[str, object] = {}
     config: str = ""
     command: str = ""
     notes: list[str] = []

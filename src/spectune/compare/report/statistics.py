@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -136,5 +137,5 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, error if error > 1e-12 * max(map(abs, values)) else 0.0
 
 
-def _scipy_stats() -> Any:
+def _scipy_stats() -> ModuleType:
     return need("scipy.stats", "an interval", "'spectune[compare]'")

@@ -12,7 +12,7 @@ import os
 import warnings
 from functools import cache
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 1024  # sums over rows are split until there are about so many programs
 
 
-def kernels(name: str, *tensors: Tensor) -> Any | None:
+def kernels(name: str, *tensors: Tensor) -> ModuleType | None:
     """Return the module `name` of this package if its kernels answer for these tensors, else None.
 
     Args:
@@ -39,7 +39,7 @@ def kernels(name: str, *tensors: Tensor) -> Any | None:
 
 
 @cache
-def _working(name: str, device: torch.device) -> Any | None:
+def _working(name: str, device: torch.device) -> ModuleType | None:
     try:
         import triton  # noqa: F401
     except Exception:  # whatever a broken installation raises

@@ -7,7 +7,7 @@ n x out is written once.  Sums over rows are added in a fixed order, so that res
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectune.layers.kernels import INTERPRETED, blocks, parts
+from spectune.layers.products import Middle
 from spectune.speed.dense import float32_is_exact
 
 jit: Any = triton.jit  # type checkers know no grid
@@ -124,7 +125,7 @@ def factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix
 
 
-def project(x: Tensor, R: Tensor, core: Any = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, R: Tensor, core: Middle | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return t = scale * x R^T and t C^T; a diagonal core, of all rows or one for each, is part of the kernel."""
     (n, size), rank = x.shape, R.shape[0]
     diagonal = None if core is None else core.diagonal
@@ -217,12 +218,12 @@ def agrees(device: torch.device) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         x, W, y = x.to(dtype), W.to(dtype), y.to(dtype)
         scaled = through_ratio(y, y + 1, b, b + 2)
-        ours = (
-            *project(x, A, SimpleNamespace(diagonal=d), 0.5),
+        ours: tuple[Any, ...] = (
+            *project(x, A, cast(Any, SimpleNamespace(diagonal=d)), 0.5),
             add(y.clone(), W, B.mT, 0.5, b + 2, b),
             over_rows(x, W, 0.5),
             *scaled,
         )
-        if not all(torch.allclose(a.float(), e, rtol=0.05, atol=0.05) for a, e in zip(ours, exact, strict=True)):  # type: ignore
+        if not all(torch.allclose(a.float(), e, rtol=0.05, atol=0.05) for a, e in zip(ours, exact, strict=True)):
             return False
     return True

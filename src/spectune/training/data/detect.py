@@ -48,7 +48,7 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
     Raises:
         SpectuneError: nothing that a task could learn is there.
     """
-    read = [row for row, _ in islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
+    read: list[Any] = [row for row, _ in islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
     if not read:
         raise SpectuneError(f"{source} holds no records")
     if not all(isinstance(row, Mapping) for row in read):

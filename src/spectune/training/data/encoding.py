@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.prompts import (
     MARK,
     Ending,
+    Message,
     added_tokens,
     continuation,
+    end_of_text,
     ending,
     first_added,
     ids,
@@ -25,6 +27,9 @@ from spectune.bases.prompts import (
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import check_calls, is_learned, other_fields
 from spectune.training.data.records import Record, form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NO_TEMPLATE = "the tokenizer has no chat template for 'messages'; use prompt and completion, or text"
 
@@ -52,7 +57,7 @@ class Encoded:
         notes: what a user should know of the way they were made.
     """
 
-    examples: list[Any]
+    examples: list[Any]  # an Example each, or what else the task makes of a record
     cut: int
     dropped: int
     notes: tuple[str, ...] = field(default=())
@@ -71,7 +76,7 @@ class Encoder:
         ends: tokens that end the model's generation.
     """
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> None:
         self.tokenizer, self._ends = tokenizer, tuple(ends)
         self._ways: Counter[str] = Counter()
         self._unused: set[str] = set()
@@ -124,19 +129,19 @@ class Encoder:
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Return tokens with one end of text, which may be there already, with white space behind it."""
-        end = self.tokenizer.eos_token_id
+        end = end_of_text(self.tokenizer)
         last = len(tokens)
-        while last > 0 and not self.tokenizer.decode(tokens[last - 1 : last]).strip():
+        while last > 0 and not str(self.tokenizer.decode(tokens[last - 1 : last])).strip():
             last -= 1
         return tokens if end is None or tokens[last - 1 : last] == [end] else [*tokens, end]
 
     def turns(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         first: int = 0,
         *,
-        tools: Any = None,
-        chat_template_kwargs: Any = None,
+        tools: Sequence[object] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         everything: bool = False,
     ) -> list[Example]:
         """Return the examples of a conversation; the loss is on the assistant's turns from the `first` message on.
@@ -181,7 +186,7 @@ class Encoder:
         self._ways["parts"] += len(found) if len(found) > 1 else 0
         return found
 
-    def _turn(self, chat: Sequence[Any], i: int, options: dict[str, Any]) -> Example:
+    def _turn(self, chat: Sequence[Message], i: int, options: dict[str, Any]) -> Example:
         """Return the prompt of an assistant's message, and its answer with a stop."""
         tokenizer = self.tokenizer
         prompt = prompt_text(tokenizer, chat[:i], **options)
@@ -204,7 +209,7 @@ class Encoder:
         return Example(tokens, supervised)
 
     def _parts(
-        self, chat: Sequence[Any], i: int, prompt: str, whole: str, end: Ending, options: dict[str, Any]
+        self, chat: Sequence[Message], i: int, prompt: str, whole: str, end: Ending, options: dict[str, Any]
     ) -> tuple[list[tuple[str, bool]], int | None]:
         """Return what a template writes behind a prompt, in pieces that are learned or not, and the stop."""
         tokenizer = self.tokenizer
@@ -218,7 +223,7 @@ class Encoder:
         if not rest.endswith(end.suffix) or not end.suffix:
             answer, gap, stop = self._ended_otherwise(rest, chat, i, whole, end, options)
         if stop is not None:
-            name = tokenizer.convert_ids_to_tokens(stop)
+            name = str(tokenizer.convert_ids_to_tokens(stop))
             while answer.rstrip().endswith(name):  # the data has the stop too
                 answer = answer.rstrip().removesuffix(name)
         if spans is None:
@@ -232,12 +237,12 @@ class Encoder:
         return [(answer[:a], False), (answer[a:b], True), (answer[b:], False), (gap, within)], stop
 
     def _ended_otherwise(
-        self, rest: str, chat: Sequence[Any], i: int, whole: str, end: Ending, options: Any
+        self, rest: str, chat: Sequence[Message], i: int, whole: str, end: Ending, options: dict[str, Any]
     ) -> tuple[str, str, int | None]:
         """Return the answer, gap and stop of a turn that does not end as an answer without calls does."""
         bare = rest.rstrip()
         start, until, stop = next(reversed(added_tokens(self.tokenizer, bare)), (0, -1, None))
-        if until == len(bare) and (end.suffix or stop in (*self._ends, self.tokenizer.eos_token_id)):
+        if until == len(bare) and (end.suffix or stop in (*self._ends, end_of_text(self.tokenizer))):
             return bare[:start], "", stop
         if i + 1 < len(chat):  # what the next turn begins with may be the stop
             after = render(self.tokenizer, chat[: i + 2], **options)
@@ -246,7 +251,7 @@ class Encoder:
                 return rest, gap, stop
         return rest, end.gap, end.stop
 
-    def _rewritten(self, chat: Sequence[Any], i: int, prompt: str, whole: str, options: dict[str, Any]) -> str:
+    def _rewritten(self, chat: Sequence[Message], i: int, prompt: str, whole: str, options: dict[str, Any]) -> str:
         """Return what follows a prompt that the template does not write when the answer is there."""
         (message,) = plain(chat[i : i + 1])
         shown = render(self.tokenizer, [*chat[:i], {**message, "content": MARK}], **options)
@@ -263,7 +268,7 @@ class Encoder:
         thought = thought.strip("\n")
         return f"{thought}\n</think>\n\n{rest}"
 
-    def _watch(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> None:
+    def _watch(self, messages: Sequence[Message], tools: Sequence[object] | None) -> None:
         names = other_fields(messages) | ({"tools"} if tools else set())
         self._unused |= {name for name in names if not uses(self.tokenizer, name)}
 
@@ -303,7 +308,7 @@ def _only(examples: list[Example]) -> Example:
     return examples[0]
 
 
-def encode_one(record: Record, tokenizer: Any) -> Example:
+def encode_one(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Tokenize one record that is one example.
 
     Raises:
@@ -312,7 +317,7 @@ def encode_one(record: Record, tokenizer: Any) -> Example:
     return Encoder(tokenizer).one(record)
 
 
-def encode_turns(messages: Sequence[Mapping[str, Any]], tokenizer: Any, first: int = 0) -> Example:
+def encode_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, first: int = 0) -> Example:
     """Tokenize a conversation that is one example; the loss is on the assistant's turns from the `first` message on.
 
     Raises:

@@ -11,11 +11,15 @@ import json
 import lzma
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectune.errors import SpectuneError, nearest, need
+
+if TYPE_CHECKING:
+    import datasets
+
 
 _PACKED: dict[str, Callable[[Path], bytes]] = {
     ".gz": lambda path: gzip.decompress(path.read_bytes()),
@@ -127,7 +131,7 @@ def _is_lines(text: str) -> bool:
         return False
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -165,7 +169,7 @@ def _array(path: Path, text: str) -> Rows:
     yield from _numbered(found, str(path))
 
 
-def _numbered(found: Any, name: str) -> Rows:
+def _numbered(found: Iterable[object], name: str) -> Rows:
     for number, row in enumerate(found, start=1):
         yield row, f"{name}, row {number}"
 
@@ -192,7 +196,7 @@ def _separated(path: Path, text: str, delimiter: str | None) -> Rows:
         raise SpectuneError(f"cannot read {path}: it is not CSV ({error})") from None
 
 
-def _table(path: Path, suffix: str) -> Any:
+def _table(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
     datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
@@ -230,9 +234,9 @@ def _data_set(source: str, config_name: str | None, split_name: str | None) -> R
     yield from _numbered(_named(table), source)
 
 
-def _named(table: Any) -> Iterator[dict[str, Any]]:
+def _named(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
     import datasets
 
     names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    for row in table:  # what has no label has -1
+    for row in map(dict, table):  # what has no label has -1
         yield row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}

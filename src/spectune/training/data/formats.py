@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spectune.training.data.common import in_common
@@ -85,7 +85,7 @@ def unread(converted: Converted, record: Values) -> tuple[set[str], set[str]]:
     return rest, meant
 
 
-def _parsed(key: str, value: Any) -> Any:
+def _parsed(key: str, value: object) -> Any:
     """Return a list or an object for its JSON, as tables hold it that know no lists."""
     if key in _LISTS and isinstance(value, str) and value.lstrip()[:2] in ("[{", "[[", "[\n", "[ ", "[]"):
         try:
@@ -96,7 +96,7 @@ def _parsed(key: str, value: Any) -> Any:
     return value
 
 
-def _message(message: Any) -> Any:
+def _message(message: object) -> Any:
     """Return a message with role and content, whatever its format calls them."""
     if not isinstance(message, Mapping):
         return message
@@ -122,14 +122,14 @@ def _message(message: Any) -> Any:
     return said
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """Return a value without the keys that a table adds to objects of another shape."""
     if isinstance(value, Mapping):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _messages(value: Any) -> list[Any] | None:
+def _messages(value: object) -> list[Any] | None:
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return None
     return [_message(message) for message in value]
@@ -144,7 +144,7 @@ def _with_system(messages: list[Any], there: Values) -> tuple[list[Any], tuple[s
     return messages, ()
 
 
-def _tools(there: Values) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _tools(there: Values) -> tuple[dict[str, object], tuple[str, ...]]:
     key = next((key for key in ("tools", "functions") if key in there), None)
     if key is None:
         return {}, ()
@@ -306,7 +306,7 @@ def _scored(there: Values) -> Converted | None:
     rated.sort(key=lambda pair: pair[0])
     if len(rated) < 2 or rated[0][0] == rated[-1][0]:
         return None
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "prompt": [{"role": "user", "content": there["instruction"]}],
         "chosen": [{"role": "assistant", "content": rated[-1][1]}],
         "rejected": [{"role": "assistant", "content": rated[0][1]}],
@@ -344,7 +344,7 @@ def parts_of(record: Values) -> tuple[Any, Any, Any]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _shared(chosen: Any, rejected: Any) -> int:
+def _shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     """Return how many messages, or characters of whole words, two conversations or texts begin with in common."""
     limit = min(len(chosen), len(rejected)) - 1
     same = in_common(chosen[:limit], rejected[:limit])

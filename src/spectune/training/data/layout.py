@@ -34,12 +34,15 @@ class Layout:
 
     def __init__(self, examples: Sequence[Example], share: bool) -> None:
         numbers = range(len(examples))
+        # sorted by tokens, neighbours have the longest beginnings in common: what a tree of prefixes would find, in one
+        # pass
         self.order = sorted(numbers, key=lambda i: examples[i].tokens) if share else [*numbers]
         self.rows: list[list[int]] = [[]] * len(examples)
         self.own: list[int] = []
         self.seen = [len(examples[index].tokens) for index in self.order]
         self.count, last = 0, 0
         for index, seen in zip(self.order, self.seen, strict=True):
+            # at least one token of its own, or the example would have no row whose logits are its
             common = in_common(examples[last].tokens, examples[index].tokens[:-1]) if share and self.own else 0
             common = common if common >= max(_WORTH, seen**2 // _SQUARE) else 0
             end = self.count + seen - common
@@ -52,6 +55,7 @@ class Layout:
         mask = torch.zeros(self.count, self.count, dtype=torch.bool)
         for index, own, seen in zip(self.order, self.own, self.seen, strict=True):
             start, end = self.rows[index][-own], self.rows[index][-1] + 1
+            # its rows see what the last shared row sees, which is all of the beginning, wherever in the row that lies
             if own < seen:
                 mask[start:end] = mask[self.rows[index][seen - own - 1]]
             mask[start:end, start:end] = torch.ones(own, own, dtype=torch.bool).tril()

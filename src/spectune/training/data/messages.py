@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError
 
-Message = Mapping[str, Any]
 FLAGS = ("weight", "train")  # of a message: whether it is learned
 _KNOWN = {"role", "content", *FLAGS}
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: object) -> bool:
     """Whether a value is a list of messages, at least one, each with a role, and a content or a call of tools."""
     return isinstance(value, list) and len(value) > 0 and all(message_fault(message) is None for message in value)
 
 
-def message_fault(message: Any) -> str | None:
+def message_fault(message: object) -> str | None:
     """Return what is wrong with one message, or None."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         return "each message needs a role and a content, both text"
@@ -45,7 +44,7 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and all(message.get(flag) in (None, 1) for flag in FLAGS)
 
 
-def message_problem(messages: Any, first: int = 0) -> str | None:
+def message_problem(messages: object, first: int = 0) -> str | None:
     """Return what is wrong with a conversation to learn from, from the `first` message on, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of objects with role and content"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +18,15 @@ from spectune.speed.shapes import IGNORE, STEP
 from spectune.training.data.encoding import Example
 from spectune.training.data.layout import Layout
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PACKED_LIMIT = 8192  # tokens in a row; the attention mask of a packed row has their square
 _SEEN_LIMIT = 4 * PACKED_LIMIT  # tokens that a row's examples attend to, whose keys and values are gathered
 _PROBE = 8  # tokens of each example that a model is asked with
 _SAME = 1e-4  # of the largest logit; experts round a token by which others they get, nothing else should differ at all
 _ALIKE = 0.05  # of the largest logit; products of other shapes round otherwise in 16 bits
-_ASKED: WeakKeyDictionary[Any, dict[tuple[str, str], bool]] = WeakKeyDictionary()  # by attention and question
+_ASKED: WeakKeyDictionary[object, dict[tuple[str, str], bool]] = WeakKeyDictionary()  # by attention and question
 
 
 class Packer:
@@ -44,7 +47,7 @@ class Packer:
         shares: whether tokens that they begin with in common lie there once.
     """
 
-    def __init__(self, model: Any, pad: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad: int) -> None:
         parameters = inspect.signature(type(model).forward).parameters
         takes = {"logits_to_keep", "position_ids"} <= parameters.keys()
         self._config = model.config.get_text_config() if takes and "kwargs" in parameters else None
@@ -62,7 +65,7 @@ class Packer:
                 return self._packed(examples, layout)
         return self._padded(examples)
 
-    def _keeps_apart(self, model: Any) -> bool:
+    def _keeps_apart(self, model: PreTrainedModel) -> bool:
         """Whether another first example in a row leaves the logits of the second as they are.
 
         Attention under a block-diagonal mask does; what carries a state along the row does not, nor a model that makes
@@ -75,7 +78,7 @@ class Packer:
 
         return self._ask(model, "apart", ask)
 
-    def _attends_to_shared(self, model: Any) -> bool:
+    def _attends_to_shared(self, model: PreTrainedModel) -> bool:
         """Whether an example whose beginning lies in another one's rows gets the logits that it gets alone."""
         config = model.config.get_text_config()
         if config._attn_implementation not in ("eager", "sdpa", attention.NAME) or not attention.is_full(config):
@@ -91,11 +94,11 @@ class Packer:
 
         return self._ask(model, "shared", ask)
 
-    def _ask(self, model: Any, what: str, ask: Callable[..., bool]) -> bool:
+    def _ask(self, model: PreTrainedModel, what: str, ask: Callable[..., bool]) -> bool:
         """Return the answer to a question about a model, put once for each attention that it has."""
         config = model.config.get_text_config()
         known = _ASKED.setdefault(model, {})
-        key = config._attn_implementation, what
+        key = str(config._attn_implementation), what
         if model.device.type == "meta":  # where there are no numbers to compare
             return True
         if key not in known:
@@ -103,7 +106,7 @@ class Packer:
             known[key] = ask(*drawn.tolist())
         return known[key]
 
-    def _said(self, model: Any, texts: Sequence[list[int]], share: bool) -> Tensor:
+    def _said(self, model: PreTrainedModel, texts: Sequence[list[int]], share: bool) -> Tensor:
         """Return the base's last logits (tokens x words) for a row of examples."""
         examples = [Example(tokens, [True] * len(tokens)) for tokens in texts]
         packed = self._packed(examples, Layout(examples, share))
@@ -120,6 +123,8 @@ class Packer:
         keep, labels = [], []
         for example, place in zip(examples, layout.rows, strict=True):
             learned = [i for i, s in enumerate(example.supervised) if s and i > 0]
+            # the logits of a token are those at the row before it, which may be another example's where the beginning
+            # is shared
             keep += [place[i - 1] for i in learned]
             labels += [example.tokens[i] for i in learned]
         batch = {
@@ -135,6 +140,8 @@ class Packer:
             batch["cu_seq_lens_q"] = _ends(layout.own)
             if shared:
                 batch["context_rows"] = torch.tensor([row for index in layout.order for row in layout.rows[index]])
+            # rows that belong to no example, so that lengths come in steps: see `_rounds`; short rows would mostly be
+            # filling
             extra = -len(tokens) % STEP if self._rounds and len(tokens) > 16 * STEP else 0
             for key in ("input_ids", "position_ids"):
                 batch[key] = F.pad(batch[key], (0, extra))

@@ -8,13 +8,18 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from spectune.errors import SpectuneError, nearest
 from spectune.training.data.files import rows
 from spectune.training.data.formats import convert, unread
 
-Record = Mapping[str, Any]
+if TYPE_CHECKING:
+    from spectune.training.config import Source, TrainConfig
+
+
+Record = Mapping[str, Any]  # one line of data, read from JSON or a table
 _OF_TASKS = {"text", "label", "text_pair", "prompt", "completion", "messages", "chosen", "rejected", "tools"}
 
 
@@ -28,7 +33,7 @@ class Row(dict[str, Any]):
         weight: how often it is taken, where others are taken once.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, plain: Mapping[str, str] | None = None) -> None:
+    def __init__(self, values: Mapping[str, object], where: str, plain: Mapping[str, str] | None = None) -> None:
         super().__init__(values)
         self.where, self.plain, self.weight = where, plain, 1.0
         self.same: str | None = None  # as `same` has it, once it was asked for
@@ -50,7 +55,7 @@ class Form(Protocol):
     forms: ClassVar[str]  # the keys of a record, for messages
 
     @property
-    def config(self) -> Any:
+    def config(self) -> TrainConfig:
         """The run's configuration: `columns`, the task's names for those of the data, and `task`."""
         ...
 
@@ -60,7 +65,7 @@ class Form(Protocol):
 
 
 def read(
-    source: Any,
+    source: str | Path | list[str | Source],
     task: Form,
     config_name: str | None = None,
     split_name: str | None = None,
@@ -86,7 +91,7 @@ def read(
             own = (config_name, split_name) if isinstance(part, str) else (part.config, part.split)
             found = read(given, task, *own, say)
             for record in found:
-                record.weight = 1.0 if isinstance(part, str) else part.weight  # type: ignore[attr-defined]
+                record.weight = 1.0 if isinstance(part, str) else part.weight
             say(f"{given}: {len(found)} records")
             records += found
         return records
@@ -149,7 +154,7 @@ def _is_blank(values: Record, task: Form) -> bool:
     return only and isinstance(values.get("text"), str) and not values["text"].strip()
 
 
-def _renamed(record: Any, task: Form) -> Any:
+def _renamed(record: object, task: Form) -> Any:
     """Return a record with the task's names for the columns that `columns` names."""
     columns = task.config.columns
     if not columns or not isinstance(record, dict):
@@ -186,7 +191,7 @@ def same(record: Record) -> str:
 
 
 def split(
-    records: Sequence[Record], share: float, seed: int, by: Callable[[Record], Any] | None = None
+    records: Sequence[Record], share: float, seed: int, by: Callable[[Record], object] | None = None
 ) -> tuple[list[Record], list[Record]]:
     """Return records for training and a held-out share of them, at least one, at random by the seed.
 
@@ -224,15 +229,15 @@ def split(
     return [r for i, r in enumerate(records) if i not in out], [records[i] for i in sorted(out)]
 
 
-def _chosen(groups: list[list[int]], kinds: Sequence[Any], wanted: int, seed: int) -> list[int]:
+def _chosen(groups: list[list[int]], kinds: Sequence[object], wanted: int, seed: int) -> list[int]:
     """Return about as many as are wanted, whole groups, as many of every kind as it has, but never all of it."""
     random.Random(seed).shuffle(groups)
-    strata: dict[Any, list[list[int]]] = defaultdict(list)
+    strata: dict[object, list[list[int]]] = defaultdict(list)
     for group in groups:
         strata[kinds[group[0]]].append(group)
     quotas = {kind: wanted * sum(map(len, members)) / len(kinds) for kind, members in strata.items()}
     held: list[int] = []
-    taken: Counter[Any] = Counter()
+    taken: Counter[object] = Counter()
     while len(held) < wanted:
         able = [kind for kind, members in strata.items() if len(members) > 1]  # one at least is learned
         if not able:

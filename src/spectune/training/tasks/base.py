@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from spectune.bases.loading import load_base
+from spectune.bases.loading import Outline, load_base
 from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
 from spectune.training import processes
@@ -18,7 +18,12 @@ from spectune.training.defaults import Choice, by_count, by_lengths, settle
 from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 _MEASURED = 500  # records whose lengths stand for all
+Collator = Callable[[Sequence[Any]], dict[str, Any]]  # a batch of what `encode` made, as `sums` takes it
 
 
 class Task:
@@ -49,7 +54,7 @@ class Task:
         self.notes: list[str] = []  # what a user should know of the data
         self.choices: list[Choice] = []  # settings that followed the data, which `config` has by then
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         """Return what is wrong with the form of a record, or None."""
         raise NotImplementedError
 
@@ -76,7 +81,9 @@ class Task:
         self.config = settle(self.config, choices)
         return self.config
 
-    def measure(self, records: Sequence[Record], model: Any, tokenizer: Any) -> None:
+    def measure(
+        self, records: Sequence[Record], model: PreTrainedModel | Outline, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         """Let the length of examples follow the data, where it is not given.
 
         Args:
@@ -97,7 +104,7 @@ class Task:
         context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._choose(by_lengths(self.config, lengths, context, self.follows))
 
-    def kind(self, record: Record) -> Any:
+    def kind(self, record: Record) -> object:
         """Return what a held-out share has as much of as the data, such as a label."""
         return None
 
@@ -113,7 +120,9 @@ class Task:
                 f"{leaks} of {len(held)} held-out records are in the training data too: measures will flatter"
             )
 
-    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+    def load(
+        self, records: Sequence[Record], held: Sequence[Record]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model, without adapter, and the tokenizer.
 
         Args:
@@ -134,7 +143,9 @@ class Task:
             )
         return model, tokenizer
 
-    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+    def encode(
+        self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Encoded:
         """Return the examples of records, none longer than `limit` tokens.
 
         Raises:
@@ -146,11 +157,11 @@ class Task:
         """Return the tokens of one record and which of them are learned, before anything is cut, where it has such."""
         raise NotImplementedError
 
-    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """Return what makes a batch of examples; entries of its "labels" other than -100 are the items of the loss."""
         raise NotImplementedError
 
-    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
         raise NotImplementedError
 
@@ -162,6 +173,6 @@ class Task:
         """Return the trainer."""
         return AdapterTrainer(task=self, **kwargs)
 
-    def files(self, model: Any) -> dict[str, str]:
+    def files(self, model: PreTrainedModel) -> dict[str, str]:
         """Return texts that the run folder holds for this task, by file name."""
         return {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from spectune.training import processes
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.records import Record
 from spectune.training.options import ClassifyOptions, TaskOptions
-from spectune.training.tasks.base import Task
+from spectune.training.tasks.base import Collator, Task
 from spectune.training.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Classify(Task):
@@ -41,7 +44,7 @@ class Classify(Task):
         assert isinstance(self.config, ClassifyOptions)  # or it was made for another task
         return self.config
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         if "text" not in record or "label" not in record:
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
         for key in ("text", "text_pair"):
@@ -66,7 +69,9 @@ class Classify(Task):
                 )
         return records, held
 
-    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+    def load(
+        self, records: Sequence[Record], held: Sequence[Record]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config = self.config
         labels = _labels(records)
         if len(labels) < 2:
@@ -83,7 +88,9 @@ class Classify(Task):
             trust_remote_code=trust,
         )
 
-    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+    def encode(
+        self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Encoded:
         names = label_names(model)
         _check_labels(records, names)
         limit = context(model, tokenizer, limit)
@@ -101,14 +108,14 @@ class Classify(Task):
         tokens, _ = tokenize(encoder.tokenizer, record["text"], record.get("text_pair"), 1 << 30)
         return [Example(tokens["input_ids"], [False] * len(tokens["input_ids"]))]
 
-    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-        def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
+    def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
             rows = [{k: v for k, v in example.items() if k != "labels"} for example in examples]
             return {**pad(tokenizer, rows), "labels": torch.tensor([example["labels"] for example in examples])}
 
         return collate
 
-    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = inputs.pop("labels")
         logits = model(**inputs).logits.float()
         classes = logits.shape[-1]
@@ -125,7 +132,7 @@ class Classify(Task):
         measures = {"accuracy": float(right.sum() / confusion.sum()), "macro_f1": float(f1.mean())}
         return {**super().metrics(sums), **measures}
 
-    def files(self, model: Any) -> dict[str, str]:
+    def files(self, model: PreTrainedModel) -> dict[str, str]:
         return {"labels.json": json.dumps(label_names(model)) + "\n"}
 
     def trainer(self, **kwargs: Any) -> AdapterTrainer:
@@ -134,7 +141,7 @@ class Classify(Task):
         return super().trainer(**{**kwargs, "group_lr": {**of_head, **(kwargs.get("group_lr") or {})}})
 
 
-def _name(label: Any) -> str:
+def _name(label: object) -> str:
     return str(int(label)) if isinstance(label, float) else str(label)
 
 
@@ -142,7 +149,7 @@ def _labels(records: Sequence[Record]) -> list[str]:
     """Return the label names, numbers by size and others by the alphabet."""
     names = {_name(record["label"]) for record in records}
     numbers = all(name.removeprefix("-").isdigit() for name in names)
-    return sorted(names, key=int if numbers else None)  # type: ignore[arg-type]
+    return sorted(names, key=int if numbers else None)
 
 
 def _check_labels(records: Sequence[Record], known: Sequence[str]) -> None:

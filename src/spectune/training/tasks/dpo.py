@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases.prompts import stop_tokens
+from spectune.bases.prompts import padding, stop_tokens
 from spectune.errors import SpectuneError
 from spectune.model.routing import base_alone
 from spectune.speed.shapes import IGNORE
@@ -19,7 +19,10 @@ from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, of
 from spectune.training.options import DpoOptions, TaskOptions
-from spectune.training.tasks.base import Task
+from spectune.training.tasks.base import Collator, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Pair(NamedTuple):
@@ -47,7 +50,7 @@ class Dpo(Task):
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
     dropout = False
-    reference: Any = None  # another model as p0, where the base's own weights train
+    reference: PreTrainedModel | None = None  # another model as p0, where the base's own weights train
 
     @property
     def options(self) -> DpoOptions:
@@ -55,7 +58,7 @@ class Dpo(Task):
         assert isinstance(self.config, DpoOptions)  # or it was made for another task
         return self.config
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         keys = [key for key in ("prompt", "chosen", "rejected") if key in record]
         if not {"chosen", "rejected"} <= set(keys):
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
@@ -69,11 +72,13 @@ class Dpo(Task):
                 return f"{key}: {problem}"
         return None
 
-    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+    def encode(
+        self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Encoded:
         pairs, cut, encoder = [], 0, Encoder(tokenizer, stop_tokens(model, tokenizer))
         for record in records:
             with of(record):
-                pair = _pair(record, encoder=encoder)
+                pair = _pair(record, encoder)
             cut += any(len(example.tokens) > limit for example in pair)
             pair = Pair(*(Example(e.tokens[:limit], e.supervised[:limit]) for e in pair))
             if all(any(e.supervised[1:]) for e in pair) and pair.chosen.tokens != pair.rejected.tokens:
@@ -86,10 +91,10 @@ class Dpo(Task):
         return Encoded(pairs, cut, len(records) - len(pairs), encoder.notes())
 
     def examples(self, record: Record, encoder: Encoder) -> list[Example]:
-        return [*_pair(record, encoder=encoder)]
+        return [*_pair(record, encoder)]
 
-    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-        packer = Packer(model, tokenizer.pad_token_id or 0)
+    def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        packer = Packer(model, padding(tokenizer))
 
         def collate(pairs: Sequence[Pair]) -> dict[str, Tensor]:
             examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -104,11 +109,11 @@ class Dpo(Task):
 
         return collate
 
-    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         count = len(inputs.pop("labels"))
         targets, owners = inputs.pop("targets"), inputs.pop("owners")
 
-        def log_probabilities(by: Any) -> Tensor:
+        def log_probabilities(by: PreTrainedModel) -> Tensor:
             logits = by(**inputs, use_cache=False).logits.float().flatten(0, -2)
             each = -F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
             return each.new_zeros(2 * count).index_add(0, owners.flatten(), each)
@@ -143,8 +148,7 @@ class Dpo(Task):
         return {key: float(value / sums["items"]) for key, value in sums.items() if key != "items"}
 
 
-def _pair(record: Record, tokenizer: Any = None, encoder: Encoder | None = None) -> Pair:
-    encoder = encoder or Encoder(tokenizer)
+def _pair(record: Record, encoder: Encoder) -> Pair:
     prompt, chosen, rejected = parts_of(record)
     if isinstance(prompt, str):
         return Pair(encoder.completed(prompt, chosen), encoder.completed(prompt, rejected))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from spectune.bases.prompts import stop_tokens
+from spectune.bases.prompts import padding, stop_tokens
 from spectune.errors import SpectuneError
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.shapes import IGNORE
@@ -16,7 +16,10 @@ from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, form, of
 from spectune.training.options import SftOptions, TaskOptions
-from spectune.training.tasks.base import Task
+from spectune.training.tasks.base import Collator, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Sft(Task):
@@ -26,7 +29,7 @@ class Sft(Task):
     forms: ClassVar[str] = "'messages', 'prompt' and 'completion', or 'text'"
     unit = "token"
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         kind = form(record)
         if kind is None:
             there = [repr(key) for key, value in record.items() if value is not None]
@@ -43,16 +46,18 @@ class Sft(Task):
         problem = message_problem([*prompt, *completion], len(prompt))
         return None if problem is None else f"completion: {problem}"
 
-    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+    def encode(
+        self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Encoded:
         return encode(records, tokenizer, limit, self.config.completion_only, stop_tokens(model, tokenizer))
 
     def examples(self, record: Record, encoder: Encoder) -> list[Example]:
         return encoder.examples(record, everything=not self.config.completion_only)
 
-    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-        return Packer(model, tokenizer.pad_token_id or 0)
+    def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return Packer(model, padding(tokenizer))
 
-    def sums(self, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = inputs.pop("labels")
         loss = cross_entropy_sum(model, inputs, labels)
         return {"loss": loss, "items": (labels != IGNORE).sum()}
@@ -60,7 +65,7 @@ class Sft(Task):
 
 def encode(
     records: Sequence[Record],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     completion_only: bool = True,
     ends: Sequence[int] = (),

@@ -26,7 +26,7 @@ class Environment:
             a value that the environment does not take.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], count: int, seed: int = 0) -> None:
+    def __init__(self, name: str, options: Mapping[str, object], count: int, seed: int = 0) -> None:
         self.name = name
         self._count = count
         self._data = _create(name, options, size=_DRAWS * count, seed=seed)
@@ -49,7 +49,7 @@ class Environment:
         ]
 
 
-def _create(name: str, options: Mapping[str, Any], **own: int) -> Any:
+def _create(name: str, options: Mapping[str, object], **own: int) -> Any:  # reasoning-gym has no types
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -69,7 +69,7 @@ def policy_loss(
     pieces = (x.split(_CHUNK) for x in (logits, tokens, advantage[owner]))
     for *piece, other in zip(*pieces, others, strict=reference is not None):
         # recomputed in the backward pass: fp32 over the vocabulary is large
-        gain, kl_piece = checkpoint(_statistics, *piece, other, temperature, use_reentrant=False)  # type: ignore[misc]
+        gain, kl_piece = checkpoint(_statistics, *piece, other, temperature, use_reentrant=False)
         total, divergence = total + gain, divergence + kl_piece
     count = len(advantage)
     if reference is None:

@@ -6,10 +6,11 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError, nearest
 from spectune.plugins import imported, where
 from spectune.training.data.records import Record
@@ -63,7 +64,7 @@ class Reward:
             RewardError: the function raised, or what it returned is not one finite number for each completion.
         """
         columns = {key: None for record in records for key in record if key != "prompt"}
-        values: dict[str, Any] = {name: [record.get(name) for record in records] for name in columns}
+        values: dict[str, object] = {name: [record.get(name) for record in records] for name in columns}
         values |= {"prompts": [record["prompt"] for record in records]}
         values |= {"completions": [_as_asked(c, r["prompt"]) for c, r in zip(completions, records, strict=True)]}
         taken = values if self._takes is None else {k: v for k, v in values.items() if k in self._takes}
@@ -154,7 +155,7 @@ class _Begun(str):
         return super().__getitem__(key)
 
 
-def _as_asked(completion: str, prompt: Any) -> Any:
+def _as_asked(completion: str, prompt: str | Sequence[Message]) -> str | list[dict[str, str]]:
     return completion if isinstance(prompt, str) else Said(completion)
 
 
@@ -167,5 +168,4 @@ def load_reward(name: str) -> Reward:
     found = imported(name, "reward", "function, such as rewards:exact for a rewards.py here")
     if not callable(found):
         raise SpectuneError(f"reward {name!r} is a {type(found).__name__}, not a function")
-    function: Any = found
-    return Reward(name, function)
+    return Reward(name, cast(Function, found))

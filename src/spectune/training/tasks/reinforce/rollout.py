@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from spectune.bases.generation import last_logits, left_padded
 from spectune.model.fusing import fused_where_it_pays
 from spectune.training.data.packing import Packer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tokens = Sequence[int]
 
@@ -34,7 +38,7 @@ class Rollout(NamedTuple):
     owner: Tensor
 
 
-def shares_prompts(model: Any) -> bool:
+def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the completions of a prompt can lie behind it in one row, so that the prompt is computed once.
 
     It takes what sharing beginnings in a packed row does: full attention, which goes by a mask of our own, and layers
@@ -45,7 +49,7 @@ def shares_prompts(model: Any) -> bool:
 
 @torch.inference_mode()
 def sample(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Tokens],
     samples: int,
     *,
@@ -67,12 +71,10 @@ def sample(
         ends: tokens that end a completion; the one that does is its last token.
         fused: sample from merged weights beside the base's, where that is faster (`spectune.fused`).
     """
-    from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
-
     training, habits = model.training, model.generation_config
     model.eval()
     ids, mask = left_padded(prompts, pad, model.device)
-    cache: dict[str, Any] = {}
+    cache: dict[str, object] = {}
     with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
         if samples > 1 and ids.shape[1] > 1 and shares_prompts(model):
             past = DynamicCache(config=model.config)
@@ -92,7 +94,7 @@ def sample(
             GenerationConfig()
         )  # a model's own top_k or penalty would make it another distribution
         try:
-            out = model.generate(
+            out = cast(Any, model).generate(
                 input_ids=ids.repeat_interleave(samples, 0),
                 attention_mask=mask.repeat_interleave(samples, 0),
                 max_new_tokens=max_new_tokens,
@@ -137,7 +139,9 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens
 
 
-def lay_out(model: Any, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], pad: int) -> Rollout:
+def lay_out(
+    model: PreTrainedModel, prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], pad: int
+) -> Rollout:
     """Return the forward pass for completions of prompts.
 
     Where `shares_prompts` a row is a prompt with all its completions behind it: each attends to the prompt and to
@@ -191,7 +195,7 @@ def _prefix_mask(valid: Tensor, start: int, longest: int, dtype: torch.dtype) ->
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def completion_logits(model: Any, rollout: Rollout) -> Tensor:
+def completion_logits(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """Return the logits (tokens, vocabulary) that predict each completion token."""
     inputs = dict(rollout.inputs)
     parameters = inspect.signature(type(getattr(model, "module", model)).forward).parameters

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,16 @@ from spectune.training.data.encoding import Encoded
 from spectune.training.data.messages import is_conversation
 from spectune.training.data.records import Record, of, split
 from spectune.training.options import ReinforceOptions, TaskOptions
-from spectune.training.tasks.base import Task
+from spectune.training.tasks.base import Collator, Task
 from spectune.training.tasks.reinforce.environments import Environment
 from spectune.training.tasks.reinforce.policy import advantages, policy_loss
+from spectune.training.tasks.reinforce.policy_trainer import PolicyTrainer
 from spectune.training.tasks.reinforce.rewards import Reward, load_rewards
 from spectune.training.tasks.reinforce.rollout import completion_logits, lay_out, sample
+from spectune.training.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ANSWERS = ("answer", "completion")  # columns that an exact match is with
 
@@ -54,8 +59,8 @@ class Reinforce(Task):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        self._tokenizer: Any = None
-        self.outcomes: list[dict[str, Any]] = []  # of an evaluation, problem by problem
+        self._tokenizer: Any = None  # until the model is loaded
+        self.outcomes: list[dict[str, object]] = []  # of an evaluation, problem by problem
         self._has_answers = False  # of what is held out, in every process alike
         self.environment: Environment | None = None
         options = self.options
@@ -80,7 +85,7 @@ class Reinforce(Task):
         assert isinstance(self.config, ReinforceOptions)  # or it was made for another task
         return self.config
 
-    def problem(self, record: Mapping[str, Any]) -> str | None:
+    def problem(self, record: Record) -> str | None:
         prompt = record.get("prompt")
         if prompt is None:
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
@@ -90,7 +95,9 @@ class Reinforce(Task):
             return "prompt must be text, or a list of messages with role and content, both text"
         return None
 
-    def load(self, records: Sequence[Record], held: Sequence[Record]) -> tuple[Any, Any]:
+    def load(
+        self, records: Sequence[Record], held: Sequence[Record]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if processes.wants_shards(self.config.fsdp):
             raise SpectuneError(
                 "fsdp does not go with task: reinforce, whose processes draw completions of different lengths; without "
@@ -98,7 +105,9 @@ class Reinforce(Task):
             )
         return super().load(records, held)
 
-    def encode(self, records: Sequence[Record], model: Any, tokenizer: Any, limit: int) -> Encoded:
+    def encode(
+        self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> Encoded:
         self._tokenizer = tokenizer
         self.reward.check_columns(records)
         room = limit - self.options.max_new_tokens
@@ -119,16 +128,16 @@ class Reinforce(Task):
                 f"no prompt leaves room for {self.options.max_new_tokens} new tokens within {limit}; lower "
                 "max_new_tokens, raise max_length, or shorten the prompts"
             )
-        return Encoded(kept, 0, len(found) - len(kept))  # type: ignore[arg-type]
+        return Encoded(kept, 0, len(found) - len(kept))
 
-    def collator(self, model: Any, tokenizer: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
         def collate(problems: Sequence[Problem]) -> dict[str, Any]:
             # the items of a step are its completions
             return {"labels": torch.zeros(len(problems), self.options.samples), "problems": list(problems)}
 
         return collate
 
-    def sums(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def sums(self, model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
         problems: list[Problem] = inputs["problems"]
         if not model.training:
             return self._greedy(model, problems)
@@ -176,16 +185,14 @@ class Reinforce(Task):
         known = ("reward", "exact_match", "kl", "length")
         return {key: float(sums[key] / sums["items"]) for key in known if key in sums}
 
-    def trainer(self, **kwargs: Any) -> Any:
-        from spectune.training.tasks.reinforce.policy_trainer import PolicyTrainer
-
+    def trainer(self, **kwargs: Any) -> AdapterTrainer:
         kwargs["args"].per_device_eval_batch_size *= self.options.samples  # as many completions at once as in training
         if kwargs["eval_dataset"] is not None:  # prompts of about one length, for little padding
             kwargs["eval_dataset"] = sorted(kwargs["eval_dataset"], key=lambda problem: len(problem.tokens))
             self._has_answers = any(_answer(problem.record) is not None for problem in kwargs["eval_dataset"])
         return PolicyTrainer(task=self, **kwargs)
 
-    def _greedy(self, model: Any, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    def _greedy(self, model: PreTrainedModel, problems: Sequence[Problem]) -> dict[str, Tensor]:
         groups = self._sample(getattr(model, "module", model), [p.tokens for p in problems], 1, 0.0)
         texts, rewards = self._texts(groups), self._rewards(problems, groups)
         length = sum(len(completion) for group in groups for completion in group)
@@ -200,7 +207,9 @@ class Reinforce(Task):
             self.outcomes.append({"prompt": prompt, "completion": text, "answer": answer, "reward": reward})
         return {key: value.to(model.device) for key, value in sums.items()}
 
-    def _sample(self, model: Any, prompts: list[list[int]], samples: int, temperature: float) -> list[list[list[int]]]:
+    def _sample(
+        self, model: PreTrainedModel, prompts: list[list[int]], samples: int, temperature: float
+    ) -> list[list[list[int]]]:
         return sample(
             model,
             prompts,
@@ -220,7 +229,7 @@ class Reinforce(Task):
         return self.reward(records, self._texts(groups))
 
 
-def _without_dropout(model: Any, training: bool) -> None:
+def _without_dropout(model: PreTrainedModel, training: bool) -> None:
     """Set a model's mode but its adapters', whose dropout stays off, in the backward pass of a checkpoint too."""
     model.train(training)
     for layer in adapted_layers(model).values():
