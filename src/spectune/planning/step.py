@@ -25,8 +25,6 @@ from spectune.speed.checkpointing import checkpoint_activations, keep_activation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    pass
-
 _ADAM = 7  # times that a fused AdamW reads or writes the size of a tensor
 _SCORES = 24  # and AdaLoRA's scores more
 
@@ -90,6 +88,8 @@ def measure(
         finally:
             _keep(stack, blocks)
 
+    # two lengths and a straight line: costs add up over blocks that are alike, and a deep model takes long even without
+    # numbers
     while True:
         first, second = passed(few), passed(few + 1)
         grown, saved = second.activations - first.activations, second.saved - first.saved
@@ -193,6 +193,7 @@ def _step(model: PreTrainedModel, batch: Batch, machine: Machine) -> Cost:
     """Pass a batch forward and backward, and add what AdamW's step takes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     tally = Tally(machine)
+    # gradients are told apart from activations: a plan names them by themselves, and they stay when these are gone
     hooks = [p.register_post_accumulate_grad_hook(lambda p: tally.forget(p.grad)) for p in trained]
     try:
         with tally:

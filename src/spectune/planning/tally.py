@@ -51,6 +51,8 @@ class Tally(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = list(_on_meta((*args, *kwargs.values())))
+        # a view has its base's storage, and costs no memory; the address is the only thing that tells, on a device
+        # without data
         known = {t.untyped_storage()._cdata for t in given}
         made = list(_on_meta((out,)))
         new = [t for t in made if t.untyped_storage()._cdata not in known]
@@ -68,6 +70,8 @@ class Tally(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
+        # alive as long as something refers to the storage: what autograd keeps for the backward pass is thereby
+        # counted, and what it drops is not
         self._seen[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
         self.held += size
         self.peak = max(self.peak, self.held)

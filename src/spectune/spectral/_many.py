@@ -53,6 +53,7 @@ def decompose_many(
         folder = _cache.directory() if cache is True else Path(cache)
     job = _Job(request, folder)
     work = {name: _work(weight) for name, weight in weights.items()}
+    # the longest first, so that no core begins a long one when the others are done
     order = sorted(weights, key=lambda name: -work[name])
     small = [name for name in order if _is_small(weights[name])]
     results: dict[str, SVD | OneSided] = {}
@@ -65,6 +66,7 @@ def decompose_many(
         if progress is not None:
             progress(done, total)
 
+    # before the pool is there, whose threads would share the cores with their products
     for name in order:
         if name not in small:
             finished(name, job.run(name, weights[name]))
@@ -110,6 +112,8 @@ class _Job:
             return None
         if set(tensors) == set(kind._fields):
             result = kind(**{field: tensor.to(weight.device) for field, tensor in tensors.items()})
+            # the digest in the entry's name says whose it is to be; that it is, is looked at, since adapters are built
+            # on it
             if is_decomposition(weight, result, request):
                 return result
         _cache.discard(key, folder)
@@ -162,6 +166,7 @@ def _on_cores(
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
+                # one weight that cannot be decomposed ends the rest, which nobody will ask for
                 pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)

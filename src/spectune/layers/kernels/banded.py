@@ -37,6 +37,7 @@ def _product(
     batch = tl.program_id(2).to(tl.int64)
     inside = (rows < n) & (column < size)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # t is read from memory at the first shift, and from the cache at all others, which look one column further each
     for shift in range(-width, width + 1):
         other = column + shift  # the column of t that meets this column of the answer
         if TRANSPOSE:
@@ -99,6 +100,7 @@ def product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Tensor:
 
 def entries(grad: Tensor, t: Tensor, width: int, transpose: bool, count: int) -> Tensor:
     """Return the gradient of `product` with respect to its `count` values, (count) or (batch, count)."""
+    # the gradient of t C is that of t C^T with the two exchanged
     if transpose:
         grad, t = t, grad
     n, size = t.shape[-2:]

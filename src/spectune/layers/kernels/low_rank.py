@@ -39,6 +39,7 @@ def _project(
     x, R, core, t, u, n, size, rank, scale, x_n, x_k, R_r, R_k, core_n,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, CORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # 64-bit places: n x size passes 2^31 with 32,000 tokens in 65,536 features
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     ranks = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -87,6 +88,8 @@ def _over_rows(
     ranks = tl.arange(0, RANK)[None, :]
     total = tl.zeros((COLUMNS, RANK), tl.float32)
     first = tl.program_id(1).to(tl.int64) * share
+    # each split writes sums of its own, which are added afterwards: atomic additions would come in another order each
+    # time
     for start in range(0, share, ROWS):
         rows = (first + start + tl.arange(0, ROWS))[:, None]
         wide = tl.load(a + rows * a_n + columns * a_k, mask=(rows < n) & (columns < size), other=0.0)
@@ -133,6 +136,7 @@ def project(x: Tensor, R: Tensor, core: Middle | None = None, scale: float = 1.0
     u = t if diagonal is None else x.new_empty(n, rank)
     if diagonal is not None:
         diagonal = diagonal.contiguous()
+    # with few rows, more programs of fewer rows each: there is one for a block of rows, and a GPU has a hundred places
     rows = 64 if n >= 8192 else 32
     with torch.cuda.device_of(x):
         _project[(blocks(n, rows),)](

@@ -28,6 +28,7 @@ def advantages(rewards: Tensor, normalize: bool = False) -> Tensor:
     if normalize:
         spread = rewards.std(1, keepdim=True)
         return torch.where(spread > 1e-6, centered / spread.clamp(min=1e-6), 0.0)
+    # r_i - mean over the others = (r_i - mean over all) n / (n - 1)
     return centered * (samples / (samples - 1))
 
 

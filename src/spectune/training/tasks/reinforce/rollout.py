@@ -77,6 +77,8 @@ def sample(
     cache: dict[str, object] = {}
     with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
         if samples > 1 and ids.shape[1] > 1 and shares_prompts(model):
+            # the prompt is computed once, and its keys and values copied for the samples: `generate` would compute it
+            # for each
             past = DynamicCache(config=model.config)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
             model(
@@ -90,9 +92,8 @@ def sample(
             past.batch_repeat_interleave(samples)
             cache = {"past_key_values": past}
         drawn = {"logits_processor": LogitsProcessorList([_Drawn(temperature)])} if temperature > 0 else {}
-        model.generation_config = (
-            GenerationConfig()
-        )  # a model's own top_k or penalty would make it another distribution
+        # a model's own top_k or penalty would make it another distribution
+        model.generation_config = GenerationConfig()
         try:
             out = cast(Any, model).generate(
                 input_ids=ids.repeat_interleave(samples, 0),
@@ -179,6 +180,8 @@ def lay_out(
         "logits_to_keep": keep,
     }
     rows, group, step = real.nonzero(as_tuple=True)
+    # where the logits of a completion's token are among those that were kept: the prompt's last, and then for each
+    # completion all but its last
     kept = torch.where(step == 0, 0, 1 + group * (longest - 1) + step - 1)
     return Rollout(inputs, rows, kept, tokens[real], rows * count + group)
 
