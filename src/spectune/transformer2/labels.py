@@ -103,6 +103,7 @@ def _scores(model: PreTrainedModel, prefixes: Sequence[Sequence[int]], answers: 
     parts = [answers[start : start + step] for start in range(0, len(answers), step)]
     rest = []
     for i, part in enumerate(parts):
+        # the last part may have the cache itself, which would otherwise be there twice
         cache = out.past_key_values if i == len(parts) - 1 else copy.deepcopy(out.past_key_values)
         rest.append(_rest(model, cache, mask, part))
     return (total + torch.cat(rest, dim=1)).cpu()
@@ -111,12 +112,14 @@ def _scores(model: PreTrainedModel, prefixes: Sequence[Sequence[int]], answers: 
 def _rest(model: PreTrainedModel, cache: Cache, mask: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
     """Return the log-likelihood of all but the first token of each answer, (prefixes x answers), behind a cache."""
     (rows, count), device = (len(mask), len(answers)), mask.device
+    # one token at least is given, or the model would be called with nothing
     most = max(2, *map(len, answers))
     cache.batch_repeat_interleave(count)
     given = torch.tensor([[*a[:-1], *[0] * (most - len(a))] for a in answers], device=device)
     there = torch.tensor([[1] * (len(a) - 1) + [0] * (most - len(a)) for a in answers], device=device)
     following = torch.tensor([[*a[1:], *[0] * (most - len(a))] for a in answers], device=device)
     given, there, following = (t.repeat(rows, 1) for t in (given, there, following))
+    # positions go on behind each prefix as it is without its padding
     lengths = mask.sum(1).repeat_interleave(count)
     out = model(
         input_ids=given,

@@ -24,6 +24,7 @@ from spectune.model.install import choose, install, selections
 from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
 from spectune.model.routing import activate, route
+from spectune.private import copy_all
 from spectune.transformer2.library import EMPTY, Library, Record
 from spectune.transformer2.mix import Mixture
 from spectune.transformer2.packed import Packed, Structure, pack, structure_of
@@ -93,6 +94,8 @@ class Pool:
                 self._check_layer(layer_name, layer.base_sketch, f"the adapter {name!r}")
         structure = structure_of(adapter)
         packed = pack(adapter, self._structures.setdefault(structure, structure))
+        # over bases that another adapter has put on the model, which may have come out otherwise where this one was
+        # trained
         if self._twin(packed) is not None:
             self._verify(record, adapter)
         self._packed[record] = packed
@@ -155,14 +158,17 @@ class Pool:
             if record not in self._verified:
                 self._verify(record, self.library.adapter(record.name))
             if len(self._slots) >= self.slots:
+                # the least recently used slot of this structure takes the values: no layer changes its class, and no
+                # basis is made
                 for other in [other for other in self._slots if other not in keep]:
                     if self._slot_structures[self._slots[other]] is packed.structure:
                         slot = self._slots.pop(other)
                         with torch.no_grad():
-                            torch._foreach_copy_(self._parameters[slot], packed.tensors(self.model.device))
+                            copy_all(self._parameters[slot], packed.tensors(self.model.device))
                         return slot
             slot = self._new_slot()
             install(self.model, _plan(packed), slot)
+        # attaching makes an adapter answer; here the caller says what does
         activate(self.model, None)
         layers = cast("dict[str, Any]", adapted_layers(self.model))
         parameters = [layers[p.layer].adapters[slot][p.term]._parameters[p.key] for p in packed.structure]
