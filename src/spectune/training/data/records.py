@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from spectune.errors import SpectuneError, nearest
 from spectune.training.data.files import rows
@@ -91,7 +91,7 @@ def read(
             own = (config_name, split_name) if isinstance(part, str) else (part.config, part.split)
             found = read(given, task, *own, say)
             for record in found:
-                record.weight = 1.0 if isinstance(part, str) else part.weight
+                cast(Row, record).weight = 1.0 if isinstance(part, str) else part.weight
             say(f"{given}: {len(found)} records")
             records += found
         return records
