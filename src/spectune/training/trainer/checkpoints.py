@@ -200,7 +200,7 @@ class AdapterCheckpoints(_Base):
             )
             for folder, place in folders
         ]
-        self.push_in_progress = PushInProgress(cast(Any, [*before.jobs, *jobs]))
+        self.push_in_progress = PushInProgress(cast(Any, [*cast(Any, before.jobs), *jobs]))
 
     def _rng_files(self) -> dict[str, bytes]:
         """Return the file in which transformers keeps this process' random states, by its name."""
