@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 
 class SpectuneError(ValueError):
@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
 
 
-def need(package: str, what: str, install: str | None = None) -> Any:
+def need(package: str, what: str, install: str | None = None) -> ModuleType:
     """Return a package that not every installation has.
 
     Args:

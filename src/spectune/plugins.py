@@ -8,12 +8,12 @@ import sys
 import traceback
 from functools import cache
 from importlib import metadata
-from typing import Any
+from types import ModuleType
 
 from spectune.errors import SpectuneError, nearest
 
 
-def imported(reference: str, what: str, example: str) -> Any:
+def imported(reference: str, what: str, example: str) -> object:
     """Import what `module:name` stands for, from the working directory or from what is installed.
 
     Args:
@@ -27,7 +27,7 @@ def imported(reference: str, what: str, example: str) -> Any:
     module_name, colon, path = reference.partition(":")
     if not (module_name and colon and path):
         raise SpectuneError(f"{what} {reference!r} is not module:{example}")
-    found = import_module_of_user(module_name, f"{what} {reference!r}")
+    found: object = import_module_of_user(module_name, f"{what} {reference!r}")
     for part in path.split("."):
         if not hasattr(found, part):
             raise SpectuneError(f"{what} {reference!r}: {module_name} has no {part!r}{nearest(part, dir(found))}")
@@ -35,7 +35,7 @@ def imported(reference: str, what: str, example: str) -> Any:
     return found
 
 
-def import_module_of_user(name: str, what: str = "plugin") -> Any:
+def import_module_of_user(name: str, what: str = "plugin") -> ModuleType:
     """Import a module from the working directory or from what is installed.
 
     Args:
@@ -66,7 +66,7 @@ def offered(group: str) -> dict[str, metadata.EntryPoint]:
     return {point.name: point for point in metadata.entry_points(group=group)}
 
 
-def load(point: metadata.EntryPoint) -> Any:
+def load(point: metadata.EntryPoint) -> object:
     """Return what an entry point stands for.
 
     Raises:

@@ -114,10 +114,10 @@ def parse_yaml(text: str, where: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, for which a key that is given twice is an error."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if isinstance(node, yaml.MappingNode):
             self.flatten_mapping(node)
-            seen: set[Any] = set()
+            seen: set[object] = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, (str, int, float, bool, type(None))):
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def inside(folder: Path, name: Any, where: str) -> Path:
+def inside(folder: Path, name: object, where: str) -> Path:
     """Return the path of a file that a document names, which must lie in a folder.
 
     Args:
@@ -175,8 +175,8 @@ def reason(error: BaseException) -> str:
     return text[:160]
 
 
-def _once(pairs: Iterable[tuple[str, Any]], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _once(pairs: Iterable[tuple[str, object]], where: str) -> dict[str, object]:
+    found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
             raise SpectuneError(f"{where} has the key {key!r:.60} twice")
@@ -184,9 +184,10 @@ def _once(pairs: Iterable[tuple[str, Any]], where: str) -> dict[str, Any]:
     return found
 
 
-def _check_tree(value: Any, where: str) -> None:
+def _check_tree(value: object, where: str) -> None:
     """Raise where a document is too deep, or, with what it repeats, too large."""
-    left, stack = ITEMS, [(value, 0)]
+    left = ITEMS
+    stack: list[tuple[object, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()
         left -= 1

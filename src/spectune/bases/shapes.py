@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from spectune.bases.loading import EMBEDDED, auto_class, package_file, quiet
 from spectune.errors import SpectuneError, nearest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def _decoder(kind: str, hidden: int, middle: int, layers: int, heads: int, key_heads: int, **more: Any) -> Any:
+
+def _decoder(
+    kind: str, hidden: int, middle: int, layers: int, heads: int, key_heads: int, **more: object
+) -> tuple[str, dict[str, object]]:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": middle,
@@ -22,7 +27,7 @@ def _decoder(kind: str, hidden: int, middle: int, layers: int, heads: int, key_h
     return kind, {**sizes, **more}
 
 
-def _qwen3(*sizes: int, tied: bool = False) -> Any:
+def _qwen3(*sizes: int, tied: bool = False) -> Shape:
     return _decoder("qwen3", *sizes, vocab_size=151_936, head_dim=128, tie_word_embeddings=tied)
 
 
@@ -42,8 +47,7 @@ _DEBERTA = {
 }
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
 
-# name: (model type, what differs from the type's default config)
-BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
+BUILT_IN: dict[str, Shape] = {
     "roberta-base": ("roberta", _ROBERTA),
     "roberta-large": (
         "roberta",
@@ -82,7 +86,7 @@ def known() -> list[str]:
     return sorted({*BUILT_IN, *EMBEDDED})
 
 
-def find_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the transformers config of a built-in or embedded name, or of a folder with a config.json.
 
     Raises:
@@ -117,7 +121,7 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise SpectuneError(f"the config.json of {name!r} is not understood: {first}") from None
 
 
-def build(config: Any, *, trust_remote_code: bool = False) -> Any:
+def build(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the model of a config on the meta device: every module and shape, and no memory.
 
     Raises:

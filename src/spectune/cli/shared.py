@@ -8,16 +8,23 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from spectune.errors import SpectuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.transformer2.library import Library
+    from spectune.transformer2.strategies import Decision
+    from spectune.transformer2.two_pass import Transformer2
 
 ADAPTER = typer.Option(
     [],
@@ -66,7 +73,7 @@ def let_the_main_process_speak(seconds: float) -> None:
         time.sleep(seconds)
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Print one JSON document on stdout."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
@@ -86,7 +93,7 @@ def weighted(text: str) -> tuple[Path, float]:
         raise SpectuneError(f"{text!r} is not FOLDER or FOLDER:WEIGHT") from None
 
 
-def need_library(**options: Any) -> None:
+def need_library(**options: object) -> None:
     """Raise where options that say how a library answers are given without one."""
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
@@ -95,7 +102,7 @@ def need_library(**options: Any) -> None:
 
 def load_with_adapters(
     name: str, adapters: Sequence[str], dtype: str | None, device: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
     from spectune.bases.loading import default_device, load_base
@@ -127,7 +134,7 @@ def load_with_adapters(
 
 def load_library(
     folder: Path, name: str | None, dtype: str | None, device: str | None, trust_remote_code: bool
-) -> tuple[Any, Any, Any]:
+) -> tuple[Library, PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a library, and load its base, or the one that is named, with its tokenizer."""
     from spectune.bases.loading import default_device, load_base
     from spectune.transformer2.library import Library
@@ -149,7 +156,7 @@ def load_transformer2(
     dtype: str | None,
     device: str | None,
     trust_remote_code: bool,
-) -> Any:
+) -> Transformer2:
     """Load a model with a library whose adapters answer by a strategy."""
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.prompts import read_records
@@ -170,7 +177,7 @@ def load_transformer2(
 
 
 @contextmanager
-def search_progress() -> Iterator[Any]:
+def search_progress() -> Iterator[Callable[[int, int, float], None]]:
     """Show a search on stderr: a function to be called with the iteration, how many there are and the best score."""
     with Console(stderr=True).status("") as status:
 
@@ -180,7 +187,7 @@ def search_progress() -> Iterator[Any]:
         yield show
 
 
-def decision_text(decision: Any) -> str:
+def decision_text(decision: Decision) -> str:
     """Return who answers, with weights, in a few words."""
     sure = "" if decision.confidence is None else f", {decision.confidence:.0%} sure"
     if not decision.weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.adapted import Adapted, Part, adapted_layers
 from spectune.layers.fused import Fused, InPlace, whole_weight
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
@@ -124,7 +124,7 @@ def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True
         yield
 
 
-def _may_be_fused(layers: Any) -> bool:
+def _may_be_fused(layers: Iterable[Adapted]) -> bool:
     layers = list(layers)
     used, need = [], 0
     for layer in layers:
@@ -143,7 +143,7 @@ def _may_be_fused(layers: Any) -> bool:
 
 
 @torch.no_grad()
-def _lost(layers: Any) -> float:
+def _lost(layers: Sequence[tuple[Adapted, list[Part]]]) -> float:
     """Return the part of the updates of some layers that W' in W's dtype has not."""
     held = total = 0.0
     for layer, parts in layers:
@@ -168,7 +168,7 @@ def _is_plain(layer: Adapted) -> bool:
     return layer.is_plain and weight is not None and not is_part(weight) and weight.is_floating_point()
 
 
-def room_needed(layers: Any) -> int:
+def room_needed(layers: Iterable[Any]) -> int:
     """Return the bytes that W' takes beside W."""
     return sum(layer._parameters["weight"].numel() * layer._parameters["weight"].itemsize for layer in layers)
 
@@ -180,7 +180,7 @@ def room(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _check_room(layers: Any) -> None:
+def _check_room(layers: Sequence[Any]) -> None:
     devices = {layer._parameters["weight"].device for layer in layers}
     for device in devices:
         need = room_needed(layer for layer in layers if layer._parameters["weight"].device == device)
