@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def _decoder(
-    kind: str, hidden: int, middle: int, layers: int, heads: int, key_heads: int, **more: object
-) -> tuple[str, dict[str, object]]:
+Shape = tuple[str, dict[str, object]]  # a model's type, and what differs from its default config
+
+
+def _decoder(kind: str, hidden: int, middle: int, layers: int, heads: int, key_heads: int, **more: object) -> Shape:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": middle,
