@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-Shape = tuple[str, dict[str, object]]  # a model's type, and what differs from its default config
+Shape = tuple[str, Mapping[str, object]]  # a model's type, and what differs from its default config
 
 
 def _decoder(kind: str, hidden: int, middle: int, layers: int, heads: int, key_heads: int, **more: object) -> Shape:
