@@ -112,6 +112,7 @@ class Adapted(nn.Module):
             return y
         scope = self.selection.scope()
         try:
+            # the way of one token in decoding: what every layer asks here is asked hundreds of times for each
             if type(scope.choice) is not Rows and not learns():
                 parts = self.parts(scope)
                 if len(parts) == 1 and self._is_lean(input):
@@ -138,6 +139,8 @@ class Adapted(nn.Module):
         weights = {name: weight_at(mixture, name, self) for name in mixture if name in there}
         found = [(u, w) for name, w in weights.items() if isinstance(w, Tensor) or w for u in there[name]]  # type: ignore
         parts: list[Part] = found  # type: ignore[assignment]
+        # kept for what the model is set to alone: a context's choice is asked for by one thread, and this is every
+        # thread's
         if scope is self.selection.scope_of_model:
             vars(self)["prepared"] = scope, parts
         return parts
@@ -162,6 +165,8 @@ class Adapted(nn.Module):
 
     def _compiled(self, x: Tensor) -> Tensor:
         """Return the answer as torch.compile traces it: from what `prepare` left, which `activate` may exchange."""
+        # torch.compile sees no context variable change and would guard on every object of the selection: what a context
+        # says is asked outside of the graph
         if self.selection.contexts or (self.fused is not None and self.fused.in_place):
             return self._in_context(x)  # type: ignore[no-any-return,call-arg,arg-type]
         return self._of_parts(self.prepared[1], x)
@@ -316,6 +321,8 @@ class Adapted(nn.Module):
                 y = self._add(y, update, weight, x, plain)
                 continue
             factors = update.method.factors(self.tensors(update))
+            # factors of the same basis are the same tensors, so that only the cores are added, whatever the number of
+            # adapters
             core: Any = factors.core  # never the identity, which has nothing to train
             key = (update.basis_key, core.layout)
             over_bases.setdefault(key, []).append((factors, weight, update.weight))
@@ -364,6 +371,7 @@ class Adapted(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
+        # a replica's tensors are other ones, in a thread without the caller's context
         replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
         replica.fused = None
         return replica
@@ -417,6 +425,8 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D))
     own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
     around = bool(own) and all(_goes_around(forward) for forward in own)
+    # behind the class itself where that calls super().forward and does something more with the answer; before it
+    # elsewhere, so that its own forward is the frozen layer's
     under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Adapted, kind)
     if isinstance(kind, ABCMeta):  # whose instances change their class only to one that is abstract first
         under = (_Abstract, *under)
@@ -442,6 +452,8 @@ def _goes_around(forward: Any) -> bool:
 def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     """Make a linear layer an adapted one, in place, without touching its parameters."""
     packed = is_packed(layer)
+    # the class and not the module: names, tied weights, hooks, optimizers' references and isinstance stay what they
+    # are, and detaching is giving the class back
     change_class(layer, adapted_class(type(layer)))
     if packed:
         layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
@@ -471,6 +483,7 @@ def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
     """Change a layer's class, and what wrappers such as accelerate's hooks keep of its forward method."""
     before = type(layer).forward
     layer.__class__ = to
+    # accelerate keeps the bound method that it wraps, which would go on calling the forward of the class before
     for name, value in vars(layer).items():
         if getattr(value, "__self__", None) is layer and getattr(value, "__func__", None) is before:
             vars(layer)[name] = MethodType(to.forward, layer)

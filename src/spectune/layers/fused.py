@@ -32,6 +32,7 @@ class Watched(nn.Parameter):
         _data.__set__(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # a copy is nobody's to watch: it is a parameter as any other
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
         return memo[id(self)]
@@ -82,6 +83,8 @@ class Fused:
             return None
         if not self._holds(scope):
             lasting = scope is self._layer.selection.scope_of_model
+            # a context's choice may be gone with the next pass, and W' costs as much as thousands of tokens: it is made
+            # where a change lasts
             self._misses += lasting
             if not lasting or self._misses < _PATIENCE or not self.make(scope, parts):
                 return None

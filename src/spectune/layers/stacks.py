@@ -92,6 +92,7 @@ class Stack:
         kept = self._kept
         same = kept is not None and kept.updates == updates
         if kept is not None and same:
+            # values and not versions: averages of weights are swapped in by way of `.data`, which no version counts
             differ = [(a != b).reshape(len(updates), -1).any(1) for a, b in zip(seen, kept.seen, strict=True)]
             places = torch.stack(differ).any(0).nonzero()[:, 0].tolist()
             if not places:
@@ -169,6 +170,7 @@ class Part(NamedTuple):
         count, m, in_features = x.shape
         t = core.apply(_product(x.reshape(n, -1, in_features), right))
         t = _weighted(t.reshape(count, m, -1), self.weights).reshape(t.shape)
+        # all rows share L, as where the cores alone differ: the product adds to y as it is written
         if rows is None and ratio is None and left.dim() == 2:
             y.view(count * m, -1).addmm_(t.reshape(count * m, -1), left.to(t.dtype).mT)
             return
@@ -189,6 +191,7 @@ class _ByFactors:
     """Updates with factors of their own: those with as many rows as each other at once."""
 
     def __init__(self, stack: Stack, uses: list[Use], x: Tensor) -> None:
+        # a batched product takes as many rows of each matrix as of every other: those with equally many go together
         uses = sorted(uses, key=lambda use: len(use[1].uses))
         self.stack, self.updates = stack, [update for update, _ in uses]
         self._parts: list[Part] = []
@@ -218,6 +221,7 @@ class _ByCore:
             for row, weight in share.uses:
                 mixtures.setdefault(row, []).append((k, float(weight) * update.weight * stack.scale(update)))
         rows = sorted(mixtures)
+        # many rows of a batch mostly have few mixtures
         places: dict[Any, int] = {}  # rows of the same mixture have one core
         index = [places.setdefault(tuple(mixtures[row]), len(places)) for row in rows]
         entries = [(i, k, weight) for mixture, i in places.items() for k, weight in mixture]
@@ -299,9 +303,12 @@ class RoutedForward:
         """Return the answer to x, where the base's is `plain`, which may be written to."""
         pieces = [group.stack.pieces(group.updates) for group in self._groups]
         if any(group.stack.cancels for group in self._groups):
+            # found out as the pieces were made: these updates go one by one from now on, where W + dW is taken row by
+            # row
             for group in self._groups:
                 group.stack.cancels = False
             return self._again().answer(x, plain)
+        # what is multiplied by a ratio, or answered by itself, needs the base's answer as it was
         y = plain.clone() if self._copies else plain
         rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), (x.shape[0], -1, y.shape[-1])
         for group, own in zip(self._groups, pieces, strict=True):
