@@ -27,7 +27,10 @@ CONFIGS = [
     sp.SVFConfig(use_dora=True),
 ]
 SHORT = [CONFIGS[0], CONFIGS[3], CONFIGS[6]]
-names = [f"{type(c).__name__}{i}" for i, c in enumerate(CONFIGS)]
+ALL = [
+    pytest.param(c, id=f"{type(c).__name__}{i}", marks=[] if c in SHORT else [pytest.mark.slow])
+    for i, c in enumerate(CONFIGS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def logits(model):
         return model(x).logits
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=names)
+@pytest.mark.parametrize("config", ALL)
 def test_a_folder_opens_on_either_side(new, config, tmp_path):
     model = trained(new(), config)
     y = logits(model)
@@ -84,7 +87,7 @@ def test_a_folder_opens_on_either_side(new, config, tmp_path):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "extracted")), y)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=names)
+@pytest.mark.parametrize("config", ALL)
 def test_merging_is_taken_back_to_the_last_bit(new, config):
     model, plain = trained(new(), config), new()
     y, state = logits(model), plain.state_dict()

@@ -37,6 +37,7 @@ _LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 1}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024, "n_positions": 256}
 _OPT = {**_SMALL, "ffn_dim": 37, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "pad_token_id": 1}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
+_T5 |= {"decoder_start_token_id": 0}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 1024}
 _BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "max_position_embeddings": 256}
 _GEMMA = {**_LLAMA, "head_dim": 8, "sliding_window": 8}
