@@ -83,7 +83,7 @@ class Fused:
             return None
         if not self._holds(scope):
             lasting = scope is self._layer.selection.scope_of_model
-            # a context's choice may be gone with the next pass, and W' costs as much as thousands of tokens: it is made
+            # a context's choice may be gone with the next pass, and W' costs as much as tens of tokens: it is made
             # where a change lasts
             self._misses += lasting
             if not lasting or self._misses < _PATIENCE or not self.make(scope, parts):
