@@ -93,7 +93,7 @@ def file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:
     for argument in rest:
         if argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
-            if not equals and (value := next(rest, None)) is None:  # type: ignore[assignment]
+            if not equals and (value := next(rest, None)) is None:
                 raise SpectuneError(f"{argument} needs a value")
             pairs.append(f"{key.replace('-', '_')}={value}")
         elif "=" in argument and not Path(argument).exists():

@@ -378,7 +378,7 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]
 
 
 _FORWARD = Adapted.forward.__code__

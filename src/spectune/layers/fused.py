@@ -23,9 +23,9 @@ class Watched(nn.Parameter):
     asked = 0
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         self.asked += 1
-        return _data.__get__(self)  # type: ignore[no-any-return]
+        return _data.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:

@@ -41,7 +41,7 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, values: Callable[[Any], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Packed:
-        made: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=held.device)  # type: ignore[attr-defined]
+        made: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=held.device)
         made.held, made.values = held, values
         return made
 
@@ -57,7 +57,7 @@ class Packed(Tensor):
         """Make of the parameter this tensor again, without holding the parameter."""
         return partial(_again, self.values, self.shape, self.dtype)
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"Packed({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -145,7 +145,7 @@ def packed_product(x: Tensor, layer: nn.Module, forward: Callable[[Tensor], Tens
         layer: the layer.
         forward: its own forward method.
     """
-    return _PackedProduct.apply(x, layer, forward)  # type: ignore[return-value]
+    return _PackedProduct.apply(x, layer, forward)
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -94,7 +94,7 @@ class Whole(nn.Module):
         return layout.join(answers, counts, torch.tensor(order, device=x.device).argsort())
 
     def _weights(self, mixture: Mapping[str, Any]) -> Weights:
-        weights = [(name, weight_at(mixture, name, self)) for name in mixture if name in self.adapters]  # type: ignore[arg-type]
+        weights = [(name, weight_at(mixture, name, self)) for name in mixture if name in self.adapters]
         return tuple((name, w) for name, w in weights if isinstance(w, Tensor) or w)
 
     def _answer(self, weights: Weights, args: Any, kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ class Whole(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]
 
 
 def shallow(

@@ -132,7 +132,7 @@ def merge(
             weight, bias = merged[name]
             if not isinstance(weight, nn.Parameter):
                 weight = nn.Parameter(weight, requires_grad=record.weight.requires_grad)
-            layer.weight = weight  # type: ignore[misc]
+            layer.weight = weight
             new[id(record.weight)] = layer.weight
             made.append(layer.weight)
             vars(layer).pop(FRESH, None)

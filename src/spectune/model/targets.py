@@ -163,7 +163,7 @@ def _with_field(method: Method, field: str, value: Any, name: str) -> Method:
     inner = getattr(method, "inner", None)
     if not isinstance(inner, Method):
         raise SpectuneError(f"{field}_pattern: {name!r} has {method.name}, which has no {field}")
-    return dataclasses.replace(method, inner=_with_field(inner, field, value, name))  # type: ignore[call-arg]
+    return dataclasses.replace(method, inner=_with_field(inner, field, value, name))
 
 
 def _others(model: nn.Module) -> dict[str, str]:

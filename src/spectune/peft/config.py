@@ -189,7 +189,7 @@ def _named(method: str) -> Callable[[C], C]:
                     raise UnknownOption(f"{told}: {why}" if why else f"{told}{nearest(key, known)}")
             begin(self, *args, **kwargs)
 
-        cls.__init__ = checked  # type: ignore[method-assign]
+        cls.__init__ = checked
         return cls
 
     return finish
