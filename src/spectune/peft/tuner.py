@@ -38,7 +38,8 @@ class SpectuneTuner(BaseTuner):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
             if peft_config.layers_to_transform is not None:  # which PEFT does not ask of layers by their whole names
-                named = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model).target_modules
+                found: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model)
+                named = found.target_modules
                 by_end = copy.copy(peft_config)
                 by_end.target_modules = {name.rpartition(".")[2] for name in named}
                 peft_config.target_modules = {

@@ -48,7 +48,7 @@ class RowCache(Cache):
 
     @property
     def _own(self) -> list[_RowLayer]:
-        return self.layers  # type: ignore[return-value]
+        return self.layers
 
     def join(self, other: Cache, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Add rows of another cache, which end at its last column.
