@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
@@ -113,10 +114,13 @@ def sample(
     return [cut[i : i + samples] for i in range(0, len(cut), samples)]
 
 
-class _Drawn:
-    """Leave one token of each row, drawn from softmax(logits / temperature) with one random number for the row.
+_BLOCK = 256  # tokens, of which one sum is taken before one of them is drawn
 
-    What PyTorch draws takes one for each token of the vocabulary, a quarter of the time of a small model's batch.
+
+class _Drawn:
+    """Leave one token of each row, drawn from softmax(logits / temperature): first a block of them, then one of it.
+
+    What PyTorch draws takes a random number for each token of the vocabulary, a quarter of a small model's time.
 
     Args:
         temperature: above 0.
@@ -126,11 +130,18 @@ class _Drawn:
         self._temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64  # a sum over the vocabulary
-        until = torch.softmax(scores.float() / self._temperature, -1).cumsum(-1, dtype=wide)
-        place = torch.rand(len(until), 1, dtype=wide, device=until.device) * until[:, -1:]
-        token = torch.searchsorted(until, place, right=True).clamp_(max=scores.shape[-1] - 1)
+        p = torch.softmax(scores.float() / self._temperature, -1)
+        blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+        block = _one_of(blocks.sum(-1))
+        token = block * _BLOCK + _one_of(blocks.take_along_dim(block[..., None], 1)[:, 0])
         return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
+
+
+def _one_of(weights: Tensor) -> Tensor:
+    """Return a place in each row (rows, 1), drawn with probabilities in proportion to the weights (rows, n)."""
+    until = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
+    place = torch.rand(len(until), 1, dtype=until.dtype, device=until.device) * until[:, -1:]
+    return torch.searchsorted(until, place, right=True).clamp_(max=weights.shape[-1] - 1)
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
