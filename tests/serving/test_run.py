@@ -129,5 +129,5 @@ def test_a_process_that_is_told_to_stop_ends_well(tmp_path):
         assert reply.status_code == 200
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
-        assert process.wait(60) == 0
+        assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn passes the signal on when all is done
         assert "POST /v1/chat/completions 200" in rest
