@@ -27,7 +27,7 @@ SAME_BASIS = 2e-2  # an update over singular vectors of one weight, in 16 bits a
 ROUNDED_BASIS = 0.2  # the same where W has fewer bits here than there: 0.5 to 8% is usual, another basis gives 100%
 
 
-_kept = WeakTensorKeyDictionary()  # tensors that own a weight's memory: the state they were in, and the sketch then
+_kept = WeakTensorKeyDictionary()  # tensors that own a weight's memory: the state they were in, and the sketches then
 
 
 @lru_cache(maxsize=64)
@@ -66,13 +66,19 @@ def sketch_weight(weight: Tensor) -> Tensor:
     # W of a Conv1D is a transposed view, made anew at each call: what was written to is told by the parameter behind it
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     owner = weight.held if isinstance(weight, Packed) else owner
-    state = (owner._version, owner.data_ptr(), weight.shape, weight.stride())
+    state = owner._version, owner.data_ptr()
     kept = _kept.get(owner)
     if kept is None or kept[0] != state:
+        _kept[owner] = kept = state, {}
+    part = _place(weight), weight.shape, weight.stride()  # of a tensor that holds several weights
+    if part not in kept[1]:
         all_of_it = whole(weight)
-        kept = state, torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
-        _kept[owner] = kept
-    return kept[1]
+        kept[1][part] = torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
+    return kept[1][part]
+
+
+def _place(weight: Tensor) -> int:
+    return 0 if isinstance(weight, Packed) else weight.data_ptr()
 
 
 def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:

@@ -29,7 +29,7 @@ _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is bein
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers", "modules")
 _PEFT_KEYS = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-_PEFT_KEYS += ("trainable_token_indices",)
+_PEFT_KEYS += ("trainable_token_indices", "target_parameters")
 _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say what the update is
 
 

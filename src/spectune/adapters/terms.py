@@ -151,9 +151,10 @@ class LayerUpdate:
     Args:
         shape: (out, in) of the weight.
         terms: the terms.
-        conv1d: the layer is a Conv1D, whose weight is stored transposed.
+        conv1d: the weight is stored transposed, as that of a Conv1D or of some modules of experts.
         held: W (out x in), where it is at hand, or the parameter that it is, lent.
         base_sketch: sketch of W, to know the base again.
+        experts: how many experts have their weights in the tensor that W is a part of; 0 where it is a tensor itself.
     """
 
     shape: tuple[int, int]
@@ -161,6 +162,7 @@ class LayerUpdate:
     conv1d: bool = False
     held: Tensor | Lent | None = field(default=None, repr=False)
     base_sketch: Tensor | None = field(default=None, repr=False)
+    experts: int = 0
 
     @property
     def weight(self) -> Tensor | None:

@@ -7,7 +7,6 @@ from abc import ABC, ABCMeta
 from collections.abc import Sequence
 from functools import cache
 from inspect import signature
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError
+from spectune.layers.classes import change_class
 from spectune.layers.cores import mix
+from spectune.layers.experts import ExpertLinear, join, leave
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
 from spectune.layers.layouts import Layout
@@ -81,6 +82,11 @@ class Adapted(nn.Module):
             return bool(self.parts(scope))
         weights = [weight_at(mixture, name, self) for mixture in choice.mixtures for name in self.adapters]
         return any(isinstance(weight, Tensor) or weight for weight in weights)
+
+    def is_asked(self) -> bool:
+        """Whether an adapter may have a part in the layer's answer."""
+        scope = self.selection.scope()
+        return isinstance(scope.choice, Rows) or bool(scope.aside) or bool(self.parts(scope))
 
     def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
         if more or named or input is None:
@@ -301,7 +307,8 @@ class Adapted(nn.Module):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
-        weight, bias = self._parameters.get("weight"), self.bias
+        own, bias = self._parameters.get("weight"), self.bias
+        weight = effective_weight(self) if isinstance(self, ExpertLinear) else own
         return (
             self.is_plain
             and weight is not None
@@ -464,6 +471,8 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.fused = None  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
     selection.joined_by(layer, name)
+    if isinstance(layer, ExpertLinear):
+        join(layer)
     return layer  # type: ignore[return-value]
 
 
@@ -477,16 +486,8 @@ def give_back(layer: Adapted) -> None:
         del layer.is_plain, layer.is_packed
         leave_as_packed(layer, False)
     change_class(layer, layer.plain_class)
-
-
-def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
-    """Change a layer's class, and what wrappers such as accelerate's hooks keep of its forward method."""
-    before = type(layer).forward
-    layer.__class__ = to
-    # accelerate keeps the bound method that it wraps, which would go on calling the forward of the class before
-    for name, value in vars(layer).items():
-        if getattr(value, "__self__", None) is layer and getattr(value, "__func__", None) is before:
-            vars(layer)[name] = MethodType(to.forward, layer)
+    if isinstance(layer, ExpertLinear):
+        leave(layer)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

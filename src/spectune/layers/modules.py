@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.experts import ExpertLinear, expert_layers, find_expert, is_transposed, tensor_of
 from spectune.layers.packed import is_packed, packed_weight
 
 
@@ -54,8 +55,15 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def is_stored_transposed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is stored (in x out)."""
+    return is_transposed(layer.experts) if isinstance(layer, ExpertLinear) else is_conv1d(layer)
+
+
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return W (out x in) of a linear layer; a view, transposed for Conv1D, or a `Packed` one."""
+    if isinstance(layer, ExpertLinear):
+        return ExpertLinear.weight.fget(layer)  # type: ignore[attr-defined, no-any-return]
     weight: Any = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter and (packed := packed_weight(layer)) is not None:
         return packed
@@ -68,6 +76,13 @@ def effective_weight(layer: nn.Module) -> Tensor:
     if weight.is_meta and (hook := offloading(layer)) is not None:
         weight = hook.weights_map["weight"]
     return weight.T if is_conv1d(layer) else weight
+
+
+def stored_weight(layer: nn.Module) -> Tensor | None:
+    """Return the tensor of the model's state that W is, or is a part of; None where W is computed."""
+    if isinstance(layer, ExpertLinear):
+        return tensor_of(layer.experts, layer.key)
+    return layer._parameters.get("weight")
 
 
 def offloading(layer: nn.Module) -> Any:
@@ -158,12 +173,22 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        return _child(modules_around(model, name)[-1], name.rpartition(".")[2])
+        expert = find_expert(model, name)
+        return _child(modules_around(model, name)[-1], name.rpartition(".")[2]) if expert is None else expert
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, in its order; each once, where several names are one layer's."""
-    return {name: module for name, module in named_modules(model) if is_linear(module)}
+    """Return the linear layers of a model by name, in its order; each once, where several names are one layer's.
+
+    Experts whose weights lie in one tensor have a layer each, `experts.3.down_proj`.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        if is_linear(module):
+            found[name] = module
+        else:
+            found |= {f"{name}.{inner}" if name else inner: layer for inner, layer in expert_layers(module)}
+    return found
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
@@ -183,6 +208,9 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         found = None
     if found is None or not is_linear(found):
+        expert = find_expert(model, name)
+        if expert is not None:
+            return expert
         linears = linear_layers(model)
         if name not in linears:
             raise SpectuneError(f"the model has no linear layer {name!r}{nearest(name, linears)}")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers, change_class
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.classes import change_class
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import children_of, is_linear
 from spectune.layers.selection import Rows, Selection

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from spectune.layers.modules import tied_parameters
+from spectune.layers.modules import stored_weight, tied_parameters
 from spectune.layers.packed import as_packed
 from spectune.layers.reads import reader_of, takes_values
 from spectune.layers.shards import is_part
@@ -108,7 +108,7 @@ class _Watch(TorchFunctionMode):
         """Take tensors for weights, by the ids of the weights."""
         self.stand_ins = {}
         for name, layer in self.layers.items():
-            weight = layer._parameters.get("weight")
+            weight = stored_weight(layer)
             if weight is not None and id(weight) in weights:
                 self.stand_ins.setdefault(id(weights[id(weight)]), []).append(name)
 

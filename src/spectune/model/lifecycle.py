@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
-from spectune.layers.modules import effective_weight, is_conv1d, unwrapped
+from spectune.layers.experts import ExpertLinear, tensor_of
+from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight, unwrapped
 from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part, whole
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
@@ -62,11 +64,13 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         if not terms:
             continue
         weight = effective_weight(layer)
-        extracted = LayerUpdate((weight.shape[0], weight.shape[1]), tuple(terms), is_conv1d(layer), weight).sealed()
+        shape, transposed = (weight.shape[0], weight.shape[1]), is_stored_transposed(layer)
+        extracted = LayerUpdate(shape, tuple(terms), transposed, weight).sealed()
+        if isinstance(layer, ExpertLinear):
+            extracted = replace(extracted, experts=len(tensor_of(layer.experts, layer.key)))
         if not is_part(weight):
-            own = layer._parameters.get("weight")  # what is computed is nobody's, and is kept
-            seen = weight.lend if isinstance(weight, Packed) else None
-            held = weight.detach() if own is None else None if own.is_meta else Lent(own, seen)
+            own = stored_weight(layer)  # what is computed is nobody's, and is kept
+            held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
             bases = zip(extracted.terms, terms, strict=True)
             extracted = replace(extracted, held=held, terms=tuple(replace(new, basis=old.basis) for new, old in bases))
         layers[layer_name] = extracted
@@ -84,6 +88,16 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     if hasattr(inner := unwrapped(model), "save_pretrained"):
         adapter.architecture = type(inner).__name__, type(inner).__module__
     return adapter
+
+
+def _seen(layer: Adapted, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes W, as the layer holds it, of the tensor that W is held in."""
+    if isinstance(weight, Packed):
+        return weight.lend
+    if isinstance(layer, ExpertLinear):
+        index = layer.index
+        return lambda tensor: tensor.detach()[index]
+    return None
 
 
 def _with_own_bias(method: Method, layer: Adapted, trained: dict[str, Tensor]) -> Method:

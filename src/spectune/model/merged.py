@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
+from spectune.layers.experts import ExpertLinear, tensor_of
 from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
-from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight
 from spectune.layers.packed import Packed
 from spectune.layers.whole import Part
 from spectune.model.names import updates_of
@@ -31,7 +33,7 @@ def merged_weight(
     Raises:
         SpectuneError: the weight cannot hold the sum.
     """
-    if "weight" not in layer._parameters:
+    if stored_weight(layer) is None:
         raise SpectuneError(
             f"the weight of {layer_name!r} is computed from other parameters, as weight_norm does, and cannot hold a "
             "merged update: detach, make it a plain one with torch.nn.utils.parametrize.remove_parametrizations, and "
@@ -52,7 +54,7 @@ def merged_weight(
             "first, or keep the adapter beside it"
         )
     total = whole_weight(layer, _parts(layer, active))
-    return total.T.contiguous() if is_conv1d(layer) else total
+    return total.mT.contiguous() if is_stored_transposed(layer) else total
 
 
 def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[object, float]]:
@@ -63,3 +65,18 @@ def merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor |
     """Return the layer's new bias, or None where no update has one."""
     parts = _parts(layer, active)
     return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None
+
+
+def in_experts(weights: Iterable[tuple[ExpertLinear, Tensor]]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return the tensors of modules of experts with other weights, as the module holds them, for some of the experts.
+
+    Args:
+        weights: the layer of each and its W', one at a time in memory.
+    """
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for layer, weight in weights:
+        key = layer.experts, layer.key
+        if key not in found:
+            found[key] = tensor_of(*key).detach().clone()
+        found[key][layer.index] = weight
+    return found

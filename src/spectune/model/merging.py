@@ -12,8 +12,9 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.experts import ExpertLinear, Experts, expert_layer
 from spectune.layers.mixtures import Mixture
-from spectune.layers.modules import effective_weight, offloading
+from spectune.layers.modules import effective_weight, offloading, stored_weight
 from spectune.layers.packed import is_packed, packed_again
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
@@ -21,7 +22,7 @@ from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_module
 from spectune.model.fresh import FRESH, mark_loaded
 from spectune.model.install import selections
 from spectune.model.lifecycle import detach
-from spectune.model.merged import active_adapters, merged_bias, merged_weight
+from spectune.model.merged import active_adapters, in_experts, merged_bias, merged_weight
 from spectune.model.names import M, check_own_weights, check_some_adapter
 from spectune.model.routing import Choice, mixture_of
 from spectune.model.saving import watch_saving
@@ -60,6 +61,15 @@ class _Module:
     fresh: object
 
 
+@dataclass
+class _Experts:
+    """What a module of experts was before: its tensors, and what its adapted layers held, by their names."""
+
+    before: dict[str, nn.Parameter]
+    now: dict[str, Tensor]
+    parts: dict[str, dict[str, Any]]
+
+
 def merge(
     model: M,
     names: Choice | Sequence[str] = None,
@@ -92,28 +102,16 @@ def merge(
         names = dict.fromkeys(names, 1.0)
     chosen: Mixture | None = None if names is None else mixture_of({**layers, **modules}, names)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in layers.items():
-            mixture = layer.selection.mixture if chosen is None else chosen
-            active = active_adapters(layer, mixture)
-            if active:
-                own = layer._parameters.get("weight")
-                if offloading(layer) is not None or (own is not None and own.is_meta):
-                    raise SpectuneError(
-                        f"the weight of {name!r} is offloaded and would come back as it was: load the model whole, "
-                        "then merge"
-                    )
-                kind = effective_weight(layer).device.type
-                with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-                    weight = merged_weight(name, layer, active, requantize=requantize)
-                    merged[name] = weight, merged_bias(layer, active)
-                if safe and not all(_finite(t) for t in merged[name]):
-                    raise SpectuneError(
-                        f"merging {', '.join(repr(n) for n, _ in active)} into {name!r} gives values that are not "
-                        "finite: the adapter is broken there; safe=False would merge it all the same"
-                    )
-                if layer.is_packed:
-                    merged[name] = _packed(name, layer, weight), merged[name][1]
+            if name not in experts and (new_weight := _merged(name, layer, chosen, safe, requantize)) is not None:
+                merged[name] = new_weight
+        stacked = in_experts(
+            (layer, w[0])
+            for name, layer in experts.items()
+            if (w := _merged(name, layer, chosen, safe, requantize))  # type: ignore[arg-type]
+        )
         versions = {n: m.mixed(a) for n, m in modules.items() if (a := active_adapters(m, _or(chosen, m)))}
         for name, tensors in versions.items():
             if safe and not all(_finite(t) for t in tensors.values()):
@@ -121,12 +119,25 @@ def merge(
                     f"merging into {name!r} gives values that are not finite: the adapter is broken there"
                 )
     parts = {name: _parts_of(layer) for name, layer in layers.items()}
+    owners: dict[nn.Module, dict[str, dict[str, Any]]] = {}
+    for name, layer in experts.items():
+        owners.setdefault(layer.experts, {})[name] = parts[name]
     own = {name: (nn.ModuleDict(dict(module.adapters.items())), module.selection) for name, module in modules.items()}
     ties = tied_pairs(model)
     detach(model)
     made: list[Tensor] = []
     new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
+    for module, held in owners.items():
+        record = _Experts({}, {}, held)
+        for key in [key for owner, key in stacked if owner is module]:
+            record.before[key] = old = module._parameters[key]  # type: ignore[assignment]
+            record.now[key] = _put(module, key, stacked[module, key], old, new)
+            made.append(record.now[key])
+        if keep:
+            vars(module)[_RECORD] = record
     for name, layer in layers.items():
+        if name in experts:
+            continue
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
         if name in merged:
             weight, bias = merged[name]
@@ -194,7 +205,8 @@ def unmerge(model: M) -> M:
         SpectuneError: nothing was merged or kept, the model was adapted again, or a merged weight was written to.
     """
     records: dict[Any, _Layer] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Layer)}
-    if not records:
+    stacks: dict[Any, _Experts] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Experts)}
+    if not records and not stacks:
         raise SpectuneError("no merged adapter can be taken out of the model: none was merged, or with keep=False")
     brought: dict[nn.Module, _Module] = {
         m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Module)
@@ -210,6 +222,19 @@ def unmerge(model: M) -> M:
             raise SpectuneError(
                 f"the merged weight of {record.name!r} is another one now: load the base and attach the adapter instead"
             )
+    for module, record in stacks.items():
+        if isinstance(module, Experts) or any(module._parameters[k] is not tensor for k, tensor in record.now.items()):
+            raise SpectuneError(
+                f"the experts of {next(iter(record.parts))!r} are other ones now: load the base and attach the adapter "
+                "instead"
+            )
+    for module, record in stacks.items():
+        for key, tensor in record.before.items():
+            tensor.data = tensor.data.to(record.now[key].device)
+            module._parameters[key] = tensor
+        del vars(module)[_RECORD]
+        for name, parts in record.parts.items():
+            _take_back(expert_layer(module, *_place(name)), name, parts)
     for layer, record in records.items():
         now = layer.weight
         for name, held in (("weight", record.weight), ("bias", record.bias)):
@@ -219,12 +244,7 @@ def unmerge(model: M) -> M:
         del vars(layer)[_RECORD]
         if record.fresh is not None:
             setattr(layer, FRESH, record.fresh)
-        parts = dict(record.parts)
-        mixture = parts.pop("mixture")
-        adapted = take_over(layer, record.name, parts.pop("selection"))
-        adapted.adapters, adapted.bases = parts["adapters"].to(now.device), parts["bases"].to(now.device)
-        if adapted.selection.mixture != mixture:
-            adapted.selection.mixture = mixture
+        _take_back(layer, record.name, record.parts)
     for module, record in brought.items():
         for key, tensor in record.before.items():
             place: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
@@ -246,6 +266,43 @@ def unmerge(model: M) -> M:
     for selection in selections(there):
         selection.freeze(p for p in model.parameters() if id(p) not in own)
     return model
+
+
+def _merged(
+    name: str, layer: Adapted, chosen: Mixture | None, safe: bool, requantize: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the new weight and bias of a layer, or None where no adapter has a part in it."""
+    active = active_adapters(layer, layer.selection.mixture if chosen is None else chosen)
+    if not active:
+        return None
+    own = stored_weight(layer)
+    if offloading(layer) is not None or (own is not None and own.is_meta):
+        raise SpectuneError(
+            f"the weight of {name!r} is offloaded and would come back as it was: load the model whole, then merge"
+        )
+    kind = effective_weight(layer).device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+        made = merged_weight(name, layer, active, requantize=requantize), merged_bias(layer, active)
+    if safe and not all(_finite(t) for t in made):
+        raise SpectuneError(
+            f"merging {', '.join(repr(n) for n, _ in active)} into {name!r} gives values that are not finite: the "
+            "adapter is broken there; safe=False would merge it all the same"
+        )
+    return (_packed(name, layer, made[0]), made[1]) if layer.is_packed else made
+
+
+def _take_back(layer: nn.Module, name: str, held: dict[str, Any]) -> None:
+    """Make a layer the adapted one that it was, with what it held."""
+    adapted, device = take_over(layer, name, held["selection"]), effective_weight(layer).device
+    adapted.adapters, adapted.bases = held["adapters"].to(device), held["bases"].to(device)
+    if adapted.selection.mixture != held["mixture"]:
+        adapted.selection.mixture = held["mixture"]
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Return the tensor and the number of an expert, given its layer's name."""
+    _, number, key = name.rsplit(".", 2)
+    return key, int(number)
 
 
 def _parts_of(layer: Adapted) -> dict[str, Any]:

@@ -14,10 +14,13 @@ import torch
 import torch.nn as nn
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import adapted_layers, change_class
+from spectune.layers.adapted import adapted_layers
+from spectune.layers.classes import change_class
+from spectune.layers.experts import ExpertLinear, Experts
+from spectune.layers.modules import named_modules
 from spectune.layers.shards import is_part
 from spectune.layers.whole import whole_modules
-from spectune.model.merged import active_adapters, merged_bias, merged_weight
+from spectune.model.merged import active_adapters, in_experts, merged_bias, merged_weight
 from spectune.model.ties import say_of_ties, tied_pairs, untie
 
 _MERGED = "adapters.merged"  # the tensor beside a weight that says that it is W' here
@@ -113,9 +116,15 @@ def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dic
         SpectuneError: a weight cannot hold its update, or a layer without a bias would need one.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, layer in adapted_layers(model).items():
-        active = active_adapters(layer) if names is None or name in names else []
-        if not active:
+    layers = {name: layer for name, layer in adapted_layers(model).items() if names is None or name in names}
+    experts = {n: layer for n, layer in layers.items() if isinstance(layer, ExpertLinear) and active_adapters(layer)}
+    owners = {layer.experts: name.rsplit(".", 2)[0] for name, layer in experts.items()}
+    made = ((layer, merged_weight(name, layer, active_adapters(layer))) for name, layer in experts.items())
+    for (owner, key), tensor in in_experts(made).items():
+        found.setdefault(owners[owner], {})[key] = tensor
+    for name, layer in layers.items():
+        active = active_adapters(layer)
+        if not active or name in experts:
             continue
         found[name] = {"weight": merged_weight(name, layer, active).detach()}
         bias = merged_bias(layer, active)
@@ -135,7 +144,8 @@ def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dic
 
 
 def _unmerged(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    modules = {**adapted_layers(model), **whole_modules(model)}
+    modules: dict[str, nn.Module] = {**adapted_layers(model), **whole_modules(model)}
+    modules |= {name: module for name, module in named_modules(model) if isinstance(module, Experts)}
     merged = [name for name in modules if f"{name}.{_MERGED}" in state]
     found = dict(state)
     for name in merged:

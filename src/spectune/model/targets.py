@@ -14,7 +14,15 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
-from spectune.layers.modules import effective_weight, is_another_function, is_linear, linear_layers, named_modules
+from spectune.layers.experts import ExpertLinear
+from spectune.layers.modules import (
+    effective_weight,
+    is_another_function,
+    is_linear,
+    linear_layers,
+    named_modules,
+    stored_weight,
+)
 from spectune.layers.reads import replaced_forward
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
@@ -121,7 +129,7 @@ def say_what_is_covered(model: nn.Module) -> None:
     layers = linear_layers(model)
     outputs = output_embeddings(model)
     aside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m in outputs for p in m.parameters()}
-    taken = {id(p) for layer in layers.values() for p in layer.parameters()}
+    taken = {id(stored_weight(layer)) for layer in layers.values()}
     total, left = 0, defaultdict[str, int](int)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in aside or ".adapters." in name or ".bases." in name:
@@ -187,12 +195,17 @@ def never_asked(model: nn.Module) -> dict[str, str]:
     for name, layer in layers.items():
         if isinstance(owners.get(layer), (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             past[name] = "torch's own attention and encoder read its weight, at times, without calling the layer"
-        elif not isinstance(layer, Adapted) and replaced_forward(layer):
+        elif not isinstance(layer, Adapted) and replaced_forward(_called(layer)):
             past[name] = "another function was put in the place of the layer's forward method"
         elif not isinstance(layer, Adapted) and is_another_function(layer):
             past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"
     read = "the model reads its weight itself instead of calling the layer"
     return past | {name: read for name in read_by_the_model(model, layers) if name not in past}
+
+
+def _called(layer: nn.Module) -> nn.Module:
+    """Return the module that a model calls for a layer's answer."""
+    return layer.experts if isinstance(layer, ExpertLinear) else layer  # type: ignore[return-value]
 
 
 def check_asked(model: nn.Module, names: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
+from spectune.layers.experts import ExpertLinear, Experts
 from spectune.layers.modules import find_module, is_conv1d, is_linear, named_modules
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
@@ -93,8 +94,10 @@ def check_apart(model: nn.Module, layers: Iterable[str], modules: Iterable[str])
     Raises:
         SpectuneError: there is such a layer.
     """
-    for name in [*(n for n in layers if isinstance(_find(model, n), Whole)), *modules]:
-        if isinstance(_find(model, name), Adapted) or name in set(layers):
+    found = {n: _find(model, n) for n in layers}
+    around = {n.rsplit(".", 2)[0] if isinstance(layer, ExpertLinear) else n for n, layer in found.items()}
+    for name in [*(n for n in around if isinstance(_find(model, n), Whole)), *modules]:
+        if isinstance(_find(model, name), (Adapted, Experts)) or name in around:
             raise SpectuneError(
                 f"{name!r} would be adapted and have rows or tensors of its own as well: leave it out of one of the two"
             )
@@ -196,7 +199,7 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
                 f"{held!r} is trained whole by PEFT, for each of its adapters: model.save_pretrained(folder) and "
                 "spectune.Adapter.load(folder) take it along"
             )
-        if isinstance(module, (Adapted, Whole)):
+        if isinstance(module, (Adapted, Whole, Experts)):
             raise SpectuneError(
                 f"the {next(iter(own))} of {name!r} is set to train beside the adapter on it, which no adapter holds: "
                 "freeze it, or merge the adapter and save the model"

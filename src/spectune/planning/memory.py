@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from spectune.layers.modules import find_linear, stored_weight
 from spectune.methods.lora import LoRA
 from spectune.model.targets import resolve
 
@@ -40,7 +41,7 @@ def weights_of(model: nn.Module, precision: Precision) -> Weights:
     size = DTYPES[precision].itemsize
     packed: set[int] = set()
     if precision == "4bit":
-        packed = {id(model.get_submodule(name).weight) for name in resolve(model, LoRA(rank=1))}
+        packed = {id(stored_weight(find_linear(model, name))) for name in resolve(model, LoRA(rank=1))}
 
     def held(parameters: Iterable[Tensor]) -> float:
         unique = {id(p): p for p in parameters}.values()

@@ -11,7 +11,7 @@ import torch
 
 from spectune.adapters.folder import safetensors_size
 from spectune.errors import SpectuneError
-from spectune.layers.modules import effective_weight
+from spectune.layers.modules import effective_weight, find_linear
 from spectune.methods import Method, parse, to_text
 from spectune.methods.adalora import AdaLoRA
 from spectune.model.targets import Targets, resolve
@@ -74,7 +74,7 @@ class Planner:
             return self._full()
         parsed = parse(method)
         chosen = resolve(self.model, parsed, *where, heads=fresh_heads(self.model))
-        shapes = {n: tuple(effective_weight(self.model.get_submodule(n)).shape) for n in chosen}
+        shapes = {n: tuple(effective_weight(find_linear(self.model, n)).shape) for n in chosen}
         small = sum(m != parsed and m == parsed.fit(*shapes[n]) for n, m in chosen.items())
         if small:
             self.notes.append(f"{to_text(parsed)}: {small} layers have less room than its rank, and take all there is")

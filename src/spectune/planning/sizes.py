@@ -14,7 +14,8 @@ from spectune.adapters.folder import folder_sizes
 from spectune.adapters.formats.choose import contents
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError
-from spectune.layers.modules import effective_weight, is_conv1d
+from spectune.layers.experts import ExpertLinear, tensor_of
+from spectune.layers.modules import effective_weight, find_linear, is_stored_transposed
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
 from spectune.model.whole import groups_of, labels_of
@@ -47,7 +48,7 @@ def bases_bytes(model: nn.Module, methods: Mapping[str, Method], dtype: torch.dt
     model.to(dtype)
     try:
         for name, method in methods.items():
-            layer = model.get_submodule(name)
+            layer = find_linear(model, name)
             weight = effective_weight(layer)
             key = (method, weight.shape)
             if key not in each:
@@ -86,13 +87,15 @@ def adapter_sizes(model: nn.Module, methods: Mapping[str, Method], base: str | N
 
     layers = {}
     for name, method in methods.items():
-        layer = model.get_submodule(name)
+        layer = find_linear(model, name)
         out_features, in_features = effective_weight(layer).shape
         trained = {key: blank(*shape) for key, shape in method.shapes(out_features, in_features).items()}
         frozen, sketch = ({}, blank(*fingerprint.UPDATE_SHAPE)) if needs_basis(method) else (None, None)
         term = Term(method, trained, basis=frozen, sketch=sketch)
         of_base = blank(*fingerprint.WEIGHT_SHAPE)
-        layers[name] = LayerUpdate((out_features, in_features), (term,), is_conv1d(layer), base_sketch=of_base)
+        count = len(tensor_of(layer.experts, layer.key)) if isinstance(layer, ExpertLinear) else 0
+        shape = out_features, in_features
+        layers[name] = LayerUpdate(shape, (term,), is_stored_transposed(layer), None, of_base, count)
     heads = [name for name, method in methods.items() if method.replaces]
     planned = Adapter(
         layers,

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.layers.modules import effective_weight
+from spectune.layers.modules import effective_weight, find_module
 from spectune.methods import Method
 from spectune.model.adapting import adapt
 from spectune.model.install import frozen_basis
@@ -183,7 +183,7 @@ def _adapt(model: PreTrainedModel, methods: Mapping[str, Method]) -> None:
 
 def _has(model: PreTrainedModel, name: str) -> bool:
     try:
-        model.get_submodule(name)
+        find_module(model, name)
     except AttributeError:
         return False
     return True

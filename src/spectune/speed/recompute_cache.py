@@ -97,6 +97,10 @@ class RecomputeCache:
             self._results.append((kept, tuple(result._version for result in kept)))
             self._last = () if looked_at else tuple(results[0].shape[1:])
 
+    def hold_last(self) -> None:
+        """Hold the last product after all: something is done with it where no second pass could see to it."""
+        self._last = ()
+
     def again(self, size: int, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Return the last product, or an empty tensor which becomes it when it is looked at.
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spectune.adapters.folder import (
     read_tensors,
     write_folder,
 )
+from spectune.adapters.formats import peft_experts
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
 from spectune.errors import SpectuneError
 from spectune.methods.base import Method
@@ -62,7 +64,7 @@ _HARMLESS = {
 _READ = {
     *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "init_r"),
     *("use_rslora", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "target_parameters"),
 }
 
 
@@ -92,7 +94,7 @@ def _obstacle(adapter: Contents) -> str | None:
             return f"a bias that {name!r} has not"
         if term.rows is None and not term.complete and term.tensors.keys() not in ({"bias"}, {ADDED_BIAS}):
             return f"a part of {name!r}"
-    return None
+    return peft_experts.obstacle(adapter)
 
 
 def _is_lora(method: Method) -> bool:
@@ -123,6 +125,8 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
     whole: list[str] = []
     for name, layer in adapter.layers.items():
         (term,) = layer.terms
+        if layer.experts:
+            continue
         if term.method.replaces:
             whole.append(name)
             weight = term.trained["H"].T if layer.conv1d else term.trained["H"]
@@ -154,14 +158,20 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
     for name in ranks if added else ():
         scale, B = _lora(adapter.layers[name].terms[0].method).scale, adapter.layers[name].terms[0].trained["B"]
         tensors[f"{_PREFIX}{name}.lora_B.bias"] = added[name] / scale if name in added else B.new_zeros(len(B))
+    own = list(ranks)
+    for name, stack in (stacks := peft_experts.stacks(adapter)).items():
+        ranks[name], alphas[name] = stack.rank, stack.alpha
+        tensors[f"{_PREFIX}{stack.module}.lora_A.weight"] = stack.A
+        tensors[f"{_PREFIX}{stack.module}.lora_B.weight"] = stack.B
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    method = adapter.layers[next(iter(ranks))].terms[0].method
+    updated = [name for name, layer in adapter.layers.items() if not layer.terms[0].method.replaces]
+    method = adapter.layers[updated[0]].terms[0].method
     config = {
         "alpha_pattern": {_whole(n): a for n, a in alphas.items() if a != alpha},
         "auto_mapping": auto_mapping(adapter),
         "base_model_name_or_path": adapter.base_model,
         "bias": "none" if not biases else "lora_only" if set(biases) <= ranks.keys() else "all",
-        "fan_in_fan_out": any(layer.conv1d for name, layer in adapter.layers.items() if name in ranks),
+        "fan_in_fan_out": any(adapter.layers[name].conv1d for name in own),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
@@ -172,13 +182,14 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
         "r": rank,
         "rank_pattern": {_whole(n): r for n, r in ranks.items() if r != rank},
         "revision": None,
-        "target_modules": targets_of(list(ranks)),
+        "target_modules": targets_of(own),
+        **({"target_parameters": sorted(stacks)} if stacks else {}),
         "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
         "trainable_token_indices": rows or None,
         "use_dora": isinstance(method, DoRA),
         "use_rslora": _lora(method).rslora,
     }
-    sketches = {name: sketch for name in ranks if (sketch := adapter.base_sketch(name)) is not None}
+    sketches = {name: sketch for name in updated if (sketch := adapter.base_sketch(name)) is not None}
     return config, tensors, as_metadata(adapter.labels, adapter.architecture, sketches)
 
 
@@ -241,11 +252,13 @@ def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
             raise SpectuneError(f"{path / WEIGHTS} has two tensors for one part of {name!r}, the second {key!r}")
         parts[part.removeprefix(_OWN)] = tensor
     read = _adalora if kind == "ADALORA" else _plain
+    expert_layers = _experts(grouped, entry, path)
     terms = {name: read(name, parts, entry, path) for name, parts in grouped.items() if parts.keys() & {"A", "B"}}
     conv1d = entry.flag("fan_in_fan_out")
     more = read_more(path)
     sketches = more.get("base", {})
     layers = {n: _layer(t, grouped[n], conv1d, sketches.get(n)) for n, t in terms.items() if t is not None}
+    layers |= {n: replace(layer, base_sketch=sketches.get(n)) for n, layer in expert_layers.items()}
     modules = {name: _whole_term(name, parts, listed, entry, path) for name, parts in rest.items()}
     for name, parts in grouped.items():
         if "base_bias" in parts:
@@ -261,6 +274,28 @@ def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
     architecture: Any = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
     labels, held = more.get("labels"), {name: (term,) for name, term in modules.items()}
     return Contents(layers, base, labels=labels, modules=held, architecture=architecture, groups=listed)
+
+
+def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Path) -> dict[str, LayerUpdate]:
+    """Take the experts out of an adapter's tensors, and return the layer of each."""
+    targets: Any = entry.values.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise SpectuneError(f"'target_parameters' in {path / CONFIG} is {targets!r:.60}, not a list of names")
+    mapping = entry.inside("auto_mapping").values
+    names: Any = read_more(path).get("architecture") or [mapping.get("base_model_class")]
+    swapped = peft_experts.is_swapped(Contents({}, architecture=(str(names[0]), "")))
+    layers: dict[str, LayerUpdate] = {}
+    for module, (owner, key) in peft_experts.unstacked(grouped, targets).items():
+        parts, name = grouped.pop(module), f"{owner}.{key}"
+        if parts.keys() != {"A", "B"}:
+            raise SpectuneError(f"{path / WEIGHTS} has other tensors of {name!r} than lora_A and lora_B")
+        rank = int(_pattern(entry, "rank_pattern", name, "r"))
+        pairs = list(peft_experts.experts_of(name, parts["A"], parts["B"], rank, swapped, str(path / WEIGHTS)))
+        for number, (A, B) in enumerate(pairs):
+            term = _plain(name, {"A": A, "B": B}, entry, path)
+            assert term is not None
+            layers[f"{owner}.{number}.{key}"] = LayerUpdate((len(B), A.shape[1]), (term,), experts=len(pairs))
+    return layers
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from spectune.storage import Entry
 
 FORMAT_VERSION = 1
 _WHOLE = "modules"  # there only where the adapter has modules other than linear layers
+_EXPERTS = "experts"  # of a layer whose weight is a part of a tensor, where it is
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
 
 
@@ -48,6 +49,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
             if sketch is not None:
                 tensors[f"{name}.{i}.sketch"] = sketch
         layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
+        layers[name] |= {_EXPERTS: layer.experts} if layer.experts else {}
     modules = {}
     for name, parts in adapter.modules.items():
         modules[name] = [_describe_whole(term) for term in parts]
@@ -142,11 +144,13 @@ class _Described(NamedTuple):
 
     shape: tuple[int, int]
     conv1d: bool
+    experts: int
     terms: list[tuple[Method, float]]
 
 
 def _described(entry: Entry, methods: list[Method]) -> _Described:
-    entry.check_keys("shape", "conv1d", "terms")
+    entry.check_keys("shape", "conv1d", "terms", *((_EXPERTS,) if _EXPERTS in entry.values else ()))
+    experts = entry.take(_EXPERTS, int) if _EXPERTS in entry.values else 0
     shape = entry.take("shape", list)
     if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
         raise SpectuneError(f"'shape' in {entry.where} is {shape!r:.60}, not [out, in]")
@@ -160,7 +164,7 @@ def _described(entry: Entry, methods: list[Method]) -> _Described:
         terms.append((methods[index], float(term.number("weight"))))
     if not terms:
         raise SpectuneError(f"{entry.where} has no terms")
-    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), terms)
+    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, terms)
 
 
 def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: Path) -> LayerUpdate:
@@ -176,7 +180,7 @@ def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: 
             raise SpectuneError(f"the stored basis of {prefix!r} in {where} does not fit the layer; get it again")
         terms.append(term)
     base = _take(tensors, f"{name}.base", fingerprint.WEIGHT_SHAPE, where, optional=True)
-    return LayerUpdate(described.shape, tuple(terms), described.conv1d, base_sketch=base)
+    return LayerUpdate(described.shape, tuple(terms), described.conv1d, None, base, described.experts)
 
 
 def _fits(term: Term, out_features: int, in_features: int) -> bool:

@@ -1,0 +1,297 @@
+"""Experts whose weights lie side by side in one tensor: each weight is a linear layer as any other.
+
+`ExpertLinear` is the layer, W a part of the module's tensor.  An adapted module of experts runs its own forward method
+with stand-ins in the place of its tensors, whose products are those of the layers; the tensors are never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.classes import change_class
+from spectune.speed.recompute_cache import current_cache
+
+KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
+_GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__)
+_KIND = (
+    *("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "size", "dim", "stride", "numel"),
+    *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point", "__len__"),
+)  # what is asked of a tensor without a look at its values
+
+
+class ExpertLinear(nn.Linear):
+    """The linear layer of one expert, without bias: its W is a part of a tensor that another module holds.
+
+    Args:
+        experts: the module.
+        key: name of its tensor (experts x out x in, or experts x in x out).
+        index: of the expert.
+    """
+
+    experts: Any
+    key: Any
+    index: Any
+
+    def __init__(self, experts: nn.Module, key: str, index: int) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(experts=experts, key=key, index=index, training=experts.training)  # not a submodule
+        rows, columns = tensor_of(experts, key).shape[1:]
+        shape = (columns, rows) if is_transposed(experts) else (rows, columns)
+        vars(self).update(out_features=shape[0], in_features=shape[1])
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Any:
+        """W (out x in), a view."""
+        own: dict[str, Any] = vars(self)
+        part = tensor_of(own["experts"], own["key"])[own["index"]]
+        return part.mT if is_transposed(own["experts"]) else part
+
+
+def tensor_of(experts: nn.Module, key: str) -> Tensor:
+    """Return a tensor of a module of experts; a parameter, or what is plain in a replica or while it is sharded."""
+    held = experts._parameters.get(key)
+    return vars(experts)[key] if held is None else held
+
+
+def keys_of(module: nn.Module) -> list[str]:
+    """Return the names of a module's tensors that hold a matrix for each of several experts, in a known layout."""
+    keys = [key for key in KEYS if (p := module._parameters.get(key)) is not None and p.dim() == 3]
+    known = len(keys) > 1 and "down_proj" in keys
+    return keys if known and _transposed(module, keys) is not None else []
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether each W is held (in x out)."""
+    return bool(_transposed(experts, [key for key in KEYS if key in experts._parameters or key in vars(experts)]))
+
+
+def _transposed(module: nn.Module, keys: Sequence[str]) -> bool | None:
+    """Return whether W is held (in x out): as transformers says, or as shapes do; None where neither does."""
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    into, out = tensor_of(module, keys[0]), tensor_of(module, "down_proj")
+    if keys[0] != "gate_up_proj":
+        return None
+    if into.shape[1] == 2 * out.shape[2] and into.shape[2] == out.shape[1]:
+        return False
+    return True if into.shape[2] == 2 * out.shape[1] and into.shape[1] == out.shape[2] else None
+
+
+def expert_layers(module: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
+    """Yield the layers of a module of experts, by name in it; nothing if it is none.
+
+    Those that are adapted are there; the others are made when they are asked for.
+    """
+    keys = keys_of(module)
+    for index in range(len(tensor_of(module, keys[0])) if keys else 0):
+        for key in keys:
+            yield f"{index}.{key}", expert_layer(module, key, index)
+
+
+def expert_layer(experts: nn.Module, key: str, index: int) -> ExpertLinear:
+    """Return the layer of one expert."""
+    holder = experts._modules.get(str(index))
+    there = None if holder is None else holder._modules.get(key)
+    return ExpertLinear(experts, key, index) if there is None else there  # type: ignore[return-value]
+
+
+def find_expert(model: nn.Module, name: str) -> ExpertLinear | None:
+    """Return the layer of one expert by its name in a model, or None if there is none."""
+    owner, _, key = name.rpartition(".")
+    owner, _, number = owner.rpartition(".")
+    try:
+        experts = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    if key not in keys_of(experts) or not number.isdecimal() or int(number) >= len(tensor_of(experts, key)):
+        return None
+    return expert_layer(experts, key, int(number))
+
+
+class Experts(nn.Module):
+    """Mixed into the class of a module of experts some of whose layers are adapted."""
+
+    plain_class: type[nn.Module]
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layers: list[Any] = list(adapted_experts(self))
+        for layer in layers:
+            vars(layer)["experts"] = self  # in a replica another than in the module that it was made of
+        if not any(layer._forward_pre_hooks or layer.is_asked() for layer in layers):
+            return super().forward(*args, **kwargs)
+        kind = self.plain_class
+        copy = object.__new__(kind)
+        keys = {layer.key for layer in layers}
+        state = dict(vars(self))
+        state["_parameters"] = {k: p for k, p in self._parameters.items() if k not in keys}
+        if getattr(state.get("config"), "_experts_implementation", None) not in (None, "eager"):
+            state["config"] = _Grouped(state["config"])
+        vars(copy).update(state, **{key: StandIn(self, key) for key in keys})
+        return kind.forward(copy, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: copies and pickles name the one that it was made from
+        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+
+
+class _Grouped:
+    """A configuration by which transformers takes experts' products from tokens that it has sorted by expert."""
+
+    _experts_implementation = "grouped_mm"
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def adapted_experts(experts: nn.Module) -> Iterator[ExpertLinear]:
+    """Yield the adapted layers of a module of experts."""
+    for key, holder in experts._modules.items():
+        if key.isdecimal() and isinstance(holder, Expert):
+            yield from holder._modules.values()  # type: ignore[misc]
+
+
+class Expert(nn.Module):
+    """Holds the adapted layers of one expert, so that they have names and their tensors an owner."""
+
+
+def join(layer: ExpertLinear) -> None:
+    """Make an adapted layer a part of its module of experts."""
+    experts, number = layer.experts, str(layer.index)
+    if not isinstance(experts, Experts):
+        change_class(experts, experts_class(type(experts)))
+    holder = experts._modules.get(number)
+    if holder is None:
+        holder = experts._modules[number] = Expert()
+    holder._modules[layer.key] = layer
+
+
+def leave(layer: ExpertLinear) -> None:
+    """Take a layer that is no longer adapted out of its module, which is the plain one it was with the last."""
+    experts, number = layer.experts, str(layer.index)
+    holder: Any = experts._modules[number]
+    del holder._modules[layer.key]
+    if not holder._modules:
+        del experts._modules[number]
+    if isinstance(experts, Experts) and next(adapted_experts(experts), None) is None:
+        change_class(experts, experts.plain_class)
+
+
+@cache
+def experts_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of modules whose experts are adapted: a subclass, so that isinstance goes on holding."""
+    return type(f"Adapted{kind.__name__}", (Experts, kind), {"__module__": kind.__module__, "plain_class": kind})
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    cls = experts_class(kind)
+    return cls.__new__(cls)
+
+
+class StandIn:
+    """What a forward method finds in the place of a tensor of experts: it has the products of W', and no values.
+
+    Args:
+        experts: the module.
+        key: name of the tensor.
+        index: of the expert that is meant; None for all.
+        flipped: the last two axes are the other way round than the module holds them.
+    """
+
+    def __init__(self, experts: nn.Module, key: str, index: int | None = None, flipped: bool = False) -> None:
+        self._experts, self._key, self._index, self._flipped = experts, key, index, flipped
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KIND:
+            held = tensor_of(self._experts, self._key)
+            held = held if self._index is None else held[self._index]
+            return getattr(held.mT if self._flipped else held, name)
+        raise self._refused(name)
+
+    def __getitem__(self, index: Any) -> StandIn:
+        number = index.item() if isinstance(index, Tensor) and index.numel() == 1 else index
+        if self._index is not None or not isinstance(number, int):
+            raise self._refused(f"[{index!r:.40}]")
+        return StandIn(self._experts, self._key, number, self._flipped)
+
+    def transpose(self, first: int, second: int) -> StandIn:
+        """Return W'^T of each expert."""
+        axes = {axis % (3 if self._index is None else 2) for axis in (first, second)}
+        if axes != ({1, 2} if self._index is None else {0, 1}):
+            raise self._refused("transpose")
+        return StandIn(self._experts, self._key, self._index, not self._flipped)
+
+    @property
+    def mT(self) -> StandIn:
+        """W'^T of each expert."""
+        return StandIn(self._experts, self._key, self._index, not self._flipped)
+
+    @property
+    def _out_first(self) -> bool:
+        """Whether each matrix is (out x in) as it stands."""
+        return is_transposed(self._experts) == self._flipped
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        one = next(a for a in (*args, *kwargs.values()) if isinstance(a, StandIn))
+        answer = one._answer(func, *args, **kwargs)
+        if (cache := current_cache()) is not None:  # whose mode does not see what is done in here
+            cache.hold_last()
+        if answer is None:
+            raise one._refused(getattr(func, "__name__", str(func)))
+        return answer
+
+    def _answer(self, func: Any, x: Any, weight: Any = None, *more: Any, **named: Any) -> Tensor | None:
+        """Return a product of x with W', or None where it is of a kind that is not known."""
+        if weight is not self or not isinstance(x, Tensor):
+            return None
+        if func is F.linear and self._index is not None and self._out_first:
+            bias = more[0] if more else named.get("bias")
+            y = self._layer(self._index)(x)
+            return y if bias is None else y + bias
+        if self._out_first:
+            return None
+        if func in _PRODUCTS and self._index is not None and not more:
+            return self._layer(self._index)(x)
+        if func in _GROUPED and self._index is None:
+            return self._by_group(x, **named)
+        if func in (torch.bmm, torch.Tensor.bmm) or (func in _PRODUCTS and x.dim() == 3):
+            return torch.stack([self._layer(i)(part) for i, part in enumerate(x.unbind())])
+        return None
+
+    def _by_group(self, x: Tensor, offs: Tensor | None = None, **more: Any) -> Tensor | None:
+        """Return x W'^T for x (tokens x in), sorted by expert, of which `offs` says where each's tokens end."""
+        if offs is None or any(value is not None for value in more.values()):
+            return None
+        count = len(offs)
+        ends = [len(x) * (i + 1) // count for i in range(count)] if x.is_meta else offs.tolist()
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        *pieces, rest = x.split([*sizes, len(x) - ends[-1]])  # not sliced, whose gradients are each as large as x's
+        parts = [self._layer(i)(piece) for i, piece in enumerate(pieces) if len(piece)]
+        if len(rest) or not parts:
+            parts.append(x.new_zeros(len(rest), self.shape[-1]))
+        return torch.cat(parts)
+
+    def _layer(self, index: int) -> Callable[[Tensor], Tensor]:
+        return expert_layer(self._experts, self._key, index)
+
+    def _refused(self, what: str) -> SpectuneError:
+        return SpectuneError(
+            f"{type(self._experts).__name__} uses its {self._key!r} in a way that is not known with adapters "
+            f"({what}): leave the experts out with exclude=[{self._key!r}]"
+        )
