@@ -380,6 +380,10 @@ def test_time_is_bounded():
             client.completions.create(**asked)
         with pytest.raises(openai.APIError, match="no complete reply within"):
             list(client.completions.create(**asked, stream=True))
+        with socket.create_connection(("127.0.0.1", int(found.url.rpartition(":")[2]))) as line:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert b" 408 " in line.recv(1000)
         assert settled(found.engine)
 
 

@@ -69,7 +69,7 @@ class Service:
 
     async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         """Return the answer to a chat or a completion."""
-        body = read_body(await request.body(), kind)
+        body = read_body(await self._received(request), kind)
         notes = request.scope.setdefault("state", {})
         notes["model"] = repr(body.model[:80])
         weights = weights_of(body, self.engine.shelf)
@@ -95,6 +95,12 @@ class Service:
         job = Job(asked.rows, weights, deliver, self.seconds)
         self.engine.submit(job)
         return _Answering(self.engine, job, events, answer, body.stream, notes)
+
+    async def _received(self, request: Request) -> bytes:
+        try:
+            return await asyncio.wait_for(request.body(), self.seconds)
+        except asyncio.TimeoutError:
+            raise TooSlow(f"the body of the request did not come within {self.seconds} s") from None
 
     async def _decide(self, body: ChatRequest | CompletionRequest) -> Any:
         if isinstance(body, ChatRequest):
@@ -134,7 +140,7 @@ class Service:
 
     async def load(self, request: Request) -> Response:
         """Load an adapter from a folder of the server's under a name."""
-        body = read_body(await request.body(), LoadRequest)
+        body = read_body(await self._received(request), LoadRequest)
         self._check_may_load()
         shelf, name = self.engine.shelf, body.lora_name
         shelf.check_name(name)
@@ -150,7 +156,7 @@ class Service:
 
     async def unload(self, request: Request) -> Response:
         """Let no new request have an adapter."""
-        body = read_body(await request.body(), UnloadRequest)
+        body = read_body(await self._received(request), UnloadRequest)
         self._check_may_load()
         name = body.lora_name
         await asyncio.wrap_future(self.engine.call(lambda: self.engine.shelf.take(name)))
