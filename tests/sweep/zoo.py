@@ -90,6 +90,8 @@ FIXES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "hidden_size": 32, "embedding_size": 32},
     "donut-swin": {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16, "patch_size": 2, "window_size": 4},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
@@ -102,6 +104,9 @@ FIXES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
 }
+# what turns times, rows and columns is together half of a head
+for _kind in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text"):
+    FIXES[_kind] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 for _kind in ("hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio", "wav2vec2-conformer", "sew", "sew-d"):
     FIXES[_kind] = FIXES["wav2vec2"]
 
@@ -187,9 +192,6 @@ def _shrunk(cls: Any, kind: str) -> Any:
         if isinstance(value, list) and layers and name in ("layer_types", "mlp_layer_types", "layers_block_type"):
             kinds = list(dict.fromkeys(value))
             values[name] = (kinds * layers)[:layers]
-    for name, value in vars(whole).items():  # what turns rows, columns and times is half of a head each
-        if isinstance(value, dict) and "mrope_section" in value:
-            values[name] = {**value, "mrope_section": [2, 1, 1]}
     config = cls(**values)
     for name, value in vars(config).items():
         if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
