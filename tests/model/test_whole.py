@@ -1,6 +1,7 @@
 """Modules that adapters bring whole: heads that the checkpoint lacked, what is asked for, rows, statistics."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -222,3 +223,50 @@ def test_what_cannot_be_brought_whole_is_named():
     other.modules = {"model.norms": other.modules["model.norm"]}
     with pytest.raises(SpectuneError, match=r"the model has no module 'model\.norms'; did you mean 'model.norm'"):
         spectune.attach(base(), other)
+
+
+def speech():
+    torch.manual_seed(0)
+    sizes = {"conv_dim": (16, 16), "conv_kernel": (4, 2), "conv_stride": (4, 2), "num_feat_extract_layers": 2}
+    sizes |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20}
+    return tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**sizes)).eval()
+
+
+@pytest.mark.parametrize("first", ["whole", "other"])
+def test_a_model_within_a_model_that_owns_a_tensor_is_brought_whole(first, tmp_path):
+    model, heard = speech(), torch.randn(2, 400, generator=torch.Generator().manual_seed(1))
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    masked = torch.zeros(2, 49, dtype=torch.bool).index_fill_(1, torch.arange(5), True)
+
+    def answer(model):
+        with torch.no_grad():
+            return model.wav2vec2(heard, mask_time_indices=masked).last_hidden_state
+
+    model.train().config.update({"apply_spec_augment": True})  # where the tensor is used
+    for module in model.modules():
+        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    model.config.layerdrop, model.config.mask_time_prob = 0.0, 0.05
+    start = answer(model)
+    other = {"targets": ["q_proj"], "name": "other"}
+    if first == "other":
+        spectune.adapt(model, "lora:rank=2", **other)
+    spectune.adapt(model, "lora:rank=2", ["v_proj"], modules_to_save=["wav2vec2"], name="whole")
+    if first == "whole":
+        spectune.adapt(model, "lora:rank=2", **other)
+    spectune.activate(model, "whole")
+    with torch.no_grad():
+        model.wav2vec2.adapters["whole"].masked_spec_embed.add_(1.0)
+    moved = answer(model)
+    assert (moved - start).abs().max() > 1e-3
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(answer(again), moved)
+    assert type(model.wav2vec2).__name__ == "Wav2Vec2Model"
+    spectune.detach(model, "whole")
+    torch.testing.assert_close(answer(model), start)
+    model.save_pretrained(tmp_path)  # of the adapter that is left, which does nothing yet
+    assert torch.equal(
+        tf.Wav2Vec2ForCTC.from_pretrained(tmp_path).wav2vec2.masked_spec_embed, model.wav2vec2.masked_spec_embed
+    )
+    spectune.detach(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds

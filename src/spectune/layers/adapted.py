@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import change_class
+from spectune.layers.classes import blank, change_class, made_of
 from spectune.layers.cores import mix
 from spectune.layers.experts import ExpertLinear, join, leave
 from spectune.layers.factors import Base, Factors
@@ -385,7 +385,7 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 
 
 _FORWARD = Adapted.forward.__code__
@@ -440,6 +440,7 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     values = {
         "__module__": kind.__module__,
         "plain_class": kind,
+        "made_by": (adapted_class, kind),
         "is_plain": around or not own,
         "is_packed": False,
         "is_transposed": plain is Conv1D,
@@ -488,8 +489,3 @@ def give_back(layer: Adapted) -> None:
     change_class(layer, layer.plain_class)
     if isinstance(layer, ExpertLinear):
         leave(layer)
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(kind)
-    return cls.__new__(cls)

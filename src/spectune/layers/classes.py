@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import MethodType
 
 import torch.nn as nn
@@ -15,3 +16,34 @@ def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
     for name, value in vars(layer).items():
         if getattr(value, "__self__", None) is layer and getattr(value, "__func__", None) is before:
             vars(layer)[name] = MethodType(to.forward, layer)
+
+
+def made_of(kind: type) -> tuple[list[Callable[[type], type]], type]:
+    """Return the functions that made a class at run time, the last one first, and the class that they began with.
+
+    Each left in the class, as `made_by`, itself and the class that it was given.
+    """
+    makers = []
+    while "made_by" in vars(kind):
+        maker, kind = vars(kind)["made_by"]
+        makers.append(maker)
+    return makers, kind
+
+
+def without(kind: type, maker: Callable[[type], type]) -> type:
+    """Return what a class would be if one of the functions that made it had not; others may have come after it."""
+    makers, plain = made_of(kind)
+    makers.remove(maker)
+    return _made(makers, plain)
+
+
+def blank(makers: Sequence[Callable[[type], type]], kind: type) -> nn.Module:
+    """Return a module without a state, of the class that functions make of one."""
+    cls = _made(makers, kind)
+    return cls.__new__(cls)
+
+
+def _made(makers: Sequence[Callable[[type], type]], kind: type) -> type:
+    for maker in reversed(makers):
+        kind = maker(kind)
+    return kind

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import change_class
+from spectune.layers.classes import blank, change_class, made_of, without
 from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
@@ -143,7 +143,7 @@ class Experts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
 
 
 class _Grouped:
@@ -188,18 +188,14 @@ def leave(layer: ExpertLinear) -> None:
     if not holder._modules:
         del experts._modules[number]
     if isinstance(experts, Experts) and next(adapted_experts(experts), None) is None:
-        change_class(experts, experts.plain_class)
+        change_class(experts, without(type(experts), experts_class))
 
 
 @cache
 def experts_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class of modules whose experts are adapted: a subclass, so that isinstance goes on holding."""
-    return type(f"Adapted{kind.__name__}", (Experts, kind), {"__module__": kind.__module__, "plain_class": kind})
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    cls = experts_class(kind)
-    return cls.__new__(cls)
+    members = {"__module__": kind.__module__, "plain_class": kind, "made_by": (experts_class, kind)}
+    return type(f"Adapted{kind.__name__}", (Experts, kind), members)
 
 
 class StandIn:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
-from spectune.layers.classes import change_class
+from spectune.layers.classes import blank, change_class, made_of, without
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import children_of, is_linear
 from spectune.layers.selection import Rows, Selection
@@ -167,7 +167,7 @@ class Whole(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 
 
 def shallow(
@@ -215,7 +215,10 @@ def _visit(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple
 @cache
 def whole_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class whose modules adapters may bring whole: a subclass, so that isinstance goes on holding."""
-    return type(f"Whole{kind.__name__}", (Whole, kind), {"__module__": kind.__module__, "plain_class": kind})
+    # a model keeps its name, which libraries write into its config
+    name = kind.__name__ if hasattr(kind, "save_pretrained") else f"Whole{kind.__name__}"
+    members = {"__module__": kind.__module__, "plain_class": kind, "made_by": (whole_class, kind)}
+    return type(name, (Whole, kind), members)
 
 
 def take_over_whole(module: nn.Module, selection: Selection) -> Whole:
@@ -229,7 +232,7 @@ def take_over_whole(module: nn.Module, selection: Selection) -> Whole:
 def give_back_whole(module: Whole) -> None:
     """Make a module the plain one it was."""
     del module.adapters, module.selection
-    change_class(module, module.plain_class)
+    change_class(module, without(type(module), whole_class))
 
 
 def _reads_children(module: nn.Module) -> bool:
@@ -239,8 +242,3 @@ def _reads_children(module: nn.Module) -> bool:
 
 def _is_one(weight: Any) -> bool:
     return isinstance(weight, float) and weight == 1.0
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    cls = whole_class(kind)
-    return cls.__new__(cls)

@@ -84,10 +84,10 @@ def embeddings_of(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _unmarked(model: nn.Module, owners: dict[str, nn.Module]) -> list[str]:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix == "." or not any(name.startswith(prefix) for name in owners):
+    inner = getattr(model, "base_model_prefix", "")
+    if not inner or not any(name.startswith(f"{inner}.") for name in owners):
         return []
-    head = [name for name in owners if not name.startswith(prefix)]
+    head = [name for name in owners if name != inner and not name.startswith(f"{inner}.")]
     keys = _keys(model)
     if keys is not None:
         return [name for name in head if not all(f"{name}.{key}" in keys for key in owners[name]._parameters)]

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.layers.classes import change_class
+from spectune.layers.classes import blank, change_class, made_of, without
 from spectune.layers.experts import ExpertLinear, Experts
 from spectune.layers.modules import named_modules
 from spectune.layers.shards import is_part
@@ -35,8 +35,6 @@ class Saving:
 
     A folder named checkpoint-N, as trainers write it, holds the adapters' own tensors too, so that a run goes on.
     """
-
-    plain_class: type[nn.Module]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the model as it answers now: with its adapters merged.
@@ -86,7 +84,7 @@ class Saving:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
-        return _blank, (self.plain_class,), *super().__reduce_ex__(protocol)[2:]
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 
 
 def watch_saving(model: nn.Module) -> None:
@@ -101,8 +99,8 @@ def watch_saving(model: nn.Module) -> None:
 def leave_saving(model: nn.Module) -> None:
     """Give models without adapters their own classes back."""
     for module in list(model.modules()):
-        if isinstance(module, Saving) and type(module) is _saving_class(module.plain_class) and not _parts(module):
-            change_class(module, module.plain_class)
+        if _saving_class in made_of(type(module))[0] and not _parts(module):
+            change_class(module, without(type(module), _saving_class))
 
 
 def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -197,10 +195,5 @@ def _parts(model: nn.Module) -> bool:
 @cache
 def _saving_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass by the same name, which is what libraries write into their configs."""
-    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "plain_class": kind}
+    members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "made_by": (_saving_class, kind)}
     return type(kind.__name__, (Saving, kind), members)
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    cls = _saving_class(kind)
-    return cls.__new__(cls)
