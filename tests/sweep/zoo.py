@@ -90,6 +90,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "hidden_size": 32, "embedding_size": 32},
@@ -135,7 +136,7 @@ def build(kind: str) -> tuple[Any, dict[str, Any]]:
     model = cls(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():  # far enough from zero for every layer to matter
-            if parameter.dim() > 1 and parameter.is_floating_point():
+            if parameter.dim() > 1 and parameter.is_floating_point() and parameter.requires_grad:
                 if parameter.std() == 0:
                     parameter.normal_(0, 0.02)
                 if "norm" not in parameter_name.lower():
