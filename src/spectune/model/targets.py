@@ -102,14 +102,10 @@ def choose(
     methods |= _by_precedence(overrides or {}, linears, "overrides", others)
     final = {name: m for name in linears if name not in dropped and (m := methods.get(name)) is not None}
     if not final:
-        raise SpectuneError(
-            "nothing is left to adapt: "
-            + (
-                "exclude and overrides take away every target"
-                if exclude or overrides or targets != ALL_LINEAR
-                else f"the model's linear layers are output embeddings ({', '.join(linears[:3])}): name those to adapt in targets"
-            )
-        )
+        why = "exclude and overrides take away every target"
+        if targets == ALL_LINEAR and not exclude and not overrides:
+            why = f"every linear layer is an output embedding ({', '.join(linears[:3])}): name targets"
+        raise SpectuneError(f"nothing is left to adapt: {why}")
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         names = [name for name, m in final.items() if not m.replaces]
         for name, value in by_pattern(patterns or {}, names, f"{field}_pattern").items():
