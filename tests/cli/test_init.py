@@ -48,3 +48,22 @@ def test_init_replaces_nothing_and_names_what_is_wrong(monkeypatch, capsys, mode
         monkeypatch, capsys, "init", "my chat.jsonl", "-m", model, "--out", "b"
     )
     assert "did you mean 'epochs'" in fails(monkeypatch, capsys, *asked[:4], "--overwrite", "epoch=3")
+
+
+def test_eval_shows_base_and_adapter_and_a_run_is_a_model(monkeypatch, capsys, model, place):
+    common = ["dtype=fp32", "device=cpu", "lr=5e-2", "method=lora:rank=4", "--json"]
+    trained = json.loads(run("train", f"model={model}", "data=my chats.jsonl", "output=out", *common).stdout)
+    (place / "own.txt").write_text("say one\n")
+    document = json.loads(run("eval", "out", "--prompts", "own.txt", "--html", "page.html", "--json").stdout)
+    assert document["measures"]["base"]["loss"] == pytest.approx(trained["held_out_loss_before"], abs=1e-4)
+    assert document["measures"]["adapter"]["loss"] == pytest.approx(trained["held_out_loss_after"], abs=1e-4)
+    assert [reply["prompt"] for reply in document["replies"]][-1] == "say one"
+    assert len(document["replies"]) == 5
+    assert "Side by side" in (place / "page.html").read_text()
+    shown = run("eval", "out", "--examples", "1", "--data", "my chats.jsonl")
+    assert "on 80 held-out records the adapter is better than its base" in shown.stdout
+    assert f"next: spectune chat {place / 'out'}" in " ".join(shown.stderr.split())
+    asked = ["say one", "--max-new-tokens", "4", "--json"]
+    assert run("generate", "out", *asked).stdout == run("generate", model, "-a", "out", *asked).stdout
+    assert "it has no config.yaml" in fails(monkeypatch, capsys, "eval", model)
+    assert "pip install lm_eval" in fails(monkeypatch, capsys, "eval", "out", "--tasks", "piqa")

@@ -14,7 +14,7 @@ from spectune.compare.bench import Bench
 from spectune.compare.config import CompareConfig, digest
 from spectune.compare.run import _process, compare
 from spectune.training.config import load_config
-from spectune.training.run import prepare
+from spectune.training.preparing import prepare
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,14 @@ from spectune.cli import (
     compose,
     data,
     demo,
+    doctor,
+    eval,
     export,
     generate,
     import_,
     init,
     library,
+    lr,
     methods,
     plan,
     serve,
@@ -48,6 +51,9 @@ app.command("methods")(methods.methods)
 app.command("init", context_settings=train.SETTINGS)(init.init)
 app.command("train", context_settings=train.SETTINGS, help=train.HELP)(train.train)
 app.command("data", context_settings=train.SETTINGS)(data.data)
+app.command("lr", context_settings=train.SETTINGS)(lr.lr)
+app.command("eval")(eval.eval_)
+app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
 app.command("classify")(classify.classify)

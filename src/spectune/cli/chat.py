@@ -18,7 +18,6 @@ from spectune.cli.shared import (
     REMOTE_CODE,
     SHOTS,
     STRATEGY,
-    decision_text,
     load_transformer2,
     load_with_adapters,
     need_library,
@@ -29,7 +28,7 @@ _SESSION = 1000  # tokens that a talk is taken to have
 
 
 def chat(
-    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
+    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder, hub id, or a run's folder."),
     adapter: list[str] = ADAPTER,
     library: Path | None = LIBRARY,
     strategy: str | None = STRATEGY,
@@ -44,10 +43,11 @@ def chat(
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
 ) -> None:
-    """Talk to a model with a weighted mixture of adapters, or with a library's; /reset begins anew, /quit ends."""
-    from transformers import TextStreamer
+    """Talk to a model with a weighted mixture of adapters, or with a library's; /help says what can be typed.
 
-    from spectune.bases import generation
+    spectune chat runs/chats
+    """
+    from spectune.cli.talk import Talk
     from spectune.model.fusing import fused_where_it_pays
 
     two = None
@@ -57,34 +57,20 @@ def chat(
     else:
         need_library(strategy=strategy, shots=shots)
         loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
-    console = Console(stderr=True)
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings |= {"seed": seed, "fused": fused}
+    console = Console(stderr=True, highlight=False)
+    talk = Talk(loaded, tokenizer, system, settings, console, two)
+    if sys.stdin.isatty():
+        console.print("/help says what can be typed", style="dim")
     with fused_where_it_pays(loaded, _SESSION, allowed=fused and two is None):
         while True:
             if sys.stdin.isatty():
                 console.print("[bold]you>[/] ", end="")
             line = sys.stdin.readline()
-            if not line or line.strip() == "/quit":
+            if not line or line.strip() in ("/quit", "/exit"):
                 return
-            if line.strip() == "/reset":
-                messages = list(start)
-                continue
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.strip()})
             try:
-                settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-                settings |= {"seed": seed, "fused": fused}
-                if two is None:
-                    (reply,) = generation.generate(loaded, tokenizer, [messages], **settings, streamer=streamer)
-                else:
-                    decisions = two.choose([messages])
-                    console.print(f"[{decision_text(decisions[0])}]", style="dim", markup=False, highlight=False)
-                    (reply,) = two.generate([messages], decisions=decisions, **settings, streamer=streamer)
+                talk.hear(line.strip())
             except SpectuneError as error:
                 console.print(f"{error}; or begin anew with /reset", style="yellow", markup=False)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": reply.text})

@@ -30,7 +30,7 @@ def plan(
         [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."
     ),
     devices: str = typer.Option("1", help="With FSDP2: a number, several (1,4,8) or a range (1-8)."),
-    memory: str | None = typer.Option(None, help="Of a device (24GB): the largest batch that fits."),
+    memory: str | None = typer.Option(None, help="Of a device (24 is 24GB): the largest batch; 8 to 80 if not given."),
     budget: str | None = typer.Option(None, help="Trained parameters (100k): the rank or width that keeps it."),
     measure: bool = typer.Option(True, help="Time decompositions and products here, once; or take stored rates."),
     trust_remote_code: bool = REMOTE_CODE,
@@ -39,26 +39,28 @@ def plan(
     """What each method trains, stores, holds and costs on a model, without its weights."""
     from spectune.planning.plan import PRECISIONS, parse_devices
     from spectune.planning.plan import plan as make
+    from spectune.progress import Bar
 
     again: Any = {"true": True, "false": False}.get(gradient_checkpointing, gradient_checkpointing)
-    found = make(
-        model,
-        method,
-        targets=_patterns(targets) or "all-linear",
-        exclude=_patterns(exclude),
-        overrides=dict(map(_override, override)),
-        batch_size=batch_size,
-        length=length,
-        supervised=supervised,
-        gradient_checkpointing=again,
-        precisions=precision or PRECISIONS,
-        devices=parse_devices(devices),
-        memory=memory,
-        budget=budget,
-        measured=measure,
-        trust_remote_code=trust_remote_code,
-        progress=_progress(Console(stderr=True)),
-    )
+    with Bar(Console(stderr=True), "counting what each method takes") as bar:
+        found = make(
+            model,
+            method,
+            targets=_patterns(targets) or "all-linear",
+            exclude=_patterns(exclude),
+            overrides=dict(map(_override, override)),
+            batch_size=batch_size,
+            length=length,
+            supervised=supervised,
+            gradient_checkpointing=again,
+            precisions=precision or PRECISIONS,
+            devices=parse_devices(devices),
+            memory=memory,
+            budget=budget,
+            measured=measure,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bar(done, total=total),
+        )
     if json:
         print_json(found.to_dict())
         return
@@ -74,13 +76,6 @@ def _override(text: str) -> tuple[str, str | None]:
     if not equals:
         raise SpectuneError(f"--override: {text!r} is not PATTERN=METHOD")
     return pattern, None if method.lower() in ("null", "none", "") else method
-
-
-def _progress(console: Console) -> Any:
-    def show(done: int, total: int) -> None:
-        console.print(f"{done} of {total} methods", end="\r" if done < total else "\r\x1b[K", highlight=False)
-
-    return show if console.is_terminal else None
 
 
 def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
@@ -113,6 +108,8 @@ def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
             cells.append(row["budget"]["method"] if row["budget"] else "none")
         table.add_row(*cells)
     console.print(table)
+    if memory is None:
+        _show_fits(console, found, main, counts[0])
     batch, floor = found["batch"], _seconds(found["floor_seconds"][main])
     fits = f" batch: sequences that fit {memory} in {main}." if memory is not None else ""
     console.print(
@@ -123,6 +120,20 @@ def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
     )
     for note in found["notes"]:
         console.print(note, style="yellow", markup=False, highlight=False)
+
+
+def _show_fits(console: Console, found: dict[str, Any], main: str, count: str) -> None:
+    """Show the largest batch on devices of the usual sizes."""
+    rows = [(row["method"], row["precisions"][main]) for row in found["rows"] if row["precisions"][main]]
+    sizes = list(rows[0][1]["memory"][count]["fits"]) if rows else []
+    table = Table(box=None, pad_edge=False, title=f"sequences of {found['batch']['length']} that fit, in {main}")
+    table.add_column("method", no_wrap=True)
+    for size in sizes:
+        table.add_column(f"{size} GB", justify="right", no_wrap=True)
+    for method, at in rows:
+        fits = at["memory"][count]["fits"]
+        table.add_row(method, *("-" if not fits[size] else f"{fits[size]:,}" for size in sizes))
+    console.print(table)
 
 
 def _device_counts(found: dict[str, Any]) -> list[str]:

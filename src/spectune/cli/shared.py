@@ -106,9 +106,12 @@ def load_with_adapters(
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
     from spectune.bases.loading import default_device, load_base
+    from spectune.bases.runs import named
     from spectune.model.adapting import attach
     from spectune.model.routing import activate
 
+    name, own = named(name)
+    adapters = [*([own] if own is not None else []), *adapters]
     loaded = [(Adapter.load(folder), weight, folder) for folder, weight in map(weighted, adapters)]
     labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
     if len(labels) > 1:

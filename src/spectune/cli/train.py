@@ -9,7 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from spectune.cli.shared import JSON, let_the_main_process_speak, print_json, say_error
+from spectune.cli.shared import JSON, let_the_main_process_speak, print_json, say_error, say_next
 from spectune.errors import SpectuneError
 from spectune.training.config import FOLLOWING, TrainConfig, load_config
 from spectune.training.registry import task_keys
@@ -57,6 +57,7 @@ def train(
     except Interrupted as interrupt:  # typer would end without a word
         let_the_main_process_speak(1)
         say_error(str(interrupt))
+        say_next("spectune", "train", *(each for each in settings or [] if "resume" not in each), "resume=true")
         raise typer.Exit(130) from None
     main = processes.is_main()
     processes.finish()
@@ -81,6 +82,7 @@ def train(
         change = f"{result.before[name]:.3f} -> {result.after[name]:.3f}"
         console.print(f"held-out {spoken(name)} {change}", highlight=False)
     console.print(f"saved {result.adapter!r} in {config.output}", highlight=False)
+    say_next("spectune", "eval", Path(config.output).resolve())
 
 
 def file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -34,8 +34,9 @@ from spectune.speed.checkpointing import checkpoint_activations, keep_activation
 from spectune.speed.parts import training_parts
 from spectune.training.config import TrainConfig
 from spectune.training.data.records import Record, form, read, split
+from spectune.training.preparing import prepare, token_limit
 from spectune.training.progress import is_measure
-from spectune.training.run import prepare, token_limit, training_arguments
+from spectune.training.run import training_arguments
 from spectune.training.tasks import make_task
 from spectune.training.tasks.dpo import Dpo
 from spectune.training.trainer.trainer import AdapterTrainer

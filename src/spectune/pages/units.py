@@ -9,6 +9,7 @@ from spectune.errors import SpectuneError
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
+_GIGABYTES_BELOW = 10**5  # a plain number
 _BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -26,7 +27,7 @@ def parse_count(text: str | int, what: str = "budget") -> int:
 
 
 def parse_bytes(text: str | int, what: str = "memory") -> int:
-    """Return the bytes that `24GB` (10^9 each), `16GiB` (2^30 each) or a plain number stand for.
+    """Return the bytes that `24GB` or `24` (10^9 each), `16GiB` (2^30 each) or a number from 10^5 on stand for.
 
     Raises:
         SpectuneError: it is no such size, or below one.
@@ -36,6 +37,8 @@ def parse_bytes(text: str | int, what: str = "memory") -> int:
     if found:
         unit = found[2]
         value = _number(found[1]) * (_BYTES.get(unit) or _FACTORS[unit.removesuffix("b")] if unit != "b" else 1)
+        if not unit and value < _GIGABYTES_BELOW:  # as people say it of a device
+            value *= 10**9
     if not value >= 1:
         raise SpectuneError(f"{what}: {text!r} is not a size such as 24GB or 16GiB")
     return int(value)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FULL, KERAS = "full", "keras_lora"
+DEVICES = (8, 16, 24, 48, 80)  # gigabytes, of devices as they are sold
 _TOKENS = 4096  # that a step is passed with; more than the loss takes at once
 
 
@@ -167,6 +168,8 @@ class Planner:
             held = parts.on(count, self.batch.rows).to_dict()
             if self.room is not None:
                 held["largest_batch"] = parts.largest_batch(count, self.room)
+            else:
+                held["fits"] = {str(size): parts.largest_batch(count, size * 10**9) for size in DEVICES}
             on[str(count)] = held
         step, floor = self._step(methods, precision), self._step("floor", precision)
         ratio = None if step is None or floor is None else step / floor

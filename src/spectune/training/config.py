@@ -83,7 +83,9 @@ class TrainConfig(BaseModel):
         "these rows alone; what the checkpoint lacked is trained in any case",
     )
     adapter: str | None = Field(None, description="folder of an adapter to go on from; its method and layers are kept")
-    lr: _Rate | None = Field(None, description="learning rate; the method's own if not given")
+    lr: _Rate | Literal["auto"] | None = Field(
+        None, description="learning rate; the method's own if not given; auto measures one, with 40 steps"
+    )
     group_lr: dict[str, _Rate] = Field(
         {}, description="name of a trained tensor (magnitude, z, ...): its learning rate"
     )
@@ -253,8 +255,8 @@ class TrainConfig(BaseModel):
         return self.eval_data, None, self.eval_split
 
     def learning_rate(self) -> float:
-        """Return lr, or the method's own."""
-        return self.lr if self.lr is not None else self.parsed_method().learning_rate
+        """Return lr, or the method's own, also where one is yet to be measured."""
+        return self.lr if isinstance(self.lr, (int, float)) else self.parsed_method().learning_rate
 
 
 C = TypeVar("C", bound=TrainConfig)
@@ -316,7 +318,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
             )
         if values.pop(key) != task_keys()[key].default:  # folders of earlier runs hold the keys of every task
             raise SpectuneError(f"{key} is a key of task: {owner}, and this is task: {values.get('task', 'sft')}")
-    if isinstance(values.get("lr"), str):  # YAML 1.1 reads 1e-4 as text
+    if isinstance(values.get("lr"), str) and values["lr"] != "auto":  # YAML 1.1 reads 1e-4 as text
         values["lr"] = _number(values["lr"])
     try:
         config = kind(**values)

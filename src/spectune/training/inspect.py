@@ -17,7 +17,7 @@ from spectune.storage import write_atomically
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoder, Example
 from spectune.training.data.records import Record, of, same
-from spectune.training.run import token_limit
+from spectune.training.preparing import token_limit
 from spectune.training.tasks import make_task
 
 if TYPE_CHECKING:

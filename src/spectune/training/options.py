@@ -45,9 +45,16 @@ class TaskOptions(BaseModel):
 
 
 class SftOptions(TaskOptions):
-    """The keys of task: sft, which are a run's own."""
+    """The keys of task: sft."""
 
     measures: ClassVar[tuple[str, ...]] = ("loss", "exact_match")
+
+    replies: int = Field(
+        2,
+        ge=0,
+        description="sft: held-out prompts that the model replies to in sight whenever it is evaluated",
+        json_schema_extra={"resume": "ignored"},
+    )
 
 
 class ClassifyOptions(TaskOptions):

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from spectune.errors import SpectuneError, nearest
+from spectune.progress import Bar
 from spectune.storage import telling_of_full_disks, write_atomically
 from spectune.training import processes
 from spectune.training.curve import spoken
@@ -55,6 +56,9 @@ class RunLog(TrainerCallback):
         self._trainer: AdapterTrainer | None = None
         self._curve = "loss"
         self._progress: Progress | None = None
+        self._lines: Bar | None = None  # where there is no terminal
+        self._evaluating: Bar | None = None  # outside of training, whose own bar is there
+        self._held = 0
         self.history = _lines(self._path, step) if step is not None else []
         if processes.is_main():
             text = "".join(json.dumps(line) + "\n" for line in self.history)
@@ -81,6 +85,10 @@ class RunLog(TrainerCallback):
                 style="yellow",
             )
         self._start = time.perf_counter()
+        self._stop_at_the_end_of_a_step()
+        if not self._console.is_terminal:
+            self._lines = Bar(self._console, "training", state.max_steps, state.global_step)
+            return
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -98,6 +106,8 @@ class RunLog(TrainerCallback):
             "train", total=state.max_steps, completed=state.global_step, value="-", measures="", speed="-", memory=""
         )
         self._progress.start()
+
+    def _stop_at_the_end_of_a_step(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
@@ -115,12 +125,37 @@ class RunLog(TrainerCallback):
         self._memory = max(self._memory, memory())
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
+        if self._lines is not None:
+            self._lines(state.global_step)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Show how far an evaluation is, before and after training."""
+        if self._progress is not None or self._lines is not None or self._console.quiet:
+            return
+        if self._evaluating is None:
+            total = None if eval_dataloader is None else len(eval_dataloader)
+            self._evaluating, self._held = Bar(self._console, "evaluating", total).__enter__(), 0
+        self._held += 1
+        self._evaluating(self._held)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Say what an evaluation in the midst of training found."""
+        if self._evaluating is not None:
+            self._evaluating.close()
+            self._evaluating = None
+        if (self._progress is not None or self._lines is not None) and self._trainer is not None:
+            names = dict.fromkeys(("loss", *self._trainer.task.shown))
+            found = [f"{spoken(n)} {metrics[f'eval_{n}']:.3f}" for n in names if f"eval_{n}" in (metrics or {})]
+            if found:
+                self._console.print(f"step {state.global_step}, held out: {', '.join(found)}", highlight=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         line = {"step": state.global_step, **{k: float(v) for k, v in (logs or {}).items() if is_measure(k)}}
         if len(line) == 1:
             return
-        if self._progress is not None and self._trainer is not None:
+        if (self._progress is not None or self._lines is not None) and self._trainer is not None:
             seconds = time.perf_counter() - self._start
             self.tokens_per_second = self._trainer.total_tokens() / max(1e-9, seconds)
             most = max(processes.gather(max(self._memory, memory())))
@@ -135,7 +170,11 @@ class RunLog(TrainerCallback):
             measured = [name for name in self._trainer.task.shown if f"eval_{name}" in line]
             if measured:
                 shown["measures"] = ", ".join(f"{spoken(name)} {line[f'eval_{name}']:.3f}" for name in measured)
-            self._progress.update(self._task, **shown)
+            if self._progress is not None:
+                self._progress.update(self._task, **shown)
+            if self._lines is not None:
+                at = f"{self._curve} {shown['value']}, " if "value" in shown else ""
+                self._lines(said=f"{at}{shown['speed']} tokens/s, {shown['memory']}")
         if self._curve == "loss" and "loss" in line:
             self._watch_loss(line["loss"])
         self.history.append(line)
@@ -163,6 +202,9 @@ class RunLog(TrainerCallback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._lines is not None:
+            self._lines.say()
+            self._lines = None
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

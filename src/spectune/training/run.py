@@ -18,11 +18,8 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.errors import SpectuneError
 from spectune.methods import to_text
-from spectune.model.adapting import adapt, attach
 from spectune.model.lifecycle import extract
 from spectune.progress import Counted, working
-from spectune.spectral import cache
-from spectune.speed.checkpointing import checkpoint_activations
 from spectune.speed.heap import memory_kept, release_memory
 from spectune.speed.parts import training_parts
 from spectune.storage import telling_of_full_disks
@@ -33,9 +30,12 @@ from spectune.training.data.encoding import Encoded
 from spectune.training.data.records import Record
 from spectune.training.defaults import sentence
 from spectune.training.draw import encode_needed
+from spectune.training.preparing import prepare, token_limit
 from spectune.training.progress import Interrupted, RunLog, check_reports, is_measure
+from spectune.training.rate import find_rate
 from spectune.training.record import changed, digest, read_run, write_run
 from spectune.training.registry import find_task
+from spectune.training.replies import ReplyLog, asked
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer.checkpoint_files import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -102,6 +102,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
             model, tokenizer = task.load(records, held)
         task.measure(records, model, tokenizer)
         config = task.config
+        if config.lr == "auto":
+            found = find_rate(config, model, tokenizer, records, console)
+            console.print(f"lr {found.rate:.2g}: {found.reason}", highlight=False, markup=False, soft_wrap=True)
+            config = config.model_copy(update={"lr": found.rate})
         if task.choices:
             apart = 0 if config.evaluation() is not None else len(held)
             said = sentence(config, task.choices, len(records) + apart, len(records), processes.count())
@@ -115,6 +119,7 @@ def _as_before(config: TrainConfig, output: Path) -> TrainConfig:
         return config
     before = read_run(output)
     found = {key: before[key] for key in FOLLOWING if key in before and key not in config.model_fields_set}
+    found |= {"lr": before["lr"]} if config.lr == "auto" else {}
     return config.model_copy(update=found)
 
 
@@ -194,6 +199,9 @@ def _train(
         group_lr=config.group_lr,
     )
     trainer.remove_callback(PrinterCallback)
+    shown = asked(held, getattr(config, "replies", 0)) if processes.count() == 1 and not console.quiet else []
+    if shown:
+        trainer.add_callback(ReplyLog(shown, tokenizer, console))
     log.watch(trainer)
     before = _before(log) if checkpoint is not None else {}
     if evaluated and not before:
@@ -242,32 +250,6 @@ def _with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
             "method out to go on from it"
         )
     return config.model_copy(update={"method": to_text(methods[0])})
-
-
-def token_limit(config: TrainConfig, model: Any) -> int:
-    """Return how many tokens of an example are used: max_length, or the model's context if that is less."""
-    return min(config.max_length, getattr(model.config, "max_position_embeddings", config.max_length))
-
-
-def prepare(config: TrainConfig, model: Any, start_from: Adapter | None = None) -> None:
-    """Put the adapter that a run trains on a model, and the model in training mode, sharded if that is wanted."""
-
-    def adapted() -> None:
-        set_seed(config.seed)  # the adapter starts the same in every process
-        if start_from is not None:
-            attach(model, start_from, trainable=True, factored=config.factored)
-        else:
-            adapt(model, **config.where(), modules_to_save=config.modules_to_save, factored=config.factored)
-
-    if cache.directory() is None:
-        with processes.together():
-            adapted()
-    else:
-        processes.main_first(adapted)
-    checkpoint_activations(model, config.gradient_checkpointing)
-    model.train()
-    if processes.wants_shards(config.fsdp):
-        processes.shard(model)
 
 
 def _check_sharding(config: TrainConfig) -> None:

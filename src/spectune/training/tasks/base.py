@@ -169,6 +169,10 @@ class Task:
         """Return the measures of an evaluation, given sums over all its batches."""
         return {"loss": float(sums["loss"] / sums["items"])}
 
+    def group_rates(self, model: Any) -> dict[str, float]:
+        """Return learning rates that trained tensors have by their name, whatever the method's is."""
+        return {}
+
     def trainer(self, **kwargs: Any) -> AdapterTrainer:
         """Return the trainer."""
         return AdapterTrainer(task=self, **kwargs)

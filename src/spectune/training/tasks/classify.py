@@ -136,9 +136,12 @@ class Classify(Task):
         return {"labels.json": json.dumps(label_names(model)) + "\n"}
 
     def trainer(self, **kwargs: Any) -> AdapterTrainer:
-        trained = {n.rpartition(".")[2] for n, p in kwargs["model"].named_parameters() if p.requires_grad}
-        of_head = dict.fromkeys(trained & {"H", "h"}, Head.learning_rate)
-        return super().trainer(**{**kwargs, "group_lr": {**of_head, **(kwargs.get("group_lr") or {})}})
+        rates = {**self.group_rates(kwargs["model"]), **(kwargs.get("group_lr") or {})}
+        return super().trainer(**{**kwargs, "group_lr": rates})
+
+    def group_rates(self, model: Any) -> dict[str, float]:
+        trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+        return dict.fromkeys(trained & {"H", "h"}, Head.learning_rate)
 
 
 def _name(label: object) -> str:

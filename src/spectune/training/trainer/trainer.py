@@ -272,6 +272,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             SpectuneError: the loss is not finite.
         """
         self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
         totals: dict[str, Tensor] = {}
         passes = len(dataloader) * _PASSES_A_BATCH
         with fused_where_it_pays(self.model, passes, allowed=self.task.config.fused):

@@ -1,0 +1,199 @@
+"""A learning rate for a run: a few steps at each of several rates from the same start, on its model and data.
+
+Which rate is best goes with the curvature of the loss in what the adapter trains, which differs by method, model and
+data (arXiv:2602.04998).  What is compared here is that curvature's effect itself: how far a few steps get.  Few steps
+favour higher rates than a whole run (arXiv:1803.02021), so that the rate taken is below the best one of them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import set_seed
+
+from spectune.errors import SpectuneError
+from spectune.model.lifecycle import detach
+from spectune.progress import Bar
+from spectune.speed.heap import memory_kept
+from spectune.speed.parts import training_parts
+from spectune.training import processes
+from spectune.training.config import TrainConfig
+from spectune.training.data.records import Record
+from spectune.training.preparing import prepare, token_limit
+from spectune.training.tasks import Task, make_task
+
+STEPS = 8  # at each rate
+_FACTORS = tuple(10 ** (i / 2) for i in range(-2, 3))  # of the method's own rate
+_JUDGED = 4  # batches, of training records that the steps do not see
+_BELOW = 2.0  # times, for what few steps favour
+
+
+class Tried(NamedTuple):
+    """One rate, and the loss after the steps; not finite where they diverged."""
+
+    rate: float
+    loss: float
+
+
+class Rate(NamedTuple):
+    """What was found.
+
+    Args:
+        rate: to train at.
+        reason: for it.
+        before: the loss before any step.
+        tried: each rate and its loss.
+        steps: that were taken in all.
+    """
+
+    rate: float
+    reason: str
+    before: float
+    tried: list[Tried]
+    steps: int
+
+
+def find_rate(
+    config: TrainConfig, model: Any, tokenizer: Any, records: Sequence[Record], console: Console | None = None
+) -> Rate:
+    """Return a learning rate for a run on a loaded model, which is left as it was.
+
+    Args:
+        config: of the run.
+        model: without adapters.
+        tokenizer: its tokenizer.
+        records: to learn from.
+        console: shows how far it is.
+
+    Raises:
+        SpectuneError: a task without a loss to compare by, a run that goes on from an adapter or shards its base, or
+            no rate that lowers the loss.
+    """
+    if config.task == "reinforce":
+        raise SpectuneError("lr: auto compares losses, and task: reinforce has none before it samples: give a number")
+    if config.fsdp or config.adapter is not None:
+        raise SpectuneError("lr: auto tries a new adapter on a whole base: give a number with fsdp or adapter")
+    task = make_task(config)
+    batches = _batches(config, task, model, tokenizer, records)
+    judged, learned = batches[:_JUDGED], batches[_JUDGED:] or batches
+    with memory_kept.needed(), training_parts(model, task.dropout):
+        prepare(config, model)
+        try:
+            return _search(config, task, model, judged, learned, console or Console(quiet=True))
+        finally:
+            detach(model)
+            model.eval()
+
+
+def _batches(config: TrainConfig, task: Task, model: Any, tokenizer: Any, records: Sequence[Record]) -> list[Any]:
+    """Return batches drawn by the seed: those to judge by first, then those to learn from."""
+    order = list(records)
+    random.Random(config.seed).shuffle(order)
+    size = config.batch_size
+    few = order[: 2 * size * (_JUDGED + STEPS)]
+    examples = task.encode(few, model, tokenizer, token_limit(config, model)).examples
+    collate = task.collator(model, tokenizer)
+    return [collate(examples[i : i + size]) for i in range(0, len(examples), size)][: _JUDGED + STEPS]
+
+
+def _search(
+    config: TrainConfig, task: Task, model: Any, judged: Sequence[Any], learned: Sequence[Any], console: Console
+) -> Rate:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    own = config.parsed_method().learning_rate
+    before, tried = _loss(task, model, judged), []
+    with Bar(console, "trying learning rates", STEPS * len(_FACTORS)) as bar:
+        for factor in _FACTORS:
+            set_seed(config.seed)
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(start[name])
+            loss = _after(config, task, model, trained, own * factor, learned) or _loss(task, model, judged)
+            tried.append(Tried(own * factor, loss))
+            bar(STEPS * len(tried), f"{own * factor:.2g}: loss {loss:.3f}")
+    rate, reason = choose(before, tried)
+    return Rate(rate, reason, before, tried, STEPS * len(tried))
+
+
+def _after(
+    config: TrainConfig, task: Task, model: Any, trained: dict[str, Tensor], rate: float, learned: Sequence[Any]
+) -> float | None:
+    """Take the steps at a rate; return infinity where the loss stops being a number."""
+    others = {**task.group_rates(model), **config.group_lr}
+    tails = {name: name.rpartition(".")[2] for name in trained}
+    groups = [{"params": [p], "lr": others.get(tails[name], rate)} for name, p in trained.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    model.train()
+    for step in range(STEPS):
+        sums = task.sums(model, _placed(learned[step % len(learned)], model))
+        loss = sums["loss"] / sums["items"]
+        if not math.isfinite(float(loss.detach())):
+            return math.inf
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), config.max_grad_norm or math.inf)
+        optimizer.step()
+    return None
+
+
+@torch.no_grad()
+def _loss(task: Task, model: Any, batches: Sequence[Any]) -> float:
+    model.eval()
+    sums = [task.sums(model, _placed(batch, model)) for batch in batches]
+    return sum(float(each["loss"]) for each in sums) / sum(float(each["items"]) for each in sums)
+
+
+def _placed(batch: Any, model: Any) -> dict[str, Any]:
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
+    """Return the rate to train at, given the losses after a few steps at several, and why.
+
+    It is where a parabola through the lowest loss and its neighbours is least, divided by two.
+
+    Raises:
+        SpectuneError: no rate lowers the loss.
+    """
+    able = [each for each in tried if math.isfinite(each.loss) and each.loss < before]
+    if not able:
+        raise SpectuneError(
+            f"no learning rate from {tried[0].rate:.2g} to {tried[-1].rate:.2g} lowers the loss ({before:.3f}) within "
+            f"{STEPS} steps: look at the data with `spectune data`, or give lr"
+        )
+    best = min(able, key=lambda each: each.loss)
+    at = tried.index(best)
+    peak = math.log(best.rate)
+    around = tried[at - 1 : at + 2] if 0 < at < len(tried) - 1 else []
+    if around and all(math.isfinite(each.loss) for each in around):
+        low, middle, high = (each.loss for each in around)
+        bend = low - 2 * middle + high
+        if bend > 0:
+            peak += 0.5 * (low - high) / bend * (math.log(around[2].rate) - math.log(around[1].rate))
+    rate = float(f"{math.exp(peak) / _BELOW:.2g}")
+    reason = (
+        f"of {len(tried)} rates from {tried[0].rate:.2g} to {tried[-1].rate:.2g}, {best.rate:.2g} took the loss of "
+        f"unseen records lowest in {STEPS} steps ({before:.3f} -> {best.loss:.3f}); a longer run wants about half"
+    )
+    return rate, reason
+
+
+def measure(config: TrainConfig, console: Console | None = None) -> Rate:
+    """Return a learning rate for a configuration, from its files alone.
+
+    Raises:
+        SpectuneError: as `train` and `find_rate`.
+    """
+    processes.start(config.device)
+    task = make_task(config)
+    records, held = task.read()
+    model, tokenizer = task.load(records, held)
+    task.measure(records, model, tokenizer)
+    return find_rate(task.config, model, tokenizer, records, console)

@@ -1,0 +1,107 @@
+"""Replies to held-out prompts, beside the answers that the data has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from spectune.bases.generation import generate
+from spectune.errors import SpectuneError
+from spectune.training.data.messages import is_learned
+from spectune.training.data.records import Record, form
+
+_SHOWN = 300  # characters of a text
+
+
+class Asked(NamedTuple):
+    """A prompt of the data.
+
+    Args:
+        prompt: text, or messages.
+        answer: what the data says.
+        raw: whether the text is continued as it is, without a chat template.
+    """
+
+    prompt: Any
+    answer: str
+    raw: bool
+
+
+def asked(records: Sequence[Record], count: int) -> list[Asked]:
+    """Return the first prompts that records have; a text alone is none."""
+    return list(islice((found for record in records if (found := _asked(record)) is not None), count))
+
+
+def _asked(record: Record) -> Asked | None:
+    kind = form(record)
+    if kind == "messages":
+        turns = record["messages"]
+        last = max((i for i, message in enumerate(turns) if is_learned(message)), default=0)
+        return Asked(list(turns[:last]), _text(turns[last]), False) if last and not record.get("tools") else None
+    prompt = record.get("prompt")
+    answer = record.get("completion", record.get("chosen"))
+    if not prompt or not answer or record.get("tools"):
+        return None
+    if isinstance(prompt, str):
+        return Asked(prompt, answer, True)
+    return Asked(list(prompt), _text(answer[-1]), False)
+
+
+def _text(message: Any) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def replies(model: Any, tokenizer: Any, prompts: Sequence[Asked], max_new_tokens: int, fused: bool = True) -> list[str]:
+    """Return the model's likeliest reply to each prompt."""
+    found: list[str] = []
+    for each in prompts:
+        settings: Any = {"max_new_tokens": max_new_tokens, "raw": each.raw, "fused": fused}
+        try:
+            found.append(generate(model, tokenizer, [each.prompt], **settings)[0].text)
+        except SpectuneError as error:  # longer than the context, say
+            found.append(f"({error})")
+    return found
+
+
+def spoken(prompt: Any) -> str:
+    """Return a prompt as text, of a conversation the last message."""
+    return prompt if isinstance(prompt, str) else _text(prompt[-1])
+
+
+def short(text: str, limit: int = _SHOWN) -> str:
+    """Return a text in one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class ReplyLog(TrainerCallback):
+    """Show what the model replies to a few held-out prompts whenever it is evaluated.
+
+    Args:
+        prompts: to reply to.
+        tokenizer: the model's.
+        console: where to.
+    """
+
+    def __init__(self, prompts: Sequence[Asked], tokenizer: Any, console: Console) -> None:
+        self._prompts, self._tokenizer, self._console = prompts, tokenizer, console
+        self._last: int | None = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Reply, once a step."""
+        if self._last == state.global_step:
+            return
+        self._last = state.global_step
+        was = model.training
+        model.eval()
+        said = replies(model, self._tokenizer, self._prompts, 40)
+        model.train(was)
+        when = "before training" if state.global_step == 0 else f"step {state.global_step}"
+        for each, reply in zip(self._prompts, said, strict=True):
+            for name, text in ((when, spoken(each.prompt)), ("data", each.answer), ("model", reply)):
+                self._console.print(f"{name:>15}  {short(text, 100)}", style="dim", markup=False, highlight=False)
