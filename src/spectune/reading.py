@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, nearest
 
 JSON_BYTES = 32 << 20  # of a config or an index
 YAML_BYTES = 4 << 20
@@ -95,7 +95,8 @@ def read_yaml(path: Path) -> Any:
     try:
         text = read_text(path, YAML_BYTES)
     except FileNotFoundError:
-        raise SpectuneError(f"{path} is not there") from None
+        beside = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise SpectuneError(f"{path} is not there{nearest(path.name, beside)}") from None
     return parse_yaml(text, str(path))
 
 

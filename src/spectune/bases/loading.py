@@ -148,7 +148,9 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
             weight_map(index)
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise SpectuneError(f"there is no model folder {text!r}")
+        parent = Path(text).parent
+        beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+        raise SpectuneError(f"there is no model folder {text!r}{nearest(Path(text).name, beside)}")
     if "/" not in text:
         raise SpectuneError(f"unknown model {text!r}{nearest(text, EMBEDDED)} (embedded: {', '.join(EMBEDDED)})")
     return text

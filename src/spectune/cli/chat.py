@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
     DEVICE,
@@ -28,7 +29,9 @@ _SESSION = 1000  # tokens that a talk is taken to have
 
 
 def chat(
-    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder, hub id, or a run's folder."),
+    model: str = typer.Argument(
+        autocompletion=completion.models, help="Embedded name (smollm2-135m), local folder, hub id, or a run's folder."
+    ),
     adapter: list[str] = ADAPTER,
     library: Path | None = LIBRARY,
     strategy: str | None = STRATEGY,

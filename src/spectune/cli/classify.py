@@ -6,12 +6,15 @@ import sys
 
 import typer
 
+from spectune.cli import completion
 from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, REMOTE_CODE, load_with_adapters, print_json
 from spectune.errors import SpectuneError
 
 
 def classify(
-    model: str = typer.Argument(help="Embedded name (minilm-l6), local folder or hub id."),
+    model: str = typer.Argument(
+        autocompletion=completion.models, help="Embedded name (minilm-l6), local folder or hub id."
+    ),
     texts: list[str] = typer.Argument(None, metavar="[TEXT]...", help="Texts; the lines of stdin if none is given."),
     adapter: list[str] = ADAPTER,
     pair: list[str] = typer.Option([], help="A second text, for each text one."),
@@ -21,7 +24,10 @@ def classify(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Say which label a classifier gives to texts, and how sure it is."""
+    """Say which label a classifier gives to texts, and how sure it is.
+
+    spectune classify runs/spam "You have won a prize!"
+    """
     asked = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not asked:
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")

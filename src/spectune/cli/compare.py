@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, print_json, say_error
 from spectune.cli.train import file_and_pairs, keys
 from spectune.compare.config import CompareConfig
@@ -30,7 +31,10 @@ train`, but for those that a comparison sets itself, and:
 
 def compare(
     settings: list[str] = typer.Argument(
-        None, metavar="[RUN.YAML] [KEY=VALUE]...", help="A file, and what wins over it."
+        None,
+        metavar="[RUN.YAML] [KEY=VALUE]...",
+        autocompletion=completion.settings,
+        help="A file, and what wins over it.",
     ),
     preset: str | None = typer.Option(None, help="quick: what questions ask for, on MiniLM, within minutes."),
     json: bool = JSON,

@@ -21,7 +21,10 @@ def compose(
     allow_loss: bool = ALLOW_LOSS,
     json: bool = JSON,
 ) -> None:
-    """Add adapters: spectune compose OUT pirate:0.7 chef:0.3 legalese:-0.2"""
+    """Add adapters: spectune compose OUT pirate:0.7 chef:0.3 legalese:-0.2
+
+    spectune compose runs/mix runs/pirate:0.7 runs/chef:0.3
+    """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
     from spectune.bases.loading import bind_to_base

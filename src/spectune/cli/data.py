@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, REMOTE_CODE, print_json
 from spectune.cli.train import file_and_pairs
 from spectune.errors import SpectuneError
@@ -16,16 +17,27 @@ from spectune.errors import SpectuneError
 
 def data(
     source: list[str] = typer.Argument(
-        metavar="DATA [KEY=VALUE]...", help="A file, pattern, folder or data set's id; and keys as for train."
+        metavar="DATA [KEY=VALUE]...",
+        autocompletion=completion.settings,
+        help="A file, pattern, folder or data set's id; and keys as for train.",
     ),
-    model: str = typer.Option(..., "--model", "-m", help="Embedded name (smollm2-135m), local folder or hub id."),
+    model: str = typer.Option(
+        ...,
+        "--model",
+        "-m",
+        autocompletion=completion.models,
+        help="Embedded name (smollm2-135m), local folder or hub id.",
+    ),
     task: str = typer.Option("sft", help="sft, classify or dpo."),
     show: int = typer.Option(3, min=0, help="Of the first records, how many are written out."),
     out: Path | None = typer.Option(None, help="Write an HTML page."),
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Show data as a model will see it: what is learned, cut, left out, repeated, and in both parts."""
+    """Show data as a model will see it: what is learned, cut, left out, repeated, and in both parts.
+
+    spectune data chats.jsonl -m smollm2-135m --out data.html
+    """
     from spectune.training.config import load_config
     from spectune.training.inspect import inspect, write_page
 

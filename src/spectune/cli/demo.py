@@ -23,7 +23,10 @@ def demo(
     seed: int = typer.Option(0, min=0, help="Of the data, its order and the adapter's start."),
     json: bool = JSON,
 ) -> None:
-    """Teach the embedded SmolLM2-135M to speak like a pirate, in a few minutes on a CPU."""
+    """Teach the embedded SmolLM2-135M to speak like a pirate, in a few minutes on a CPU.
+
+    spectune demo --method svf
+    """
     from spectune.demo import run_demo
     from spectune.training.config import load_config
 

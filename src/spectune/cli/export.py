@@ -32,7 +32,10 @@ def export(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Write an adapter as a PEFT LoRA folder, or merged into its model."""
+    """Write an adapter as a PEFT LoRA folder, or merged into its model.
+
+    spectune export runs/pirate merged --format merged
+    """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
     from spectune.bases.loading import base_name, bind_to_base, load_base

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
     DEVICE,
@@ -28,7 +29,9 @@ from spectune.errors import SpectuneError
 
 
 def generate(
-    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
+    model: str = typer.Argument(
+        autocompletion=completion.models, help="Embedded name (smollm2-135m), local folder or hub id."
+    ),
     prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one on stdin if none is given."),
     adapter: list[str] = ADAPTER,
     library: Path | None = LIBRARY,
@@ -45,7 +48,10 @@ def generate(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Answer prompts with a model and a weighted mixture of adapters, or with those of a library that suit each."""
+    """Answer prompts with a model and a weighted mixture of adapters, or with those of a library that suit each.
+
+    spectune generate smollm2-135m "Where is the captain?" -a runs/pirate:0.7
+    """
     asked = prompts or [sys.stdin.read().strip()]
     if not all(asked):
         raise SpectuneError("the prompt is empty; give it as an argument or on stdin")

@@ -16,7 +16,10 @@ def import_(
     overwrite: bool = OVERWRITE,
     json: bool = JSON,
 ) -> None:
-    """Read an adapter that PEFT wrote, check it, and save it here."""
+    """Read an adapter that PEFT wrote, check it, and save it here.
+
+    spectune import peft-folder runs/imported
+    """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
     from spectune.storage import telling_of_full_disks

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, OVERWRITE, REMOTE_CODE, print_json, say_next, typed
 from spectune.cli.train import file_and_pairs
 from spectune.errors import SpectuneError
@@ -14,9 +15,17 @@ from spectune.errors import SpectuneError
 
 def init(
     source: list[str] = typer.Argument(
-        metavar="DATA [KEY=VALUE]...", help="A file, pattern, folder or data set's id; and keys as for train."
+        metavar="DATA [KEY=VALUE]...",
+        autocompletion=completion.settings,
+        help="A file, pattern, folder or data set's id; and keys as for train.",
     ),
-    model: str = typer.Option(..., "--model", "-m", help="Embedded name (smollm2-135m), local folder or hub id."),
+    model: str = typer.Option(
+        ...,
+        "--model",
+        "-m",
+        autocompletion=completion.models,
+        help="Embedded name (smollm2-135m), local folder or hub id.",
+    ),
     out: Path = typer.Option(Path("run.yaml"), "--out", "-o", help="The file to write."),
     overwrite: bool = OVERWRITE,
     trust_remote_code: bool = REMOTE_CODE,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, print_json, say_next
 from spectune.cli.train import file_and_pairs
 
 
 def lr(
     settings: list[str] = typer.Argument(
-        None, metavar="[RUN.YAML] [KEY=VALUE]...", help="As for train: a file, and what wins over it."
+        None,
+        metavar="[RUN.YAML] [KEY=VALUE]...",
+        autocompletion=completion.settings,
+        help="As for train: a file, and what wins over it.",
     ),
     json: bool = JSON,
 ) -> None:

@@ -11,7 +11,10 @@ from spectune.cli.shared import JSON, print_json
 
 
 def methods(json: bool = JSON) -> None:
-    """List the methods, their options with defaults, and their papers."""
+    """List the methods, their options with defaults, and their papers.
+
+    spectune methods
+    """
     from spectune.methods import Method, to_text
     from spectune.methods.registry import load_plugins
 

@@ -8,14 +8,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, REMOTE_CODE, print_json
 from spectune.errors import SpectuneError
 
 
 def plan(
-    model: str = typer.Argument(help="A built-in or embedded name (llama-3-8b, smollm2-135m), or a folder."),
+    model: str = typer.Argument(
+        autocompletion=completion.models, help="A built-in or embedded name (llama-3-8b, smollm2-135m), or a folder."
+    ),
     method: list[str] = typer.Option(
-        [], "--method", "-m", help="name:field=value,...; may be repeated. All if not given."
+        [],
+        "--method",
+        "-m",
+        autocompletion=completion.methods,
+        help="name:field=value,...; may be repeated. All if not given.",
     ),
     targets: list[str] = typer.Option([], "--targets", help="Suffixes, or one regex; all-linear if not given."),
     exclude: list[str] = typer.Option([], help="Suffixes, or one regex, of layers to leave out."),
@@ -36,7 +43,10 @@ def plan(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """What each method trains, stores, holds and costs on a model, without its weights."""
+    """What each method trains, stores, holds and costs on a model, without its weights.
+
+    spectune plan llama-3-8b --memory 24
+    """
     from spectune.planning.plan import PRECISIONS, parse_devices
     from spectune.planning.plan import plan as make
     from spectune.progress import Bar

@@ -41,7 +41,10 @@ def spectrum(
     device: str = typer.Option("cpu", help="Where to compute: cpu, cuda, ..."),
     json: bool = JSON,
 ) -> None:
-    """Measure the singular values of a checkpoint, one matrix at a time: is there a big and a small group?"""
+    """Measure the singular values of a checkpoint, one matrix at a time: is there a big and a small group?
+
+    spectune spectrum smollm2-135m --out runs/spectrum
+    """
     from spectune.spectrum.run import report
 
     bar = _Bar()

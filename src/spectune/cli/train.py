@@ -9,6 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
+from spectune.cli import completion
 from spectune.cli.shared import JSON, let_the_main_process_speak, print_json, say_error, say_next
 from spectune.errors import SpectuneError
 from spectune.training.config import FOLLOWING, TrainConfig, load_config
@@ -41,7 +42,10 @@ The names that transformers, TRL, PEFT, axolotl and LLaMA-Factory have for these
 
 def train(
     settings: list[str] = typer.Argument(
-        None, metavar="[RUN.YAML] [KEY=VALUE]...", help="A file, and what wins over it."
+        None,
+        metavar="[RUN.YAML] [KEY=VALUE]...",
+        autocompletion=completion.settings,
+        help="A file, and what wins over it.",
     ),
     json: bool = JSON,
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.bases.classifiers import classify, label_names
 from spectune.bases.loading import checked_device, load_base
-from spectune.errors import SpectuneError, need
+from spectune.errors import SpectuneError, nearest, need
 from spectune.model.adapting import attach
 from spectune.model.fusing import fused_where_it_pays
 from spectune.model.routing import activate
@@ -103,6 +103,9 @@ def _harness(harness: Any, model: Any, tokenizer: Any, tasks: Sequence[str]) -> 
 
 def _config(run: Path, data: str | None, device: str | None) -> TrainConfig:
     path = run / "config.yaml"
+    if not run.is_dir():
+        beside = [place.name for place in run.parent.iterdir()] if run.parent.is_dir() else []
+        raise SpectuneError(f"there is no folder {run}{nearest(run.name, beside)}")
     if not path.is_file():
         raise SpectuneError(f"{run} is not the folder of a run: it has no config.yaml; `spectune train` makes one")
     more = [f"data={data}", "eval_data=null", "eval_split=null", "held_out=0"] if data is not None else []
