@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import unwrap
 from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from spectune.bases.generation import generate
+from spectune.bases.generation import Reply, generate
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import is_learned
 from spectune.training.data.records import Record, form
 
 _SHOWN = 300  # characters of a text
+_REPLY = 40  # tokens, of a reply in training
+_in_training: Callable[..., list[Reply]] = unwrap(generate)  # not in inference mode, whose tensors no step can use
 
 
 class Asked(NamedTuple):
@@ -56,13 +60,20 @@ def _text(message: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def replies(model: Any, tokenizer: Any, prompts: Sequence[Asked], max_new_tokens: int, fused: bool = True) -> list[str]:
+def replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Asked],
+    max_new_tokens: int,
+    fused: bool = True,
+    replying: Callable[..., list[Reply]] = generate,
+) -> list[str]:
     """Return the model's likeliest reply to each prompt."""
     found: list[str] = []
     for each in prompts:
         settings: Any = {"max_new_tokens": max_new_tokens, "raw": each.raw, "fused": fused}
         try:
-            found.append(generate(model, tokenizer, [each.prompt], **settings)[0].text)
+            found.append(replying(model, tokenizer, [each.prompt], **settings)[0].text)
         except SpectuneError as error:  # longer than the context, say
             found.append(f"({error})")
     return found
@@ -99,7 +110,8 @@ class ReplyLog(TrainerCallback):
         self._last = state.global_step
         was = model.training
         model.eval()
-        said = replies(model, self._tokenizer, self._prompts, 40)
+        with torch.no_grad():
+            said = replies(model, self._tokenizer, self._prompts, _REPLY, False, _in_training)
         model.train(was)
         when = "before training" if state.global_step == 0 else f"step {state.global_step}"
         for each, reply in zip(self._prompts, said, strict=True):
