@@ -272,7 +272,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             SpectuneError: the loss is not finite.
         """
         self.model.eval()
-        self.callback_handler.eval_dataloader = dataloader
+        handler: Any = self.callback_handler
+        handler.eval_dataloader = dataloader  # which is told to callbacks
         totals: dict[str, Tensor] = {}
         passes = len(dataloader) * _PASSES_A_BATCH
         with fused_where_it_pays(self.model, passes, allowed=self.task.config.fused):
