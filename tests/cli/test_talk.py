@@ -60,7 +60,7 @@ def test_history_is_shown_saved_and_forgotten(talk, capsys, tmp_path):
         ("/mix pirat 1", "did you mean 'pirate'"),
         ("/mix pirate much", "is no weight"),
         ("/mix", "names with weights"),
-        ("/bsae", "did you mean 'base'"),
+        ("/histroy", "did you mean 'history'"),
         ("/save", "takes a file"),
     ],
 )

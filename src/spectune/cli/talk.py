@@ -76,7 +76,7 @@ class Talk:
             "reset": lambda _: self._reset(),
         }
         if word not in commands:
-            raise SpectuneError(f"there is no /{word}{nearest(word, [*commands, 'quit'])}: /help names them all")
+            raise SpectuneError(f"there is no /{word}{nearest(word, [*commands, 'quit'])} (/help names them all)")
         commands[word](rest.strip())
 
     def _choose(self, weights: dict[str, float] | None, *, base: bool = False, both: bool = False) -> None:
