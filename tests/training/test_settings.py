@@ -31,7 +31,7 @@ def rates(result):
 
 
 def test_the_first_step_learns_and_warm_up_rises_to_the_rate(settings, capsys):
-    result = train(load_config(None, [*settings, "lr=1e-3"]))
+    result = train(load_config(None, [*settings, "lr=1e-3", "epochs=1"]))
     assert rates(result) == [0.5]
     assert max(float(result.adapter.delta(name).abs().max()) for name in result.adapter.layers) > 0
     assert "all 1 steps are warm-up" in " ".join(capsys.readouterr().err.split())
