@@ -144,7 +144,8 @@ def check_weight(name: str, weight: Tensor, expected: Tensor) -> None:
     if _near(_sketch(weight, None), expected[0], SAME_WEIGHT) or same_weight(sketch_weight(weight), expected):
         return
     raise SpectuneError(
-        f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on"
+        f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on; a "
+        "base that was quantized there is the same only if it is loaded with the same quantize"
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from spectune.bases.classifiers import load_classifier
+from spectune.bases.quantizing import quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
 from spectune.spectral import weight_map
@@ -208,6 +209,7 @@ def load_base(
     device: str | torch.device | None = None,
     labels: Sequence[str] | None = None,
     new_head: bool = False,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: object,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -220,6 +222,8 @@ def load_base(
         labels: load it as a classifier of texts into these; a head that the checkpoint lacks is zero, and `adapt`
             trains it in full.
         new_head: with labels, a head of their own where the checkpoint has one for as many labels by other names.
+        quantize: "nf4" (4 bits, with doubly quantized scales) or "int8": pack the linear layers by bitsandbytes, all
+            but the output embedding, as they are loaded. `dtype` is what the rest is held in, and computed in.
         trust_remote_code: run code that comes with the checkpoint.
         kwargs: for `from_pretrained`.
 
@@ -228,18 +232,21 @@ def load_base(
         classifier), in evaluation mode, and the tokenizer.
 
     Raises:
-        SpectuneError: an unknown name, or a folder that holds no model.
+        SpectuneError: an unknown name, a folder that holds no model, or bitsandbytes is missing.
     """
     import transformers
 
     device = None if device is None else checked_device(device)  # before anything is loaded
     wanted = resolve_dtype(dtype, device or "cpu")
+    packed = quantization(quantize, wanted, device)
     path = model_path(name, wanted)
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **kwargs}
+            options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **packed, **kwargs}
+            if packed and (own := getattr(config, "quantization_config", None)) is not None:
+                raise SpectuneError(f"{os.fspath(name)!r} is quantized already ({_kind(own)}): leave quantize out")
             if labels is not None:
                 model = load_classifier(path, config, tokenizer, labels, options, new_head)
             else:
@@ -251,7 +258,12 @@ def load_base(
     if os.fspath(name) in EMBEDDED:
         model.config._name_or_path = os.fspath(name)
     model.eval()
-    return (model if device is None else cast(Any, model).to(device)), tokenizer
+    return (model if device is None or packed else cast(Any, model).to(device)), tokenizer
+
+
+def _kind(quantization_config: Any) -> str:
+    told = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
+    return str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
 
 
 def base_name(adapter: Adapter, given: str | None = None) -> str:

@@ -16,6 +16,7 @@ from spectune.cli.shared import (
     DTYPE,
     FUSED,
     LIBRARY,
+    QUANTIZE,
     REMOTE_CODE,
     SHOTS,
     STRATEGY,
@@ -43,6 +44,7 @@ def chat(
     seed: int | None = typer.Option(None, help="Of the sampling."),
     fused: bool = FUSED,
     dtype: str | None = DTYPE,
+    quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
 ) -> None:
@@ -55,11 +57,13 @@ def chat(
 
     two = None
     if library is not None:
+        if quantize is not None:
+            raise SpectuneError("--quantize is for adapters given by -a, and a library's base is loaded whole")
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         loaded, tokenizer = two.model, two.tokenizer
     else:
         need_library(strategy=strategy, shots=shots)
-        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "fused": fused}
     console = Console(stderr=True, highlight=False)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from spectune.cli import completion
-from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, REMOTE_CODE, load_with_adapters, print_json
+from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, QUANTIZE, REMOTE_CODE, load_with_adapters, print_json
 from spectune.errors import SpectuneError
 
 
@@ -20,6 +20,7 @@ def classify(
     pair: list[str] = typer.Option([], help="A second text, for each text one."),
     batch_size: int = typer.Option(32, min=1, help="Texts in a forward pass."),
     dtype: str | None = DTYPE,
+    quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
@@ -33,7 +34,7 @@ def classify(
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
     from spectune.bases.classifiers import classify as classify_
 
-    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
     found = classify_(loaded, tokenizer, asked, pair or None, batch_size=batch_size)
     if json:
         print_json([{"text": text, **one._asdict()} for text, one in zip(asked, found, strict=True)])

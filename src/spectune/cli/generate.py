@@ -16,6 +16,7 @@ from spectune.cli.shared import (
     FUSED,
     JSON,
     LIBRARY,
+    QUANTIZE,
     REMOTE_CODE,
     SHOTS,
     STRATEGY,
@@ -44,6 +45,7 @@ def generate(
     raw: bool = typer.Option(False, help="Continue the text as it is, without a chat template."),
     fused: bool = FUSED,
     dtype: str | None = DTYPE,
+    quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
@@ -60,13 +62,15 @@ def generate(
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "raw": raw, "fused": fused}
     if library is not None:
+        if quantize is not None:
+            raise SpectuneError("--quantize is for adapters given by -a, and a library's base is loaded whole")
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         replies = two.generate(asked, **settings)
         for reply in replies:
             typer.echo(f"[{decision_text(reply.decision)}]", err=True)
     else:
         need_library(strategy=strategy, shots=shots)
-        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code)
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
         replies = generation.generate(loaded, tokenizer, asked, **settings)
     if json:
         print_json([{"prompt": p, **_fields(reply)} for p, reply in zip(asked, replies, strict=True)])

@@ -44,6 +44,7 @@ FUSED = typer.Option(
     help="Answer from merged weights beside the base's, where that is faster and memory allows.",
 )
 DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
+QUANTIZE = typer.Option(None, help="nf4 or int8: the base in 4 or 8 bits, by bitsandbytes, as the adapter was trained.")
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 STRATEGIES = ("prompt", "classifier", "few-shot")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
@@ -101,7 +102,12 @@ def need_library(**options: object) -> None:
 
 
 def load_with_adapters(
-    name: str, adapters: Sequence[str], dtype: str | None, device: str | None, trust_remote_code: bool
+    name: str,
+    adapters: Sequence[str],
+    dtype: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
@@ -122,6 +128,7 @@ def load_with_adapters(
         device=device or default_device(),
         labels=labels[0] if labels else None,
         new_head=True,  # the adapter brings its own
+        quantize=quantize,
         trust_remote_code=trust_remote_code,
     )
     mixture: dict[str, float] = {}

@@ -36,6 +36,9 @@ def candidates(config: CompareConfig, model: PreTrainedModel) -> tuple[list[str]
     notes: list[str] = []
     chosen: dict[str, None] = {}
     for text in config.methods:
+        if text == FULL and config.quantize is not None:
+            notes.append("full is left out: it trains the base's own weights, which quantize packs")
+            continue
         name, note = _as_compared(text, config, model)
         notes += note
         if name in chosen:

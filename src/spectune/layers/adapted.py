@@ -25,7 +25,7 @@ from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight
-from spectune.layers.packed import is_packed, leave_as_packed, packed_product
+from spectune.layers.packed import is_packed, packed_product
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
@@ -465,7 +465,6 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     change_class(layer, adapted_class(type(layer)))
     if packed:
         layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
-        leave_as_packed(layer, True)
     layer.adapted_as = name  # type: ignore[assignment]
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
@@ -485,7 +484,6 @@ def give_back(layer: Adapted) -> None:
     del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused
     if layer.is_packed:
         del layer.is_plain, layer.is_packed
-        leave_as_packed(layer, False)
     change_class(layer, layer.plain_class)
     if isinstance(layer, ExpertLinear):
         leave(layer)

@@ -186,26 +186,27 @@ def packed_again(layer: Any, weight: Tensor) -> nn.Parameter:
     raise SpectuneError(f"how {kind.__module__.partition('.')[0]} packed it is not known")
 
 
-def leave_as_packed(layer: nn.Module, leave: bool) -> None:
-    """Have bitsandbytes leave a weight laid out as it is where a processor has instructions for another layout.
+def keep_layout(model: nn.Module, keep: bool) -> None:
+    """Have bitsandbytes leave weights laid out as they are, or again do as it likes.
 
-    Its scales would be rounded, and no gradient go through it.
+    Where a processor has instructions for another layout it lays a weight out anew in evaluation mode: its scales are
+    rounded, and no gradient goes through it any more.
     """
-    held = vars(layer)
-    if leave and held.get(_REPACKING):
-        held[_REPACKING] = None  # as false as False, and tells what it was
-    elif not leave and held.get(_REPACKING, False) is None:
-        held[_REPACKING] = True
+    for module in model.modules():
+        held = vars(module)
+        if keep and held.get(_REPACKING):
+            held[_REPACKING] = None  # as false as False, and tells what it was
+        elif not keep and held.get(_REPACKING, False) is None:
+            held[_REPACKING] = True
 
 
 @contextmanager
-def as_packed(model: nn.Module) -> Iterator[None]:
-    """Within the context every weight of a model stays laid out as it is."""
-    layers = [m for m in model.modules() if vars(m).get(_REPACKING)]
-    for layer in layers:
-        leave_as_packed(layer, True)
+def kept_layout(model: nn.Module) -> Iterator[None]:
+    """Within the context every packed weight of a model stays laid out as it is."""
+    before = any(vars(module).get(_REPACKING, False) is None for module in model.modules())
+    keep_layout(model, True)
     try:
         yield
     finally:
-        for layer in layers:
-            leave_as_packed(layer, False)
+        if not before:
+            keep_layout(model, False)

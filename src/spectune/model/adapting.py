@@ -15,6 +15,7 @@ from spectune.adapters.terms import Term, WholeTerm, unchecked
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
+from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
 from spectune.methods import Method, to_text
@@ -65,7 +66,8 @@ def adapt(
     that BatchNorm moves are the adapter's own.
 
     Args:
-        model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16.
+        model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16, or packed in 4 or 8 bits by
+            bitsandbytes, torchao or quanto.
         method: a method such as `PiSSA(rank=16)`, or its text, `"pissa:rank=16"`.
         targets: "all-linear" (all but the output embedding), suffixes of names or names of modules around layers, or a
             regex for the whole name; or a mapping of suffixes and regexes to methods, `{"q_proj|v_proj": SVF(), "mlp":
@@ -255,4 +257,5 @@ def _install(
     values = prepare(model, modules)
     install(model, plan, name, **options)
     put(model, values, name, selections(adapted_layers(model))[0])
+    keep_layout(model, True)
     watch_saving(model)

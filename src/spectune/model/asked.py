@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from spectune.layers.modules import stored_weight, tied_parameters
-from spectune.layers.packed import as_packed
+from spectune.layers.packed import kept_layout
 from spectune.layers.reads import reader_of, takes_values
 from spectune.layers.shards import is_part
 from spectune.model.routing import base_alone
@@ -204,7 +204,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(_devices(model)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(base_alone(model))
-        stack.enter_context(as_packed(model))
+        stack.enter_context(kept_layout(model))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for module, *_ in kept:

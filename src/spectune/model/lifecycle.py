@@ -15,7 +15,7 @@ from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTe
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
 from spectune.layers.experts import ExpertLinear, tensor_of
 from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight, unwrapped
-from spectune.layers.packed import Packed
+from spectune.layers.packed import Packed, keep_layout
 from spectune.layers.shards import is_part, whole
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
 from spectune.methods import Method
@@ -151,6 +151,8 @@ def detach(model: M, name: str | None = None) -> M:
             give_back_whole(module)
     leave_saving(model)
     left = adapted_layers(model).values()
+    if not left:
+        keep_layout(model, False)
     in_use = {id(layer.selection) for layer in left}
     for selection in shared:
         selection.mixture = {n: w for n, w in selection.mixture.items() if name not in (None, n)}

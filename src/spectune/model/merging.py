@@ -15,7 +15,7 @@ from spectune.layers.adapted import Adapted, adapted_layers, take_over
 from spectune.layers.experts import ExpertLinear, Experts, expert_layer
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading, stored_weight
-from spectune.layers.packed import is_packed, packed_again
+from spectune.layers.packed import is_packed, keep_layout, packed_again
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
@@ -254,6 +254,7 @@ def unmerge(model: M) -> M:
         if record.fresh is not None:
             setattr(module, FRESH, record.fresh)
         take_over_whole(module, record.selection).adapters = record.adapters
+    keep_layout(model, True)
     watch_saving(model)
     for part in transformers_models(model):
         before: Ties | None = vars(part).pop(_RECORD, None)

@@ -56,6 +56,11 @@ class Saving:
         finally:
             _how.reset(token)
 
+    @property
+    def is_quantized(self) -> bool:
+        """False: transformers' trainers ask whether nothing can be trained, as in a model of packed weights alone."""
+        return False
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         how, state = _how.get(), super().state_dict(*args, **kwargs)  # type: ignore[misc]
         if how is None:

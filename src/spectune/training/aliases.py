@@ -52,7 +52,7 @@ _INSTEAD = {
     **dict.fromkeys(("peft_type", "finetuning_type", "peft", "use_peft"), "write method: lora, svf, pissa, ..."),
     **dict.fromkeys(
         ("load_in_4bit", "load_in_8bit", "quantization_bit", "bnb_4bit_quant_type", "quantization"),
-        "load the base in 16 bits: write dtype: bf16",
+        "write quantize: nf4 for 4 bits, int8 for 8",
     ),
     "bf16": "write dtype: bf16",
     "fp16": "write dtype: fp16",

@@ -26,6 +26,7 @@ from spectune.training.options import resumes
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
 _MEANING += ("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
+_MEANING += ("quantize",)
 # of these one is told, and the run goes on
 _TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")
 _TOLD += ("patience", "best", "save_steps", "fsdp", "factored", "fused", "gradient_checkpointing")
@@ -50,7 +51,8 @@ def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# An adapter for {config.model}\n\n"
         f"Trained with `{config.method}` on {len(records)} examples; the settings are in `config.yaml`.\n\n"
-        f"    spectune {'classify' if config.task == 'classify' else 'chat'} {config.model} -a {output.name}\n"
+        f"    spectune {'classify' if config.task == 'classify' else 'chat'} {config.model} -a {output.name}"
+        f"{f' --quantize {config.quantize}' if config.quantize else ''}\n"
     )
     files = {
         "config.yaml": yaml.safe_dump(config.model_dump(), sort_keys=False),

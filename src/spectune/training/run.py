@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArgumen
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS
+from spectune.bases.quantizing import check_quantization
 from spectune.errors import SpectuneError
 from spectune.methods import to_text
 from spectune.model.lifecycle import extract
@@ -91,6 +92,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
     output = Path(config.output)
     with processes.together():
         check_reports(config.reports())
+        check_quantization(config.quantize)
         _check_output(config, output)
         console = (console or Console(stderr=True)) if processes.is_main() else Console(quiet=True)
         task = make_task(_as_before(config, output) if config.resume else config)
@@ -257,6 +259,8 @@ def _check_sharding(config: TrainConfig) -> None:
         raise SpectuneError(
             "fsdp=true shards over several processes, and this is one: torchrun --nproc-per-node 2 -m spectune"
         )
+    if config.quantize is not None and processes.wants_shards(config.fsdp):
+        raise SpectuneError("fsdp shards a base that is not packed: leave quantize out, or fsdp")
 
 
 def _before(log: RunLog) -> dict[str, float]:

@@ -134,8 +134,8 @@ class Task:
         """
         config = self.config
         device = processes.load_device(config.device, config.fsdp)
-        trust = config.trust_remote_code
-        model, tokenizer = load_base(config.model, config.dtype, device=device, trust_remote_code=trust)
+        options: Any = {"quantize": config.quantize, "trust_remote_code": config.trust_remote_code}
+        model, tokenizer = load_base(config.model, config.dtype, device=device, **options)
         if not model.can_generate() or model.config.is_encoder_decoder:  # whose target its decoder would be given
             raise SpectuneError(
                 f"task: {config.task} needs a causal language model, and {config.model} is a {type(model).__name__}; "

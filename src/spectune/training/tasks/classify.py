@@ -78,14 +78,14 @@ class Classify(Task):
             raise SpectuneError(f"the training data has one label only, {labels[0]!r}; there is nothing to tell apart")
         _check_labels(held, labels)
         device = processes.load_device(config.device, config.fsdp)
-        trust = config.trust_remote_code
         return load_base(
             config.model,
             config.dtype,
             device=device,
             labels=labels,
             new_head=self.options.new_head,
-            trust_remote_code=trust,
+            quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
         )
 
     def encode(
