@@ -22,30 +22,14 @@ from spectune.model.patterns import matching
 from spectune.reading import check_file, check_tensors_file, read_json
 from spectune.spectral import shards, weight_map
 from spectune.spectrum.names import Place, is_embedding, places
+from spectune.spectrum.packing import dequantized
+from spectune.spectrum.stored import Stored
 
 _FLOATING = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _LEAST_BITS = 8  # values in a byte of the coarsest quantization
 _NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights of a .bin
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # whose linears are stored (in x out)
 _CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
-
-
-class Stored(NamedTuple):
-    """A tensor in a file.
-
-    Args:
-        name: in the checkpoint.
-        shape: as stored.
-        dtype: as the file calls it.
-        floating: its bytes are values, or can be made so.
-        read: returns it, or one matrix of a stack of three dimensions, given the index.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    floating: bool
-    read: Callable[[int | None], Tensor]
 
 
 class Matrix(NamedTuple):
@@ -119,7 +103,7 @@ def open_checkpoint(
     if not stored:
         raise SpectuneError(f"nothing in {path} can be read: {next(iter(skipped.values()), 'it is empty')}")
     folder = path if path.is_dir() else path.parent
-    matrices, problems = _choose(stored, targets, exclude, _conv1d(folder))
+    matrices, problems = _choose(dequantized(stored), targets, exclude, _conv1d(folder))
     return Checkpoint(model, folder, format, _fingerprint(files), matrices, skipped | problems)
 
 
