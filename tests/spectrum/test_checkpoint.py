@@ -85,7 +85,7 @@ def test_packed_weights_are_left_out_with_their_scales(tmp_path):
         "layers.0.up.qweight": torch.ones(4, 8, dtype=torch.int32),
         "layers.0.up.scales": torch.ones(2, 8, dtype=torch.float16),
         "layers.0.down.weight": torch.ones(8, 8).to(torch.float8_e4m3fn),
-        "layers.0.down.weight_scale_inv": torch.ones(1, 1),
+        "layers.0.down.weight_scale_of_its_own": torch.ones(1, 1),
         "layers.0.q.weight": matrix(8, 8),
     }
     checkpoint = open_checkpoint(str(saved(tmp_path, held)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectune.spectrum.stored import Stored
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_BLOCK = 128  # rows and columns that share a scale, where the last ones are fewer
+_BLOCK = 128  # rows and columns that share a scale, the last ones of which may be fewer
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -59,9 +59,9 @@ def _in_blocks(tensor: Stored, by_name: dict[str, Stored]) -> Made:
 
 
 def _block(size: int, count: int) -> int | None:
-    if count and size % count == 0:
-        return size // count
-    return _BLOCK if -(-size // _BLOCK) == count else None
+    if -(-size // _BLOCK) == count:
+        return _BLOCK
+    return size // count if count and size % count == 0 else None
 
 
 def _by_row(tensor: Stored, by_name: dict[str, Stored]) -> Made:
