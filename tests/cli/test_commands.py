@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import spectune
 from spectune.cli import app, main
-from training.folder import make_tokenizer, save_folder
+from training.folder import make_model, make_tokenizer, save_folder
 
 runner = CliRunner()
 
@@ -132,6 +133,35 @@ def test_export_to_peft_and_import_again(model, adapters, tmp_path):
     run("import", str(tmp_path / "peft"), str(tmp_path / "back"))
     ours = spectune.Adapter.load(tmp_path / "back")
     assert ours.layers["model.layers.0.mlp.up_proj"].terms[0].method == spectune.LoRA(rank=4, alpha=4)
+
+
+def test_one_rank_for_programs_that_read_no_patterns(model, tmp_path):
+    torch.manual_seed(0)
+    mixed, _ = spectune.load_base(model, "fp32")
+    spectune.adapt(mixed, "lora:rank=2", ["q_proj", "v_proj"], overrides={"v_proj": "lora:rank=3"})
+    with torch.no_grad():
+        for parameter in mixed.parameters():
+            parameter.add_(0.1) if parameter.requires_grad else None
+    mixed = spectune.extract(mixed)
+    mixed.save(tmp_path / "mixed")
+    run("export", str(tmp_path / "mixed"), str(tmp_path / "peft"), "--one-rank")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})
+    padded = spectune.Adapter.load(tmp_path / "peft")
+    for name in mixed.layers:
+        torch.testing.assert_close(padded.delta(name), mixed.delta(name))
+
+
+def test_another_base_is_refused_unless_asked_for(monkeypatch, capsys, adapters, tmp_path):
+    other = tmp_path / "other"
+    save_folder(other)
+    changed = make_model()
+    with torch.no_grad():
+        changed.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    changed.save_pretrained(other)
+    arguments = ["generate", str(other), "say one", "-a", adapters["chef"], "--dtype", "fp32"]
+    assert "belongs to another base" in fails(monkeypatch, capsys, *arguments)
+    run(*arguments, "--no-check", "--max-new-tokens", "2")
 
 
 def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tmp_path):

@@ -68,3 +68,10 @@ def test_layers_on_the_disk(tmp_path):
     loaded.config._attn_implementation = "eager"
     spectune.attach(loaded, spectune.extract(model))
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    spectune.detach(loaded)
+    plain = loaded(**inputs).logits
+    spectune.adapt(loaded, "svf", modules_to_save=["norm"])
+    assert list(spectune.extract(loaded).modules) == ["model.norm"]  # what is on the disk is no new head
+    torch.testing.assert_close(loaded(**inputs).logits, plain)
+    with pytest.raises(spectune.SpectuneError, match="sharded or offloaded cannot be saved merged"):
+        loaded.save_pretrained(tmp_path / "merged")

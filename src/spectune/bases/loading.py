@@ -278,12 +278,12 @@ def base_name(adapter: Adapter, given: str | None = None) -> str:
     return name
 
 
-def bind_to_base(adapter: Adapter, given: str | None = None) -> Adapter:
+def bind_to_base(adapter: Adapter, given: str | None = None, *, check: bool = True) -> Adapter:
     """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
     if all(adapter.self_contained(name) for name in adapter.layers):
         return adapter
     model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels, new_head=True)
-    return adapter.bind(model)
+    return adapter.bind(model, check=check)
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:

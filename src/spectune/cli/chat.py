@@ -12,6 +12,7 @@ from rich.console import Console
 from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
+    CHECK,
     DEVICE,
     DTYPE,
     FUSED,
@@ -46,6 +47,7 @@ def chat(
     dtype: str | None = DTYPE,
     quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
+    check: bool = CHECK,
     trust_remote_code: bool = REMOTE_CODE,
 ) -> None:
     """Talk to a model with a weighted mixture of adapters, or with a library's; /help says what can be typed.
@@ -59,11 +61,13 @@ def chat(
     if library is not None:
         if quantize is not None:
             raise SpectuneError("--quantize is for adapters given by -a, and a library's base is loaded whole")
+        if not check:
+            raise SpectuneError("--no-check is for adapters given by -a, and a library is of one base")
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         loaded, tokenizer = two.model, two.tokenizer
     else:
         need_library(strategy=strategy, shots=shots)
-        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "fused": fused}
     console = Console(stderr=True, highlight=False)

@@ -7,7 +7,17 @@ import sys
 import typer
 
 from spectune.cli import completion
-from spectune.cli.shared import ADAPTER, DEVICE, DTYPE, JSON, QUANTIZE, REMOTE_CODE, load_with_adapters, print_json
+from spectune.cli.shared import (
+    ADAPTER,
+    CHECK,
+    DEVICE,
+    DTYPE,
+    JSON,
+    QUANTIZE,
+    REMOTE_CODE,
+    load_with_adapters,
+    print_json,
+)
 from spectune.errors import SpectuneError
 
 
@@ -22,6 +32,7 @@ def classify(
     dtype: str | None = DTYPE,
     quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
+    check: bool = CHECK,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
@@ -34,7 +45,7 @@ def classify(
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
     from spectune.bases.classifiers import classify as classify_
 
-    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
+    loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
     found = classify_(loaded, tokenizer, asked, pair or None, batch_size=batch_size)
     if json:
         print_json([{"text": text, **one._asdict()} for text, one in zip(asked, found, strict=True)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import ALLOW_LOSS, JSON, OVERWRITE, REMOTE_CODE, print_json
+from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json
 
 
 class Format(str, Enum):
@@ -25,8 +25,14 @@ def export(
         Format.peft, help="A PEFT LoRA folder, or the whole model with the update folded in."
     ),
     rank: int | None = typer.Option(None, min=1, help="For peft: the best LoRA of this rank, not an exact one."),
+    one_rank: bool = typer.Option(
+        False,
+        "--one-rank",
+        help="For peft: one rank and alpha for all layers, as llama.cpp reads them.",
+    ),
     base: str | None = typer.Option(None, help="The base model; the adapter's own by default."),
     dtype: str | None = typer.Option("fp32", help="For merged: the dtype of the written model."),
+    check: bool = CHECK,
     overwrite: bool = OVERWRITE,
     allow_loss: bool = ALLOW_LOSS,
     trust_remote_code: bool = REMOTE_CODE,
@@ -51,11 +57,11 @@ def export(
         name, labels = base_name(loaded, base), loaded.labels
         check_destination(out, [name], overwrite=overwrite, merged=True)
         model, tokenizer = load_base(name, dtype, labels=labels, new_head=True, trust_remote_code=trust_remote_code)
-        write_merged(attach(model, loaded), tokenizer, out, name, adapter)
+        write_merged(attach(model, loaded, check=check), tokenizer, out, name, adapter)
     else:
-        bound = bind_to_base(loaded, base)
+        bound = bind_to_base(loaded, base, check=check)
         with telling_of_full_disks(out, "what was there is as it was"):
-            error = bound.export(out, "peft", rank=rank, allow_loss=allow_loss).error
+            error = bound.export(out, "peft", rank=rank, one_rank=one_rank, allow_loss=allow_loss).error
     if json:
         print_json({"output": str(out), "format": format.value, "error": error})
         return

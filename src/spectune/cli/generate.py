@@ -11,6 +11,7 @@ import typer
 from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
+    CHECK,
     DEVICE,
     DTYPE,
     FUSED,
@@ -47,6 +48,7 @@ def generate(
     dtype: str | None = DTYPE,
     quantize: str | None = QUANTIZE,
     device: str | None = DEVICE,
+    check: bool = CHECK,
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
@@ -64,13 +66,15 @@ def generate(
     if library is not None:
         if quantize is not None:
             raise SpectuneError("--quantize is for adapters given by -a, and a library's base is loaded whole")
+        if not check:
+            raise SpectuneError("--no-check is for adapters given by -a, and a library is of one base")
         two = load_transformer2(model, library, strategy, shots, adapter, dtype, device, trust_remote_code)
         replies = two.generate(asked, **settings)
         for reply in replies:
             typer.echo(f"[{decision_text(reply.decision)}]", err=True)
     else:
         need_library(strategy=strategy, shots=shots)
-        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize)
+        loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
         replies = generation.generate(loaded, tokenizer, asked, **settings)
     if json:
         print_json([{"prompt": p, **_fields(reply)} for p, reply in zip(asked, replies, strict=True)])

@@ -48,6 +48,9 @@ QUANTIZE = typer.Option(None, help="nf4 or int8: the base in 4 or 8 bits, by bit
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 STRATEGIES = ("prompt", "classifier", "few-shot")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
+CHECK = typer.Option(
+    True, "--check/--no-check", help="Refuse a base with other weights than the adapters were trained on."
+)
 OVERWRITE = typer.Option(False, "--overwrite", help="Replace an earlier result in that folder.")
 ALLOW_LOSS = typer.Option(False, "--allow-loss", help="Write it however far --rank is from the exact update.")
 REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with the model.")
@@ -108,6 +111,7 @@ def load_with_adapters(
     device: str | None,
     trust_remote_code: bool,
     quantize: str | None = None,
+    check: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
@@ -135,7 +139,7 @@ def load_with_adapters(
     for adapter, weight, folder in loaded:
         label = re.sub(r"\W", "_", folder.resolve().name, flags=re.ASCII)
         label += "" if len(loaded) == 1 else f"-{len(mixture)}"
-        attach(model, adapter, f"a-{label}")
+        attach(model, adapter, f"a-{label}", check=check)
         mixture[f"a-{label}"] = weight
     if mixture:
         activate(model, mixture)

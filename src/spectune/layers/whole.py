@@ -180,6 +180,7 @@ def shallow(
     """Return a copy of a module that shares all with it but the tensors, modules and attributes that are given."""
     copy = object.__new__(kind)
     state = {**vars(module), **attributes}
+    state.pop("forward", None)  # what wraps it, as accelerate's offloading does, goes around the module itself
     state["_parameters"] = {k: tensors.get(k, v) for k, v in module._parameters.items()}
     state["_buffers"] = {k: tensors.get(k, v) for k, v in module._buffers.items()}
     state["_modules"] = {k: v for k, v in {**module._modules, **(modules or {})}.items() if k != "adapters"}

@@ -181,13 +181,16 @@ def check_int(method: Method, *fields: str, least: int = 1) -> None:
             raise SpectuneError(f"{field} of {type(method).__name__} must be an integer >= {least}, not {value!r}")
 
 
-def check_range(method: Method, field: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raise unless the field is a finite number in [low, high), or in (low, high) if `open_low`."""
+def check_range(method: Method, field: str, low: float, high: float = 1e12, *, open_low: bool = False) -> None:
+    """Raise unless the field is a number in [low, high), or in (low, high) if `open_low`.
+
+    With greater ones than 1e12 products of float32 values overflow.
+    """
     value = getattr(method, field)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not low <= value < high or (open_low and value == low):
-        bounds = f"{'(' if open_low else '['}{low}, {high})"
-        raise SpectuneError(f"{field} of {type(method).__name__} must be a number in {bounds}, not {value!r}")
+        bounds = f"{'(' if open_low else '['}{low}, {high:g})"
+        raise SpectuneError(f"{field} of {type(method).__name__} must be a number in {bounds}, not {value!r:.40}")
 
 
 def check_bool(method: Method, *fields: str) -> None:

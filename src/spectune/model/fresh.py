@@ -37,7 +37,10 @@ def fresh_modules(model: nn.Module) -> list[str]:
     marked = [name for name, module in owners.items() if getattr(module, FRESH, False)]
     tensors = [p for module in owners.values() for p in _own(module)]
     if any(getattr(p, _LOADED, False) for p in tensors):
-        missing = [n for n, m in owners.items() if any(not getattr(p, _LOADED, False) for p in _own(m))]
+        without = {n: [p for p in _own(m) if not getattr(p, _LOADED, False)] for n, m in owners.items()}
+        missing = [n for n, of in without.items() if any(not p.is_meta for p in of)]
+        if offloaded := [n for n, of in without.items() if of and n not in missing]:  # which have no marks
+            missing += [n for n in _unmarked(model, owners) if n in offloaded]
     else:
         missing = _unmarked(model, owners)
     computed = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
@@ -151,5 +154,5 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _own(module: nn.Module) -> Iterator[object]:
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in module._parameters.values() if p is not None)

@@ -40,12 +40,12 @@ class Saving:
         """Write the model as it answers now: with its adapters merged.
 
         Raises:
-            SpectuneError: the model is sharded, or a weight cannot hold its update.
+            SpectuneError: the model is sharded or offloaded, or a weight cannot hold its update.
         """
         model: Any = self
-        if any(is_part(parameter) for parameter in model.parameters()):
+        if any(is_part(parameter) or parameter.is_meta for parameter in model.parameters()):
             raise SpectuneError(
-                "a sharded model with adapters cannot be saved merged: save the adapter with "
+                "a model with adapters that is sharded or offloaded cannot be saved merged: save the adapter with "
                 "spectune.extract(model).save(folder)"
             )
         kwargs.pop("state_dict", None)  # of the model as it is, with keys that no base has

@@ -42,7 +42,7 @@ class Source(BaseModel):
 class TrainConfig(BaseModel):
     """Every key of `spectune train`, with its default."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     command: ClassVar[str] = "train"
     options_type: ClassVar[type[TaskOptions] | None] = None  # of the task whose keys the class has beside these
 

@@ -27,7 +27,7 @@ class TaskOptions(BaseModel):
     change says `json_schema_extra={"resume": "told"}`, and one that does not matter `"ignored"`.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     measures: ClassVar[tuple[str, ...]] = ()  # what `spectune compare` can compare by, the usual one first
 

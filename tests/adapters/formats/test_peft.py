@@ -402,7 +402,7 @@ REFUSED = [
     ({"something_new": True}, r"saved by PEFT 0[.0-9]+ with something_new=True, which no adapter here holds"),
     ({"init_lora_weights": "mica"}, "init_lora_weights='mica', which no adapter here holds"),
     ({"layer_replication": [[0, 2]]}, "layer_replication="),
-    ({"target_parameters": ["experts.w"]}, "target_parameters="),
+    ({"target_parameters": "experts.w"}, "'target_parameters' in .* is 'experts.w', not a list of names"),
     ({"kasa_config": {"beta": 1}}, "kasa_config="),
     ({"use_dora": True}, "lora_magnitude_vector of .* and use_dora do not go together"),
     ({"r": 5}, "has rank 4, and the config says 5"),

@@ -352,6 +352,8 @@ def _split(key: str, path: Path, whole: Any) -> tuple[str, str]:
 def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool, sketch: Tensor | None) -> LayerUpdate:
     shape = (term.trained["B"].shape[0], term.trained["A"].shape[1])
     weight = parts.get("base")
+    if weight is not None and (tuple(weight.shape) != shape or not weight.is_floating_point()):
+        raise SpectuneError(f"the base_layer.weight beside a LoRA of {shape} is {weight.dtype} {tuple(weight.shape)}")
     sketch = sketch if weight is None else fingerprint.sketch_weight(weight)
     return LayerUpdate(shape, (term,), conv1d, base_sketch=sketch)
 
@@ -431,7 +433,10 @@ def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Te
     if alpha <= 0:
         trained["B"] = B * (alpha / (math.sqrt(declared) if rslora else declared))
         alpha = math.sqrt(declared) if rslora else declared
-    method: Method = LoRA(rank=A.shape[0], alpha=alpha, rslora=rslora, dropout=dropout)
+    try:
+        method: Method = LoRA(rank=A.shape[0], alpha=alpha, rslora=rslora, dropout=dropout)
+    except SpectuneError as error:
+        raise SpectuneError(f"{name!r} in {path / CONFIG} is not understood: {error}") from None
     if config.flag("use_dora") != ("magnitude" in parts):
         raise SpectuneError(f"lora_magnitude_vector of {name!r} in {path / WEIGHTS} and use_dora do not go together")
     if "magnitude" in parts:
@@ -439,7 +444,17 @@ def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Te
         if len(magnitude) != len(B):
             raise SpectuneError(f"lora_magnitude_vector of {name!r} in {path / WEIGHTS} has {len(magnitude)} rows")
         method, trained = DoRA(method), {"magnitude": magnitude, **trained}
-    return Term(method, trained)
+    return _checked(Term(method, trained), name, path)
+
+
+def _checked(term: Term, name: str, path: Path) -> Term:
+    """Return a term of a LoRA whose update float32 can hold."""
+    A, B = (float(term.trained[key].double().norm()) for key in "AB")
+    if not A * B * _lora(term.method).scale < torch.finfo(torch.float32).max:
+        raise SpectuneError(
+            f"the update of {name!r} in {path} is beyond what float32 holds, by its factors or its alpha"
+        )
+    return term
 
 
 def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Term | None:
@@ -452,12 +467,16 @@ def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> 
     kept = E != 0
     if not kept.any():
         return None
-    initial = float(parts["ranknum"]) if "ranknum" in parts else config.number("init_r")
+    count = parts.get("ranknum", torch.tensor(float(config.number("init_r", default=0.0))))
+    initial = float(count) if count.numel() == 1 else 0.0
+    if not initial > 0:
+        raise SpectuneError(f"ranknum of {name!r} in {path / WEIGHTS}, or init_r, is no rank that AdaLoRA began with")
     alpha = config.number("lora_alpha")
     scale = (alpha if alpha > 0 else initial) / (initial + 1e-5)
     rank = int(kept.sum())
     trained = {"A": A[kept], "B": B[:, kept] * (E[kept] * scale)}
-    return Term(LoRA(rank=rank, alpha=rank), {key: value.contiguous() for key, value in trained.items()})
+    trained = {key: value.contiguous() for key, value in trained.items()}
+    return _checked(Term(LoRA(rank=rank, alpha=rank), trained), name, path)
 
 
 def _pattern(config: Entry, patterns: str, name: str, default: str) -> Any:
