@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import MethodType
+from typing import Any
 
 import torch.nn as nn
 
@@ -39,7 +40,7 @@ def without(kind: type, maker: Callable[[type], type]) -> type:
 
 def blank(makers: Sequence[Callable[[type], type]], kind: type) -> nn.Module:
     """Return a module without a state, of the class that functions make of one."""
-    cls = _made(makers, kind)
+    cls: Any = _made(makers, kind)
     return cls.__new__(cls)
 
 
