@@ -19,7 +19,11 @@ def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
             vars(layer)[name] = MethodType(to.forward, layer)
 
 
-def made_of(kind: type) -> tuple[list[Callable[[type], type]], type]:
+Kind = type[nn.Module]
+Maker = Callable[[Kind], Kind]
+
+
+def made_of(kind: Kind) -> tuple[list[Maker], Kind]:
     """Return the functions that made a class at run time, the last one first, and the class that they began with.
 
     Each left in the class, as `made_by`, itself and the class that it was given.
@@ -31,20 +35,20 @@ def made_of(kind: type) -> tuple[list[Callable[[type], type]], type]:
     return makers, kind
 
 
-def without(kind: type, maker: Callable[[type], type]) -> type:
+def without(kind: Kind, maker: Maker) -> Kind:
     """Return what a class would be if one of the functions that made it had not; others may have come after it."""
     makers, plain = made_of(kind)
     makers.remove(maker)
     return _made(makers, plain)
 
 
-def blank(makers: Sequence[Callable[[type], type]], kind: type) -> nn.Module:
+def blank(makers: Sequence[Maker], kind: Kind) -> nn.Module:
     """Return a module without a state, of the class that functions make of one."""
     cls: Any = _made(makers, kind)
     return cls.__new__(cls)
 
 
-def _made(makers: Sequence[Callable[[type], type]], kind: type) -> type:
+def _made(makers: Sequence[Maker], kind: Kind) -> Kind:
     for maker in reversed(makers):
         kind = maker(kind)
     return kind
