@@ -116,4 +116,6 @@ class ReplyLog(TrainerCallback):
         when = "before training" if state.global_step == 0 else f"step {state.global_step}"
         for each, reply in zip(self._prompts, said, strict=True):
             for name, text in ((when, spoken(each.prompt)), ("data", each.answer), ("model", reply)):
-                self._console.print(f"{name:>15}  {short(text, 100)}", style="dim", markup=False, highlight=False)
+                self._console.print(
+                    f"{name:>15}  {short(text, 100)}", style="dim", markup=False, highlight=False, soft_wrap=True
+                )
