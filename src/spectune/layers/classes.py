@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
+from typing import Any
 
 import torch.nn as nn
 
@@ -23,16 +24,17 @@ Kind = type[nn.Module]
 Maker = Callable[[Kind], Kind]
 
 
-def made_of(kind: Kind) -> tuple[list[Maker], Kind]:
+def made_of(kind: type) -> tuple[list[Maker], Kind]:
     """Return the functions that made a class at run time, the last one first, and the class that they began with.
 
     Each left in the class, as `made_by`, itself and the class that it was given.
     """
-    makers = []
-    while "made_by" in vars(kind):
-        maker, kind = vars(kind)["made_by"]
+    makers: list[Maker] = []
+    made: Any = kind
+    while "made_by" in vars(made):
+        maker, made = vars(made)["made_by"]
         makers.append(maker)
-    return makers, kind
+    return makers, made
 
 
 def without(kind: Kind, maker: Maker) -> Kind:
