@@ -189,6 +189,43 @@ def test_rows_with_adapters_of_their_own(name):
     assert torch.equal(model(IDS).logits, made(name)(IDS).logits)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_plain_trainer_goes_on_from_its_checkpoint(name, tmp_path):
+    def trainer(model: Any) -> tf.Trainer:
+        options: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_steps": 2}
+        arguments = tf.TrainingArguments(str(tmp_path), max_steps=4, learning_rate=2e-2, **options)
+        return tf.Trainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in IDS])  # type: ignore
+
+    model = spectune.adapt(made(name), LoRA(rank=2), targets=["gate_up_proj", "down_proj"])
+    trainer(model).train()
+    expected = model.eval()(IDS).logits
+    second, base = made(name), made(name)
+    spectune.adapt(second, LoRA(rank=2), targets=["gate_up_proj", "down_proj"])
+    trainer(second).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(second.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-3)
+    halfway = type(base).from_pretrained(tmp_path / "checkpoint-4")
+    torch.testing.assert_close(halfway(IDS).logits, expected, atol=1e-4, rtol=1e-3)
+    spectune.detach(second)
+    assert all(torch.equal(p, q) for p, q in zip(second.parameters(), base.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_states_of_experts_and_of_models_around_them(name, tmp_path):
+    whole = made(name)
+    shaken(spectune.adapt(whole.model, LoRA(rank=2), targets=["gate_up_proj", "down_proj"]))
+    expected = whole(IDS).logits
+    whole.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(whole).from_pretrained(tmp_path)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    again = made(name)
+    spectune.adapt(again.model, LoRA(rank=2), targets=["gate_up_proj", "down_proj"])
+    merged = spectune.merge(copy.deepcopy(whole)).state_dict()
+    with pytest.raises(spectune.SpectuneError, match=r"experts\.\w+ and no adapter"):
+        again.load_state_dict(merged, strict=False)
+    again.load_state_dict(whole.state_dict())
+    assert torch.equal(again(IDS).logits, expected)
+
+
 def test_copies_and_casts():
     model = shaken(spectune.adapt(made("qwen3_moe", "eager"), "svf"))
     copied = copy.deepcopy(model)

@@ -158,8 +158,8 @@ class Talk:
 
 def _active(model: Any) -> dict[str, float]:
     """Return the adapters that answer, by their names on the model, with their weights."""
+    from spectune.layers.merged import active_adapters
     from spectune.layers.whole import parts_of
-    from spectune.model.merged import active_adapters
 
     found: dict[str, float] = {}
     for part in parts_of(model).values():

@@ -23,12 +23,14 @@ from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
+from spectune.layers.merged import merged_tensors
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.packed import is_packed, packed_product
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
+from spectune.layers.stored import Stored
 from spectune.layers.updates import Update
 from spectune.private import any_autocast, is_transformed, unseen
 from spectune.speed.dense import by_onednn, linear
@@ -37,7 +39,7 @@ from spectune.speed.recompute_cache import frozen_linear, learns
 Part = tuple[Update, Weight]
 
 
-class Adapted(nn.Module):
+class Adapted(Stored):
     """Mixed into a linear layer's class: y = W x + b + the updates of the selected adapters."""
 
     adapters: nn.ModuleDict
@@ -375,6 +377,14 @@ class Adapted(nn.Module):
                 )
             update.unmade = not real
         return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        # an expert's W is a part of a tensor in the state of its module
+        return {} if isinstance(self, ExpertLinear) else self.merged_layer(name)
+
+    def merged_layer(self, name: str) -> dict[str, Tensor]:
+        """Return W' and b', as far as the adapters that answer now make them, given the layer's name in the model."""
+        return merged_tensors(name, self)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()

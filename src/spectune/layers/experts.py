@@ -6,7 +6,7 @@ with stand-ins in the place of its tensors, whose products are those of the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.classes import blank, change_class, made_of, without
+from spectune.layers.stored import Stored
 from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
@@ -119,7 +120,7 @@ def find_expert(model: nn.Module, name: str) -> ExpertLinear | None:
     return expert_layer(experts, key, int(number))
 
 
-class Experts(nn.Module):
+class Experts(Stored):
     """Mixed into the class of a module of experts some of whose layers are adapted."""
 
     plain_class: type[nn.Module]
@@ -140,6 +141,16 @@ class Experts(nn.Module):
             state["config"] = _Grouped(state["config"])
         vars(copy).update(state, **{key: StandIn(self, key) for key in keys})
         return kind.forward(copy, *args, **kwargs)
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        layers: Iterator[Any] = adapted_experts(self)
+        weights = ((layer, layer.merged_layer(f"{name}.{layer.index}.{layer.key}").get("weight")) for layer in layers)
+        made = in_experts((layer, weight) for layer, weight in weights if weight is not None)
+        return {key: tensor for (_, key), tensor in made.items()}
+
+    def adapters_keys(self, prefix: str) -> list[str]:
+        layers: Iterator[Any] = adapted_experts(self)
+        return [key for layer in layers for key in layer.adapters_keys(f"{prefix}{layer.index}.{layer.key}.")]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
@@ -163,6 +174,21 @@ def adapted_experts(experts: nn.Module) -> Iterator[ExpertLinear]:
     for key, holder in experts._modules.items():
         if key.isdecimal() and isinstance(holder, Expert):
             yield from holder._modules.values()  # type: ignore[misc]
+
+
+def in_experts(weights: Iterable[tuple[ExpertLinear, Tensor]]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return the tensors of modules of experts with other weights, as the module holds them, for some of the experts.
+
+    Args:
+        weights: the layer of each and its W', one at a time in memory.
+    """
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for layer, weight in weights:
+        key = layer.experts, layer.key
+        if key not in found:
+            found[key] = tensor_of(*key).detach().clone()
+        found[key][layer.index] = weight
+    return found
 
 
 class Expert(nn.Module):

@@ -14,9 +14,11 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.classes import blank, change_class, made_of, without
+from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import children_of, is_linear
 from spectune.layers.selection import Rows, Selection
+from spectune.layers.stored import Stored
 
 Weights = tuple[tuple[str, Any], ...]  # of the adapters that have a part, by name
 
@@ -48,7 +50,7 @@ class Values(nn.Module):
         return {**self._parameters, **buffers}  # type: ignore[dict-item]
 
 
-class Whole(nn.Module):
+class Whole(Stored):
     """Mixed into a module's class: it answers as its own class does, with the tensors of the selected adapters.
 
     The module's own tensors are never written to: each answer is that of a shallow copy, whose tensors are others, so
@@ -138,6 +140,10 @@ class Whole(nn.Module):
             if isinstance(child, Whole) and _reads_children(self)
         }
         return shallow(self, self.plain_class, self.mixed(weights), modules=children)
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        active = active_adapters(self)
+        return self.mixed(active) if active else {}
 
     def mixed(self, weights: Weights) -> dict[str, Tensor]:
         """Return T + sum of w (T_a - T) for each of the module's tensors T that adapters a have their own of."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
-from spectune.layers.experts import ExpertLinear, Experts, expert_layer
+from spectune.layers.experts import ExpertLinear, Experts, expert_layer, in_experts
+from spectune.layers.merged import active_adapters, merged_bias, merged_weight
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading, stored_weight
 from spectune.layers.packed import is_packed, keep_layout, packed_again
@@ -22,7 +23,6 @@ from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_module
 from spectune.model.fresh import FRESH, mark_loaded
 from spectune.model.install import selections
 from spectune.model.lifecycle import detach
-from spectune.model.merged import active_adapters, in_experts, merged_bias, merged_weight
 from spectune.model.names import M, check_own_weights, check_some_adapter
 from spectune.model.routing import Choice, mixture_of
 from spectune.model.saving import watch_saving

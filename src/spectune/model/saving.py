@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,18 +14,11 @@ import torch.nn as nn
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.classes import blank, change_class, made_of, without
-from spectune.layers.experts import ExpertLinear, Experts
 from spectune.layers.modules import named_modules
 from spectune.layers.shards import is_part
+from spectune.layers.stored import Stored, form_in, stored_as
 from spectune.layers.whole import whole_modules
-from spectune.model.merged import active_adapters, in_experts, merged_bias, merged_weight
 from spectune.model.ties import say_of_ties, tied_pairs, untie
-
-_MERGED = "adapters.merged"  # the tensor beside a weight that says that it is W' here
-_CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # of transformers' trainers, which go on from it
-# how a model answers `state_dict`: None as it is; False as one without adapters, its weights W'; True with W' and the
-# adapters' own tensors, from which `load_state_dict` makes W and the adapters again
-_how: ContextVar[bool | None] = ContextVar("spectune_state", default=None)
 
 
 class Saving:
@@ -36,7 +27,7 @@ class Saving:
     A folder named checkpoint-N, as trainers write it, holds the adapters' own tensors too, so that a run goes on.
     """
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Write the model as it answers now: with its adapters merged.
 
         Raises:
@@ -49,35 +40,17 @@ class Saving:
                 "spectune.extract(model).save(folder)"
             )
         kwargs.pop("state_dict", None)  # of the model as it is, with keys that no base has
-        token = _how.set(bool(_CHECKPOINT.fullmatch(Path(save_directory).name)))
-        try:
-            with _as_untied(model):
-                return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            _how.reset(token)
+        folder = args[0] if args else kwargs.get("save_directory", "")
+        form, save = form_in(folder), super().save_pretrained  # type: ignore[misc]
+        if form == "both" and "save_original_format" in signature(save).parameters:
+            kwargs["save_original_format"] = False  # else experts have other names there than the trainer loads
+        with stored_as(form), _as_untied(model):
+            return save(*args, **kwargs)
 
     @property
     def is_quantized(self) -> bool:
         """False: transformers' trainers ask whether nothing can be trained, as in a model of packed weights alone."""
         return False
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        how, state = _how.get(), super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        if how is None:
-            return state
-        prefix = kwargs.get("prefix", "")
-        for key in [key for key in state if ".adapters." in f".{key}"]:
-            if how:
-                state[key] = state[key].clone()  # of its own: what is tied among them need not be in the model
-            else:
-                del state[key]
-        for name, tensors in merged_tensors(self).items():  # type: ignore[arg-type]
-            state.update(
-                {f"{prefix}{name}.{key}": tensor.clone() if how else tensor for key, tensor in tensors.items()}
-            )
-            if how:
-                state[f"{prefix}{name}.{_MERGED}"] = torch.ones(())
-        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state, of this model with its adapters.
@@ -85,7 +58,9 @@ class Saving:
         Raises:
             SpectuneError: it is the state of a merged model, whose weights the adapters would change once more.
         """
-        return super().load_state_dict(_unmerged(self, state_dict), *args, **kwargs)  # type: ignore[misc, arg-type]
+        for name, part in _stored(self).items():  # type: ignore[arg-type]
+            part.check_state(state_dict, f"{name}.")  # all of them before any tensor is copied
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
@@ -108,65 +83,6 @@ def leave_saving(model: nn.Module) -> None:
             change_class(module, without(type(module), _saving_class))
 
 
-def merged_tensors(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Return the weights, biases and other tensors that the adapters that answer now make, by module.
-
-    Args:
-        model: a model with adapters.
-        names: the modules; None is all.
-
-    Raises:
-        SpectuneError: a weight cannot hold its update, or a layer without a bias would need one.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    layers = {name: layer for name, layer in adapted_layers(model).items() if names is None or name in names}
-    experts = {n: layer for n, layer in layers.items() if isinstance(layer, ExpertLinear) and active_adapters(layer)}
-    owners = {layer.experts: name.rsplit(".", 2)[0] for name, layer in experts.items()}
-    made = ((layer, merged_weight(name, layer, active_adapters(layer))) for name, layer in experts.items())
-    for (owner, key), tensor in in_experts(made).items():
-        found.setdefault(owners[owner], {})[key] = tensor
-    for name, layer in layers.items():
-        active = active_adapters(layer)
-        if not active or name in experts:
-            continue
-        found[name] = {"weight": merged_weight(name, layer, active).detach()}
-        bias = merged_bias(layer, active)
-        if bias is None:
-            continue
-        if layer.bias is None:
-            raise SpectuneError(
-                f"the adapter gives {name!r} a bias, which the model has no place for: save the adapter with "
-                "spectune.extract(model).save(folder)"
-            )
-        found[name]["bias"] = bias.detach()
-    for name, module in whole_modules(model).items():
-        active = active_adapters(module) if names is None or name in names else []
-        if active:
-            found[name] = {key: tensor.detach() for key, tensor in module.mixed(tuple(active)).items()}
-    return found
-
-
-def _unmerged(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    modules: dict[str, nn.Module] = {**adapted_layers(model), **whole_modules(model)}
-    modules |= {name: module for name, module in named_modules(model) if isinstance(module, Experts)}
-    merged = [name for name in modules if f"{name}.{_MERGED}" in state]
-    found = dict(state)
-    for name in merged:
-        del found[f"{name}.{_MERGED}"]
-        own = {**modules[name]._parameters, **modules[name]._buffers}
-        found |= {f"{name}.{k}": t.detach() for k, t in own.items() if t is not None and f"{name}.{k}" in found}
-    if merged or any(".adapters." in f".{key}" for key in found):
-        return found if merged else state
-    for name, module in modules.items():
-        theirs, ours = found.get(f"{name}.weight"), module._parameters.get("weight")
-        if theirs is not None and ours is not None and not torch.equal(theirs.to(ours), ours):
-            raise SpectuneError(
-                f"the state that is loaded has another {name}.weight and no adapter, as a merged model has: load it "
-                "into the base, without adapters (spectune.detach(model))"
-            )
-    return state
-
-
 @contextmanager
 def _as_untied(model: nn.Module) -> Iterator[None]:
     """Within the context, models whose tied weights the adapters make different say that those are not tied."""
@@ -177,9 +93,8 @@ def _as_untied(model: nn.Module) -> Iterator[None]:
         module, _, own = f"{prefixes[id(part)]}{key}".rpartition(".")
         return module, own
 
-    made = merged_tensors(
-        model, {owner(part, key)[0] for part, pairs in ties for pair in pairs.items() for key in pair}
-    )
+    named = {owner(part, key)[0] for part, pairs in ties for pair in pairs.items() for key in pair}
+    made = {name: part.merged(name) for name, part in _stored(model).items() if name in named}
 
     def equal(part: nn.Module, first: str, second: str) -> bool:
         a, b = (made.get(module, {}).get(own) for module, own in (owner(part, first), owner(part, second)))
@@ -191,6 +106,10 @@ def _as_untied(model: nn.Module) -> Iterator[None]:
     finally:
         for part, said in before:
             say_of_ties(part, said)
+
+
+def _stored(model: nn.Module) -> dict[str, Stored]:
+    return {name: module for name, module in named_modules(model) if isinstance(module, Stored)}
 
 
 def _parts(model: nn.Module) -> bool:

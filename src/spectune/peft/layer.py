@@ -15,6 +15,7 @@ from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, give_back, take_over
+from spectune.layers.merged import merged_bias, merged_weight
 from spectune.layers.modules import effective_weight, is_conv1d, is_linear
 from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
@@ -22,7 +23,6 @@ from spectune.layers.shards import is_part
 from spectune.layers.updates import Update
 from spectune.methods import Method
 from spectune.model.install import bases_for, check_layer
-from spectune.model.merged import merged_bias, merged_weight
 from spectune.model.names import updates_of
 from spectune.peft.held import BASE, SKETCH, HeldUpdate, Sketches
 

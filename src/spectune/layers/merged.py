@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted
-from spectune.layers.experts import ExpertLinear, tensor_of
 from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight
 from spectune.layers.packed import Packed
-from spectune.layers.whole import Part
-from spectune.model.names import updates_of
 
 
-def active_adapters(part: Part, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
+def active_adapters(part: Any, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
     """Return the adapters that have a part in a layer or module, with their weights."""
-    mixture = part.selection.mixture if mixture is None else mixture
-    return tuple((n, float(w)) for n in part.adapters if (w := weight_at(mixture, n, part)))
+    chosen: Mixture = part.selection.mixture if mixture is None else mixture
+    return tuple((n, float(w)) for n in part.adapters if (w := weight_at(chosen, n, part)))
 
 
 def merged_weight(
-    layer_name: str, layer: Adapted, active: Sequence[tuple[str, float]], *, requantize: bool = False
+    layer_name: str, layer: Any, active: Sequence[tuple[str, float]], *, requantize: bool = False
 ) -> Tensor:
     """Return W', as the layer holds W; a packed one in float32 if it is to be packed again.
 
@@ -53,30 +49,40 @@ def merged_weight(
             f"the weight of {layer_name!r} is {weight.dtype} and cannot hold a merged update: dequantize the model "
             "first, or keep the adapter beside it"
         )
-    total = whole_weight(layer, _parts(layer, active))
+    parts = _parts(layer, active)
+    update, factor = parts[0]
+    if update.method.replaces and len(parts) == 1 and factor * update.weight == 1.0:
+        total = update.trained()["H"].detach().to(weight.dtype, copy=True)  # to the last bit, so that tied ones stay so
+    else:
+        total = whole_weight(layer, parts)
     return total.mT.contiguous() if is_stored_transposed(layer) else total
 
 
-def _parts(layer: Adapted, active: Sequence[tuple[str, float]]) -> list[tuple[object, float]]:
-    return [(update, factor) for name, factor in active for update in updates_of(layer, name)]
+def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
+    return [(update, factor) for name, factor in active if name in layer.adapters for update in layer.adapters[name]]
 
 
-def merged_bias(layer: Adapted, active: Sequence[tuple[str, float]]) -> Tensor | None:
+def merged_bias(layer: Any, active: Sequence[tuple[str, float]]) -> Tensor | None:
     """Return the layer's new bias, or None where no update has one."""
     parts = _parts(layer, active)
     return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None
 
 
-def in_experts(weights: Iterable[tuple[ExpertLinear, Tensor]]) -> dict[tuple[nn.Module, str], Tensor]:
-    """Return the tensors of modules of experts with other weights, as the module holds them, for some of the experts.
+def merged_tensors(layer_name: str, layer: Any) -> dict[str, Tensor]:
+    """Return W' and b', as far as the adapters that answer now make them, by their names in the layer.
 
-    Args:
-        weights: the layer of each and its W', one at a time in memory.
+    Raises:
+        SpectuneError: the weight cannot hold the sum, or the layer has no bias and would need one.
     """
-    found: dict[tuple[nn.Module, str], Tensor] = {}
-    for layer, weight in weights:
-        key = layer.experts, layer.key
-        if key not in found:
-            found[key] = tensor_of(*key).detach().clone()
-        found[key][layer.index] = weight
-    return found
+    active = active_adapters(layer)
+    if not active:
+        return {}
+    found, bias = {"weight": merged_weight(layer_name, layer, active)}, merged_bias(layer, active)
+    if bias is None:
+        return found
+    if layer.bias is None:
+        raise SpectuneError(
+            f"the adapter gives {layer_name!r} a bias, which the model has no place for: save the adapter with "
+            "spectune.extract(model).save(folder)"
+        )
+    return {**found, "bias": bias}

@@ -1,0 +1,167 @@
+"""What of adapted modules is in a state: W and the adapters beside it, or W' for who saves a model as it answers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+from spectune.layers.shards import is_part
+
+MARK = "adapters.merged"  # the tensor beside a weight that says that it is W' here
+_CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # of transformers' trainers, which go on from it
+_ADVICE = "save the adapter with spectune.extract(model).save(folder)"
+# "beside": W and the adapters' tensors; "merged": W' alone, as a model without adapters has; "both": W' and the
+# adapters' tensors, from which loading makes W again
+Form = Literal["beside", "merged", "both"]
+_wanted: ContextVar[Form | None] = ContextVar("spectune_state", default=None)
+
+
+class Stored(nn.Module):
+    """Mixed into adapted layers and modules that adapters bring whole."""
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors that the adapters that answer now make, by their names in the module."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        asked = _Asked(form, None) if (form := _wanted.get()) is not None else _who_asks()
+        if asked.form == "beside":
+            return state
+        name = prefix.removesuffix(".")
+        if any(is_part(parameter) or parameter.is_meta for parameter in self.parameters()):
+            raise SpectuneError(f"a model with adapters that is sharded or offloaded cannot be saved merged: {_ADVICE}")
+        for key in _own_keys(self, prefix):
+            if asked.form == "both":
+                state[key] = state[key].clone()  # of its own: what is tied among them need not be in the model
+            else:
+                del state[key]
+        merged = self.merged(name)
+        for key, tensor in merged.items():
+            owners = [] if asked.model is None else owners_of(self._parameters.get(key), asked.model)
+            if come_apart(owners):
+                raise SpectuneError(
+                    f"the {key} of {name!r} is tied to another, and the adapters make two of it: {_ADVICE}, or call "
+                    "spectune.merge(model) on the whole model and save that"
+                )
+            made = tensor.detach().clone() if asked.form == "both" else tensor.detach()
+            first = f"{owners[0].name}.{owners[0].key}" if owners else ""
+            state[f"{prefix}{key}"] = state[first] if first in state and first != f"{prefix}{key}" else made
+        if merged and asked.form == "both":
+            state[f"{prefix}{MARK}"] = torch.ones(())
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_state(state_dict, prefix)
+        if state_dict.pop(f"{prefix}{MARK}", None) is not None:
+            own = {**self._parameters, **self._buffers}
+            state_dict |= {
+                f"{prefix}{k}": t.detach() for k, t in own.items() if t is not None and f"{prefix}{k}" in state_dict
+            }
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def check_state(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Raise where a state is that of a merged model, whose weights the adapters would change once more.
+
+        Raises:
+            SpectuneError: it is.
+        """
+        if f"{prefix}{MARK}" in state or any(key in state for key in self.adapters_keys(prefix)):
+            return
+        for key, ours in self._parameters.items():
+            theirs = None if key.endswith("bias") else state.get(f"{prefix}{key}")  # PEFT's states have biases alone
+            if theirs is None or ours is None or is_part(ours) or ours.is_meta or torch.equal(theirs.to(ours), ours):
+                continue
+            raise SpectuneError(
+                f"the state that is loaded has another {prefix}{key} and no adapter, as a merged model has: load it "
+                "into the base, without adapters (spectune.detach(model))"
+            )
+
+    def adapters_keys(self, prefix: str) -> list[str]:
+        """Return the keys, in a state, of the tensors of the adapters that are on the module."""
+        return _own_keys(self, prefix)
+
+
+def _own_keys(module: nn.Module, prefix: str) -> list[str]:
+    adapters = module._modules.get("adapters")  # which a module of experts has not: its layers have
+    return [] if adapters is None else [f"{prefix}adapters.{key}" for key in adapters.state_dict()]
+
+
+class _Asked(NamedTuple):
+    """Who asks for a state: the form it gets, and the model that is saved, where adapters are on a part of it."""
+
+    form: Form
+    model: nn.Module | None
+
+
+@contextmanager
+def stored_as(form: Form) -> Iterator[None]:
+    """Within the context the states of models have a form, whoever asks for them."""
+    token = _wanted.set(form)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def form_in(folder: Any) -> Form:
+    """Return the form of the state in a folder that a model is saved to."""
+    return "both" if _CHECKPOINT.fullmatch(Path(str(folder)).name) else "merged"
+
+
+def _who_asks() -> _Asked:
+    """Return who asks for a state: savers of others, and of models around the adapted one, want it as it answers.
+
+    These are `save_pretrained` of any library but PEFT, whose folders have no base, and `save_model` of safetensors and
+    accelerate.
+    """
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        code, library = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
+        if code.co_name == "save_pretrained" and code.co_argcount > 1:
+            model, folder = (frame.f_locals.get(name) for name in code.co_varnames[:2])
+            if type(model).__module__.partition(".")[0] == "peft" or getattr(model, "_hf_peft_config_loaded", False):
+                break
+            return _Asked(form_in(folder), model if isinstance(model, nn.Module) else None)
+        if code.co_name == "save_model" and library in ("safetensors", "accelerate") and "model" in frame.f_locals:
+            return _Asked("merged", frame.f_locals["model"])
+        frame = frame.f_back
+    return _Asked("beside", None)
+
+
+class Owner(NamedTuple):
+    """A module that has a parameter, and the parameter's name there."""
+
+    name: str
+    module: nn.Module
+    key: str
+
+
+def owners_of(parameter: Tensor | None, model: nn.Module) -> list[Owner]:
+    """Return the modules of a model that have a parameter, which are several where it is tied."""
+    return [
+        Owner(name, module, key)
+        for name, module in model.named_modules()
+        for key, own in module._parameters.items()
+        if own is parameter and own is not None
+    ]
+
+
+def come_apart(owners: list[Owner]) -> bool:
+    """Whether adapters make several tensors of one that modules have."""
+    if len(owners) < 2:
+        return False
+    merged = [owner.module.merged("") if isinstance(owner.module, Stored) else {} for owner in owners]
+    made: list[Any] = [m.get(o.key, o.module._parameters[o.key]) for m, o in zip(merged, owners, strict=True)]
+    return any(not torch.equal(made[0], other) for other in made[1:])
