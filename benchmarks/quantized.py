@@ -61,7 +61,7 @@ def peft(data: str, dtype: str, steps: int) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=packed)
         model = prepare_model_for_kbit_training(model)
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=SEVEN, task_type="CAUSAL_LM"))
-        records = [json.loads(line) for line in Path(data).read_text().splitlines()]
+        records = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
         config = SFTConfig(
             output_dir=output,
             max_steps=steps,

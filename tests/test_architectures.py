@@ -72,12 +72,14 @@ def test_adapted_trained_saved_loaded_and_merged(architecture, method, tmp_path)
             assert torch.equal(parameter, before[name][1])
 
 
-def test_the_experts_of_mixtral_are_left_alone():
+def test_the_experts_of_mixtral_are_adapted_and_its_routers_are_not():
     model = tiny.mixtral()
     experts = [n for n, p in model.named_parameters() if "experts" in n and p.dim() == 3]
     assert experts
     spectune.adapt(model, "lora:rank=2")
-    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -179,7 +179,9 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
         wide = torch.promote_types(t.dtype, torch.float32)
         starts = torch.ops.aten._convert_indices_from_coo_to_csr(to, square[0])
         matrix = torch.sparse_csr_tensor(starts, of, values.to(wide), square, check_invariants=False)
-        return (matrix @ rows.mT.to(wide)).mT.reshape(t.shape).to(t.dtype).contiguous()
+        with torch.autocast("cpu", enabled=False):  # which would have it in 16 bits, and there is no such product
+            product = matrix @ rows.mT.to(wide)
+        return product.mT.reshape(t.shape).to(t.dtype).contiguous()
     if _fills(values, t):
         matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
         return linear(rows, matrix).reshape(t.shape)
@@ -192,7 +194,7 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
 @cache
 def _has_rows() -> bool:
     """Whether this PyTorch multiplies sparse matrices that lie row by row; it says once that it is new to them."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
         warnings.simplefilter("ignore")
         one = torch.ones(1)
         try:

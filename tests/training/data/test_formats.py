@@ -280,7 +280,9 @@ def test_a_run_on_them(tmp_path, task, name, row):
     place.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
     model = save_folder(tmp_path / "model")
     settings = [f"model={model}", f"data={place}", f"output={tmp_path / 'out'}", f"task={task}", "held_out=0"]
-    result = train(load_config(None, [*settings, "method=lora:rank=2", "dtype=fp32", "device=cpu", "batch_size=4"]))
+    result = train(
+        load_config(None, [*settings, "method=lora:rank=2", "epochs=1", "dtype=fp32", "device=cpu", "batch_size=4"])
+    )
     assert result.steps == 1
     assert any(
         float(result.adapter.delta(name).abs().max()) > 0 for name in result.adapter.layers
