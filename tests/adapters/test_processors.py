@@ -56,7 +56,7 @@ def test_an_adapter_from_there_is_the_same_here(folder, monkeypatch):
 def test_only_vectors_that_rounding_chooses_are_stored(folder, weight):
     for method in ("svf", "pissa:rank=8", "lora_xs:rank=8", "dora:inner=svf"):
         with safe_open(processors.place(folder, "here", weight, method) / "adapter_model.safetensors", "pt") as file:
-            stored = [key for key in file.keys() if ".basis." in key]  # noqa: SIM118
+            stored = [key for key in file.keys() if "basis" in key]  # noqa: SIM118
         assert bool(stored) == (weight in processors.EQUAL)
 
 
