@@ -9,25 +9,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from spectune.cli import completion
 from spectune.cli.shared import JSON, REMOTE_CODE, print_json
-from spectune.cli.train import file_and_pairs
-from spectune.errors import SpectuneError
+from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
 
 
 def data(
-    source: list[str] = typer.Argument(
-        metavar="DATA [KEY=VALUE]...",
-        autocompletion=completion.settings,
-        help="A file, pattern, folder or data set's id; and keys as for train.",
-    ),
-    model: str = typer.Option(
-        ...,
-        "--model",
-        "-m",
-        autocompletion=completion.models,
-        help="Embedded name (smollm2-135m), local folder or hub id.",
-    ),
+    source: list[str] = DATA,
+    model: str = DATA_MODEL,
     task: str = typer.Option("sft", help="sft, classify or dpo."),
     show: int = typer.Option(3, min=0, help="Of the first records, how many are written out."),
     out: Path | None = typer.Option(None, help="Write an HTML page."),
@@ -41,9 +29,7 @@ def data(
     from spectune.training.config import load_config
     from spectune.training.inspect import inspect, write_page
 
-    file, pairs = file_and_pairs(source)
-    if file is None:
-        raise SpectuneError("name the data: a file, a pattern, a folder or the id of a data set")
+    file, pairs = data_and_pairs(source)
     given: dict[str, Any] = {"model": model, "data": file, "task": task, "output": "", "overwrite": True}
     document = inspect(load_config(None, pairs, **given, trust_remote_code=trust_remote_code), show)
     if out is not None:

@@ -7,25 +7,14 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli import completion
 from spectune.cli.shared import JSON, OVERWRITE, REMOTE_CODE, print_json, say_next, typed
-from spectune.cli.train import file_and_pairs
+from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
 from spectune.errors import SpectuneError
 
 
 def init(
-    source: list[str] = typer.Argument(
-        metavar="DATA [KEY=VALUE]...",
-        autocompletion=completion.settings,
-        help="A file, pattern, folder or data set's id; and keys as for train.",
-    ),
-    model: str = typer.Option(
-        ...,
-        "--model",
-        "-m",
-        autocompletion=completion.models,
-        help="Embedded name (smollm2-135m), local folder or hub id.",
-    ),
+    source: list[str] = DATA,
+    model: str = DATA_MODEL,
     out: Path = typer.Option(Path("run.yaml"), "--out", "-o", help="The file to write."),
     overwrite: bool = OVERWRITE,
     trust_remote_code: bool = REMOTE_CODE,
@@ -38,9 +27,7 @@ def init(
     from spectune.progress import working
     from spectune.training.start import propose, write
 
-    file, pairs = file_and_pairs(source)
-    if file is None:
-        raise SpectuneError("name the data: a file, a pattern, a folder or the id of a data set")
+    file, pairs = data_and_pairs(source)
     if out.is_dir():
         raise SpectuneError(f"{out} is a folder: name a file, --out {out / 'run.yaml'}")
     if out.exists() and not overwrite:

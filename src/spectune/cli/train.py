@@ -16,6 +16,18 @@ from spectune.training.config import FOLLOWING, TrainConfig, load_config
 from spectune.training.registry import task_keys
 
 SETTINGS = {"ignore_unknown_options": True}
+DATA = typer.Argument(
+    metavar="DATA [KEY=VALUE]...",
+    autocompletion=completion.settings,
+    help="A file, pattern, folder or data set's id; and keys as for train.",
+)
+DATA_MODEL = typer.Option(
+    ...,
+    "--model",
+    "-m",
+    autocompletion=completion.models,
+    help="Embedded name (smollm2-135m), local folder or hub id.",
+)
 
 
 def keys(fields: Mapping[str, FieldInfo], names: Iterable[str], follows: Collection[str] = ()) -> str:
@@ -109,3 +121,15 @@ def file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:
         else:
             raise SpectuneError(f"two files are given, {file!r} and {argument!r}; give one, and key=value for the rest")
     return file, pairs
+
+
+def data_and_pairs(arguments: list[str]) -> tuple[str, list[str]]:
+    """Take apart the data and the keys, as `file_and_pairs` does.
+
+    Raises:
+        SpectuneError: no data is named, a flag is without a value, or a second file.
+    """
+    data, pairs = file_and_pairs(arguments)
+    if data is None:
+        raise SpectuneError("name the data: a file, a pattern, a folder or the id of a data set")
+    return data, pairs
