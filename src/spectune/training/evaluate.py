@@ -69,6 +69,7 @@ def evaluate(
     held = learned if data is not None else held
     if data is not None and adapter.labels:
         options: Any = {"labels": adapter.labels, "new_head": True, "trust_remote_code": config.trust_remote_code}
+        options["quantize"] = config.quantize
         place = checked_device(config.device)
         model, tokenizer = load_base(config.model, config.dtype, device=place, **options)
     else:
