@@ -19,6 +19,7 @@ from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
 from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
 from spectune.adapters.hub import card_of, fetch, is_repository, push
+from spectune.adapters.joining import joined
 from spectune.adapters.terms import add_layers, as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
@@ -264,6 +265,7 @@ class Adapter(Contents):
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
         if not allow_loss and adapter is not self:
             self.check_loss(adapter)
+        adapter = adapter if adapter is self else Adapter.of(joined(adapter))
         adapter = Adapter.of(to_one_rank(adapter)) if one_rank else adapter
         save_peft(adapter, Path(path))
         return adapter

@@ -15,6 +15,7 @@ from torch.utils.weak import TensorWeakRef
 from spectune.adapters import fingerprint
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base
+from spectune.layers.projections import Rows
 from spectune.layers.shards import whole
 from spectune.methods import Method
 from spectune.methods.head import Head
@@ -155,6 +156,7 @@ class LayerUpdate:
         held: W (out x in), where it is at hand, or the parameter that it is, lent.
         base_sketch: sketch of W, to know the base again.
         experts: how many experts have their weights in the tensor that W is a part of; 0 where it is a tensor itself.
+        rows: which rows of a fused layer's weight W is, or None.
     """
 
     shape: tuple[int, int]
@@ -163,6 +165,7 @@ class LayerUpdate:
     held: Tensor | Lent | None = field(default=None, repr=False)
     base_sketch: Tensor | None = field(default=None, repr=False)
     experts: int = 0
+    rows: Rows | None = None
 
     @property
     def weight(self) -> Tensor | None:

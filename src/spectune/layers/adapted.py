@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from spectune.errors import SpectuneError
 from spectune.layers.classes import blank, change_class, made_of
 from spectune.layers.cores import mix
-from spectune.layers.experts import ExpertLinear, join, leave
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
 from spectune.layers.layouts import Layout
@@ -27,6 +26,7 @@ from spectune.layers.merged import merged_tensors
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.packed import is_packed, packed_product
+from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
@@ -310,7 +310,7 @@ class Adapted(Stored):
     def _fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
         own, bias = self._parameters.get("weight"), self.bias
-        weight = effective_weight(self) if isinstance(self, ExpertLinear) else own
+        weight = effective_weight(self) if isinstance(self, PartLinear) else own
         return (
             self.is_plain
             and weight is not None
@@ -379,8 +379,8 @@ class Adapted(Stored):
         return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
 
     def merged(self, name: str) -> dict[str, Tensor]:
-        # an expert's W is a part of a tensor in the state of its module
-        return {} if isinstance(self, ExpertLinear) else self.merged_layer(name)
+        # a part of a tensor is in the state of the tensor's owner
+        return {} if isinstance(self, PartLinear) else self.merged_layer(name)
 
     def merged_layer(self, name: str) -> dict[str, Tensor]:
         """Return W' and b', as far as the adapters that answer now make them, given the layer's name in the model."""
@@ -481,8 +481,8 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.fused = None  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
     selection.joined_by(layer, name)
-    if isinstance(layer, ExpertLinear):
-        join(layer)
+    if isinstance(layer, PartLinear):
+        layer.join()
     return layer  # type: ignore[return-value]
 
 
@@ -495,5 +495,5 @@ def give_back(layer: Adapted) -> None:
     if layer.is_packed:
         del layer.is_plain, layer.is_packed
     change_class(layer, layer.plain_class)
-    if isinstance(layer, ExpertLinear):
-        leave(layer)
+    if isinstance(layer, PartLinear):
+        layer.leave()

@@ -6,7 +6,7 @@ with stand-ins in the place of its tensors, whose products are those of the laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import blank, change_class, made_of, without
-from spectune.layers.stored import Stored
+from spectune.layers.parts import Owner, PartLinear, be_owner, be_plain, tensor_of
 from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
@@ -29,39 +28,61 @@ _KIND = (
 )  # what is asked of a tensor without a look at its values
 
 
-class ExpertLinear(nn.Linear):
-    """The linear layer of one expert, without bias: its W is a part of a tensor that another module holds.
+class ExpertLinear(PartLinear):
+    """The linear layer of one expert.
 
     Args:
-        experts: the module.
+        experts: the module of experts, its owner.
         key: name of its tensor (experts x out x in, or experts x in x out).
         index: of the expert.
     """
 
-    experts: Any
-    key: Any
     index: Any
 
     def __init__(self, experts: nn.Module, key: str, index: int) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(experts=experts, key=key, index=index, training=experts.training)  # not a submodule
         rows, columns = tensor_of(experts, key).shape[1:]
-        shape = (columns, rows) if is_transposed(experts) else (rows, columns)
-        vars(self).update(out_features=shape[0], in_features=shape[1])
-        self.register_parameter("bias", None)
+        super().__init__(experts, key, (columns, rows) if is_transposed(experts) else (rows, columns))
+        vars(self)["index"] = index
 
     @property
-    def weight(self) -> Any:
-        """W (out x in), a view."""
-        own: dict[str, Any] = vars(self)
-        part = tensor_of(own["experts"], own["key"])[own["index"]]
-        return part.mT if is_transposed(own["experts"]) else part
+    def is_held_transposed(self) -> bool:
+        return is_transposed(vars(self)["owner"])
 
+    def part(self, held: Tensor) -> Tensor:
+        own = held[vars(self)["index"]]
+        return own.mT if self.is_held_transposed else own
 
-def tensor_of(experts: nn.Module, key: str) -> Tensor:
-    """Return a tensor of a module of experts; a parameter, or what is plain in a replica or while it is sharded."""
-    held = experts._parameters.get(key)
-    return vars(experts)[key] if held is None else held
+    def put(self, held: Tensor, weight: Tensor) -> None:
+        held[vars(self)["index"]] = weight
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(tensor_of(vars(self)["owner"], vars(self)["key"]))
+
+    @property
+    def place(self) -> str:
+        return f"{vars(self)['index']}.{vars(self)['key']}"
+
+    def lender(self) -> Callable[[Tensor], Tensor]:
+        index = vars(self)["index"]
+        return lambda tensor: tensor.detach()[index]
+
+    def join(self) -> None:
+        experts, number = self.owner, str(self.index)
+        be_owner(experts, experts_class)
+        holder = experts._modules.get(number)
+        if holder is None:
+            holder = experts._modules[number] = Expert()
+        holder._modules[self.key] = self
+
+    def leave(self) -> None:
+        experts, number = self.owner, str(self.index)
+        holder: Any = experts._modules[number]
+        del holder._modules[self.key]
+        if not holder._modules:
+            del experts._modules[number]
+        be_plain(experts, experts_class)
 
 
 def keys_of(module: nn.Module) -> list[str]:
@@ -120,41 +141,27 @@ def find_expert(model: nn.Module, name: str) -> ExpertLinear | None:
     return expert_layer(experts, key, int(number))
 
 
-class Experts(Stored):
+class Experts(Owner):
     """Mixed into the class of a module of experts some of whose layers are adapted."""
 
-    plain_class: type[nn.Module]
+    def adapted_parts(self) -> Iterator[tuple[str, Any]]:
+        for number, holder in self._modules.items():
+            if number.isdecimal() and isinstance(holder, Expert):
+                yield from ((f"{number}.{key}", layer) for key, layer in holder._modules.items())
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layers: list[Any] = list(adapted_experts(self))
-        for layer in layers:
-            vars(layer)["experts"] = self  # in a replica another than in the module that it was made of
-        if not any(layer._forward_pre_hooks or layer.is_asked() for layer in layers):
+        if not self.asked():
             return super().forward(*args, **kwargs)
         kind = self.plain_class
         copy = object.__new__(kind)
-        keys = {layer.key for layer in layers}
+        keys = {layer.key for _, layer in self.adapted_parts()}
         state = dict(vars(self))
         state["_parameters"] = {k: p for k, p in self._parameters.items() if k not in keys}
         if getattr(state.get("config"), "_experts_implementation", None) not in (None, "eager"):
             state["config"] = _Grouped(state["config"])
         vars(copy).update(state, **{key: StandIn(self, key) for key in keys})
         return kind.forward(copy, *args, **kwargs)
-
-    def merged(self, name: str) -> dict[str, Tensor]:
-        layers: Iterator[Any] = adapted_experts(self)
-        weights = ((layer, layer.merged_layer(f"{name}.{layer.index}.{layer.key}").get("weight")) for layer in layers)
-        made = in_experts((layer, weight) for layer, weight in weights if weight is not None)
-        return {key: tensor for (_, key), tensor in made.items()}
-
-    def adapters_keys(self, prefix: str) -> list[str]:
-        layers: Iterator[Any] = adapted_experts(self)
-        return [key for layer in layers for key in layer.adapters_keys(f"{prefix}{layer.index}.{layer.key}.")]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: copies and pickles name the one that it was made from
-        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
 
 
 class _Grouped:
@@ -169,52 +176,8 @@ class _Grouped:
         return getattr(self._config, name)
 
 
-def adapted_experts(experts: nn.Module) -> Iterator[ExpertLinear]:
-    """Yield the adapted layers of a module of experts."""
-    for key, holder in experts._modules.items():
-        if key.isdecimal() and isinstance(holder, Expert):
-            yield from holder._modules.values()  # type: ignore[misc]
-
-
-def in_experts(weights: Iterable[tuple[ExpertLinear, Tensor]]) -> dict[tuple[nn.Module, str], Tensor]:
-    """Return the tensors of modules of experts with other weights, as the module holds them, for some of the experts.
-
-    Args:
-        weights: the layer of each and its W', one at a time in memory.
-    """
-    found: dict[tuple[nn.Module, str], Tensor] = {}
-    for layer, weight in weights:
-        key = layer.experts, layer.key
-        if key not in found:
-            found[key] = tensor_of(*key).detach().clone()
-        found[key][layer.index] = weight
-    return found
-
-
 class Expert(nn.Module):
     """Holds the adapted layers of one expert, so that they have names and their tensors an owner."""
-
-
-def join(layer: ExpertLinear) -> None:
-    """Make an adapted layer a part of its module of experts."""
-    experts, number = layer.experts, str(layer.index)
-    if not isinstance(experts, Experts):
-        change_class(experts, experts_class(type(experts)))
-    holder = experts._modules.get(number)
-    if holder is None:
-        holder = experts._modules[number] = Expert()
-    holder._modules[layer.key] = layer
-
-
-def leave(layer: ExpertLinear) -> None:
-    """Take a layer that is no longer adapted out of its module, which is the plain one it was with the last."""
-    experts, number = layer.experts, str(layer.index)
-    holder: Any = experts._modules[number]
-    del holder._modules[layer.key]
-    if not holder._modules:
-        del experts._modules[number]
-    if isinstance(experts, Experts) and next(adapted_experts(experts), None) is None:
-        change_class(experts, without(type(experts), experts_class))
 
 
 @cache

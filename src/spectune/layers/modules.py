@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
-from spectune.layers.experts import ExpertLinear, expert_layers, find_expert, is_transposed, tensor_of
+from spectune.layers.experts import expert_layers, find_expert
 from spectune.layers.packed import is_packed, packed_weight
+from spectune.layers.parts import PartLinear, tensor_of
+from spectune.layers.projections import projection_layers, projections
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -57,13 +59,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_stored_transposed(layer: nn.Module) -> bool:
     """Whether a layer's weight is stored (in x out)."""
-    return is_transposed(layer.experts) if isinstance(layer, ExpertLinear) else is_conv1d(layer)
+    return layer.is_held_transposed if isinstance(layer, PartLinear) else is_conv1d(layer)
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return W (out x in) of a linear layer; a view, transposed for Conv1D, or a `Packed` one."""
-    if isinstance(layer, ExpertLinear):
-        return ExpertLinear.weight.fget(layer)  # type: ignore[attr-defined, no-any-return]
+    if isinstance(layer, PartLinear):
+        return PartLinear.weight.fget(layer)  # type: ignore[attr-defined, no-any-return]
     weight: Any = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter and (packed := packed_weight(layer)) is not None:
         return packed
@@ -80,8 +82,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
 
 def stored_weight(layer: nn.Module) -> Tensor | None:
     """Return the tensor of the model's state that W is, or is a part of; None where W is computed."""
-    if isinstance(layer, ExpertLinear):
-        return tensor_of(layer.experts, layer.key)
+    if isinstance(layer, PartLinear):
+        return tensor_of(layer.owner, layer.key)
     return layer._parameters.get("weight")
 
 
@@ -173,18 +175,43 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        expert = find_expert(model, name)
-        return _child(modules_around(model, name)[-1], name.rpartition(".")[2]) if expert is None else expert
+        part = _find_part(model, name)
+        return _child(modules_around(model, name)[-1], name.rpartition(".")[2]) if part is None else part
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _find_part(model: nn.Module, name: str) -> PartLinear | None:
+    """Return the layer of an expert, or of a projection in a fused layer, by its name; None if there is none."""
+    expert = find_expert(model, name)
+    if expert is not None:
+        return expert
+    fused, _, key = name.rpartition(".")
+    try:
+        around = unwrapped(modules_around(model, fused)[-1])
+    except (AttributeError, IndexError):
+        return None
+    fused = fused.rpartition(".")[2]
+    return projection_layers(around, fused)[key] if key in projections(around, fused) else None
+
+
+def linear_layers(model: nn.Module, *, split: bool = False) -> dict[str, nn.Module]:
     """Return the linear layers of a model by name, in its order; each once, where several names are one layer's.
 
     Experts whose weights lie in one tensor have a layer each, `experts.3.down_proj`.
+
+    Args:
+        model: the model.
+        split: give each projection in a fused layer a layer of its own, `c_attn.q_proj`, in the place of the fused one.
     """
     found: dict[str, nn.Module] = {}
+    parts: dict[nn.Module, Mapping[str, nn.Module]] = {}
     for name, module in named_modules(model):
-        if is_linear(module):
+        if split:
+            parts |= {
+                c: p for key, c in module._modules.items() if c is not None and (p := projection_layers(module, key))
+            }
+        if module in parts:
+            found |= {f"{name}.{key}": part for key, part in parts[module].items()}
+        elif is_linear(module):
             found[name] = module
         else:
             found |= {f"{name}.{inner}" if name else inner: layer for inner, layer in expert_layers(module)}
@@ -208,9 +235,9 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         found = None
     if found is None or not is_linear(found):
-        expert = find_expert(model, name)
-        if expert is not None:
-            return expert
+        part = _find_part(model, name)
+        if part is not None:
+            return part
         linears = linear_layers(model)
         if name not in linears:
             raise SpectuneError(f"the model has no linear layer {name!r}{nearest(name, linears)}")

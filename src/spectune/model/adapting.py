@@ -54,6 +54,7 @@ def adapt(
     layers_pattern: str | Iterable[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    split: Literal["auto"] | None = None,
     modules_to_save: ModulesToSave = (),
     bias: str = "none",
     factored: bool = False,
@@ -82,6 +83,8 @@ def adapt(
         layers_pattern: the list that holds these blocks ("layers", "h"); by default the first that is numbered.
         rank_pattern: regex of a name's end -> the rank there, as PEFT's; the first that matches.
         alpha_pattern: the same for alpha.
+        split: "auto" takes each projection of a fused layer (GPT-2's c_attn, Phi-3's qkv_proj and gate_up_proj,
+            GPT-NeoX's query_key_value) for a layer of its own, `c_attn.q_proj`, with its own decomposition.
         progress: called as progress(done, total) while weights are decomposed.
         factored: in training mode answer W' x as L C' R x alone where the basis holds all of W (SVF, SVFT): two
             products instead of three, equal up to rounding in W's dtype.
@@ -108,6 +111,7 @@ def adapt(
         layers_pattern=layers_pattern,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
+        split=split,
     )
     methods = fitted(model, asked)
     plan = {layer: (Term(as_layer_is(model, layer, chosen), {}),) for layer, chosen in methods.items()}
@@ -155,6 +159,13 @@ def attach(
     """
     check_new_name(model, name)
     layers = {n: find_linear(model, n) for n in adapter.layers}
+    for layer_name, layer in layers.items():
+        rows = adapter.layers[layer_name].rows
+        if rows is not None and rows != getattr(layer, "rows", None):
+            raise SpectuneError(
+                f"the adapter's {layer_name!r} is other rows of the fused layer than the model's: {list(rows)} in the "
+                f"adapter, {list(getattr(layer, 'rows', []))} in the model"
+            )
     check_asked(model, layers)
     adapter.check_base({n: effective_weight(layer) for n, layer in layers.items()}, values=check)
     _check_labels(model, adapter)

@@ -13,9 +13,11 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers, give_back
-from spectune.layers.experts import ExpertLinear, tensor_of
+from spectune.layers.experts import ExpertLinear
 from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight, unwrapped
 from spectune.layers.packed import Packed, keep_layout
+from spectune.layers.parts import PartLinear
+from spectune.layers.projections import ProjectionLinear
 from spectune.layers.shards import is_part, whole
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
 from spectune.methods import Method
@@ -67,7 +69,9 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         shape, transposed = (weight.shape[0], weight.shape[1]), is_stored_transposed(layer)
         extracted = LayerUpdate(shape, tuple(terms), transposed, weight).sealed()
         if isinstance(layer, ExpertLinear):
-            extracted = replace(extracted, experts=len(tensor_of(layer.experts, layer.key)))
+            extracted = replace(extracted, experts=layer.count)
+        if isinstance(layer, ProjectionLinear):
+            extracted = replace(extracted, rows=layer.rows)
         if not is_part(weight):
             own = stored_weight(layer)  # what is computed is nobody's, and is kept
             held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
@@ -94,9 +98,8 @@ def _seen(layer: Adapted, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Return what makes W, as the layer holds it, of the tensor that W is held in."""
     if isinstance(weight, Packed):
         return weight.lend
-    if isinstance(layer, ExpertLinear):
-        index = layer.index
-        return lambda tensor: tensor.detach()[index]
+    if isinstance(layer, PartLinear):
+        return layer.lender()
     return None
 
 

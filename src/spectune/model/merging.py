@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers, take_over
-from spectune.layers.experts import ExpertLinear, Experts, expert_layer, in_experts
 from spectune.layers.merged import active_adapters, merged_bias, merged_weight
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading, stored_weight
 from spectune.layers.packed import is_packed, keep_layout, packed_again
+from spectune.layers.parts import Owner, PartLinear, put_together
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
@@ -62,12 +62,12 @@ class _Module:
 
 
 @dataclass
-class _Experts:
-    """What a module of experts was before: its tensors, and what its adapted layers held, by their names."""
+class _Owned:
+    """What the owner of parts was before: its tensors, and its adapted layers with what they held, by their names."""
 
     before: dict[str, nn.Parameter]
     now: dict[str, Tensor]
-    parts: dict[str, dict[str, Any]]
+    parts: dict[str, tuple[PartLinear, dict[str, Any]]]
 
 
 def merge(
@@ -102,15 +102,15 @@ def merge(
         names = dict.fromkeys(names, 1.0)
     chosen: Mixture | None = None if names is None else mixture_of({**layers, **modules}, names)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
-    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
+    in_parts: dict[str, Any] = {name: layer for name, layer in layers.items() if isinstance(layer, PartLinear)}
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in layers.items():
-            if name not in experts and (new_weight := _merged(name, layer, chosen, safe, requantize)) is not None:
+            if name not in in_parts and (new_weight := _merged(name, layer, chosen, safe, requantize)) is not None:
                 merged[name] = new_weight
-        stacked = in_experts(
+        put = put_together(
             (layer, w[0])
-            for name, layer in experts.items()
-            if (w := _merged(name, layer, chosen, safe, requantize))  # type: ignore[arg-type]
+            for name, layer in in_parts.items()
+            if (w := _merged(name, layer, chosen, safe, requantize)) is not None
         )
         versions = {n: m.mixed(a) for n, m in modules.items() if (a := active_adapters(m, _or(chosen, m)))}
         for name, tensors in versions.items():
@@ -119,24 +119,24 @@ def merge(
                     f"merging into {name!r} gives values that are not finite: the adapter is broken there"
                 )
     parts = {name: _parts_of(layer) for name, layer in layers.items()}
-    owners: dict[nn.Module, dict[str, dict[str, Any]]] = {}
-    for name, layer in experts.items():
-        owners.setdefault(layer.experts, {})[name] = parts[name]
+    owners: dict[nn.Module, dict[str, tuple[PartLinear, dict[str, Any]]]] = {}
+    for name, layer in in_parts.items():
+        owners.setdefault(layer.owner, {})[name] = layer, parts[name]
     own = {name: (nn.ModuleDict(dict(module.adapters.items())), module.selection) for name, module in modules.items()}
     ties = tied_pairs(model)
     detach(model)
     made: list[Tensor] = []
     new: dict[int, nn.Parameter] = {}  # by what it replaces, so that what is tied and stays equal is one again
     for module, held in owners.items():
-        record = _Experts({}, {}, held)
-        for key in [key for owner, key in stacked if owner is module]:
+        record = _Owned({}, {}, held)
+        for key in [key for owner, key in put if owner is module]:
             record.before[key] = old = module._parameters[key]  # type: ignore[assignment]
-            record.now[key] = _put(module, key, stacked[module, key], old, new)
+            record.now[key] = _put(module, key, put[module, key], old, new)
             made.append(record.now[key])
         if keep:
             vars(module)[_RECORD] = record
     for name, layer in layers.items():
-        if name in experts:
+        if name in in_parts:
             continue
         record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
         if name in merged:
@@ -205,8 +205,8 @@ def unmerge(model: M) -> M:
         SpectuneError: nothing was merged or kept, the model was adapted again, or a merged weight was written to.
     """
     records: dict[Any, _Layer] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Layer)}
-    stacks: dict[Any, _Experts] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Experts)}
-    if not records and not stacks:
+    owned: dict[Any, _Owned] = {m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Owned)}
+    if not records and not owned:
         raise SpectuneError("no merged adapter can be taken out of the model: none was merged, or with keep=False")
     brought: dict[nn.Module, _Module] = {
         m: r for m in model.modules() if isinstance(r := vars(m).get(_RECORD), _Module)
@@ -222,19 +222,19 @@ def unmerge(model: M) -> M:
             raise SpectuneError(
                 f"the merged weight of {record.name!r} is another one now: load the base and attach the adapter instead"
             )
-    for module, record in stacks.items():
-        if isinstance(module, Experts) or any(module._parameters[k] is not tensor for k, tensor in record.now.items()):
+    for module, record in owned.items():
+        if isinstance(module, Owner) or any(module._parameters[k] is not tensor for k, tensor in record.now.items()):
             raise SpectuneError(
-                f"the experts of {next(iter(record.parts))!r} are other ones now: load the base and attach the adapter "
-                "instead"
+                f"the tensor that {next(iter(record.parts))!r} is a part of is another one now: load the base and "
+                "attach the adapter instead"
             )
-    for module, record in stacks.items():
+    for module, record in owned.items():
         for key, tensor in record.before.items():
             tensor.data = tensor.data.to(record.now[key].device)
             module._parameters[key] = tensor
         del vars(module)[_RECORD]
-        for name, parts in record.parts.items():
-            _take_back(expert_layer(module, *_place(name)), name, parts)
+        for name, (layer, parts) in record.parts.items():
+            _take_back(layer, name, parts)
     for layer, record in records.items():
         now = layer.weight
         for name, held in (("weight", record.weight), ("bias", record.bias)):
@@ -298,12 +298,6 @@ def _take_back(layer: nn.Module, name: str, held: dict[str, Any]) -> None:
     adapted.adapters, adapted.bases = held["adapters"].to(device), held["bases"].to(device)
     if adapted.selection.mixture != held["mixture"]:
         adapted.selection.mixture = held["mixture"]
-
-
-def _place(name: str) -> tuple[str, int]:
-    """Return the tensor and the number of an expert, given its layer's name."""
-    _, number, key = name.rsplit(".", 2)
-    return key, int(number)
 
 
 def _parts_of(layer: Adapted) -> dict[str, Any]:

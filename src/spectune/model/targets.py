@@ -8,21 +8,23 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
-from spectune.layers.experts import ExpertLinear
 from spectune.layers.modules import (
     effective_weight,
+    find_linear,
     is_another_function,
     is_linear,
     linear_layers,
     named_modules,
     stored_weight,
 )
+from spectune.layers.parts import PartLinear
+from spectune.layers.projections import ProjectionLinear
 from spectune.layers.reads import replaced_forward
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
@@ -50,8 +52,7 @@ def resolve(
 
 def fitted(model: nn.Module, methods: Mapping[str, Method]) -> dict[str, Method]:
     """Return each layer's method with a rank of at most what the layer has room for."""
-    layers = linear_layers(model)
-    return {name: m.fit(*effective_weight(layers[name]).shape) for name, m in methods.items()}
+    return {name: m.fit(*effective_weight(find_linear(model, name)).shape) for name, m in methods.items()}
 
 
 def choose(
@@ -66,6 +67,7 @@ def choose(
     layers_pattern: str | Iterable[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    split: Literal["auto"] | None = None,
 ) -> dict[str, Method]:
     """Return the method that is wanted for each layer, in the model's order.
 
@@ -78,7 +80,9 @@ def choose(
     Raises:
         SpectuneError: a pattern that matches no linear layer; the nearest names are listed.
     """
-    layers = linear_layers(model)
+    if split not in (None, "auto"):
+        raise SpectuneError(f"split must be 'auto' or None, not {split!r}")
+    layers = linear_layers(model, split=split == "auto")
     linears = list(layers)
     if not linears:
         raise SpectuneError("the model has no linear layer to adapt")
@@ -117,9 +121,9 @@ def choose(
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module], dropped: set[str]) -> list[str]:
     """Return the names of every linear layer that an adapter has an effect on, but the output embedding's."""
     outputs = output_embeddings(model)
-    past = never_asked(model)
+    past = never_asked(model, layers)
     chosen = [name for name in layers if layers[name] not in outputs and name not in past]
-    left_out = [name for name in past if layers[name] not in outputs and name not in dropped]
+    left_out = [name for name in past if name in layers and layers[name] not in outputs and name not in dropped]
     if left_out and not chosen:
         check_asked(model, left_out)
     if left_out:
@@ -187,12 +191,16 @@ def _others(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def never_asked(model: nn.Module) -> dict[str, str]:
+def never_asked(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
     """Return the linear layers that a model goes past, by name, each with what happens there instead.
 
     An adapter on such a layer would have no effect, no gradient, and yet change what merging gives.
+
+    Args:
+        model: the model.
+        names: layers of which those that are projections in such a layer are told of as well.
     """
-    layers = linear_layers(model)
+    layers = {name: layer for name, layer in linear_layers(model).items() if not isinstance(layer, ProjectionLinear)}
     owners = {child: module for module in model.modules() for child in module.children()}
     past = {}
     for name, layer in layers.items():
@@ -203,12 +211,13 @@ def never_asked(model: nn.Module) -> dict[str, str]:
         elif not isinstance(layer, Adapted) and is_another_function(layer):
             past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"
     read = "the model reads its weight itself instead of calling the layer"
-    return past | {name: read for name in read_by_the_model(model, layers) if name not in past}
+    past |= {name: read for name in read_by_the_model(model, layers) if name not in past}
+    return past | {name: past[fused] for name in names if (fused := name.rpartition(".")[0]) in past}
 
 
 def _called(layer: nn.Module) -> nn.Module:
     """Return the module that a model calls for a layer's answer."""
-    return layer.experts if isinstance(layer, ExpertLinear) else layer  # type: ignore[return-value]
+    return layer.owner if isinstance(layer, PartLinear) else layer
 
 
 def check_asked(model: nn.Module, names: Iterable[str]) -> None:
@@ -217,7 +226,8 @@ def check_asked(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         SpectuneError: it goes past one; the layer is named.
     """
-    past = never_asked(model)
+    names = list(names)
+    past = never_asked(model, names)
     hit = [name for name in names if name in past]
     if hit:
         raise SpectuneError(f"an adapter would have no effect on {_told(hit, past)}; take other targets, or exclude it")

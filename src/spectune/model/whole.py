@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
-from spectune.layers.experts import ExpertLinear, Experts
 from spectune.layers.modules import find_module, is_conv1d, is_linear, named_modules
+from spectune.layers.parts import Owner, PartLinear
+from spectune.layers.projections import FusedLinear, ProjectionLinear
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Values, Whole, take_over_whole
@@ -95,12 +96,26 @@ def check_apart(model: nn.Module, layers: Iterable[str], modules: Iterable[str])
         SpectuneError: there is such a layer.
     """
     found = {n: _find(model, n) for n in layers}
-    around = {n.rsplit(".", 2)[0] if isinstance(layer, ExpertLinear) else n for n, layer in found.items()}
+    for name, layer in found.items():
+        if isinstance(layer, ProjectionLinear):
+            fused = name.rpartition(".")[0]
+            if fused in found or isinstance(layer.owner, Adapted):
+                raise SpectuneError(_two_ways(fused, name))
+        elif isinstance(layer, FusedLinear):
+            raise SpectuneError(_two_ways(name, f"{name}.{next(layer.adapted_parts())[0]}"))
+    around = {n.removesuffix(f".{layer.place}") if isinstance(layer, PartLinear) else n for n, layer in found.items()}
     for name in [*(n for n in around if isinstance(_find(model, n), Whole)), *modules]:
-        if isinstance(_find(model, name), (Adapted, Experts)) or name in around:
+        if isinstance(_find(model, name), (Adapted, Owner)) or name in around:
             raise SpectuneError(
                 f"{name!r} would be adapted and have rows or tensors of its own as well: leave it out of one of the two"
             )
+
+
+def _two_ways(fused: str, part: str) -> str:
+    return (
+        f"{fused!r} would be adapted as one layer, and {part!r}, which is a part of it, by itself: take split='auto' "
+        "for all adapters on a model or for none"
+    )
 
 
 def prepare(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dict[str, Values]:
@@ -199,7 +214,7 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
                 f"{held!r} is trained whole by PEFT, for each of its adapters: model.save_pretrained(folder) and "
                 "spectune.Adapter.load(folder) take it along"
             )
-        if isinstance(module, (Adapted, Whole, Experts)):
+        if isinstance(module, (Adapted, Whole, Owner)):
             raise SpectuneError(
                 f"the {next(iter(own))} of {name!r} is set to train beside the adapter on it, which no adapter holds: "
                 "freeze it, or merge the adapter and save the model"

@@ -14,7 +14,7 @@ from spectune.adapters.folder import folder_sizes
 from spectune.adapters.formats.choose import contents
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError
-from spectune.layers.experts import ExpertLinear, tensor_of
+from spectune.layers.experts import ExpertLinear
 from spectune.layers.modules import effective_weight, find_linear, is_stored_transposed
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
@@ -93,7 +93,7 @@ def adapter_sizes(model: nn.Module, methods: Mapping[str, Method], base: str | N
         frozen, sketch = ({}, blank(*fingerprint.UPDATE_SHAPE)) if needs_basis(method) else (None, None)
         term = Term(method, trained, basis=frozen, sketch=sketch)
         of_base = blank(*fingerprint.WEIGHT_SHAPE)
-        count = len(tensor_of(layer.experts, layer.key)) if isinstance(layer, ExpertLinear) else 0
+        count = layer.count if isinstance(layer, ExpertLinear) else 0
         shape = out_features, in_features
         layers[name] = LayerUpdate(shape, (term,), is_stored_transposed(layer), None, of_base, count)
     heads = [name for name, method in methods.items() if method.replaces]

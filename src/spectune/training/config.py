@@ -19,7 +19,7 @@ from spectune.training.registry import options_of, owner_of, task_keys
 if TYPE_CHECKING:
     from spectune.methods import Method
 
-_NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+_NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
 FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_length")  # the data, unless `train` is given them
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -77,6 +77,11 @@ class TrainConfig(BaseModel):
     )
     rank_pattern: dict[str, int] = Field({}, description="regex of a name's end: the method's rank there")
     alpha_pattern: dict[str, float] = Field({}, description="regex of a name's end: the method's alpha there")
+    split: Literal["auto"] | None = Field(
+        None,
+        description="auto: each projection of a fused layer (c_attn, qkv_proj, query_key_value, gate_up_proj) has a "
+        "decomposition and an adapter of its own, c_attn.q_proj",
+    )
     modules_to_save: list[str] | dict[str, list[int] | None] = Field(
         [],
         description="modules of any kind (heads, norms, embeddings) to train and save whole; {embed_tokens: [7, 8]} is "

@@ -24,7 +24,7 @@ from spectune.training.options import resumes
 
 # a resumed run would not be the same run with another of these, nor with another of what its task has for keys
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
-_MEANING += ("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+_MEANING += ("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
 _MEANING += ("quantize",)
 # of these one is told, and the run goes on

@@ -66,7 +66,7 @@ def peft_type(adapter: Contents) -> str | None:
     """Return the PEFT type that can hold an adapter, or None."""
     kinds: set[str | None] = set()
     for layer in adapter.layers.values():
-        if len(layer.terms) != 1 or layer.terms[0].weight != 1.0:
+        if len(layer.terms) != 1 or layer.terms[0].weight != 1.0 or layer.rows is not None:
             return None
         if not layer.terms[0].method.replaces:
             kinds.add(type_of(layer.terms[0].method))

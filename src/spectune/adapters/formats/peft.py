@@ -94,6 +94,8 @@ def _obstacle(adapter: Contents) -> str | None:
             return f"a bias that {name!r} has not"
         if term.rows is None and not term.complete and term.tensors.keys() not in ({"bias"}, {ADDED_BIAS}):
             return f"a part of {name!r}"
+    if any(layer.rows is not None for layer in adapter.layers.values()):
+        return "parts of a fused layer"
     return peft_experts.obstacle(adapter)
 
 

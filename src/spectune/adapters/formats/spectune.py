@@ -16,12 +16,16 @@ from spectune.adapters.formats.bilingual import in_peft_words, own_names, own_wo
 from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
+from spectune.layers.projections import Rows
 from spectune.methods import Method, from_fields
 from spectune.storage import Entry
 
 FORMAT_VERSION = 1
 _WHOLE = "modules"  # there only where the adapter has modules other than linear layers
 _EXPERTS = "experts"  # of a layer whose weight is a part of a tensor, where it is
+_ROWS = (
+    "rows"  # of a layer whose weight is some rows of a fused layer's: where they start, how many, of how many, times
+)
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
 
 
@@ -50,6 +54,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
                 tensors[f"{name}.{i}.sketch"] = sketch
         layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
         layers[name] |= {_EXPERTS: layer.experts} if layer.experts else {}
+        layers[name] |= {} if layer.rows is None else {_ROWS: list(layer.rows)}
     modules = {}
     for name, parts in adapter.modules.items():
         modules[name] = [_describe_whole(term) for term in parts]
@@ -145,15 +150,17 @@ class _Described(NamedTuple):
     shape: tuple[int, int]
     conv1d: bool
     experts: int
+    rows: Rows | None
     terms: list[tuple[Method, float]]
 
 
 def _described(entry: Entry, methods: list[Method]) -> _Described:
-    entry.check_keys("shape", "conv1d", "terms", *((_EXPERTS,) if _EXPERTS in entry.values else ()))
+    entry.check_keys("shape", "conv1d", "terms", *(key for key in (_EXPERTS, _ROWS) if key in entry.values))
     experts = entry.take(_EXPERTS, int) if _EXPERTS in entry.values else 0
     shape = entry.take("shape", list)
     if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
         raise SpectuneError(f"'shape' in {entry.where} is {shape!r:.60}, not [out, in]")
+    rows = _rows(entry, shape[0]) if _ROWS in entry.values else None
     terms = []
     for i, values in enumerate(entry.take("terms", list)):
         term = Entry(values, f"term {i} of {entry.where}")
@@ -164,7 +171,18 @@ def _described(entry: Entry, methods: list[Method]) -> _Described:
         terms.append((methods[index], float(term.number("weight"))))
     if not terms:
         raise SpectuneError(f"{entry.where} has no terms")
-    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, terms)
+    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, rows, terms)
+
+
+def _rows(entry: Entry, out_features: int) -> Rows:
+    values = entry.take(_ROWS, list)
+    if len(values) == 4 and all(type(n) is int and 0 <= n < 2**31 for n in values):
+        rows = Rows(*values)
+        if rows.start + rows.size <= rows.period and rows.size * rows.groups == out_features:
+            return rows
+    raise SpectuneError(
+        f"'rows' in {entry.where} is {values!r:.60}, not rows of a fused layer that there are so many of"
+    )
 
 
 def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: Path) -> LayerUpdate:
@@ -180,7 +198,7 @@ def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: 
             raise SpectuneError(f"the stored basis of {prefix!r} in {where} does not fit the layer; get it again")
         terms.append(term)
     base = _take(tensors, f"{name}.base", fingerprint.WEIGHT_SHAPE, where, optional=True)
-    return LayerUpdate(described.shape, tuple(terms), described.conv1d, None, base, described.experts)
+    return LayerUpdate(described.shape, tuple(terms), described.conv1d, None, base, described.experts, described.rows)
 
 
 def _fits(term: Term, out_features: int, in_features: int) -> bool:
