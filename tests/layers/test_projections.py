@@ -198,6 +198,14 @@ def test_rows_of_a_batch_have_adapters_of_their_own():
             torch.testing.assert_close(model(IDS).logits, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+def test_a_compiled_model_answers_alike_without_a_graph_break():
+    model = spectune.adapt(made("gpt2"), "lora:rank=2", ["k_proj", "v_proj"], split="auto")
+    move(model)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
+
+
 def test_copies_pickles_and_the_state_of_a_model_that_is_saved(tmp_path):
     base = made("gpt2")
     model = spectune.adapt(copy.deepcopy(base), "lora:rank=2", split="auto")

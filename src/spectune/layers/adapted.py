@@ -58,7 +58,9 @@ class Adapted(Stored):
     def weight(self) -> Any:
         """W as the layer holds it; to other modules, in their forward passes, it tells its kind and no values."""
         weight = self._parameters.get("weight")
-        if weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
+        if weight is None and isinstance(self, PartLinear):
+            weight = self.own_weight()
+        elif weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
             weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return weight

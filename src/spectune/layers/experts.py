@@ -46,26 +46,26 @@ class ExpertLinear(PartLinear):
 
     @property
     def is_held_transposed(self) -> bool:
-        return is_transposed(vars(self)["owner"])
+        return is_transposed(self.owner)
 
     def part(self, held: Tensor) -> Tensor:
-        own = held[vars(self)["index"]]
+        own = held[self.index]
         return own.mT if self.is_held_transposed else own
 
     def put(self, held: Tensor, weight: Tensor) -> None:
-        held[vars(self)["index"]] = weight
+        held[self.index] = weight
 
     @property
     def count(self) -> int:
         """How many experts there are."""
-        return len(tensor_of(vars(self)["owner"], vars(self)["key"]))
+        return len(tensor_of(self.owner, self.key))
 
     @property
     def place(self) -> str:
-        return f"{vars(self)['index']}.{vars(self)['key']}"
+        return f"{self.index}.{self.key}"
 
     def lender(self) -> Callable[[Tensor], Tensor]:
-        index = vars(self)["index"]
+        index = self.index
         return lambda tensor: tensor.detach()[index]
 
     def join(self) -> None:

@@ -65,7 +65,7 @@ def is_stored_transposed(layer: nn.Module) -> bool:
 def effective_weight(layer: nn.Module) -> Tensor:
     """Return W (out x in) of a linear layer; a view, transposed for Conv1D, or a `Packed` one."""
     if isinstance(layer, PartLinear):
-        return PartLinear.weight.fget(layer)  # type: ignore[attr-defined, no-any-return]
+        return layer.own_weight()
     weight: Any = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter and (packed := packed_weight(layer)) is not None:
         return packed

@@ -35,8 +35,11 @@ class PartLinear(nn.Linear):
     @property
     def weight(self) -> Any:
         """W (out x in); a view of the owner's tensor where it can be one."""
-        own: dict[str, Any] = vars(self)
-        return self.part(tensor_of(own["owner"], own["key"]))
+        return self.own_weight()
+
+    def own_weight(self) -> Tensor:
+        """Return W (out x in), of an adapted layer too, whose `weight` is for others to see."""
+        return self.part(tensor_of(self.owner, self.key))
 
     @property
     def is_held_transposed(self) -> bool:

@@ -72,20 +72,20 @@ class ProjectionLinear(PartLinear):
 
     @property
     def is_held_transposed(self) -> bool:
-        return isinstance(vars(self)["owner"], Conv1D)
+        return isinstance(self.owner, Conv1D)
 
     def part(self, held: Tensor) -> Tensor:
-        return vars(self)["rows"].of(held.mT if self.is_held_transposed else held)
+        return self.rows.of(held.mT if self.is_held_transposed else held)
 
     def put(self, held: Tensor, weight: Tensor) -> None:
-        vars(self)["rows"].put(held, weight, 1 if self.is_held_transposed else 0)
+        self.rows.put(held, weight, 1 if self.is_held_transposed else 0)
 
     @property
     def place(self) -> str:
-        return vars(self)["name"]
+        return self.name
 
     def lender(self) -> Callable[[Tensor], Tensor]:
-        rows, dim = vars(self)["rows"], 1 if self.is_held_transposed else 0
+        rows, dim = self.rows, 1 if self.is_held_transposed else 0
         return lambda tensor: rows.of(tensor.detach(), dim)
 
     def join(self) -> None:
@@ -104,8 +104,7 @@ class FusedLinear(Owner):
         yield from ((key, part) for key, part in self._modules.items() if isinstance(part, ProjectionLinear))
 
     def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
-        asked = self.asked()
-        if more or named or not asked:
+        if more or named or not (torch.compiler.is_compiling() or self.asked()):
             return super().forward(input, *more, **named)
         adapted = dict(self.adapted_parts())
         places = _places(part.rows for part in adapted.values())
