@@ -30,7 +30,6 @@ def test_a_config_comes_back_as_it_was(config, tmp_path):
         (lambda: sp.SVFConfig(r=8), r"unexpected keyword argument 'r': SVF trains along all .* LoRAXSConfig"),
         (lambda: sp.SVFTConfig(lora_dropout=0.1), "SVFT has no branch"),
         (lambda: sp.LoRAXSConfig(lora_dropout=0.1), "LoRAXS has no branch"),
-        (lambda: sp.SVFConfig(target_parameters=["x"]), "no bare parameters"),
         (lambda: sp.SVFConfig(target_module=["x"]), "did you mean 'target_modules'"),
         (lambda: sp.SVFConfig(parametrization="x"), "parametrization of SVF must be one of plain, sigmoid"),
         (lambda: sp.MiLoRAConfig(r=0), "r of MiLoRA must be an integer >= 1"),

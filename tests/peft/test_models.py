@@ -11,12 +11,12 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, convert_to_
 import spectune
 import spectune.peft as sp
 import tiny
+from peft_cases import logits, trained, x
 
 # PEFT's, of gradient checkpointing, merged adapters and patterns that match nothing
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning", "RuntimeWarning")
 ]
-x = torch.arange(3, 21).view(2, 9)
 CONFIGS = [
     sp.SVFConfig(),
     sp.SVFConfig(parametrization="sigmoid"),
@@ -43,26 +43,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def new(base):
     return lambda: tf.AutoModelForCausalLM.from_pretrained(base).eval()
-
-
-def trained(model, config, name="default", seed=1):
-    """Return a model with an adapter that was moved."""
-    config = copy.deepcopy(config)
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-        model.set_adapter(name)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    for key, p in model.named_parameters():
-        if key.endswith(f".{name}"):
-            p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(x).logits
 
 
 @pytest.mark.parametrize("config", ALL)

@@ -123,9 +123,20 @@ def expert_layers(module: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
 
 def expert_layer(experts: nn.Module, key: str, index: int) -> ExpertLinear:
     """Return the layer of one expert."""
+    there = called_for(experts, key, index)
+    return ExpertLinear(experts, key, index) if there is None else _inside(there)
+
+
+def called_for(experts: nn.Module, key: str, index: int) -> nn.Module | None:
+    """Return what answers for the adapted layer of one expert: the layer, or PEFT's around it; None for the others."""
     holder = experts._modules.get(str(index))
-    there = None if holder is None else holder._modules.get(key)
-    return ExpertLinear(experts, key, index) if there is None else there  # type: ignore[return-value]
+    return None if holder is None else holder._modules.get(key)
+
+
+def _inside(layer: Any) -> ExpertLinear:
+    while not isinstance(layer, ExpertLinear):
+        layer = layer.base_layer
+    return layer
 
 
 def find_expert(model: nn.Module, name: str) -> ExpertLinear | None:
@@ -147,7 +158,7 @@ class Experts(Owner):
     def adapted_parts(self) -> Iterator[tuple[str, Any]]:
         for number, holder in self._modules.items():
             if number.isdecimal() and isinstance(holder, Expert):
-                yield from ((f"{number}.{key}", layer) for key, layer in holder._modules.items())
+                yield from ((f"{number}.{key}", _inside(layer)) for key, layer in holder._modules.items())
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +284,8 @@ class StandIn:
         return torch.cat(parts)
 
     def _layer(self, index: int) -> Callable[[Tensor], Tensor]:
-        return expert_layer(self._experts, self._key, index)
+        there = called_for(self._experts, self._key, index)
+        return expert_layer(self._experts, self._key, index) if there is None else there
 
     def _refused(self, what: str) -> SpectuneError:
         return SpectuneError(

@@ -100,7 +100,7 @@ class BudgetSchedule:
                 update.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter))
             update.__dict__["schedule"] = self
         self.__setstate__({"updates": scored, "total_steps": None})
-        self._watch()
+        self.watch()
 
     def __getstate__(self) -> _State:
         return {"updates": self.updates(), "total_steps": self.total_steps}
@@ -127,7 +127,7 @@ class BudgetSchedule:
         mine = {id(update.E) for update in self.updates()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
         """Have the term of each P and Q join their gradients in the backward pass.
 
         Not those that FSDP2 holds in parts: the parts come together outside of it only.
@@ -141,7 +141,7 @@ class BudgetSchedule:
 
     def before_clip(self) -> None:
         """Have what did not join a gradient in the backward pass join it now, with the gradients complete."""
-        self._watch()
+        self.watch()
         for term in self._terms.values():
             if not term.joined:
                 term.join(1.0)

@@ -40,10 +40,19 @@ def load_all() -> None:
         importlib.import_module(f"spectune.methods.{module.name}")
 
 
-def load_plugins() -> dict[str, type[Method]]:
-    """Return the listed methods by name, those that installed packages offer among them."""
+def load_plugins(failed: Callable[[SpectuneError], None] | None = None) -> dict[str, type[Method]]:
+    """Return the listed methods by name, those that installed packages offer among them.
+
+    Args:
+        failed: called with what a package raises, which is raised where there is none.
+    """
     for point in offered(GROUP).values():
-        _known(load(point))
+        try:
+            _known(load(point))
+        except SpectuneError as error:
+            if failed is None:
+                raise
+            failed(error)
     return METHODS
 
 

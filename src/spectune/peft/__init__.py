@@ -23,8 +23,20 @@ from spectune.peft.config import (  # noqa: E402
     SVFConfig,
     SVFTConfig,
 )
-from spectune.peft.register import register_all  # noqa: E402
+from spectune.peft.register import config_of, register_all  # noqa: E402
 
 register_all()
+AdaLoRAConfig = config_of("adalora")
+VeRAConfig = config_of("vera")
 
-__all__ = ["LoRAXSConfig", "MiLoRAConfig", "PiSSAConfig", "SVFConfig", "SVFTConfig", "SpectuneConfig"]
+__all__ = [
+    "AdaLoRAConfig",
+    "LoRAXSConfig",
+    "MiLoRAConfig",
+    "PiSSAConfig",
+    "SVFConfig",
+    "SVFTConfig",
+    "SpectuneConfig",
+    "VeRAConfig",
+    "config_of",
+]

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from peft import PeftConfig
 
 from spectune.adapters.formats.bilingual import VERSION as FORMAT_VERSION
-from spectune.adapters.formats.dialect import TYPES, fields_of, option_of
+from spectune.adapters.formats.dialect import fields_of, option_of, type_for
 from spectune.errors import SpectuneError, nearest
-from spectune.methods import Method, from_fields
+from spectune.methods import Method, find, from_fields
 from spectune.patterns import matches_end
 
 C = TypeVar("C", bound="type[SpectuneConfig]")
@@ -33,7 +33,6 @@ _WHY = {  # options of LoraConfig that a method does not have, and why
     "fan_in_fan_out": "how a layer holds its weight is seen from the layer",
     "lora_bias": '{name} has no bias of its own; bias="all" trains those of the model',
     "layer_replication": "replicate the layers of the model before adapting it",
-    "target_parameters": "{name} adapts layers and no bare parameters; name layers in target_modules",
     "ensure_weight_tying": "untie the weights, or leave one of the two layers out of target_modules",
     "loftq_config": "the base is not quantized anew; load it quantized or not",
     "megatron_config": "Megatron's layers are not adapted",
@@ -55,6 +54,15 @@ Without PEFT: `spectune.attach(model, spectune.Adapter.load("this folder"))`.
 """
 
 
+class Described(NamedTuple):
+    """An adapted layer: (out, in) of W, whether W is held (in x out), its method, of how many experts it is one."""
+
+    shape: tuple[int, int]
+    transposed: bool
+    method: Method
+    experts: int = 0
+
+
 class UnknownOption(SpectuneError, TypeError):
     """An option that a config does not have; a TypeError too, as PEFT expects where it reads a newer file."""
 
@@ -65,6 +73,8 @@ class SpectuneConfig(PeftConfig):
 
     Args:
         target_modules: names or suffixes of layers, one regex for whole names, or "all-linear", which is the default.
+        target_parameters: names or suffixes of the tensors of experts, such as "experts.down_proj", each of whose
+            experts is adapted as a layer of its own.
         exclude_modules: names, suffixes or a regex of layers to leave out.
         modules_to_save: modules to train and save whole.
         bias: "none"; "all" trains every bias of the model, "<method>_only" those of the adapted layers.
@@ -79,6 +89,7 @@ class SpectuneConfig(PeftConfig):
     method: ClassVar[str] = ""
 
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: str = "none"
@@ -100,7 +111,7 @@ class SpectuneConfig(PeftConfig):
         super().__post_init__()
         from peft import PeftType
 
-        self.peft_type = PeftType(TYPES[self.method])
+        self.peft_type = PeftType(type_for(find(self.method)))
         if self.format_version != FORMAT_VERSION:
             raise SpectuneError(
                 f"the adapter has format version {self.format_version}, and spectune.peft reads {FORMAT_VERSION}: "
@@ -161,18 +172,19 @@ class SpectuneConfig(PeftConfig):
         method = from_fields(fields_of(self.method, {k: v for k, v in options.items() if hasattr(self, k)}))
         return method if shape is None else method.fit(*shape)
 
-    def note(self, chosen: Mapping[str, tuple[tuple[int, int], bool, Method]]) -> None:
-        """Write down what was adapted: for each layer its shape, whether it is a Conv1D, and its method."""
+    def note(self, chosen: Mapping[str, Described]) -> None:
+        """Write down what was adapted."""
         self.methods, self.layers, self.modules = [], {}, {}
-        for name, (shape, conv1d, method) in chosen.items():
+        for name, (shape, transposed, method, experts) in chosen.items():
             fields = method.fields()
             if fields not in self.methods:
                 self.methods.append(fields)
             terms = [{"method": self.methods.index(fields), "weight": 1.0}]
-            self.layers[name] = {"shape": list(shape), "conv1d": conv1d, "terms": terms}
+            self.layers[name] = {"shape": list(shape), "conv1d": transposed, "terms": terms}
+            self.layers[name] |= {"experts": experts} if experts else {}
 
 
-def _named(method: str) -> Callable[[C], C]:
+def named(method: str) -> Callable[[C], C]:
     """Finish a config class: its method, and one sentence for an option that it does not have."""
 
     def finish(cls: C) -> C:
@@ -195,7 +207,7 @@ def _named(method: str) -> Callable[[C], C]:
     return finish
 
 
-@_named("svf")
+@named("svf")
 @dataclass
 class SVFConfig(SpectuneConfig):
     """Scale every singular value: W' = U diag(S z) V^T, of which z trains (`spectune.SVF`).
@@ -209,7 +221,7 @@ class SVFConfig(SpectuneConfig):
     max_mult: float = 1.0
 
 
-@_named("svft")
+@named("svft")
 @dataclass
 class SVFTConfig(SpectuneConfig):
     """Train a sparse matrix between the singular vectors: W' = U (S + M) V^T (`spectune.SVFT`).
@@ -227,7 +239,7 @@ class SVFTConfig(SpectuneConfig):
     seed: int = 0
 
 
-@_named("lora_xs")
+@named("lora_xs")
 @dataclass
 class LoRAXSConfig(SpectuneConfig):
     """Train a matrix between the top singular vectors: W' = W + s U R (S V^T) (`spectune.LoRAXS`).
@@ -245,7 +257,7 @@ class LoRAXSConfig(SpectuneConfig):
     alpha_pattern: dict[str, float] | None = None
 
 
-@_named("pissa")
+@named("pissa")
 @dataclass
 class PiSSAConfig(SpectuneConfig):
     """Train the top of the spectrum: W' = W + s (B A - B0 A0), of which A, B train (`spectune.PiSSA`).
@@ -267,7 +279,7 @@ class PiSSAConfig(SpectuneConfig):
     alpha_pattern: dict[str, float] | None = None
 
 
-@_named("milora")
+@named("milora")
 @dataclass
 class MiLoRAConfig(PiSSAConfig):
     """Train the bottom of the spectrum: W' = W + s (B A - B0 A0), of which A, B train (`spectune.MiLoRA`).

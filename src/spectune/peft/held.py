@@ -48,6 +48,46 @@ class HeldUpdate(Update):
         """Return the trained tensors by name."""
         return {name: self.tensor(name) for name in self.names}
 
+    # what a schedule keeps beside the trained tensors, as AdaLoRA's scores, lies in the holder too: PEFT saves it there
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Hold a tensor of a schedule, by the adapter's name, in a dictionary of the holder."""
+        assert tensor is not None
+        holder = vars(self)["holder"]
+        attribute = f"{holder.prefix}{name}"
+        if attribute not in holder._modules:
+            holder.add_module(attribute, Scores({}, persistent=persistent))
+            holder.other_param_names = (*holder.other_param_names, attribute)
+        holder._modules[attribute][self.adapter] = tensor
+
+    def _scores(self, name: str) -> Any:
+        holder = vars(self).get("holder")
+        held = None if holder is None else holder._modules.get(f"{holder.prefix}{name}")
+        return held if isinstance(held, Scores) and self.adapter in held else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in vars(self).get("names", ()):
+            return self.tensor(name)
+        scores = self._scores(name)
+        return super().__getattr__(name) if scores is None else scores[self.adapter]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        scores = self._scores(name) if isinstance(value, Tensor) else None
+        if scores is None:
+            super().__setattr__(name, value)
+        else:
+            scores[self.adapter] = value
+
+
+class Scores(BufferDict):
+    """A tensor that a schedule keeps for each adapter, which stays as it is where a folder has none."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for adapter, own in list(self.items()):
+            if f"{prefix}{adapter}" not in state_dict:
+                state_dict[f"{prefix}{adapter}"] = torch.zeros_like(own, device="cpu") if own.is_meta else own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class Sketches(BufferDict):
     """What tells the base, or the updates, again: made when it is saved, and zero here but for what was loaded.

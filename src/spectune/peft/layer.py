@@ -15,12 +15,13 @@ from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, give_back, take_over
+from spectune.layers.experts import ExpertLinear, tensor_of
 from spectune.layers.merged import merged_bias, merged_weight
-from spectune.layers.modules import effective_weight, is_conv1d, is_linear
+from spectune.layers.modules import effective_weight, is_linear, is_stored_transposed
 from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
-from spectune.layers.updates import Update
+from spectune.layers.updates import Update, digest
 from spectune.methods import Method
 from spectune.model.install import bases_for, check_layer
 from spectune.model.names import updates_of
@@ -28,12 +29,11 @@ from spectune.peft.held import BASE, SKETCH, HeldUpdate, Sketches
 
 
 class Kept(NamedTuple):
-    """W and b of a merged layer, and W' and b' that took their places."""
+    """W and b of a merged layer, and what tells W' and b' again that took their places."""
 
     weight: Tensor
     bias: Tensor | None
-    merged: Tensor
-    merged_bias: Tensor | None
+    seen: tuple[Tensor, ...]
 
 
 class PeftLayer(nn.Module, BaseTunerLayer):
@@ -174,6 +174,8 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             if any(tensor.is_meta for tensor in update.trained().values()):
                 continue
             self.unseen.discard(adapter)
+            if (schedule := vars(update).get("schedule")) is not None:
+                schedule.watch()  # the tensors that were loaded may be others than those it began with
             base, sketch = (self._sketches(kind).pop_told(adapter) for kind in (BASE, SKETCH))
             if base is None:
                 continue  # made here
@@ -197,7 +199,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Return W (out x in), of a merged layer too."""
         if self._kept is None:
             return effective_weight(self.adapted).detach()
-        return self._kept.weight.T if is_conv1d(self.adapted) else self._kept.weight
+        return self._kept.weight.T if is_stored_transposed(self.adapted) else self._kept.weight
 
     def _term(self, update: HeldUpdate, sketch: Tensor | None = None) -> Term:
         trained = update.trained()
@@ -232,31 +234,45 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _merge(self, names: Sequence[str], safe_merge: bool, keep: bool) -> None:
-        layer: Any = self.adapted
         self.check()
-        held, bias, earlier = layer._parameters["weight"], layer._parameters["bias"], self._kept
+        earlier, before = self._kept, self._state()
         if earlier is not None:
             self._restore()
-        chosen = [(name, 1.0) for name in (*self.merged_adapters, *names)]
-        weight, new_bias = merged_weight(layer.adapted_as, layer, chosen), merged_bias(layer, chosen)
+        weight, bias = self._made([*self.merged_adapters, *names])
         if safe_merge and not bool(weight.isfinite().all()):
-            if earlier is not None:
-                self._put(earlier)
+            self._put(*before)
+            self._kept = earlier
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        own = held.data, None if bias is None else bias.data
-        held.data = weight.to(held.dtype)
-        if bias is not None and new_bias is not None:
-            bias.data = new_bias.to(bias.dtype)
+        own = self._state()
+        self._put(weight, own[1] if bias is None else bias)
         if keep:
-            self._kept = Kept(*own, held.data, None if bias is None else bias.data)
+            self._kept = Kept(*own, self._seen())
         self.merged_adapters.extend(names)
         self._answer()
 
-    def unmerge(self) -> None:
-        """Put W back, bit for bit.
+    def _made(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Return W' of adapters, as the layer holds W, and b' where they have one.
 
         Raises:
-            SpectuneError: the merged weight was written to.
+            SpectuneError: W' is no sum of W and an update, and W holds a merged adapter of another tuner.
+        """
+        layer, chosen = self.adapted, [(name, 1.0) for name in names]
+        for name in names:
+            norms = layer.tensors(self.own[name]).get("norms")
+            if norms is None or isinstance(effective_weight(layer), Packed):
+                continue
+            now = torch.linalg.vector_norm(effective_weight(layer), dim=1, dtype=norms.dtype)
+            if not torch.allclose(now, norms, rtol=1e-3):
+                raise SpectuneError(
+                    f"DoRA's adapter {name!r} was made for the weight of {layer.adapted_as!r} without what is merged "
+                    "into it now: merge this adapter first"
+                )
+        return merged_weight(layer.adapted_as, layer, chosen), merged_bias(layer, chosen)
+
+    def unmerge(self) -> None:
+        """Put W back: bit for bit, unless others wrote to W' in between, as a tuner around this layer does.
+
+        What they wrote stays then, and W' - W is subtracted.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -267,29 +283,41 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _restore(self) -> None:
-        """Put W and b back.
-
-        Raises:
-            SpectuneError: W' is another tensor now, with other values.
-        """
-        layer: Any = self.adapted
+        """Take the merged adapters out of the layer's weight and bias."""
         assert self._kept is not None
-        held, kept = layer._parameters["weight"], self._kept
-        if held.data_ptr() != kept.merged.data_ptr() and not torch.equal(held.data, kept.merged.to(held.data)):
-            raise SpectuneError(
-                f"the merged weight of {layer.adapted_as!r} is another one now: load the base and the adapter instead"
-            )
-        held.data = kept.weight.to(held.device, held.dtype)
-        if kept.bias is not None:
-            layer._parameters["bias"].data = kept.bias.to(held.device, held.dtype)
+        kept, (weight, bias) = self._kept, self._state()
+        moved = [torch.equal(a, b.to(a)) for a, b in zip(self._seen(), kept.seen, strict=True)]
+        self._put(kept.weight, kept.bias)
+        if not all(moved):
+            made, made_bias = self._made(self.merged_adapters)
+            weight = weight - made.to(weight) + kept.weight.to(weight)
+            if bias is not None and made_bias is not None:
+                bias = bias - made_bias.to(bias) + kept.bias.to(bias)  # type: ignore[union-attr]
+            self._put(weight, bias)
         self._kept = None
 
-    def _put(self, kept: Kept) -> None:
-        """Put W' and b' in their places again."""
+    def _seen(self) -> tuple[Tensor, ...]:
+        return tuple(digest(tensor) for tensor in self._state() if tensor is not None)
+
+    def _state(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight, as the layer holds it, and the bias; an expert's weight as a copy, since it is a part."""
         layer: Any = self.adapted
-        layer._parameters["weight"].data, self._kept = kept.merged, kept
-        if kept.bias is not None:
-            layer._parameters["bias"].data = kept.merged_bias
+        if isinstance(layer, ExpertLinear):
+            return tensor_of(layer.experts, layer.key).detach()[layer.index].clone(), None
+        bias = layer._parameters["bias"]
+        return layer._parameters["weight"].data, None if bias is None else bias.data
+
+    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put another weight and bias, as `_state` returns them, into the layer."""
+        layer: Any = self.adapted
+        if isinstance(layer, ExpertLinear):
+            tensor_of(layer.experts, layer.key).detach()[layer.index] = weight
+            return
+        held = layer._parameters["weight"]
+        held.data = weight.to(held.device, held.dtype)
+        if bias is not None:
+            held = layer._parameters["bias"]
+            held.data = bias.to(held.device, held.dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -299,12 +327,16 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.own]
             if names:
                 self._merge(names, safe_merge, keep=False)
+        self.leave()
+        return self.base_layer
+
+    def leave(self) -> None:
+        """Take the adapters off the layer inside, which is the plain one it was when no others are left there."""
         layer = self.adapted
         for name in self.own:
             del layer.adapters[name]
         if not layer.adapters:
             give_back(layer)
-        return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of an adapter, in W's dtype and as the layer holds W."""
@@ -312,7 +344,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         weight = self._weight()
         dense = weight.dense() if isinstance(weight, Packed) else weight
         delta = self._method(update).delta(layer.tensors(update), dense).to(weight.dtype)
-        return delta.T if is_conv1d(layer) else delta
+        return delta.T if is_stored_transposed(layer) else delta
 
     @staticmethod
     def _method(update: Update) -> Method:
@@ -320,7 +352,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         return update.method
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return not isinstance(self.adapted, ExpertLinear)  # whose names are no layers without Spectune
 
 
 def _look_again(layer: Any, incompatible: Any) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn as nn
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor
 
+from spectune.adapters.formats.dialect import PREFIX
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.layers.modules import is_conv1d
+from spectune.layers.adapted import Adapted
+from spectune.layers.experts import ExpertLinear, called_for, expert_layer, keys_of, tensor_of
+from spectune.layers.modules import is_stored_transposed, named_modules
+from spectune.layers.updates import Update
+from spectune.methods import Method
 from spectune.model.install import bases_for, dtype_of, master_dtype
 from spectune.model.routing import route
-from spectune.peft.config import SpectuneConfig
+from spectune.peft.config import Described, SpectuneConfig
 from spectune.peft.layer import PeftLayer
 
 _BASE = "__base__"  # PEFT's word for the base alone, among `adapter_names`
@@ -28,31 +35,41 @@ class SpectuneTuner(BaseTuner):
     """A model whose layers PEFT chose and Spectune adapted; see `spectune.peft` for what it is called with."""
 
     tuner_layer_cls: type[PeftLayer]
+    expert_layer_cls: type[PeftLayer]  # of a name that does not tell PEFT that it is among all linear layers
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     # -- adding adapters
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return self.prepared(self.model, peft_config, model_config)
+
+    @classmethod
+    def prepared(cls, model: nn.Module, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Return a config with its targets: all linear layers of a model where there are none."""
         if peft_config.target_modules is None:
             if model_config.get("model_type") in (None, "custom"):
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            named = _maybe_include_all_linear_layers(copy.copy(peft_config), model).target_modules  # type: ignore[attr-defined]
             if peft_config.layers_to_transform is not None:  # which PEFT does not ask of layers by their whole names
-                found: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), self.model)
-                named = found.target_modules
                 by_end = copy.copy(peft_config)
                 by_end.target_modules = {name.rpartition(".")[2] for name in named}
-                peft_config.target_modules = {
-                    name for name in named if check_target_module_exists(by_end, name) is True
-                }
+                named = {name for name in named if check_target_module_exists(by_end, name) is True}
+            peft_config.target_modules = named
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._fill(model, adapter_name)
+        self.fill(model, adapter_name, self.peft_config[adapter_name])
 
-    def _create_and_replace(
-        self,
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        self.put(self, *args, **kwargs)
+
+    @classmethod
+    def put(
+        cls,
+        tuner: BaseTuner,
         peft_config: Any,
         adapter_name: str,
         target: nn.Module,
@@ -61,18 +78,63 @@ class SpectuneTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target, current_key)
+        """Put an adapter on a layer, which is replaced by ours around it if it is none yet."""
+        current_key = current_key.removeprefix(PREFIX)  # which it has where the model is PEFT's own wrapper
+        layer = target if isinstance(target, cls.tuner_layer_cls) else cls.tuner_layer_cls(target, current_key)
         method = peft_config.method_for(current_key, (layer.out_features, layer.in_features))
         layer.add(adapter_name, method)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-        if adapter_name not in self.active_adapters:  # an adapter that is added to others does not train yet
+            tuner._replace_module(parent, target_name, layer, target)
+        if adapter_name not in tuner.active_adapters:  # an adapter that is added to others does not train yet
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
-    def _fill(self, model: nn.Module, adapter: str) -> None:
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put an adapter on every expert of the tensors that `target_parameters` names, and return the tensors' names.
+
+        Raises:
+            SpectuneError: one of them is no tensor of experts, nor the weight of a linear layer.
+        """
+        targets, found = peft_config.target_parameters, []
+        parameters: Any = [
+            (n, m, key) for n, m in named_modules(model) for key in m._parameters if m._parameters[key] is not None
+        ]
+        for name, module, key in parameters:
+            full = f"{name}.{key}" if name else key
+            if not any(full == target or full.endswith(f".{target}") for target in targets):
+                continue
+            found.append(full)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if key in keys_of(module):
+                    for index in range(len(tensor_of(module, key))):
+                        self._add_expert(peft_config, adapter_name, f"{name}.{index}.{key}", module, key, index)
+                else:
+                    raise SpectuneError(
+                        f"target_parameters: {full!r} is a parameter of {type(module).__name__}, and here they are the "
+                        "tensors that hold a matrix for each of several experts; name linear layers in target_modules"
+                    )
+        return found
+
+    def _add_expert(self, peft_config: Any, adapter: str, name: str, module: nn.Module, key: str, index: int) -> None:
+        there = called_for(module, key, index)
+        target = expert_layer(module, key, index) if there is None else there
+        layer = target if isinstance(target, self.tuner_layer_cls) else self.expert_layer_cls(target, name)
+        holder = module._modules[str(index)]
+        self._create_and_replace(peft_config, adapter, layer, key, holder, current_key=name)  # type: ignore[arg-type]
+        holder._modules[key] = layer  # type: ignore[union-attr]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, ExpertLinear):  # unloaded, and out of its module again unless others adapt it still
+            if isinstance(new_module, Adapted):
+                parent._modules[child_name] = new_module
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
+    @classmethod
+    def fill(cls, model: nn.Module, adapter: str, config: Any) -> None:
         """Decompose the weights of all layers that have a new adapter at once, and give it its first values."""
-        config: Any = self.peft_config[adapter]
-        layers = {n: m for n, m in self._tuned(model).items() if m.method_of(adapter) is not None}
+        layers = {m.adapted.adapted_as: m for m in cls._tuned(model) if m.method_of(adapter) is not None}
         methods: dict[str, Any] = {name: layer.method_of(adapter) for name, layer in layers.items()}
         inner = {name: layer.adapted for name, layer in layers.items()}
         plan = {name: [Term(method, {})] for name, method in methods.items()}
@@ -83,13 +145,22 @@ class SpectuneTuner(BaseTuner):
             layer.start(adapter, random=not config.init_weights)
             layer.adapted.selection.factored = config.factored
         config.note({name: _described(layer, methods[name]) for name, layer in layers.items()})
+        beginning: defaultdict[Method, list[Update]] = defaultdict(list)
+        for name, layer in layers.items():
+            beginning[methods[name]].append(layer.own[adapter])
+        for method, updates in beginning.items():
+            method.start_schedule(updates)
 
-    def _tuned(self, model: nn.Module) -> dict[str, PeftLayer]:
-        """Return this tuner's layers by their names in the base."""
-        return {m.adapted.adapted_as: m for m in model.modules() if isinstance(m, self.tuner_layer_cls)}
+    @classmethod
+    def _tuned(cls, model: nn.Module) -> list[PeftLayer]:
+        """Return this tuner's layers."""
+        return [m for m in model.modules() if isinstance(m, cls.tuner_layer_cls)]
+
+    def _by_name(self) -> dict[str, PeftLayer]:
+        return {layer.adapted.adapted_as: layer for layer in self._tuned(self.model)}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for layer in self._tuned(self.model).values():
+        for layer in self._tuned(self.model):
             weight = layer.adapted.weight
             dtype = master_dtype(weight) if autocast_adapter_dtype else weight.dtype
             for attribute in layer.adapter_layer_names:
@@ -109,7 +180,7 @@ class SpectuneTuner(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = self._tuned(self.model).values()
+        layers = self._tuned(self.model)
         unknown = {n for n in names if n != _BASE and all(layer.method_of(n) is None for layer in layers)}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -153,7 +224,7 @@ class SpectuneTuner(BaseTuner):
         if len(adapters) != len(weights):
             raise SpectuneError(f"there are {len(adapters)} adapters and {len(weights)} weights; give one for each")
         sums = {}
-        for name, layer in self._tuned(self.model).items():
+        for name, layer in self._by_name().items():
             parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if layer.method_of(a) is not None]
             if parts:
                 sums[name] = _sum(name, layer, parts)
@@ -161,7 +232,7 @@ class SpectuneTuner(BaseTuner):
         assert isinstance(config, SpectuneConfig)
         config.target_modules, config.exclude_modules, config.layers_to_transform = set(sums), None, None
         config.layers_pattern = None
-        layers = self._tuned(self.model)
+        layers = self._by_name()
         config.note({name: _described(layers[name], method) for name, (method, _) in sums.items()})
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
@@ -170,8 +241,10 @@ class SpectuneTuner(BaseTuner):
                 held.copy_(values[key])
 
 
-def _described(layer: PeftLayer, method: Any) -> tuple[tuple[int, int], bool, Any]:
-    return (layer.out_features, layer.in_features), is_conv1d(layer.adapted), method
+def _described(layer: PeftLayer, method: Any) -> Described:
+    inner: Any = layer.adapted
+    experts = len(tensor_of(inner.experts, inner.key)) if isinstance(inner, ExpertLinear) else 0
+    return Described((layer.out_features, layer.in_features), is_stored_transposed(inner), method, experts)
 
 
 def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[Any, dict[str, Tensor]]:

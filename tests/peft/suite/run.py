@@ -33,7 +33,7 @@ SOURCE = HERE.parents[2] / "src"
 SETTINGS = "[pytest]\naddopts = -q -W ignore --tb=short\n"
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1024}
 _BERT = {**_SMALL, "intermediate_size": 37}
-_LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 1, "initializer_range": 0.2}
+_LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024, "n_positions": 256}
 _OPT = {**_SMALL, "ffn_dim": 37, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "pad_token_id": 1}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}

@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
-from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_of
+from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
 from spectune.adapters.terms import ADDED_BIAS
+from spectune.methods.adalora import AdaLoRA
 from spectune.storage import Entry
 
 _OWN = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers", "modules")
 _HEAD = {"weight": "H", "bias": "h"}  # a linear layer's tensors, and what they are called in a head
 _INSIDE = ".base_layer"  # how PEFT names a layer inside of its own
+_SCORES = ("step", "kept", "sensitivity_", "uncertainty_")  # AdaLoRA's, for who trains on in PEFT
 VERSION = 2
 
 
@@ -50,12 +52,15 @@ def in_peft_words(
         for key in whole_term.tensors:
             renamed[f"{PREFIX}{name}.{key}"] = rest.pop(f"{name}.0.whole.{key}")
     methods = [layer.terms[0].method for layer in adapter.layers.values() if not layer.terms[0].method.replaces]
+    modules = [n for n, layer in adapter.layers.items() if n not in whole and not layer.experts]
+    experts = sorted({_tensor_of(n) for n, layer in adapter.layers.items() if layer.experts})
     header = {
         "peft_type": kind,
         "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
         "auto_mapping": auto_mapping(adapter),
         "inference_mode": True,
-        "target_modules": targets_of([n for n, layer in adapter.layers.items() if n not in whole]),
+        "target_modules": targets_of(modules) if modules else [],
+        **({"target_parameters": experts} if experts else {}),
         "modules_to_save": grouped(whole, adapter.groups) or None,
         **options_of(Counter(methods).most_common(1)[0][0]),
     }
@@ -74,7 +79,19 @@ def peft_type(adapter: Contents) -> str | None:
         plain = len(parts) == 1 and parts[0].weight == 1.0 and parts[0].rows is None and parts[0].complete
         if not plain or ADDED_BIAS in parts[0].tensors or name in adapter.layers:
             return None
-    return kinds.pop() if len(kinds) == 1 else None
+    return kinds.pop() if len(kinds) == 1 and not _some_of_them(adapter) else None
+
+
+def _tensor_of(expert: str) -> str:
+    """Return the name of the tensor that an expert's weight is a part of."""
+    module, _, key = expert.rpartition(".")
+    return f"{module.rpartition('.')[0]}.{key}"
+
+
+def _some_of_them(adapter: Contents) -> bool:
+    """Whether an adapter is on some of the experts of a tensor alone."""
+    counts = Counter(_tensor_of(name) for name, layer in adapter.layers.items() if layer.experts)
+    return any(layer.experts not in (0, counts[_tensor_of(name)]) for name, layer in adapter.layers.items())
 
 
 def own_words(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +107,7 @@ def own_names(
 ) -> dict[str, Tensor]:
     """Return the tensors by Spectune's names, and add to its config the modules that PEFT saved whole."""
     prefix = prefix_of(str(found.get("peft_type")))
+    scored = found.get("peft_type") == type_for(AdaLoRA)
     layers = config["layers"] if isinstance(config.get("layers"), dict) else {}
     modules = {**config["modules"]} if isinstance(config.get("modules"), dict) else {}
     renamed: dict[str, Tensor] = {}
@@ -101,6 +119,8 @@ def own_names(
             part = part.removeprefix(prefix)
             if part in ("base", "sketch") and not tensor.any():
                 continue  # PEFT saved a model whose weights were not at hand
+            if scored and part.startswith(_SCORES):
+                continue
             part = "base" if part == "base" else f"0.{part.replace('basis_', 'basis.')}"
             renamed[f"{owner}.{part}"] = tensor
         elif owner in layers and part in _HEAD:

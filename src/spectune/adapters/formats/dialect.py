@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from spectune.methods import Method
+from spectune.methods import METHODS, Method
 from spectune.methods.dora import DoRA
 
 PREFIX = "base_model.model."  # of every key that PEFT writes
 TYPES = {"svf": "SVF", "svft": "SVFT", "milora": "MILORA", "pissa": "PISSA", "lora_xs": "LORAXS"}  # by method
+_PEFTS = ("lora", "dora")  # methods whose folders are PEFT's own
 _NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}  # of a method's fields, where PEFT has one
+_TAKEN = {  # what every config says beside its method's fields
+    *("peft_type", "task_type", "auto_mapping", "inference_mode", "revision", "peft_version", "runtime_config"),
+    *("base_model_name_or_path", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "bias"),
+    *("layers_to_transform", "layers_pattern", "trainable_token_indices", "init_weights", "use_dora", "factored"),
+    *("rank_pattern", "alpha_pattern", "library_name", "format_version", "error", "methods", "layers", "modules"),
+}
 
 
 def type_of(method: Method) -> str | None:
     """Return the PEFT type of a method, or None where it has none."""
-    return TYPES.get((method.inner if isinstance(method, DoRA) else method).name)
+    return type_for(type(method.inner if isinstance(method, DoRA) else method))
+
+
+def type_for(method: type[Method]) -> str | None:
+    """Return the PEFT type of a class of methods: its name, behind ours where PEFT has or may have one of that name.
+
+    None where there is none: PEFT has the method itself, the method is one of single layers, or it has a field that is
+    a method, or is called as something else in every config.
+    """
+    fields = dataclasses.fields(method)
+    if METHODS.get(method.name) is not method or method.name in _PEFTS or {f.name for f in fields} & _TAKEN:
+        return None
+    if any(isinstance(getattr(method(), f.name), Method) for f in fields):
+        return None
+    plain = "".join(c for c in method.name.upper() if c.isalnum())
+    return TYPES.get(method.name, f"SPECTUNE{plain}")
 
 
 def prefix_of(peft_type: str) -> str:

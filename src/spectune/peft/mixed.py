@@ -1,0 +1,62 @@
+"""`PeftMixedModel` with our methods among PEFT's: its lists of methods are closed, and are extended here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.mixed_model as mixed_model
+import torch.nn as nn
+from peft.tuners import mixed
+from peft.tuners.mixed import model as lists
+from peft.tuners.tuners_utils import BaseTuner
+
+from spectune.peft.config import SpectuneConfig
+from spectune.peft.layer import PeftLayer
+from spectune.peft.tuner import SpectuneTuner
+
+_tuners: dict[type[SpectuneConfig], type[SpectuneTuner]] = {}
+
+
+class Mixed(mixed.MixedModel):
+    """PEFT's model of several methods, in which ours adapt their layers as they do alone."""
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        if isinstance(config, SpectuneConfig):
+            BaseTuner._check_new_adapter_config(self, config)
+        else:
+            super()._check_new_adapter_config(config)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:  # type: ignore[override]
+        tuner = _tuners.get(type(peft_config))
+        if tuner is None:
+            return mixed.MixedModel._prepare_adapter_config(peft_config, model_config)
+        return tuner.prepared(self.model, peft_config, model_config)
+
+    def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        tuner = _tuners.get(type(config))
+        if tuner is None:
+            super()._create_and_replace(config, *args, **kwargs)
+        else:
+            tuner.put(self, config, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        tuner = _tuners.get(type(self.peft_config[adapter_name]))
+        if tuner is not None:
+            tuner.fill(model, adapter_name, self.peft_config[adapter_name])
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        ours = [module for module in self.model.modules() if isinstance(module, PeftLayer)]
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in ours:
+            layer.leave()
+        return unloaded
+
+
+def let_mix(config: type[SpectuneConfig], tuner: type[SpectuneTuner], peft_type: Any) -> None:
+    """Put a method on PEFT's lists of those that may be mixed."""
+    _tuners[config] = tuner
+    mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, peft_type)
+    lists.PREFIXES.append(tuner.prefix)
+    lists.Layers = (*lists.Layers, tuner.tuner_layer_cls)  # type: ignore[assignment]
+    mixed_model.MixedModel = Mixed  # type: ignore[misc]
