@@ -17,6 +17,7 @@ from spectune.adapters.compress import LOSSY, compress, errors_by_rank, to_lora,
 from spectune.adapters.contents import Contents
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
+from spectune.adapters.formats.diffusers import save_diffusers
 from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
 from spectune.adapters.hub import card_of, fetch, is_repository, push
 from spectune.adapters.joining import joined
@@ -240,34 +241,43 @@ class Adapter(Contents):
     def export(
         self,
         path: Path_,
-        format: Literal["peft"] = "peft",
+        format: Literal["peft", "diffusers"] = "peft",
         *,
         rank: int | None = None,
         one_rank: bool = False,
         allow_loss: bool = False,
+        component: str | None = None,
     ) -> Adapter:
-        """Write the adapter as a PEFT LoRA folder (DoRA around LoRA stays DoRA) and return what was written.
+        """Write the adapter as a LoRA (DoRA around LoRA stays DoRA) for other programs and return what was written.
 
         Args:
             path: the folder, made if need be.
-            format: "peft".
+            format: "peft", a folder that PEFT reads, or "diffusers", the file that `load_lora_weights` of its
+                pipelines reads.
             rank: the best LoRA of this rank instead of an exact one; its `error` says how far it is.
             one_rank: fill all layers up with zeros to one rank and one alpha, for programs such as llama.cpp that
                 read no `alpha_pattern`.
             allow_loss: write it even where that error is above 0.1, which is another adapter.
+            component: for diffusers, the pipeline's component that the adapter is of ("unet", "transformer",
+                "text_encoder", ...); by default told from the class of its model.
 
         Raises:
-            SpectuneError: an unknown format, no basis at hand, modules that PEFT cannot hold, or a rank that loses too
-                much of the update.
+            SpectuneError: an unknown format or component, no basis at hand, modules that the format cannot hold, or a
+                rank that loses too much of the update.
         """
-        if format != "peft":
-            raise SpectuneError(f"format must be 'peft', not {format!r}; spectune.merge(model) makes a merged model")
+        if format not in ("peft", "diffusers"):
+            raise SpectuneError(
+                f"format must be 'peft' or 'diffusers', not {format!r}; spectune.merge(model) makes a merged model"
+            )
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
         if not allow_loss and adapter is not self:
             self.check_loss(adapter)
         adapter = adapter if adapter is self else Adapter.of(joined(adapter))
         adapter = Adapter.of(to_one_rank(adapter)) if one_rank else adapter
-        save_peft(adapter, Path(path))
+        if format == "diffusers":
+            save_diffusers(adapter, Path(path), component)
+        else:
+            save_peft(adapter, Path(path))
         return adapter
 
     def check_loss(self, result: Adapter) -> None:

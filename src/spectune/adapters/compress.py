@@ -73,16 +73,29 @@ def compress(adapter: Contents, rank: int) -> Contents:
 
 def to_one_rank(adapter: Contents) -> Contents:
     """Return an adapter of LoRAs (DoRA around them is one) with one rank and one alpha, filled up with zeros."""
+    heads = _heads(adapter)
+    ranks = [_lora(layer.terms[0]).rank for name, layer in adapter.layers.items() if name not in heads]
+    return to_scale_one(adapter, max(ranks))
 
-    def lora(term: Term) -> LoRA:
-        return cast(LoRA, term.method.inner if isinstance(term.method, DoRA) else term.method)
 
+def _lora(term: Term) -> LoRA:
+    return cast(LoRA, term.method.inner if isinstance(term.method, DoRA) else term.method)
+
+
+def to_scale_one(adapter: Contents, rank: int | None = None) -> Contents:
+    """Return an adapter of LoRAs (DoRA around them is one) with alpha = rank, so that s = 1, and s in B.
+
+    Args:
+        adapter: the adapter.
+        rank: fill the factors up with zeros to this one; None leaves each layer its own.
+    """
     heads = _heads(adapter)
     layers = {name: layer for name, layer in adapter.layers.items() if name not in heads}
-    rank = max(lora(layer.terms[0]).rank for layer in layers.values())
+    wanted = rank
     for name, layer in layers.items():
         (term,) = layer.terms
-        inner, A, B = lora(term), term.trained["A"], term.trained["B"]
+        inner, A, B = _lora(term), term.trained["A"], term.trained["B"]
+        rank = inner.rank if wanted is None else wanted
         wider = LoRA(rank=rank, alpha=float(rank), dropout=inner.dropout)
         method = replace(term.method, inner=wider) if isinstance(term.method, DoRA) else wider
         trained = {

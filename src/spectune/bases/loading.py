@@ -18,6 +18,7 @@ from spectune.bases.classifiers import load_classifier
 from spectune.bases.quantizing import quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
+from spectune.reading import read_json
 from spectune.spectral import weight_map
 
 if TYPE_CHECKING:
@@ -282,8 +283,24 @@ def bind_to_base(adapter: Adapter, given: str | None = None, *, check: bool = Tr
     """Give an adapter the weights of its base, loaded by name, where its update cannot be had without them."""
     if all(adapter.self_contained(name) for name in adapter.layers):
         return adapter
-    model, _ = load_base(base_name(adapter, given), "fp32", labels=adapter.labels, new_head=True)
+    name = base_name(adapter, given)
+    if is_of_diffusers(name):
+        return adapter.bind(_of_diffusers(name), check=check)
+    model, _ = load_base(name, "fp32", labels=adapter.labels, new_head=True)
     return adapter.bind(model, check=check)
+
+
+def is_of_diffusers(name: str) -> bool:
+    """Whether a folder holds a component of a diffusers pipeline."""
+    config = Path(name) / "config.json"
+    return config.is_file() and isinstance(found := read_json(config), dict) and "_class_name" in found
+
+
+def _of_diffusers(folder: str) -> Any:
+    need("diffusers", f"the model in {folder}")
+    from diffusers import AutoModel
+
+    return AutoModel.from_pretrained(folder)
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:

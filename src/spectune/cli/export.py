@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
 
 from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json
+from spectune.errors import SpectuneError
 
 
 class Format(str, Enum):
     """What to write."""
 
     peft = "peft"
+    diffusers = "diffusers"
     merged = "merged"
 
 
@@ -22,13 +25,18 @@ def export(
     adapter: Path = typer.Argument(help="The adapter's folder."),
     out: Path = typer.Argument(help="Folder for the result."),
     format: Format = typer.Option(
-        Format.peft, help="A PEFT LoRA folder, or the whole model with the update folded in."
+        Format.peft,
+        help="A PEFT LoRA folder, the file that diffusers' pipelines load, or the model with the update folded in.",
     ),
-    rank: int | None = typer.Option(None, min=1, help="For peft: the best LoRA of this rank, not an exact one."),
+    rank: int | None = typer.Option(None, min=1, help="For a LoRA: the best of this rank, not an exact one."),
     one_rank: bool = typer.Option(
         False,
         "--one-rank",
         help="For peft: one rank and alpha for all layers, as llama.cpp reads them.",
+    ),
+    component: str | None = typer.Option(
+        None,
+        help="For diffusers: the pipeline's component, unet or transformer say; told from the model by default.",
     ),
     base: str | None = typer.Option(None, help="The base model; the adapter's own by default."),
     dtype: str | None = typer.Option("fp32", help="For merged: the dtype of the written model."),
@@ -38,7 +46,7 @@ def export(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Write an adapter as a PEFT LoRA folder, or merged into its model.
+    """Write an adapter as a LoRA for PEFT or diffusers, or merged into its model.
 
     spectune export runs/pirate merged --format merged
     """
@@ -50,6 +58,8 @@ def export(
     from spectune.storage import telling_of_full_disks
 
     merged = format is Format.merged
+    if component is not None and format is not Format.diffusers:
+        raise SpectuneError(f"--component is for --format diffusers, and not for {format.value}")
     check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)
     loaded = Adapter.load(adapter)
     error = 0.0
@@ -61,9 +71,16 @@ def export(
     else:
         bound = bind_to_base(loaded, base, check=check)
         with telling_of_full_disks(out, "what was there is as it was"):
-            error = bound.export(out, "peft", rank=rank, one_rank=one_rank, allow_loss=allow_loss).error
+            kind: Literal["peft", "diffusers"] = "diffusers" if format is Format.diffusers else "peft"
+            options: dict[str, Any] = {
+                "rank": rank,
+                "one_rank": one_rank,
+                "allow_loss": allow_loss,
+                "component": component,
+            }
+            error = bound.export(out, kind, **options).error
     if json:
         print_json({"output": str(out), "format": format.value, "error": error})
         return
-    note = f", relative error {error:.2e}" if format is Format.peft else ""
+    note = "" if merged else f", relative error {error:.2e}"
     Console().print(f"saved {out}{note}", highlight=False, soft_wrap=True, markup=False)

@@ -77,7 +77,8 @@ class Stored(nn.Module):
         Raises:
             SpectuneError: it is.
         """
-        if f"{prefix}{MARK}" in state or any(key in state for key in self.adapters_keys(prefix)):
+        keys = self.adapters_keys(prefix)  # none where PEFT holds the adapters, which compare themselves
+        if f"{prefix}{MARK}" in state or not keys or any(key in state for key in keys):
             return
         for key, ours in self._parameters.items():
             theirs = None if key.endswith("bias") else state.get(f"{prefix}{key}")  # PEFT's states have biases alone

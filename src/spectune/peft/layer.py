@@ -57,6 +57,8 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.own: dict[str, HeldUpdate] = {}
         self.unseen: set[str] = set()  # adapters that may have been loaded since they were last compared with the base
+        self.made_of: dict[str, Tensor] = {}  # what tells W again of which an adapter's basis was made
+        self._reloaded = False  # a state with another W was loaded
         self._kept: Kept | None = None
         plain = self.get_base_layer()
         if not is_linear(plain):
@@ -70,6 +72,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = effective_weight(self.adapted).shape
         for kind in (BASE, SKETCH):
             self.add_module(f"{self.prefix}{kind}", Sketches(self, kind))
+        self.register_load_state_dict_pre_hook(_see_base)
         self.register_load_state_dict_post_hook(_look_again)
 
     @property
@@ -108,6 +111,8 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         if weight.is_meta or any(tensor.is_meta for tensor in held.values()):
             return
         method: Any = update.method
+        if needs_basis(method):
+            self.made_of[adapter] = fingerprint.sketch_weight(weight.detach())
         shapes = method.shapes(self.out_features, self.in_features)
         frozen = {k: v for k, v in self.adapted.tensors(update).items() if k not in shapes}
         for name, value in method.initial(shapes, frozen).items():
@@ -125,6 +130,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             for key in self.adapted.bases.keys() - left:
                 del self.adapted.bases[key]
         self.unseen.discard(adapter_name)
+        self.made_of.pop(adapter_name, None)
         for kind in (BASE, SKETCH):
             if adapter_name in self._sketches(kind):
                 del self._sketches(kind)[adapter_name]
@@ -177,8 +183,11 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             if (schedule := vars(update).get("schedule")) is not None:
                 schedule.watch()  # the tensors that were loaded may be others than those it began with
             base, sketch = (self._sketches(kind).pop_told(adapter) for kind in (BASE, SKETCH))
-            if base is None:
-                continue  # made here
+            if base is None:  # made here
+                if self._reloaded and adapter in self.made_of:
+                    fingerprint.check_weight(name, weight, self.made_of[adapter])
+                continue
+            self.made_of[adapter] = base
             fingerprint.check_weight(name, weight, base)
             if fingerprint.as_trained(weight, base) is not weight:
                 self._decompose_as_trained(update, base)
@@ -353,6 +362,12 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not isinstance(self.adapted, ExpertLinear)  # whose names are no layers without Spectune
+
+
+def _see_base(layer: Any, state: Any, prefix: str, *_: Any) -> None:
+    """Note that a state has W, behind a few tuners at most; whether it has an expert's is not looked for."""
+    within = (f"{prefix}{'base_layer.' * depth}weight" for depth in range(1, 5))
+    layer._reloaded = isinstance(layer.adapted, ExpertLinear) or any(key in state for key in within)
 
 
 def _look_again(layer: Any, incompatible: Any) -> None:
