@@ -4,12 +4,19 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models import SD3Transformer2DModel
 from ecosystem_cases import moved
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
@@ -36,14 +43,6 @@ def dit():
     ).eval()  # fmt: skip
 
 
-class OfTransformer(SD3LoraLoaderMixin):
-    """As much of SD3's pipeline as loads LoRAs."""
-
-    def __init__(self, transformer):
-        self.transformer = transformer
-        self.components = {"transformer": transformer}
-
-
 def of_unet(model):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
@@ -60,7 +59,8 @@ def of_unet(model):
 
 
 def of_dit(model):
-    return OfTransformer(model)
+    nothing = dict.fromkeys(f"{kind}{n}" for kind in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
+    return StableDiffusion3Pipeline(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, **nothing)
 
 
 def answer(model):
@@ -73,13 +73,15 @@ def answer(model):
         else {}
     )
     if "SD3" in type(getattr(getattr(model, "base_model", None), "model", model)).__name__:
-        more = {"pooled_projections": text.mean(1)}
+        inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    more = {"pooled_projections": text.mean(1)} if isinstance(inside, SD3Transformer2DModel) else {}
     with torch.no_grad():
         return model(x, timestep=torch.tensor([3, 7]), encoder_hidden_states=text, **more).sample
 
 
 CASES = [pytest.param(unet, of_unet, "unet", id="unet"), pytest.param(dit, of_dit, "transformer", id="dit")]
 TARGETS = ["to_q", "to_k", "to_v"]
+FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.mark.parametrize(("new", "pipeline", "component"), CASES)
@@ -101,7 +103,7 @@ def test_a_pipeline_answers_as_the_adapted_model(new, pipeline, component, metho
     assert (y - answer(new())).abs().max() > 1e-3
     adapter = spectune.extract(model)
     adapter.export(tmp_path / "lora", format="diffusers")
-    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+    with safe_open(tmp_path / "lora" / FILE, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
         assert all(key.startswith(f"{component}.") for key in [*file.keys(), *told])
     assert told[f"{component}.lora_alpha"] == told[f"{component}.r"]
@@ -109,16 +111,9 @@ def test_a_pipeline_answers_as_the_adapted_model(new, pipeline, component, metho
     pipe.load_lora_weights(str(tmp_path / "lora"))
     assert torch.allclose(answer(getattr(pipe, component)), y, atol=1e-5)
     if method.name != "dora":  # whose direction nothing but the metadata tells of
-        state = {key: tensor for key, tensor in _tensors(tmp_path / "lora").items()}
         bare = pipeline(new())
-        bare.load_lora_weights(state)  # without the metadata
+        bare.load_lora_weights(load_file(tmp_path / "lora" / FILE))  # without the metadata
         assert torch.allclose(answer(getattr(bare, component)), y, atol=1e-5)
-
-
-def _tensors(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
 def test_a_pipeline_draws_what_the_adapted_one_draws(tmp_path):

@@ -1,19 +1,15 @@
 """Keras: a merged model loads in keras_hub, with equal logits."""
 
-import os
-
-os.environ["KERAS_BACKEND"] = "torch"
-
 import keras
 import keras_hub
 import pytest
 import torch
 import transformers
 from ecosystem_cases import ROWS, moved
-from training.folder import make_tokenizer
 
 import spectune
 import tiny
+from training.folder import make_tokenizer
 
 
 def gpt2():

@@ -68,7 +68,13 @@ def check(name: str) -> dict[str, str]:
     if why is not None:
         return {"outcome": "does not install", "why": why}
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(HERE)])
-    quiet = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    quiet = {
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "KERAS_BACKEND": "torch",
+    }
     command = [python, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), f"check_{name}.py"]
     try:
         code = subprocess.run(command, cwd=HERE, env={**os.environ, **quiet}, timeout=SECONDS).returncode

@@ -25,7 +25,19 @@ def on_the_cpu(monkeypatch):
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_a_replica_answers_and_learns_as_the_model_does(architecture, method, on_the_cpu):
     model, inputs = tiny.ARCHITECTURES[architecture](), tiny.batch(architecture)
-    spectune.adapt(model, method)
+    check(spectune.adapt(model, method), inputs)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_a_replica_of_a_model_that_peft_holds(options, on_the_cpu):
+    peft, ours = pytest.importorskip("peft"), importlib.import_module("spectune.peft")
+    model, inputs = tiny.ARCHITECTURES["gpt2"](), tiny.batch("gpt2")
+    check(peft.get_peft_model(model, ours.SVFConfig(target_modules=["c_attn", "c_fc"], **options)), inputs)
+
+
+def check(model, inputs):
+    """Assert that a replica answers as the model does, and that its gradients reach the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from spectune.errors import SpectuneError
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.layers.updates import Update
 from spectune.private import after_backward
@@ -358,6 +359,11 @@ def _telling_of_length(begin: _Begin) -> _Begin:
             **kwargs: object,
         ) -> None:
             assert model is not None  # the handler gives its own
+            if getattr(args, "deepspeed", None):
+                raise SpectuneError(
+                    "AdaLoRA scores by whole tensors and their gradients after each step of the optimizer, which "
+                    "DeepSpeed holds in parts of its own: take another method, or train without DeepSpeed"
+                )
             tell_total_steps(model, state.max_steps)
 
     @functools.wraps(begin)

@@ -41,8 +41,10 @@ class HeldUpdate(Update):
         """Return one of the trained tensors."""
         holder = vars(self)["holder"]
         held = holder._modules[f"{holder.prefix}{name}"]
-        tensor = held._parameters.get(self.adapter)
-        return getattr(held, self.adapter) if tensor is None else tensor  # a replica's, or one that FSDP shards
+        own = held._parameters
+        if self.adapter not in own:  # a replica's, or one that FSDP shards
+            return getattr(held, self.adapter)
+        return own[self.adapter]  # which ZeRO-3 brings together as it is asked for, and not by `get`
 
     def trained(self) -> dict[str, Tensor]:
         """Return the trained tensors by name."""

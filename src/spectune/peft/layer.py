@@ -166,6 +166,11 @@ class PeftLayer(nn.Module, BaseTunerLayer):
                 vars(update)["holder"] = self
         return self.base_layer(x, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.unseen:  # of which a replica, whose tensors are others, could not tell
+            self.check()
+        return super()._replicate_for_data_parallel()
+
     def check(self) -> None:
         """Raise where an adapter was loaded that belongs to another base, or would not reproduce its update on this.
 

@@ -24,6 +24,7 @@ if "diffusers" not in sys.modules:  # imported at the top of the tests, for thos
     sys.modules["diffusers"] = absent
 
 SVF, SVFT, XS, PISSA, MILORA = ours.SVFConfig, ours.SVFTConfig, ours.LoRAXSConfig, ours.PiSSAConfig, ours.MiLoRAConfig
+VERA, ADALORA = ours.VeRAConfig, ours.AdaLoRAConfig
 
 ONE = {"target_modules": ["lin0"]}
 BOTH = {"target_modules": ["lin0", "lin1"]}
@@ -43,6 +44,8 @@ CUSTOM = [  # name, model, config, options: PEFT's models with linear layers
     ("MLP 1 PiSSA", "MLP", PISSA, {**ONE, "r": 4}),
     ("MLP 1 MiLoRA", "MLP", MILORA, {**BOTH, "r": 2, "lora_dropout": 0.0}),
     ("MLP 2 MiLoRA with DoRA", "MLP", MILORA, {**ONE, "r": 2, "use_dora": True, "lora_dropout": 0.0}),
+    ("MLP 1 VeRA", "MLP", VERA, {**ONE, "r": 4}),
+    ("MLP 1 AdaLoRA", "MLP", ADALORA, {**BOTH, "r": 2, "total_steps": 8, "t_init": 1, "t_final": 2}),
 ]
 SHORT = [(SVF, {}), (SVFT, {"pattern": "banded", "width": 2}), (XS, {"r": 4}), (MILORA, {"r": 4, "lora_dropout": 0.0})]
 PAIRS = [
@@ -61,6 +64,7 @@ REASONS = {
     r"test_mixed_adapter_batches_(unsupported_layer|length_mismatch)_raises": "refused, in a sentence of ours",
     r"test_mixed_adapter_batches_mha_raises": "the rows are answered, each by its adapter",
     r"test_parameters_after_loading_model\[MLP 1 MiLoRA": "its update is not finite by then, which is refused",
+    r"test_lora_conversion\[SVFT": "a band has full rank, and the best LoRA of a rank is not near it",
     r"test_config.py.*(test_from_pretrained(_cache_dir)?\[|with_runtime_config)": "asks a hub for a LoRA",
 }
 

@@ -94,6 +94,19 @@ class AdapterCheckpoints(_Base):
 
     _silent_told = False
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the trainer does by itself.
+
+        Raises:
+            SpectuneError: DeepSpeed is to hold the optimizer in parts, of which a checkpoint here would have one.
+        """
+        if self.is_deepspeed_enabled:
+            raise SpectuneError(
+                "spectune.trainer_for writes checkpoints of the adapter alone, and DeepSpeed writes its own: take the "
+                "plain trainer, whose checkpoints hold them, with get_peft_model(model, spectune.peft.SVFConfig()) say"
+            )
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do a step, and after the first that is complete look at what had no part in it.
 
