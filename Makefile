@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-peft sweep test-portable test-wheel lint format bench gpu docs install clean
+.PHONY: demo test slow test-peft test-ecosystem sweep test-portable test-wheel lint format bench gpu docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -29,6 +29,10 @@ slow: .venv/installed
 # PEFT's own tests, of two releases, with our configs: needs a package registry
 test-peft: .venv/installed
 	$(BIN)/python tests/peft/suite/run.py
+
+# the libraries that users bring it into, each in an environment of its own in build/: needs a package registry
+test-ecosystem: .venv/installed
+	$(BIN)/python tests/ecosystem/run.py $(LIBRARIES)
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

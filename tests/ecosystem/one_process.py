@@ -19,6 +19,7 @@ ZERO = {
     "zero_optimization": {
         "stage": int(how[-1]) if how.startswith("zero") else 0,
         "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_param_persistence_threshold": 0,  # else what is as small as it is here stays whole
     },
     "zero_force_ds_cpu_optimizer": False,
 }  # fmt: skip

@@ -27,6 +27,7 @@ FILES = {
     "encoder_decoder": "test_encoder_decoder_models.py",
     "feature_extraction": "test_feature_extraction_models.py",
     "seq_classifier": "test_seq_classifier.py",
+    "auto": "test_auto.py",
 }
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[2] / "src"
@@ -62,6 +63,25 @@ MODELS = {  # by the name that the tests know: the config's class without "Confi
     ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "Llama", "LlamaForSequenceClassification", _LLAMA,
+    ),
+}  # fmt: skip
+
+_WHISPER = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 96}
+_WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
+_WHISPER |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "max_source_positions": 32}
+ADAPTERS = {  # folders of ours under the names of LoRAs that the tests know: the base as above, and the task
+    "peft-internal-testing/tiny-OPTForCausalLM-lora": ("OPT", "OPTForCausalLM", _OPT, "CAUSAL_LM"),
+    "peft-internal-testing/tiny_T5ForSeq2SeqLM-lora": ("T5", "T5ForConditionalGeneration", _T5, "SEQ_2_SEQ_LM"),
+    "peft-internal-testing/tiny_OPTForSequenceClassification-lora": (
+        "OPT", "OPTForSequenceClassification", _OPT, "SEQ_CLS",
+    ),
+    "peft-internal-testing/tiny_GPT2ForTokenClassification-lora": (
+        "GPT2", "GPT2ForTokenClassification", _GPT, "TOKEN_CLS",
+    ),
+    "peft-internal-testing/tiny_OPTForQuestionAnswering-lora": ("OPT", "OPTForQuestionAnswering", _OPT, "QUESTION_ANS"),
+    "peft-internal-testing/tiny_OPTForFeatureExtraction-lora": ("OPT", "OPTModel", _OPT, "FEATURE_EXTRACTION"),
+    "peft-internal-testing/tiny_WhisperForConditionalGeneration-lora": (
+        "Whisper", "WhisperForConditionalGeneration", _WHISPER, None,
     ),
 }  # fmt: skip
 
@@ -105,12 +125,31 @@ def make_models(into: Path) -> None:
         made.eval().save_pretrained(into / name)
 
 
+def make_adapters(into: Path) -> None:
+    """Make the folders of adapters that the tests name, with SVF on tiny models."""
+    sys.path.insert(0, str(SOURCE))
+    import torch
+    import transformers
+    from peft import get_peft_model
+
+    import spectune.peft
+
+    for name, (config, model, sizes, task) in ADAPTERS.items():
+        torch.manual_seed(0)
+        base = into / f"{name}-base"
+        getattr(transformers, model)(getattr(transformers, f"{config}Config")(**sizes)).save_pretrained(base)
+        made = getattr(transformers, model).from_pretrained(base)
+        get_peft_model(made, spectune.peft.SVFConfig(task_type=task)).save_pretrained(into / name)
+
+
 def run(release: str, files: list[str], arguments: list[str], work: Path) -> tuple[str, int]:
     """Run some files of a release's tests, and return a line that says what came of it, and pytest's exit code."""
     tests, first = fetch(release, work)
     (work / "pytest.ini").write_text(SETTINGS)
     if set(files) - {"custom", "config"}:
         make_models(tests.parent)
+    if "auto" in files:
+        make_adapters(tests.parent)
     path = os.pathsep.join([*first, str(SOURCE), str(HERE)])
     command = [
         sys.executable,
