@@ -15,10 +15,11 @@ from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, give_back, take_over
-from spectune.layers.experts import ExpertLinear, tensor_of
+from spectune.layers.experts import ExpertLinear
 from spectune.layers.merged import merged_bias, merged_weight
 from spectune.layers.modules import effective_weight, is_linear, is_stored_transposed
 from spectune.layers.packed import Packed
+from spectune.layers.parts import tensor_of
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
 from spectune.layers.updates import Update, digest
@@ -317,7 +318,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Return the weight, as the layer holds it, and the bias; an expert's weight as a copy, since it is a part."""
         layer: Any = self.adapted
         if isinstance(layer, ExpertLinear):
-            return tensor_of(layer.experts, layer.key).detach()[layer.index].clone(), None
+            return layer.lender()(tensor_of(layer.owner, layer.key)).clone(), None
         bias = layer._parameters["bias"]
         return layer._parameters["weight"].data, None if bias is None else bias.data
 
@@ -325,7 +326,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Put another weight and bias, as `_state` returns them, into the layer."""
         layer: Any = self.adapted
         if isinstance(layer, ExpertLinear):
-            tensor_of(layer.experts, layer.key).detach()[layer.index] = weight
+            layer.put(tensor_of(layer.owner, layer.key).detach(), weight)
             return
         held = layer._parameters["weight"]
         held.data = weight.to(held.device, held.dtype)

@@ -19,8 +19,9 @@ from spectune.adapters.formats.dialect import PREFIX
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
-from spectune.layers.experts import ExpertLinear, called_for, expert_layer, keys_of, tensor_of
+from spectune.layers.experts import ExpertLinear, called_for, expert_layer, keys_of
 from spectune.layers.modules import is_stored_transposed, named_modules
+from spectune.layers.parts import tensor_of
 from spectune.layers.updates import Update
 from spectune.methods import Method
 from spectune.model.install import bases_for, dtype_of, master_dtype
@@ -243,7 +244,7 @@ class SpectuneTuner(BaseTuner):
 
 def _described(layer: PeftLayer, method: Any) -> Described:
     inner: Any = layer.adapted
-    experts = len(tensor_of(inner.experts, inner.key)) if isinstance(inner, ExpertLinear) else 0
+    experts = inner.count if isinstance(inner, ExpertLinear) else 0
     return Described((layer.out_features, layer.in_features), is_stored_transposed(inner), method, experts)
 
 
