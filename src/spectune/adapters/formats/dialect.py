@@ -30,15 +30,21 @@ def type_for(method: type[Method]) -> str | None:
     """Return the PEFT type of a class of methods: its name, behind ours where PEFT has or may have one of that name.
 
     None where there is none: PEFT has the method itself, the method is one of single layers, or it has a field that is
-    a method, or is called as something else in every config.
+    a method, has no default, or is called as something else in every config.
     """
     fields = dataclasses.fields(method)
     if METHODS.get(method.name) is not method or method.name in _PEFTS or {f.name for f in fields} & _TAKEN:
         return None
-    if any(isinstance(getattr(method(), f.name), Method) for f in fields):
+    if any(isinstance(_start(f), (Method, type(dataclasses.MISSING))) for f in fields):
         return None
     plain = "".join(c for c in method.name.upper() if c.isalnum())
     return TYPES.get(method.name, f"SPECTUNE{plain}")
+
+
+def _start(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default, or MISSING."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def prefix_of(peft_type: str) -> str:
