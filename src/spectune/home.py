@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from spectune.errors import SpectuneError
 
@@ -21,3 +24,15 @@ def cache_dir() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spectune"
     except RuntimeError:
         raise SpectuneError("there is no home directory to keep things in: set SPECTUNE_HOME to a folder") from None
+
+
+def temporary_file() -> BinaryIO:
+    """Return a file without a name, where there is room: in the cache's folder, or else where the system has its own.
+
+    It goes when it is closed, or when its process ends, however that ends.
+    """
+    folder = cache_dir()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    place = folder if os.access(folder, os.W_OK) else None
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=place))

@@ -42,6 +42,19 @@ def test_evaluations_take_at_most_a_tenth_or_are_of_a_handful(count, steps):
     assert held <= 16 or held * evaluations <= 0.12 * (learned + held * evaluations)
 
 
+def test_a_large_set_for_evaluation_is_sampled_so_that_evaluations_take_a_tenth():
+    def measured(others, *pairs):
+        found = by_count(config("eval_data=e", *pairs), 2000, FOLLOWING, others=others)
+        return {choice.key: choice.value for choice in found}.get("max_eval_samples")
+
+    steps = 3 * 2000
+    assert measured(50_000) == int(2.5 * steps * 0.1 / 0.9 / 5)  # before, after and three times on the way
+    assert measured(50_000, "max_steps=2") == 100
+    assert measured(90) is None
+    assert measured(50_000, "max_eval_samples=7") is None
+    assert measured(50_000, "max_eval_samples=null") is None
+
+
 def test_lengths_are_rounded_up_within_the_context():
     def length(lengths, context=4096):
         (choice,) = by_lengths(config(), lengths, context, FOLLOWING)

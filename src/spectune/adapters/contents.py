@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectune.adapters import fingerprint
+from spectune.adapters.labels import Labels
 from spectune.adapters.terms import LayerUpdate, WholeTerm, on_cpu
 from spectune.errors import SpectuneError, nearest
 from spectune.methods.base import Decomposition
@@ -47,7 +48,7 @@ class Contents:
         self.layers = dict(layers)
         self.base_model = base_model
         self.error = error
-        self.labels = None if labels is None else tuple(labels)
+        self.labels = labels if labels is None or isinstance(labels, Labels) else Labels(labels)
         self.architecture, self.groups = architecture, tuple(groups)
         self.modules = {name: tuple(terms) for name, terms in (modules or {}).items()}
 

@@ -18,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectune.adapters import fingerprint
+from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError
 from spectune.reading import MOST_TENSORS, check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-_MORE = ("labels", "architecture", "base")  # in the metadata of the weights: PEFT's format has no place for them
+# in the metadata of the weights: PEFT's format has no place for them
+_MORE = ("labels", "problem_type", "architecture", "base")
 _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers", "modules")
@@ -182,13 +184,18 @@ def _finite(tensor: Tensor) -> bool:
 def read_more(path: Path) -> dict[str, Any]:
     """Return what is stored with an adapter's weights besides the tensors, as far as it is there.
 
-    Labels of a classifier's head, the model's class and its module, and the sketches of the base's weights by layer.
+    Labels of a classifier's head and how they are read, the model's class and its module, and the sketches of the
+    base's weights by layer.
     """
     if not (path / WEIGHTS).exists():
         return {}
     with safe_open(path / WEIGHTS, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    return {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
+    found = {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
+    problem = found.pop("problem_type", [None])
+    if "labels" in found:
+        found["labels"] = Labels(found["labels"], problem[0] if problem and problem[0] in PROBLEMS else None)
+    return found
 
 
 def _understood(key: str, text: str, path: Path) -> Any:
@@ -213,6 +220,8 @@ def as_metadata(
 ) -> dict[str, str]:
     """Return what `read_more` reads, as texts."""
     found: dict[str, Any] = {"labels": labels, "architecture": architecture}
+    if isinstance(labels, Labels) and labels.problem == SEVERAL:  # the others are known by the number of labels
+        found["problem_type"] = [labels.problem]
     codes = {}
     for name, sketch in base.items():
         values = torch.zeros(sketch.shape) if sketch.is_meta else sketch

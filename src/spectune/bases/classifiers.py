@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from spectune.adapters.labels import NUMBER, SEVERAL, Labels
 from spectune.errors import SpectuneError
 from spectune.layers.modules import is_linear
 from spectune.model.fresh import FRESH
@@ -18,16 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+_AT_ONCE = 512  # texts that are tokenized together
+
+
 class Prediction(NamedTuple):
     """What a classifier says of one text.
 
     Args:
-        label: the likeliest.
-        probabilities: of every label.
+        label: the likeliest; of a regression the name of what is predicted.
+        probabilities: of every label, which add up to one only where one label is right; none of a regression.
+        labels: where any number of labels may be right, those whose probability is above a half.
+        value: of a regression, the number.
     """
 
     label: str
     probabilities: dict[str, float]
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
 
 
 def load_classifier(
@@ -46,7 +54,8 @@ def load_classifier(
         path: what `from_pretrained` takes.
         config: the checkpoint's.
         tokenizer: its tokenizer, which gets a token to pad with if it has none.
-        labels: in the order of the logits; the checkpoint's own order where it has the same ones.
+        labels: in the order of the logits; the checkpoint's own order where it has the same ones.  `Labels` say how
+            logits are read; others are one of several, or a number where there is one name.
         options: for `from_pretrained`.
         new_head: give it a head of its own where the checkpoint has one for as many labels by other names.
 
@@ -56,13 +65,15 @@ def load_classifier(
     import transformers
 
     known = [label for _, label in sorted((config.id2label or {}).items())]
-    names = _by_known(known, labels)
+    problem = Labels(labels).problem if not isinstance(labels, Labels) else labels.problem
+    names = known if problem == NUMBER and len(known) == 1 else _by_known(known, labels)
     same, names = names is not None, names or list(labels)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         path,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
+        problem_type=problem,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **options,
@@ -123,6 +134,18 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [str(label) for _, label in sorted((model.config.id2label or {}).items())]
 
 
+def problem_of(model: PreTrainedModel) -> str:
+    """Return how a classifier's logits are read: as one of the labels, as any of them, or as a number.
+
+    Raises:
+        SpectuneError: the model is no classifier, or predicts several numbers.
+    """
+    names, problem = label_names(model), model.config.problem_type
+    if problem == NUMBER and len(names) > 1:
+        raise SpectuneError(f"{type(model).__name__} predicts {len(names)} numbers at once, and only one is understood")
+    return Labels(names, problem).problem
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, limit: int
 ) -> tuple[dict[str, list[int]], bool]:
@@ -131,6 +154,25 @@ def tokenize(
     if len(tokens["input_ids"]) <= limit:
         return tokens, False
     return dict(tokenizer(text, pair, truncation=True, max_length=limit)), True
+
+
+def tokenize_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str | None], limit: int
+) -> list[tuple[dict[str, list[int]], bool]]:
+    """Return what `tokenize` does of each of many texts, which the tokenizer gets together."""
+    found: dict[int, tuple[dict[str, list[int]], bool]] = {}
+    for alone in (True, False):  # a tokenizer takes texts or pairs of texts
+        places = [i for i, pair in enumerate(pairs) if (pair is None) == alone]
+        for start in range(0, len(places), _AT_ONCE):
+            part = places[start : start + _AT_ONCE]
+            second = None if alone else [cast(str, pairs[i]) for i in part]
+            rows = tokenizer([texts[i] for i in part], second, verbose=False)
+            for row, i in enumerate(part):
+                one = {key: values[row] for key, values in rows.items()}
+                found[i] = (
+                    (one, False) if len(one["input_ids"]) <= limit else tokenize(tokenizer, texts[i], pairs[i], limit)
+                )
+    return [found[i] for i in range(len(texts))]
 
 
 def context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> int:
@@ -163,7 +205,10 @@ def classify(
     batch_size: int = 32,
     fused: bool = True,
 ) -> list[Prediction]:
-    """Return a classifier's label for each text, with the probability of every label.
+    """Return what a classifier says of each text: the probability of every label, or a number.
+
+    Probabilities are softmax(logits) where one label is right, and sigmoid(logits) where any number of them may be
+    (the model's `problem_type`); a model with one logit predicts a number.
 
     Args:
         model: a classifier, with or without adapters.
@@ -176,11 +221,11 @@ def classify(
     Raises:
         SpectuneError: the model is no classifier, or there are not as many pairs as texts.
     """
-    names = label_names(model)
+    names, problem = label_names(model), problem_of(model)
     if pairs is not None and len(pairs) != len(texts):
         raise SpectuneError(f"there are {len(texts)} texts and {len(pairs)} second texts; give one for each")
     limit = context(model, tokenizer)
-    rows = [tokenize(tokenizer, text, pairs[i] if pairs else None, limit)[0] for i, text in enumerate(texts)]
+    rows = [row for row, _ in tokenize_all(tokenizer, texts, pairs or [None] * len(texts), limit)]
     for text, row in zip(texts, rows, strict=True):
         if not row["input_ids"]:
             raise SpectuneError(f"the text {text!r} has no token to classify")
@@ -190,6 +235,14 @@ def classify(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {k: v.to(model.device) for k, v in pad(tokenizer, [rows[i] for i in chosen]).items()}
-            for i, p in zip(chosen, model(**batch).logits.float().softmax(-1).tolist(), strict=True):
-                found[i] = Prediction(names[p.index(max(p))], dict(zip(names, p, strict=True)))
+            for i, logits in zip(chosen, model(**batch).logits.float(), strict=True):
+                found[i] = _prediction(logits, names, problem)
     return [found[i] for i in range(len(rows))]
+
+
+def _prediction(logits: Tensor, names: Sequence[str], problem: str) -> Prediction:
+    if problem == NUMBER:
+        return Prediction(names[0], {}, None, float(logits[0]))
+    p = (logits.sigmoid() if problem == SEVERAL else logits.softmax(-1)).tolist()
+    above = tuple(name for name, share in zip(names, p, strict=True) if share > 0.5) if problem == SEVERAL else None
+    return Prediction(names[p.index(max(p))], dict(zip(names, p, strict=True)), above)

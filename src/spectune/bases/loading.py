@@ -221,7 +221,7 @@ def load_base(
         dtype: "fp32", "bf16", "fp16", or None for bf16 where it is fast and fp32 elsewhere.
         device: where to; None keeps it on the CPU.
         labels: load it as a classifier of texts into these; a head that the checkpoint lacks is zero, and `adapt`
-            trains it in full.
+            trains it in full.  One name is a number to predict; `Adapter.labels` say whether several may be right.
         new_head: with labels, a head of their own where the checkpoint has one for as many labels by other names.
         quantize: "nf4" (4 bits, with doubly quantized scales) or "int8": pack the linear layers by bitsandbytes, all
             but the output embedding, as they are loaded. `dtype` is what the rest is held in, and computed in.

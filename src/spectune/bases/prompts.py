@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -68,9 +68,48 @@ def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
+# what asks for the tokens of texts, one after the other, and returns something: many can run at once, and a tokenizer
+# is given the texts that all of them ask for together
+Asking = Generator[str, list[int], T]
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, asking: Asking[T]) -> T:
+    """Return what comes of something that asks for tokens."""
+    return answered_together(tokenizer, [asking])[0]
+
+
+def answered_together(tokenizer: PreTrainedTokenizerBase, askings: Sequence[Asking[T]]) -> list[T]:
+    """Return what comes of each of several that ask for tokens, their texts given to the tokenizer at once."""
+    found: dict[int, T] = {}
+    tokens: dict[int, list[int] | None] = dict.fromkeys(range(len(askings)))
+    while tokens:
+        texts: dict[int, str] = {}
+        for i, given in tokens.items():
+            try:
+                texts[i] = next(askings[i]) if given is None else askings[i].send(given)
+            except StopIteration as end:
+                found[i] = end.value
+        tokens = dict(zip(texts, _ids_of_all(tokenizer, [*texts.values()]), strict=True))
+    return [found[i] for i in range(len(askings))]
+
+
+def _ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if len(texts) < 2:
+        return [ids(tokenizer, text) for text in texts]
+    distinct = [*dict.fromkeys(text for text in texts if text)]
+    tokens = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] if distinct else []
+    known = {"": [], **dict(zip(distinct, tokens, strict=True))}
+    return [known[text] for text in texts]
+
+
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens that a text begins with: what the tokenizer puts before it, unless it is there, and its own."""
-    own, first = ids(tokenizer, text), _known(tokenizer, "first", lambda: _first(tokenizer))
+    return begun(tokenizer, ids(tokenizer, text))
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, own: list[int]) -> list[int]:
+    """Return the tokens of a text behind what the tokenizer puts before every text, unless it is there."""
+    first = _known(tokenizer, "first", lambda: _first(tokenizer))
     return own if own[: len(first)] == first else [*first, *own]
 
 
@@ -81,7 +120,12 @@ def _first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence[int], text: str) -> list[int]:
-    """Return the tokens of a text behind another one whose tokens are given and stay.
+    """Return the tokens of a text behind another one whose tokens are given and stay, as `continuing` does."""
+    return answered(tokenizer, continuing(tokenizer, before, tokens, text))
+
+
+def continuing(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence[int], text: str) -> Asking[list[int]]:
+    """Ask for and return the tokens of a text behind another one whose tokens are given and stay.
 
     They are those of both texts together where these begin with the tokens given.  Elsewhere, as where a prompt ends
     in a space that would be part of the next word's token, the text is taken apart, but not as the beginning of a text,
@@ -96,14 +140,15 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequen
     if not text:
         return []
     found: list[list[int]] = []
-    joint = ids(tokenizer, before + text)
+    joint = yield before + text
     if joint[: len(tokens)] == list(tokens):
         found.append(joint[len(tokens) :])
         if not text[0].isspace():
             return found[0]
     said = decoded(tokenizer, tokens)
     for lead in ("\n", ".", "a", ""):
-        alone, both = ids(tokenizer, lead), ids(tokenizer, lead + text)
+        alone = _known(tokenizer, ("alone", lead), lambda lead=lead: ids(tokenizer, lead))
+        both = yield lead + text
         if both[: len(alone)] == alone:
             found.append(both[len(alone) :])
     return next((c for c in found if decoded(tokenizer, [*tokens, *c]) == said + text), found[0])

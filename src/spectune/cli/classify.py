@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -20,6 +21,9 @@ from spectune.cli.shared import (
 )
 from spectune.errors import SpectuneError
 
+if TYPE_CHECKING:
+    from spectune.bases.classifiers import Prediction
+
 
 def classify(
     model: str = typer.Argument(
@@ -36,7 +40,7 @@ def classify(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Say which label a classifier gives to texts, and how sure it is.
+    """Say which label a classifier gives to texts and how sure it is; or which labels, or which number, by its kind.
 
     spectune classify runs/spam "You have won a prize!"
     """
@@ -48,7 +52,17 @@ def classify(
     loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
     found = classify_(loaded, tokenizer, asked, pair or None, batch_size=batch_size)
     if json:
-        print_json([{"text": text, **one._asdict()} for text, one in zip(asked, found, strict=True)])
+        said = [{key: value for key, value in one._asdict().items() if value not in (None, {})} for one in found]
+        print_json([{"text": text, **values} for text, values in zip(asked, said, strict=True)])
         return
     for text, one in zip(asked, found, strict=True):
-        typer.echo(f"{one.label}\t{one.probabilities[one.label]:.3f}\t{text}")
+        typer.echo(f"{spoken(one)}\t{text}")
+
+
+def spoken(one: Prediction) -> str:
+    """Return a prediction in a few words: labels and how sure they are, or a number."""
+    if one.value is not None:
+        return f"{one.value:.4g}"
+    chosen = (one.label,) if one.labels is None else one.labels
+    sure = " ".join(f"{one.probabilities[name]:.3f}" for name in chosen)
+    return f"{', '.join(chosen) or '-'}\t{sure}"

@@ -16,7 +16,7 @@ from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
 def data(
     source: list[str] = DATA,
     model: str = DATA_MODEL,
-    task: str = typer.Option("sft", help="sft, classify or dpo."),
+    task: str = typer.Option("sft", help="sft, classify, dpo or kto."),
     show: int = typer.Option(3, min=0, help="Of the first records, how many are written out."),
     out: Path | None = typer.Option(None, help="Write an HTML page."),
     trust_remote_code: bool = REMOTE_CODE,
@@ -61,7 +61,7 @@ def _show(document: dict[str, Any], out: Path | None) -> None:
                 markup=False,
             )
             if "labels" in part:
-                console.print("labels: " + ", ".join(f"{n} {c}" for n, c in part["labels"].items()), markup=False)
+                console.print("labels: " + ", ".join(f"{n} {c:g}" for n, c in part["labels"].items()), markup=False)
     for sentence in sentences(document):
         console.print(sentence, style="yellow", markup=False)
     if out is not None:

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from spectune.adapters.labels import ONE
+from spectune.bases.classifiers import problem_of
 from spectune.bases.generation import generate
 from spectune.bases.prompts import Message
 from spectune.compare.candidates import BASE, FULL
@@ -33,12 +35,12 @@ from spectune.model.routing import base_alone
 from spectune.speed.checkpointing import checkpoint_activations, keep_activations
 from spectune.speed.parts import training_parts
 from spectune.training.config import TrainConfig
-from spectune.training.data.records import Record, form, read, split
+from spectune.training.data.records import Record, copies, form
 from spectune.training.preparing import prepare, token_limit
 from spectune.training.progress import is_measure
 from spectune.training.run import training_arguments
-from spectune.training.tasks import make_task
-from spectune.training.tasks.dpo import Dpo
+from spectune.training.tasks import Task, make_task
+from spectune.training.tasks.preferences import Preferences
 from spectune.training.trainer.trainer import AdapterTrainer
 
 if TYPE_CHECKING:
@@ -69,12 +71,16 @@ class Bench:
         task = make_task(config)
         assert config.data is not None  # or the configuration was not checked
         self.notes: list[str] = []  # what is to be known of the way that the data was read
-        records = read(config.data, task, config.data_config, config.data_split, self.notes.append)
-        if config.test_data is not None:
-            test = read(config.test_data, task, say=self.notes.append)
+        records = task.records(config.data, config.data_config, config.data_split)
+        test = [] if config.test_data is None else task.records(config.test_data)
+        task.look(records, test)
+        self.notes += task.notes
+        config = self.config = _looked_at(config, cast(CompareConfig, task.config))
+        if config.test_data is None:
+            records, test = _parts(task, records, config.test, "test")
         else:
-            records, test = _parts(records, config.test, "test", config.seed)
-        records, validation = _parts(records, config.validation, "validation", config.seed)
+            _tell_leaks(records, test, self.notes.append)
+        records, validation = _parts(task, records, config.validation, "validation")
         self.records = {"train": records, "validation": validation, "test": test}
         for name, part in self.records.items():
             if len(part) < LEAST:
@@ -164,7 +170,7 @@ class Bench:
         self, trial: Trial, config: TrainConfig, model: PreTrainedModel, quarter: int, report: Report
     ) -> dict[str, Any]:
         task = make_task(config)
-        if isinstance(task, Dpo) and trial.method == FULL:  # whose own weights move away from the base's
+        if isinstance(task, Preferences) and trial.method == FULL:  # whose own weights move away from the base's
             task.reference = self.model
         arguments = training_arguments(config, self.model, True, task)
         arguments.save_strategy = SaveStrategy.NO
@@ -223,7 +229,7 @@ class Bench:
         model.eval()
         found: dict[str, Any] = {}
         chosen: list[int] = []  # labels, in the order of the examples
-        classifies = self.config.task == "classify"
+        classifies = self.config.task == "classify" and problem_of(self.model) == ONE
         with training_parts(self.model), training_parts(model):
             with _labels(model, chosen) if classifies else nullcontext():
                 found["test"] = _measures(trainer.evaluate(self.examples["test"], metric_key_prefix="test"), "test")
@@ -327,13 +333,34 @@ def _question(record: Record) -> tuple[str | Sequence[Message], str, bool]:
     raise SpectuneError("metric: exact_match needs records with messages, or with prompt and completion")
 
 
-def _parts(records: Sequence[Record], share: float, name: str, seed: int) -> tuple[list[Record], list[Record]]:
+def _parts(task: Task, records: Sequence[Record], share: float, name: str) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Split records as a run does: those that are the same stay together, and labels are in both parts alike."""
     try:
-        return split(records, share, seed)
+        return task.split(records, share)
     except SpectuneError:
         raise SpectuneError(
             f"{len(records)} records are too few for {name}={share}: give more data or another share"
         ) from None
+
+
+def _looked_at(given: CompareConfig, found: CompareConfig) -> CompareConfig:
+    """Return the configuration with what the data says of it, as what kind of labels it has.
+
+    Raises:
+        SpectuneError: the metric is of another kind.
+    """
+    if given.measure in found.of_task().measured():
+        return found
+    kind = getattr(found, "problem_type", None)
+    raise SpectuneError(
+        f"the labels are for problem_type={kind}, which has no {given.measure}: give problem_type={kind}"
+    )
+
+
+def _tell_leaks(records: Sequence[Record], test: Sequence[Record], say: Callable[[str], None]) -> None:
+    _, leaks = copies(records, test)
+    if leaks:
+        say(f"{leaks} of {len(test)} test records are in the training data too: measures will flatter")
 
 
 def _measures(line: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "held_out": "give validation and test",
     "eval_data": "give test_data",
     "eval_split": "give validation and test",
+    "max_eval_samples": "give validation and test",
     "adapter": "every method starts from the base",
     "resume": "the same command goes on where it stopped",
     "best": "the last step counts",
@@ -30,11 +31,13 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "log_steps": "every step is logged",
     "report_to": "results are in output",
     "fsdp": "give workers",
+    "streaming": "trials share data in memory",
 }
 # keys that say how much is compared or how it is run, and not what a trial is
 _EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline")
 ONCE = ("overwrite", "retry")  # keys that say what becomes of the results there are
 RECORDS = "records"  # of settings.json: the digest of the data
+LESS = ("loss", "mse", "mae")  # measures of which less is better
 METHODS = [
     *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
     *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
@@ -55,7 +58,9 @@ class CompareConfig(TrainConfig):
     baseline: str = Field("lora", description="the method that differences are taken against")
     metric: str | None = Field(
         None,
-        description="accuracy, macro_f1 or loss (classify); loss or exact_match (sft); reward_accuracy or loss (dpo)",
+        description="accuracy, macro_f1 or loss (classify; of several labels micro_f1, macro_f1, subset_accuracy or "
+        "loss, of a number pearson, spearman, mse, mae or loss); loss or exact_match (sft); reward_accuracy or loss "
+        "(dpo, kto)",
     )
     seeds: int = Field(3, ge=1, description="runs of each method at its best learning rate, each in its own data order")
     lrs: int = Field(5, ge=1, description="learning rates tried for each method, a factor of lr_factor apart")
@@ -86,7 +91,7 @@ class CompareConfig(TrainConfig):
                 raise SpectuneError(f"{key} is not a key of compare: {instead}")
         if isinstance(self.targets, dict):
             raise SpectuneError("targets: every method is compared on the same layers: give names, and no methods")
-        known = self.of_task().measures
+        known = self.of_task().measured()
         if not known:
             comparable = [name for name in task_names() if options_of(name).measures]
             raise SpectuneError(f"task: {self.task} cannot be compared; known: {', '.join(comparable)}")
@@ -102,12 +107,12 @@ class CompareConfig(TrainConfig):
     @property
     def measure(self) -> str:
         """The metric, given or the task's own."""
-        return self.metric or self.of_task().measures[0]
+        return self.metric or self.of_task().measured()[0]
 
     @property
     def greater_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.measure != "loss"
+        return self.measure not in LESS
 
     @property
     def searched_by(self) -> str:

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import further, grid
-from spectune.compare.config import CompareConfig
+from spectune.compare.config import LESS, CompareConfig
 from spectune.compare.trial import Result, Results, Trial
 from spectune.errors import SpectuneError
 
@@ -123,7 +123,7 @@ def best_lr(tried: Mapping[Any, Result | None], config: CompareConfig) -> float 
     sound = {lr: r for lr, r in tried.items() if r is not None and r["error"] is None and not r["pruned"]}
     if not sound:
         return None
-    key, sign = config.searched_by, 1 if config.searched_by == "loss" else -1
+    key, sign = config.searched_by, 1 if config.searched_by in LESS else -1
     return min(sound, key=lambda lr: (sign * sound[lr]["validation"][key], sound[lr]["validation"]["loss"]))
 
 

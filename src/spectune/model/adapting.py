@@ -248,11 +248,18 @@ def _is_zero(layer: nn.Module) -> bool:
 
 
 def _check_labels(model: nn.Module, adapter: Adapter) -> None:
-    ours, theirs = labels_of(model) or [], list(adapter.labels or ())
-    if theirs and ours != theirs and sorted(ours) == sorted(theirs):
+    ours, theirs = labels_of(model), adapter.labels
+    if ours is None or theirs is None or sorted(ours) != sorted(theirs):
+        return
+    if tuple(ours) != tuple(theirs):
         raise SpectuneError(
             f"the adapter's labels are in another order: {', '.join(theirs)}; and here {', '.join(ours)}: load the "
             "base with labels in the adapter's order"
+        )
+    if ours.problem != theirs.problem:
+        raise SpectuneError(
+            f"the adapter's head is for {theirs.problem} and the model for {ours.problem}: load the base with "
+            "labels=adapter.labels"
         )
 
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from spectune.adapters.labels import PROBLEMS, Labels
 from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
@@ -239,10 +240,12 @@ def is_complete(module: nn.Module, tensors: Iterable[str]) -> bool:
     return plain == set(tensors)
 
 
-def labels_of(model: nn.Module) -> list[str] | None:
+def labels_of(model: nn.Module) -> Labels | None:
     """Return what a classifier's logits stand for, in their order, as far as its config says."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    return [str(names[i]) for i in sorted(names)] if names else None
+    config = getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    problem = getattr(config, "problem_type", None)
+    return Labels((str(names[i]) for i in sorted(names)), problem if problem in PROBLEMS else None) if names else None
 
 
 def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:

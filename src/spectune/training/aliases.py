@@ -65,7 +65,7 @@ _INSTEAD = {
     **dict.fromkeys(("packing", "sample_packing", "group_by_length", "padding_free"), "examples are packed by itself"),
     **dict.fromkeys(("optim", "optimizer"), "the optimizer is AdamW; write lr, weight_decay and group_lr"),
     **dict.fromkeys(("train_on_inputs", "train_on_prompt", "mask_history"), "write completion_only: false or true"),
-    **dict.fromkeys(("stage", "rl", "trainer"), "write task: sft, classify, dpo or reinforce"),
+    **dict.fromkeys(("stage", "rl", "trainer"), "write task: sft, classify, dpo, kto or reinforce"),
     **dict.fromkeys(
         ("per_device_eval_batch_size", "eval_batch_size"), "evaluations take batch_size, and no gradient: leave it out"
     ),

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from spectune.methods import Method
 
 _NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
-FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_length")  # the data, unless `train` is given them
+# the data, unless `train` is given them
+FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_eval_samples", "max_length")
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -55,11 +56,16 @@ class TrainConfig(BaseModel):
     )
     data_config: str | None = Field(None, description="configuration of a data set that has several (glue: sst2)")
     data_split: str | None = Field(None, description="split of a data set to train on; train if not given")
+    streaming: bool = Field(
+        False,
+        description="keep records in a file and not in memory: for data that memory cannot hold (sft, dpo, kto)",
+    )
     output: str = Field(description="folder for the adapter, its checkpoints and its log")
     task: str = Field(
         "sft",
         description="sft: messages, prompt and completion, or text; classify: text and label; dpo: prompt, chosen and "
-        "rejected; reinforce: prompts and a reward; or what an installed package offers, or module:Class",
+        "rejected; kto: prompt, completion and label (true or false); reinforce: prompts and a reward; or what an "
+        "installed package offers, or module:Class",
     )
     method: str = Field("svf", description="name or name:field=value,... (see `spectune methods`)")
     targets: str | list[str] | dict[str, str | None] = Field(
@@ -104,13 +110,18 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="the gradient's norm is clipped to this; 0 does not clip")
     completion_only: bool = Field(True, description="loss on completions and assistant turns only")
-    columns: dict[str, str] = Field(
-        {}, description="the data's names for what the task takes: {text: sentence, label: spam}"
+    columns: dict[str, str | list[str]] = Field(
+        {},
+        description="the data's names for what the task takes: {text: sentence, label: spam}; or {label: [toxic, "
+        "insult]}, columns that say yes or no",
     )
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the data kept for evaluation")
     eval_data: str | None = Field(None, description="data for evaluation, instead of held_out")
     eval_split: str | None = Field(
         None, description="split of a data set for evaluation, of eval_data or else of data; instead of held_out"
+    )
+    max_eval_samples: int | None = Field(
+        None, ge=1, description="records that evaluations measure at most, always the same ones; null is all"
     )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations, beside those before and after")
     patience: int | None = Field(None, ge=1, description="evaluations without a better one before the run stops")
@@ -201,6 +212,8 @@ class TrainConfig(BaseModel):
         if not options.makes_records:
             self._check_data()
         options.check_task(self)
+        if self.streaming and not options.streams:
+            raise SpectuneError(f"task: {self.task} looks at all records at once: leave streaming out")
         self._check_targets()
         for key in ("targets", "exclude", "overrides", *_NARROWED, "modules_to_save") if self.adapter else ():
             if self._given(key):

@@ -14,6 +14,7 @@ _PASSES = 10  # at most, over few records
 _LEARNED = 2.5  # forward passes that a training step on an example is worth
 _SHARE = 0.1  # of a run that evaluations may take
 _HELD = (16, 1000)  # records that are held out: at least, where that leaves enough, and at most
+_MEASURED = 100  # records at least, of more that are held out because someone said so
 
 
 class Choice(NamedTuple):
@@ -40,7 +41,7 @@ def settle(config: C, choices: Sequence[Choice]) -> C:
     return config.model_copy(update={choice.key: choice.value for choice in choices})
 
 
-def by_count(config: TrainConfig, count: int, keys: Sequence[str], processes: int = 1) -> list[Choice]:
+def by_count(config: TrainConfig, count: int, keys: Sequence[str], processes: int = 1, others: int = 0) -> list[Choice]:
     """Return what the number of records says: the size of a batch, the passes, what is held out, when it is measured.
 
     Args:
@@ -48,6 +49,7 @@ def by_count(config: TrainConfig, count: int, keys: Sequence[str], processes: in
         count: of records; those to learn from alone, where others are for evaluation.
         keys: that may follow the data.
         processes: that share a step.
+        others: records for evaluation, where these are other data.
     """
     open_ = [key for key in keys if key not in config.model_fields_set]
     found: list[Choice] = []
@@ -81,6 +83,12 @@ def by_count(config: TrainConfig, count: int, keys: Sequence[str], processes: in
         reason = f"{held:,} of {count:,} records; to measure them takes at most a tenth of the run"
         reason = "one record cannot be in two parts" if count < 2 else reason
         found.append(Choice("held_out", _share(held, count), f"{held:,} held out", reason))
+        return found
+    there = others if apart else round(count * config.held_out)
+    most = max(_MEASURED, _in_a_tenth(steps * each, evaluations))
+    if "max_eval_samples" in open_ and there > most:
+        reason = f"of {there:,} held-out records, the same each time: to measure them takes at most a tenth of the run"
+        found.append(Choice("max_eval_samples", most, f"{most:,} of {there:,} held-out records measured", reason))
     return found
 
 
@@ -96,8 +104,12 @@ def _passes(a_pass: int) -> int:
 def _held(count: int, learned: int, evaluations: int) -> int:
     """Return how many of so many records to hold out, where examples are learned so often and evaluated so often."""
     least = min(_HELD[0], count // 5)
-    tenth = int(_LEARNED * learned * _SHARE / (1 - _SHARE) / evaluations)
-    return min(_wanted(count), max(least, tenth)) or int(count > 1)
+    return min(_wanted(count), max(least, _in_a_tenth(learned, evaluations))) or int(count > 1)
+
+
+def _in_a_tenth(learned: int, evaluations: int) -> int:
+    """Return how many examples so many evaluations can each take, in a tenth of a run that learns so many."""
+    return int(_LEARNED * learned * _SHARE / (1 - _SHARE) / evaluations)
 
 
 def _wanted(count: int) -> int:
@@ -157,5 +169,5 @@ def sentence(config: TrainConfig, choices: Sequence[Choice], count: int, learned
         passes = f"{config.max_steps:,} steps of {each:,}"
     parts = [lengths.said] if lengths else []
     parts += [passes] if {"epochs", "batch_size"} & by_key.keys() else []
-    parts += [by_key[key].said for key in ("held_out", "eval_steps") if key in by_key]
+    parts += [by_key[key].said for key in ("held_out", "eval_steps", "max_eval_samples") if key in by_key]
     return f"{said[0]}: {', '.join(parts)}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
-from spectune.bases.classifiers import classify, label_names
+from spectune.bases.classifiers import Prediction, classify, label_names
 from spectune.bases.loading import checked_device, load_base
 from spectune.errors import SpectuneError, nearest, need
 from spectune.model.adapting import attach
@@ -23,13 +24,15 @@ from spectune.progress import Bar, Counted
 from spectune.storage import write_atomically
 from spectune.training.config import TrainConfig, load_config
 from spectune.training.data.records import Record
+from spectune.training.data.targets import told
 from spectune.training.preparing import token_limit
 from spectune.training.record import digest, read_run
 from spectune.training.replies import Asked, asked, replies, short, spoken
 from spectune.training.tasks import Task, make_task
+from spectune.training.trainer.totals import Totals
 
 _NAME = "run"
-_LESS = ("loss",)  # measures of which less is better
+_LESS = ("mse", "mae")  # measures of which less is better, beside losses
 SIDES = ("base", "adapter")
 
 
@@ -65,7 +68,7 @@ def evaluate(
     adapter = Adapter.load(run)
     task = make_task(config)
     learned, held = task.read()
-    notes = [*_changed(run, [*learned, *held], data)]
+    notes = [*_changed(run, chain(learned, held), data)]
     held = learned if data is not None else held
     if data is not None and adapter.labels:
         options: Any = {"labels": adapter.labels, "new_head": True, "trust_remote_code": config.trust_remote_code}
@@ -109,12 +112,16 @@ def _config(run: Path, data: str | None, device: str | None) -> TrainConfig:
         raise SpectuneError(f"there is no folder {run}{nearest(run.name, beside)}")
     if not path.is_file():
         raise SpectuneError(f"{run} is not the folder of a run: it has no config.yaml; `spectune train` makes one")
-    more = [f"data={data}", "eval_data=null", "eval_split=null", "held_out=0"] if data is not None else []
+    more = (
+        [f"data={data}", "eval_data=null", "eval_split=null", "held_out=0", "max_eval_samples=null"]
+        if data is not None
+        else []
+    )
     more += [f"device={device}"] if device is not None else []
     return load_config(path, [*more, "resume=false", "adapter=null"])
 
 
-def _changed(run: Path, records: Sequence[Record], data: str | None) -> list[str]:
+def _changed(run: Path, records: Iterable[Record], data: str | None) -> list[str]:
     if data is not None or read_run(run)["digest"] == digest(records):
         return []
     return ["the data is not what the run was trained on any more: held-out records may have been learned"]
@@ -133,15 +140,14 @@ def _measures(
     limit, size = token_limit(task.config, model), task.config.batch_size
     examples = task.encode(Counted(held, console, "held-out records to tokens"), model, tokenizer, limit).examples
     collate = task.collator(model, tokenizer)
-    totals: dict[str, Tensor] = {}
+    totals = Totals(task.gathered)
     starts = range(0, len(examples), size)
     with fused_where_it_pays(model, len(starts) * 8, allowed=task.config.fused):
         for start in Bar(console, f"measuring the {side}").over(starts, each=1):
             batch: Any = collate(examples[start : start + size])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            for key, value in task.sums(model, batch).items():
-                totals[key] = totals[key] + value if key in totals else value
-    return task.metrics(totals)
+            totals.add(task.sums(model, batch))
+    return task.metrics(totals.of_all())
 
 
 def _replies(
@@ -161,15 +167,21 @@ def _replies(
 def _labels(model: Any, tokenizer: Any, held: Sequence[Record], prompts: Sequence[str]) -> list[dict[str, Any]]:
     texts = [*(record["text"] for record in held), *prompts]
     pairs = [*(record.get("text_pair") for record in held), *([None] * len(prompts))]
-    labels = [*(str(record["label"]) for record in held), *([None] * len(prompts))]
+    labels = [*(told(record["label"]) for record in held), *([None] * len(prompts))]
     label_names(model)
     rows: list[dict[str, Any]] = [{"prompt": text, "data": label} for text, label in zip(texts, labels, strict=True)]
     for side in SIDES:
         activate(model, _chosen(side))
         for row, text, pair in zip(rows, texts, pairs, strict=True):
-            found = classify(model, tokenizer, [text], None if pair is None else [pair])[0]
-            row[side] = f"{found.label} ({found.probabilities[found.label]:.0%})"
+            row[side] = _in_words(classify(model, tokenizer, [text], None if pair is None else [pair])[0])
     return rows
+
+
+def _in_words(found: Prediction) -> str:
+    if found.value is not None:
+        return f"{found.value:.3g}"
+    chosen = (found.label,) if found.labels is None else found.labels
+    return ", ".join(f"{label} ({found.probabilities[label]:.0%})" for label in chosen) or "none"
 
 
 def better(name: str, base: float, adapted: float) -> bool:

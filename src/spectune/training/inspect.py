@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from spectune.storage import write_atomically
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoder, Example
 from spectune.training.data.records import Record, of, same
+from spectune.training.data.targets import summary
 from spectune.training.preparing import token_limit
 from spectune.training.tasks import make_task
 
@@ -104,7 +104,7 @@ def _part(
         "first_dropped": dropped[:_NAMED],
     }
     if not learns:
-        part["labels"] = dict(Counter(str(record["label"]) for record in records).most_common())
+        part["labels"] = dict(summary(records))
     return part
 
 

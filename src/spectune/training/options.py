@@ -36,12 +36,21 @@ class TaskOptions(BaseModel):
         """Whether the records come from the task itself, and not from `data`."""
         return False
 
+    @property
+    def streams(self) -> bool:
+        """Whether records are looked at one by one, so that they need not be in memory."""
+        return True
+
     def check_task(self, config: RunConfig) -> None:
         """Raise for keys of a configuration that do not go together.
 
         Raises:
             SpectuneError: they do not.
         """
+
+    def measured(self) -> tuple[str, ...]:
+        """Return what `spectune compare` can compare these runs by, the usual one first."""
+        return self.measures
 
 
 class SftOptions(TaskOptions):
@@ -61,18 +70,48 @@ class ClassifyOptions(TaskOptions):
     """The keys of task: classify."""
 
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
+    _of_problems: ClassVar[dict[str, tuple[str, ...]]] = {
+        "multi_label_classification": ("micro_f1", "macro_f1", "subset_accuracy", "loss"),
+        "regression": ("pearson", "spearman", "mse", "mae", "loss"),
+    }
 
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
+        None,
+        description="classify: one label of several, any number of them (lists), or a number; by the labels if not "
+        "given",
+    )
     new_head: bool = Field(
         False, description="classify: a new head where the model has one for as many labels by other names"
     )
 
+    @property
+    def streams(self) -> bool:
+        return False
 
-class DpoOptions(TaskOptions):
+    def measured(self) -> tuple[str, ...]:
+        return self._of_problems.get(self.problem_type or "", self.measures)
+
+
+class _PreferenceOptions(TaskOptions):
+    """The keys of tasks that learn from preferences."""
+
+    beta: float = Field(0.1, gt=0, description="dpo, kto: how much of a step away from the base a preference is worth")
+
+
+class KtoOptions(_PreferenceOptions):
+    """The keys of task: kto."""
+
+    measures: ClassVar[tuple[str, ...]] = ("reward_accuracy", "loss")
+
+    desirable_weight: float = Field(1.0, gt=0, description="kto: what an answer with label true counts")
+    undesirable_weight: float = Field(1.0, gt=0, description="kto: what an answer with label false counts")
+
+
+class DpoOptions(_PreferenceOptions):
     """The keys of task: dpo."""
 
     measures: ClassVar[tuple[str, ...]] = ("reward_accuracy", "loss")
 
-    beta: float = Field(0.1, gt=0, description="dpo: how much of a step away from the base a preference is worth")
     dpo_loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="dpo: of a pair's margin")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, sigmoid: share of pairs that may be swapped")
 
@@ -108,6 +147,10 @@ class ReinforceOptions(TaskOptions):
     @property
     def makes_records(self) -> bool:
         return self.environment is not None
+
+    @property
+    def streams(self) -> bool:
+        return False
 
     def check_task(self, config: RunConfig) -> None:
         count = len([self.reward] if isinstance(self.reward, str) else self.reward or ())

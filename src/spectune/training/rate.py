@@ -93,10 +93,10 @@ def find_rate(
 
 def _batches(config: TrainConfig, task: Task, model: Any, tokenizer: Any, records: Sequence[Record]) -> list[Any]:
     """Return batches drawn by the seed: those to judge by first, then those to learn from."""
-    order = list(records)
+    order = list(range(len(records)))
     random.Random(config.seed).shuffle(order)
     size = config.batch_size
-    few = order[: 2 * size * (_JUDGED + STEPS)]
+    few = [records[i] for i in order[: 2 * size * (_JUDGED + STEPS)]]
     examples = task.encode(few, model, tokenizer, token_limit(config, model)).examples
     collate = task.collator(model, tokenizer)
     return [collate(examples[i : i + size]) for i in range(0, len(examples), size)][: _JUDGED + STEPS]

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from spectune.training.options import resumes
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
 _MEANING += ("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
 _MEANING += ("data_config", "data_split", "eval_split", "max_length", "completion_only", "seed", "dtype", "adapter")
-_MEANING += ("quantize",)
+_MEANING += ("quantize", "max_eval_samples", "streaming")  # which is held out another way
 # of these one is told, and the run goes on
 _TOLD = ("lr", "group_lr", "epochs", "max_steps", "schedule", "warmup", "weight_decay", "max_grad_norm", "eval_steps")
 _TOLD += ("patience", "best", "save_steps", "fsdp", "factored", "fused", "gradient_checkpointing")
@@ -38,19 +39,20 @@ _STEP = (
 _INCIDENTAL = ("output", "resume", "overwrite", "log_steps", "report_to", "trust_remote_code", "device")
 
 
-def write_run(config: TrainConfig, output: Path, records: Sequence[Record], more: Mapping[str, str]) -> None:
+def write_run(config: TrainConfig, output: Path, parts: Sequence[Sequence[Record]], more: Mapping[str, str]) -> None:
     """Write config.yaml, run.json, README.md, a model card with the usual metadata, and a task's files."""
     output.mkdir(parents=True, exist_ok=True)
+    count = sum(map(len, parts))
     packages = ("spectune", "torch", "transformers", "safetensors")
     run = {
         "processes": processes.count(),
-        "data": {"examples": len(records), "sha256": digest(records)},
+        "data": {"examples": count, "sha256": digest(chain.from_iterable(parts))},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
     front = {"base_model": config.model, "library_name": "spectune", "tags": ["spectune", config.parsed_method().name]}
     card = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# An adapter for {config.model}\n\n"
-        f"Trained with `{config.method}` on {len(records)} examples; the settings are in `config.yaml`.\n\n"
+        f"Trained with `{config.method}` on {count} examples; the settings are in `config.yaml`.\n\n"
         f"    spectune {'classify' if config.task == 'classify' else 'chat'} {config.model} -a {output.name}"
         f"{f' --quantize {config.quantize}' if config.quantize else ''}\n"
     )
@@ -103,7 +105,11 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     return [named[key] for key in keys if key in meaning], [named[key] for key in keys if key not in meaning]
 
 
-def digest(records: Sequence[Record]) -> str:
+def digest(records: Iterable[Record]) -> str:
     """Return what tells records from others: a sum over all their columns."""
-    text = json.dumps(list(records), sort_keys=True, default=lambda value: str(value).partition(" at 0x")[0])
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = hashlib.sha256(b"[")  # as of one list
+    for number, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True, default=lambda value: str(value).partition(" at 0x")[0])
+        found.update(f"{', ' * (number > 0)}{text}".encode())
+    found.update(b"]")
+    return found.hexdigest()

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError, nearest
 from spectune.plugins import imported, load, offered
-from spectune.training.options import ClassifyOptions, DpoOptions, ReinforceOptions, SftOptions, TaskOptions
+from spectune.training.options import ClassifyOptions, DpoOptions, KtoOptions, ReinforceOptions, SftOptions, TaskOptions
 
 GROUP = "spectune.tasks"  # of entry points: name = "package.module:Task"
 
@@ -26,6 +26,7 @@ _BUILT_IN = {
     "sft": _BuiltIn("spectune.training.tasks.sft", "Sft", SftOptions),
     "classify": _BuiltIn("spectune.training.tasks.classify", "Classify", ClassifyOptions),
     "dpo": _BuiltIn("spectune.training.tasks.dpo", "Dpo", DpoOptions),
+    "kto": _BuiltIn("spectune.training.tasks.kto", "Kto", KtoOptions),
     "reinforce": _BuiltIn("spectune.training.tasks.reinforce.task", "Reinforce", ReinforceOptions),
 }
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _train(
             config = _with_its_method(config, start_from)
         checkpoint = _checkpoint(output, console) if config.resume else None
         if checkpoint is not None:
-            _report_changes(config, output, [*records, *held], console)
+            _report_changes(config, output, (records, held), console)
     limit = token_limit(config, model)
     task = make_task(config)
 
@@ -189,7 +190,7 @@ def _train(
         if processes.is_main():
             if checkpoint is None:
                 _clear(config, output)
-            write_run(config, output, [*records, *held], task.files(model))
+            write_run(config, output, (records, held), task.files(model))
         log = RunLog(output, console, None if checkpoint is None else _step(checkpoint))
     trainer = task.trainer(
         model=model,
@@ -329,7 +330,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _report_changes(config: TrainConfig, output: Path, records: Sequence[Record], console: Console) -> None:
+def _report_changes(config: TrainConfig, output: Path, parts: Sequence[Sequence[Record]], console: Console) -> None:
     """Refuse to resume a run whose meaning or data changed, and say what else did."""
     before = read_run(output)
     fatal, other = changed(before, config)
@@ -339,7 +340,7 @@ def _report_changes(config: TrainConfig, output: Path, records: Sequence[Record]
             "(batch_size and accumulate may change where a step keeps its number of examples), or start anew with "
             "overwrite=true"
         )
-    if before["digest"] != digest(records):
+    if before["digest"] != digest(chain.from_iterable(parts)):
         raise SpectuneError(
             f"cannot resume {output}: the data changed since its run began; give the data as it was, or start anew "
             "with overwrite=true or another output"

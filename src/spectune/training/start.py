@@ -75,7 +75,7 @@ def propose(data: str, model: str, pairs: Sequence[str] = (), *, trust_remote_co
     records, held = task.read()
     task.measure(records, outline, tokenizer)
     labels = {str(record["label"]) for record in records} if config.task == "classify" else set()
-    if len(labels) == 1:
+    if len(labels) == 1 and len(records) > 1:
         raise SpectuneError(f"all records have the label {next(iter(labels))!r}: there is nothing to tell apart")
     settled = task.config
     apart = 0 if settled.evaluation() is not None else len(held)

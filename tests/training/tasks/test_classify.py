@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score
 from transformers import BertConfig, BertModel, TrainingArguments
 
 import spectune
+from spectune.adapters.labels import Labels
 from spectune.bases.classifiers import classify
 from spectune.errors import SpectuneError
 from spectune.methods.head import Head
@@ -118,13 +120,126 @@ def test_labels_that_only_the_evaluation_data_has(settings, tmp_path, folders):
         run(settings, f"model={folders['encoder']}", f"eval_data={other}")
 
 
+GRADES = [{"text": f"say {n} and {m}", "label": i / 4} for i, n in enumerate(NUMBERS) for m in NUMBERS]
+TAGS = [
+    {"text": f"say {n} and {m}", "label": [t for t, there in (("early", i < 5), ("late", j > 6)) if there]}
+    for i, n in enumerate(NUMBERS)
+    for j, m in enumerate(NUMBERS)
+]
+
+
+def test_numbers_are_predicted(settings, tmp_path, folders, capsys):
+    data = write(tmp_path / "grades.jsonl", GRADES)
+    more = [f"model={folders['encoder']}", f"data={data}", "method=lora:rank=4", "lr=1e-2", "epochs=16"]
+    result = run(settings, *more)
+    assert result.after["pearson"] > 0.6 > 0.3 > result.before["pearson"]
+    assert result.after["mse"] == pytest.approx(result.after["loss"], rel=1e-4)
+    assert result.after["mse"] < 0.5 * result.before["mse"]
+    assert "labels are numbers, 0 to 2.25, to predict (problem_type: regression)" in capsys.readouterr().err
+    adapter = spectune.Adapter.load(tmp_path / "out")
+    assert adapter.labels == Labels(["label"], "regression")
+    model, tokenizer = spectune.load_base(folders["encoder"], "fp32", labels=adapter.labels)
+    spectune.attach(model, adapter)
+    said = [one.value for one in classify(model, tokenizer, [record["text"] for record in GRADES])]
+    there = [record["label"] for record in GRADES]
+    assert sum((a - b) ** 2 for a, b in zip(said, there, strict=True)) / len(said) < 0.3
+    assert load_config(tmp_path / "out" / "config.yaml", []).problem_type == "regression"
+
+
+def test_any_number_of_labels(settings, tmp_path, folders, capsys):
+    data = write(tmp_path / "tags.jsonl", TAGS)
+    more = [f"model={folders['decoder']}", f"data={data}", "method=lora:rank=4", "lr=1e-2", "epochs=16"]
+    result = run(settings, *more)
+    assert set(result.after) == {"loss", "micro_f1", "macro_f1", "subset_accuracy"}
+    assert result.after["micro_f1"] > 0.7 > result.before["micro_f1"]
+    said = capsys.readouterr().err
+    assert "labels are lists" in said
+    assert "35 of 100 records have none of the labels" in said
+    adapter = spectune.Adapter.load(tmp_path / "out")
+    assert adapter.labels == Labels(["early", "late"], "multi_label_classification")
+    model, tokenizer = spectune.load_base(folders["decoder"], "fp32", labels=adapter.labels)
+    spectune.attach(model, adapter)
+    found = classify(model, tokenizer, [record["text"] for record in TAGS])
+    assert sum(list(one.labels) == record["label"] for one, record in zip(found, TAGS, strict=True)) > 60
+    assert all(one.labels == tuple(n for n, p in one.probabilities.items() if p > 0.5) for one in found)
+    other, _ = spectune.load_base(folders["decoder"], "fp32", labels=["early", "late"])
+    with pytest.raises(SpectuneError, match=r"for multi_label_classification and the model for single_label"):
+        spectune.attach(other, adapter)
+
+
+@pytest.mark.parametrize(
+    ("labels", "target"),
+    [
+        (Labels(["a", "b"], "multi_label_classification"), [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]),
+        (Labels(["label"]), [0.5, -100.0, 2.0]),
+    ],
+)
+def test_losses_and_measures_are_those_of_transformers_and_of_scikit_learn(folders, labels, target):
+    task = Classify(load_config(None, ["model=m", "data=d", "output=o", "task=classify"]))
+    model, tokenizer = spectune.load_base(folders["encoder"], "fp32", labels=labels)
+    torch.nn.init.normal_(model.classifier.weight)
+    several = len(labels) > 1
+    given = [[n for n, there in zip(labels, row, strict=True) if there] for row in target] if several else target
+    records = [{"text": text, "label": each} for text, each in zip(("say one", "say two", "say"), given, strict=True)]
+    batch = task.collator(model, tokenizer)(task.encode(records, model, tokenizer, 16).examples)
+    truth = torch.tensor(target)
+    assert int((batch["labels"] != -100).sum()) == truth.numel()  # also of the number -100
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "targets")}
+    with torch.no_grad():
+        theirs = model(**inputs, labels=truth)
+        sums = task.sums(model, dict(batch))
+    assert float(sums["loss"] / sums["items"]) == pytest.approx(float(theirs.loss), rel=1e-5)
+    found = task.metrics(sums)
+    if several:
+        said = theirs.logits > 0
+        assert found["micro_f1"] == pytest.approx(f1_score(truth, said, average="micro", zero_division=0))
+        assert found["subset_accuracy"] == pytest.approx((said == truth.bool()).all(-1).double().mean())
+    else:
+        said = theirs.logits[:, 0].tolist()
+        assert found["pearson"] == pytest.approx(pearsonr(said, target).statistic, abs=1e-6)
+        assert found["spearman"] == pytest.approx(spearmanr(said, target).statistic, abs=1e-6)
+
+
+def test_columns_that_say_yes_or_no_are_labels(settings, tmp_path, folders):
+    rows = "text,toxic,insult\nsay one,1,0\nsay two,0,0\nsay three,1,1\n" + "say four,0,1\n" * 5
+    data = tmp_path / "jigsaw.csv"
+    data.write_text(rows)
+    more = [f"model={folders['encoder']}", f"data={data}", "columns={label: [toxic, insult]}", "max_steps=1"]
+    assert run(settings, *more).adapter.labels == Labels(["insult", "toxic"], "multi_label_classification")
+    data.write_text(rows.replace("0,0", "0,-1"))
+    with pytest.raises(SpectuneError, match="row 2: columns: 'insult' is one of several labels, which must be 0 or 1"):
+        run(settings, *more, "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "message"),
+    [
+        ([0.5, "a"], (), "line 2: label is 'a', and others are numbers"),
+        ([["a"], "b"], (), "line 2: label is 'b', and others are lists of names"),
+        (["3", "x"], ("problem_type=regression",), "line 2: label must be a number, not 'x'"),
+        ([["a"]], ("problem_type=regression",), "line 1: label is a list, and problem_type is regression"),
+        ([0.5], ("problem_type=single_label_classification",), "line 1: label must be a name"),
+        (["a"], ("problem_type=multi_label_classification",), "line 1: label must be a list of names, not 'a'"),
+        ([1.5] * 9, (), "every label of the training data is 1.5: nothing to predict"),
+        ([[]] * 9, (), "every list of labels in the training data is empty"),
+    ],
+)
+def test_labels_of_several_kinds(settings, tmp_path, folders, labels, more, message):
+    rows = [{"text": f"say {i}", "label": label} for i, label in enumerate(labels)]
+    data = write(tmp_path / "kinds.jsonl", rows)
+    with pytest.raises(SpectuneError, match=message):
+        run(settings, f"data={data}", f"model={folders['encoder']}", *more)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         ({"text": "one"}, "has the keys 'text'; it needs 'text' and 'label'"),
         ({"text": 1, "label": "a"}, "text must be a string"),
-        ({"text": "one", "label": None}, "label must be a name or a whole number, not None"),
-        ({"text": "one", "label": 0.5}, "label must be a name or a whole number"),
+        ({"text": "one", "label": None}, "label must be a name, a number or a list of names, not None"),
+        ({"text": "one", "label": float("nan")}, "label must be a finite number, not nan"),
+        ({"text": "one", "label": ["a", None]}, "label must be a list of names, and has None"),
+        ({"text": "one", "label": ["a", ["b"]]}, r"label must be a list of names, and has \['b'\]"),
         ({"text": "one", "text_pair": 3, "label": "a"}, "text_pair must be a string"),
     ],
 )

@@ -16,7 +16,7 @@ from spectune.compare.report.verdict import adapts, answer, cheapest
 from spectune.compare.trial import Result
 from spectune.methods import METHODS
 
-PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
+PERCENT = ("accuracy", "micro_f1", "macro_f1", "subset_accuracy", "exact_match", "reward_accuracy")
 SIGNIFICANT = 0.05
 _NAMES = {"full": "full fine-tuning", "lora_xs": "LoRA-XS"}
 _MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")

@@ -19,6 +19,7 @@ _TEXTS += ("utterance", "query", "title", "description")
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"))
 _PAIRS += (("question", "sentence"), ("sentence_a", "sentence_b"), ("query", "passage"))
 _ASKED = ("prompt", "question", "instruction", "input", "query", "user", "source", "q", "request", "problem")
+_INDEX = ("", "__index_level_0__", "Unnamed: 0")  # the numbers of rows, as pandas writes them
 _KINDS = 150  # labels at most
 
 
@@ -26,13 +27,13 @@ class Found(NamedTuple):
     """What data is for.
 
     Args:
-        task: sft, classify or dpo.
+        task: sft, classify, dpo or kto.
         columns: the task's names for those of the data, where they differ.
         reason: for both.
     """
 
     task: str
-    columns: dict[str, str]
+    columns: dict[str, str | list[str]]
     reason: str
 
 
@@ -51,12 +52,17 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
     read: list[Any] = [row for row, _ in islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
     if not read:
         raise SpectuneError(f"{source} holds no records")
-    if not all(isinstance(row, Mapping) for row in read):
-        raise SpectuneError(f"{source}: a record is an object with names for its values, and not a {type(read[0])!r}")
-    names = [name for name in read[0] if any(row.get(name) not in (None, "") for row in read)]
+    other = next((row for row in read if not isinstance(row, Mapping)), None)
+    if other is not None or not all(isinstance(row, Mapping) for row in read):
+        raise SpectuneError(
+            f"{source}: a record is an object with names for its values, and not {type(other).__name__} ({other!r:.40})"
+        )
+    names = [name for name in read[0] if name not in _INDEX and any(row.get(name) not in (None, "") for row in read)]
     there = set(names)
     if {"chosen", "rejected"} <= there and generates:
         return Found("dpo", {}, "'chosen' and 'rejected' are there")
+    if {"prompt", "completion", "label"} <= there and generates and _judged(read):
+        return Found("kto", {}, "'label' says of each 'completion' whether it is good")
     answers = _answers(read)
     label = _label(read, names)
     if not generates or (label is not None and not answers):
@@ -81,6 +87,11 @@ def _answers(read: Sequence[Mapping[str, Any]]) -> str | None:
     return (max(kinds, key=len) or "prompt and completion") if known and kinds else None
 
 
+def _judged(read: Sequence[Mapping[str, Any]]) -> bool:
+    values = _values(read, "label")
+    return all(isinstance(value, bool) for value in values) and len(set(values)) == 2
+
+
 def _values(read: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return [row.get(name) for row in read if row.get(name) not in (None, "")]
 
@@ -95,11 +106,27 @@ def _label(read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | Non
         if any(isinstance(value, float) and not value.is_integer() for value in values):
             return None
         count = len({str(value) for value in values})
+        comes_back = count < len(values) and name.lower() not in _TEXTS
+        if not comes_back and name.lower() not in _LABELS:
+            return None
         return count if 2 <= count <= min(_KINDS, max(2, len(values) // 2)) else None
 
     able = {name: count for name in names if (count := kinds(name)) is not None}
-    named = [name for name in able if name.lower() in _LABELS]
+    named = [name for name in names if name.lower() in _LABELS and (name in able or _other_kind(_values(read, name)))]
     return min(named or able, key=lambda name: _LABELS.index(name.lower()) if named else able[name], default=None)
+
+
+def _other_kind(values: Sequence[Any]) -> str | None:
+    """Return what labels are that are neither names nor whole numbers: lists of names, or numbers; None otherwise."""
+    if values and all(isinstance(value, list) and all(isinstance(n, (str, int)) for n in value) for value in values):
+        return "lists of labels"
+    if values and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return "numbers" if any(isinstance(value, float) and not value.is_integer() for value in values) else None
+    return None
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(each, Mapping) for each in value))
 
 
 def _length(read: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -118,15 +145,19 @@ def _labelled(read: Sequence[Mapping[str, Any]], names: Sequence[str], label: st
     first = first or max(others, key=lambda name: _length(read, name))
     columns = {"text": first, "label": label} | ({"text_pair": pair[1]} if pair else {})
     kinds = len({str(value) for value in _values(read, label)})
-    return Found(
-        "classify",
-        {ours: theirs for ours, theirs in columns.items() if ours != theirs},
-        f"{label!r} has {kinds} values that come back: texts with labels",
-    )
+    other = _other_kind(_values(read, label))
+    reason = f"{label!r} holds {other}" if other else f"{label!r} has {kinds} values that come back: texts with labels"
+    return Found("classify", {ours: theirs for ours, theirs in columns.items() if ours != theirs}, reason)
 
 
 def _asked(source: str, read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Found:
     """Return a prompt and what follows it by their names, or by the order of the two longest columns of text."""
+    inside = next((name for name in names if any(map(_is_nested, _values(read, name)))), None)
+    if inside is not None:
+        raise SpectuneError(
+            f"{source} has {inside!r}, which holds objects and is of no known format: write out what is in it, as "
+            "messages or prompt and completion, or name two columns of text, columns='{prompt: ..., completion: ...}'"
+        )
     texts = sorted((name for name in names if _length(read, name) > 0), key=lambda name: -_length(read, name))
     if not texts:
         raise SpectuneError(f"{source} has no text to learn from ({', '.join(names)})")

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.prompts import (
     MARK,
+    Asking,
     Ending,
     Message,
     added_tokens,
-    continuation,
+    answered,
+    answered_together,
+    begun,
+    continuing,
     end_of_text,
     ending,
     first_added,
-    ids,
     marked,
     plain,
     prompt_text,
     render,
-    text_tokens,
     uses,
 )
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import check_calls, is_learned, other_fields
-from spectune.training.data.records import Record, form
+from spectune.training.data.records import Record, form, of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_AT_ONCE = 512  # records whose texts are tokenized together
 _NO_TEMPLATE = "the tokenizer has no chat template for 'messages'; use prompt and completion, or text"
 
 
@@ -57,7 +61,7 @@ class Encoded:
         notes: what a user should know of the way they were made.
     """
 
-    examples: list[Any]  # an Example each, or what else the task makes of a record
+    examples: Sequence[Any]  # an Example each, or what else the task makes of a record
     cut: int
     dropped: int
     notes: tuple[str, ...] = field(default=())
@@ -77,7 +81,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> None:
-        self.tokenizer, self._ends = tokenizer, tuple(ends)
+        self.tokenizer, self.ends = tokenizer, tuple(ends)
         self._ways: Counter[str] = Counter()
         self._unused: set[str] = set()
 
@@ -91,22 +95,45 @@ class Encoder:
         Raises:
             SpectuneError: messages without a chat template, or that it refuses.
         """
+        return answered(self.tokenizer, self.asking(record, everything))
+
+    def of_all(
+        self, records: Iterable[Record], ask: Callable[[Record], Asking[list[Example]]] | None = None
+    ) -> Iterator[list[Example]]:
+        """Yield the examples of each of many records, whose texts the tokenizer gets some hundreds at a time.
+
+        Args:
+            records: the records.
+            ask: what `asking` or a task makes of one; `asking` if not given.
+
+        Raises:
+            SpectuneError: as `examples`, with the record's place.
+        """
+        rest = iter(records)
+        while part := [*islice(rest, _AT_ONCE)]:
+            yield from answered_together(self.tokenizer, [self._placed(each, ask or self.asking) for each in part])
+
+    def _placed(self, record: Record, ask: Callable[[Record], Asking[list[Example]]]) -> Asking[list[Example]]:
+        with of(record):
+            return (yield from ask(record))
+
+    def asking(self, record: Record, everything: bool = False) -> Asking[list[Example]]:
+        """Ask for tokens and return the examples of one record, as `examples` does."""
         kind = form(record)
         if kind == "text":
-            return [self._text(record["text"])]
+            tokens = self._ended(begun(self.tokenizer, (yield record["text"])))
+            return [Example(tokens, [True] * len(tokens))]
         other = getattr(record, "plain", None)
         if other is not None and not getattr(self.tokenizer, "chat_template", None):
             self._ways["plain"] += 1
-            example = self.completed(other["prompt"], other["completion"])
-            return [Example(example.tokens, [True] * len(example.tokens)) if everything else example]
+            return [(yield from self.completed(other["prompt"], other["completion"], everything))]
         options: dict[str, Any] = {key: record.get(key) for key in ("tools", "chat_template_kwargs")}
         if kind == "messages":
-            return self.turns(record["messages"], everything=everything, **options)
+            return (yield from self.asking_turns(record["messages"], everything=everything, **options))
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list):
-            return self.turns([*prompt, *completion], len(prompt), everything=everything, **options)
-        example = self.completed(prompt, completion)
-        return [Example(example.tokens, [True] * len(example.tokens)) if everything else example]
+            return (yield from self.asking_turns([*prompt, *completion], len(prompt), everything=everything, **options))
+        return [(yield from self.completed(prompt, completion, everything))]
 
     def one(self, record: Record) -> Example:
         """Return the one example of a record.
@@ -114,18 +141,18 @@ class Encoder:
         Raises:
             SpectuneError: as `examples`; or there are several.
         """
-        return _only(self.examples(record))
+        return answered(self.tokenizer, self.asking_one(record))
 
-    def completed(self, prompt: str, completion: str) -> Example:
-        """Return a text prompt and its completion, with the end of text that is learned."""
-        before = text_tokens(self.tokenizer, prompt)
-        after = continuation(self.tokenizer, prompt, ids(self.tokenizer, prompt), completion)
-        after = self._ended(after)
-        return Example([*before, *after], [False] * len(before) + [True] * len(after))
+    def asking_one(self, record: Record) -> Asking[Example]:
+        """Ask for tokens and return the one example of a record, as `one` does."""
+        return _only((yield from self.asking(record)))
 
-    def _text(self, text: str) -> Example:
-        tokens = self._ended(text_tokens(self.tokenizer, text))
-        return Example(tokens, [True] * len(tokens))
+    def completed(self, prompt: str, completion: str, everything: bool = False) -> Asking[Example]:
+        """Ask for and return a text prompt and its completion, with the end of text that is learned."""
+        own = yield prompt
+        before = begun(self.tokenizer, own)
+        after = self._ended((yield from continuing(self.tokenizer, prompt, own, completion)))
+        return Example([*before, *after], [everything] * len(before) + [True] * len(after))
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Return tokens with one end of text, which may be there already, with white space behind it."""
@@ -135,7 +162,15 @@ class Encoder:
             last -= 1
         return tokens if end is None or tokens[last - 1 : last] == [end] else [*tokens, end]
 
-    def turns(
+    def turns(self, messages: Sequence[Message], first: int = 0) -> list[Example]:
+        """Return the examples of a conversation; the loss is on the assistant's turns from the `first` message on.
+
+        Raises:
+            SpectuneError: no chat template, or messages that it refuses, or leaves out.
+        """
+        return answered(self.tokenizer, self.asking_turns(messages, first))
+
+    def asking_turns(
         self,
         messages: Sequence[Message],
         first: int = 0,
@@ -143,8 +178,8 @@ class Encoder:
         tools: Sequence[object] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
         everything: bool = False,
-    ) -> list[Example]:
-        """Return the examples of a conversation; the loss is on the assistant's turns from the `first` message on.
+    ) -> Asking[list[Example]]:
+        """Ask for tokens and return the examples of a conversation, as `turns` does.
 
         Args:
             messages: the conversation.
@@ -165,20 +200,20 @@ class Encoder:
         whole = render(tokenizer, chat, **options)
         if everything:
             prompt_text(tokenizer, chat, **options)  # which checks that no message is left out
-            stop = ending(tokenizer, self._ends).stop
-            tokens = ids(tokenizer, whole)
+            stop = ending(tokenizer, self.ends).stop
+            tokens = [*(yield whole)]
             tokens += [] if stop is None or stop in tokens[-3:] else [stop]
             return [Example(tokens, [True] * len(tokens))]
         learned = [i for i, message in enumerate(messages) if i >= first and is_learned(message)]
         found: list[Example] = []
         for i in learned:
-            turn = self._turn(chat, i, options)
+            turn = yield from self._turn(chat, i, options, whole if i + 1 == len(chat) else None)
             if found and turn.tokens[: len(found[-1].tokens)] == found[-1].tokens:
                 before = found.pop().supervised
                 turn = Example(turn.tokens, [*before, *turn.supervised[len(before) :]])
             found.append(turn)
         if found:  # what the template writes behind the last stop is seen, as it would be in a longer conversation
-            last, tokens = found[-1], ids(tokenizer, whole)
+            last, tokens = found[-1], (yield whole)
             if tokens[: len(last.tokens)] == last.tokens:
                 found[-1] = Example(tokens, last.supervised + [False] * (len(tokens) - len(last.tokens)))
         self._ways["turns"] += len(learned) > 1
@@ -186,19 +221,19 @@ class Encoder:
         self._ways["parts"] += len(found) if len(found) > 1 else 0
         return found
 
-    def _turn(self, chat: Sequence[Message], i: int, options: dict[str, Any]) -> Example:
-        """Return the prompt of an assistant's message, and its answer with a stop."""
+    def _turn(self, chat: Sequence[Message], i: int, options: dict[str, Any], whole: str | None) -> Asking[Example]:
+        """Ask for and return the prompt of an assistant's message, and its answer with a stop."""
         tokenizer = self.tokenizer
         prompt = prompt_text(tokenizer, chat[:i], **options)
-        whole = render(tokenizer, chat[: i + 1], **options)
-        end = ending(tokenizer, self._ends)
+        whole = render(tokenizer, chat[: i + 1], **options) if whole is None else whole
+        end = ending(tokenizer, self.ends)
         pieces, stop = self._parts(chat, i, prompt, whole, end, options)
         check_calls(chat[i], "".join(text for text, _ in pieces))
-        tokens = ids(tokenizer, prompt)
+        tokens = yield prompt
         supervised = [False] * len(tokens)
         before = prompt
         for text, is_answer in pieces:
-            more = continuation(tokenizer, before, tokens, text)
+            more = yield from continuing(tokenizer, before, tokens, text)
             before, tokens = before + text, [*tokens, *more]
             supervised += [is_answer] * len(more)
         if stop is not None:
@@ -242,12 +277,12 @@ class Encoder:
         """Return the answer, gap and stop of a turn that does not end as an answer without calls does."""
         bare = rest.rstrip()
         start, until, stop = next(reversed(added_tokens(self.tokenizer, bare)), (0, -1, None))
-        if until == len(bare) and (end.suffix or stop in (*self._ends, end_of_text(self.tokenizer))):
+        if until == len(bare) and (end.suffix or stop in (*self.ends, end_of_text(self.tokenizer))):
             return bare[:start], "", stop
         if i + 1 < len(chat):  # what the next turn begins with may be the stop
             after = render(self.tokenizer, chat[: i + 2], **options)
             gap, stop = first_added(self.tokenizer, after[len(whole) :]) if after.startswith(whole) else ("", None)
-            if stop in self._ends and not gap.strip():
+            if stop in self.ends and not gap.strip():
                 return rest, gap, stop
         return rest, end.gap, end.stop
 

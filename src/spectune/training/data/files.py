@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -10,10 +11,14 @@ import io
 import json
 import lzma
 import os
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectune.errors import SpectuneError, nearest, need
 
@@ -21,12 +26,24 @@ if TYPE_CHECKING:
     import datasets
 
 
-_PACKED: dict[str, Callable[[Path], bytes]] = {
-    ".gz": lambda path: gzip.decompress(path.read_bytes()),
-    ".bz2": lambda path: bz2.decompress(path.read_bytes()),
-    ".xz": lambda path: lzma.decompress(path.read_bytes()),
-    ".zst": lambda path: _zstd(path),
+# what gives the bytes of a packed file as they are read
+_PACKED: dict[str, Callable[[BinaryIO, Path], Any]] = {
+    ".gz": lambda file, path: gzip.GzipFile(fileobj=file),
+    ".bz2": lambda file, path: bz2.BZ2File(file),
+    ".xz": lambda file, path: lzma.LZMAFile(file),  # noqa: SIM115 (whoever asks for it closes it)
+    ".zst": lambda file, path: _zstd(file, path),
 }
+_UTF8, _PEEK = "utf-8-sig", 512
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_OTHERS = {  # what files under the name of data are instead
+    b"PK\x03\x04": "is a zip archive or an Excel workbook: unpack it, or save it as CSV",
+    b"version https://git-lfs": "is a pointer of Git LFS and not the data: get it by `git lfs pull`",
+    b"<!DOCTYPE": "is a web page and not data: get the file itself",
+    b"<html": "is a web page and not data: get the file itself",
+    b"%PDF": "is a PDF and not data",
+    b"SQLite format": "is a database: write out the records as JSON lines",
+}
+_ARRAY = ("[{", "[\n", "[\r", "[ ")  # what an array begins with, whatever the file is named
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet", ".arrow")
 _AROUND = ("data", "train", "rows", "examples", "records", "instances")  # the key of a list of records
@@ -75,49 +92,124 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         beside = [name.name for name in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, beside)
         raise SpectuneError(f"cannot read {path}: no such file{hint}")
-    if suffix in (".parquet", ".arrow"):
+    if suffix in (".parquet", ".arrow") or _begins(path, b"PAR1"):
         yield from _numbered(_table(path, suffix), str(path))
         return
-    text = _text(path, say, suffix in _TABLES)
-    if suffix in _TABLES:
-        yield from _separated(path, text, "\t" if suffix == ".tsv" else None)
-    elif suffix == ".json" and text.lstrip()[:1] in "[{" and not _is_lines(text):
-        yield from _array(path, text)
-    else:
-        yield from _json_lines(path, text)
+    with _unpacking(path), _opened(path) as stream:
+        begin = stream.peek(_PEEK)[:_PEEK]
+        for magic, what in _OTHERS.items():
+            if begin.startswith(magic):
+                raise SpectuneError(f"{path} {what}")
+        encoding = _encoding(begin)
+        if encoding not in (_UTF8, "utf-16", "utf-32"):
+            say(f"{path} was read as {encoding}, for every other byte is zero")
+        begins = begin.decode(encoding, "ignore").lstrip()[:2]
+        if suffix in _TABLES:
+            yield from _separated(path, _table_lines(path, stream, encoding, say), "\t" if suffix == ".tsv" else None)
+        elif begins in _ARRAY or (suffix == ".json" and begins[:1] in ("[", "{")):
+            text = _whole_text(path, stream.read(), encoding)
+            yield from _json_lines(path, text.split("\n")) if _is_lines(text) else _array(path, text, say)
+        elif begins and begins[0] not in "{[" and suffix not in (*_LINES, ".json"):
+            raise SpectuneError(
+                f'{path} is plain text and holds no records: write each as a line of JSON, as {{"text": "..."}}, '
+                "in a file named .jsonl"
+            )
+        else:
+            yield from _json_lines(path, _lines(path, stream, encoding))
 
 
-def _text(path: Path, say: Callable[[str], None], guess: bool) -> str:
-    """Return the text of a file, unpacked, in the encoding that it has."""
+def _begins(path: Path, magic: bytes) -> bool:
     try:
-        packed = _PACKED.get(path.suffix.lower())
-        content = path.read_bytes() if packed is None else packed(path)
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:  # which reading it will say
+        return False
+
+
+@contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
+    """Within the context, what reading and unpacking a file raise is said in a sentence."""
+    try:
+        yield
     except OSError as error:
         raise SpectuneError(f"cannot read {path}: {error.strerror or error}") from None
-    except SpectuneError:  # a package that is not there, and a ValueError
+    except SpectuneError:  # of a line, and a ValueError
         raise
-    except (EOFError, ValueError, lzma.LZMAError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise SpectuneError(f"cannot unpack {path}: {error}") from None
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """Give a file's bytes, unpacked as they are read."""
+    with path.open("rb") as file:
+        begin = file.read(8)
+        by_content = next((suffix for magic, suffix in _MAGIC.items() if begin.startswith(magic)), None)
+        unpack = _PACKED.get(by_content or path.suffix.lower())
+        file.seek(0)
+        if unpack is None:
+            yield file
+            return
+        with unpack(file, path) as unpacked:
+            yield io.BufferedReader(unpacked)
+
+
+def _whole_text(path: Path, content: bytes, encoding: str) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        if not guess:
-            line = content[: error.start].count(b"\n") + 1
-            raise SpectuneError(f"{path}, line {line}: not valid JSON, for it is not UTF-8 ({error})") from None
+        line = content[: error.start].count(b"\n") + 1
+        raise SpectuneError(f"{path}, line {line}: not valid JSON, for it is not UTF-8 ({error})") from None
+
+
+def _lines(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[str]:
+    """Yield the lines of a file, of which newlines alone are the ends."""
+    if encoding != _UTF8:
+        yield from io.TextIOWrapper(stream, encoding, newline="\n")
+        return
+    for number, line in enumerate(stream, start=1):
         try:
-            text = content.decode("cp1252")
-        except UnicodeDecodeError:
-            raise SpectuneError(f"cannot read {path}: it is neither UTF-8 ({error}) nor Windows-1252") from None
-        say(f"{path} is not UTF-8, and was read as Windows-1252 (cp1252)")
-        return text
+            yield line.decode(encoding if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise SpectuneError(f"{path}, line {number}: not valid JSON, for it is not UTF-8 ({error})") from None
 
 
-def _zstd(path: Path) -> bytes:
+def _table_lines(path: Path, stream: io.BufferedReader, encoding: str, say: Callable[[str], None]) -> Iterator[str]:
+    """Yield the lines of a table, which is Windows-1252 where it is not UTF-8."""
+    for tried in (encoding, "cp1252") if encoding == _UTF8 else ():
+        decoder = codecs.getincrementaldecoder(tried)()
+        try:
+            with _opened(path) as whole:
+                for part in iter(lambda: whole.read(1 << 20), b""):
+                    decoder.decode(part)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            if tried != _UTF8:
+                raise SpectuneError(f"cannot read {path}: it is neither UTF-8 nor Windows-1252 ({error})") from None
+            continue
+        encoding = tried
+        if tried != _UTF8:
+            say(f"{path} is not UTF-8, and was read as Windows-1252 (cp1252)")
+        break
+    yield from io.TextIOWrapper(stream, encoding, newline="")
+
+
+def _encoding(content: bytes) -> str:
+    """Return the encoding that a mark at the beginning says, or that zeros between the letters do."""
+    if content[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    begin = content[:200]
+    for encoding, zeros in (("utf-16-le", begin[1::2]), ("utf-16-be", begin[::2])):
+        if len(zeros) > 1 and zeros.count(0) > 0.8 * len(zeros):
+            return encoding
+    return _UTF8
+
+
+def _zstd(file: BinaryIO, path: Path) -> Any:
     pyarrow = need("pyarrow", f"reading {str(path)!r}")
-
-    with pyarrow.OSFile(str(path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
-        return stream.read()
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 
 
 def _is_lines(text: str) -> bool:
@@ -143,20 +235,22 @@ class _Twice(ValueError):
     """A key of an object is there twice."""
 
 
-def _json_lines(path: Path, text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_lines(path: Path, lines: Iterable[str]) -> Rows:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line, object_pairs_hook=_once)
+            record = json.loads(line.removesuffix("\n"), object_pairs_hook=_once)
         except _Twice as error:
             raise SpectuneError(f"{path}, line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
-        yield record, f"{path}, line {number}"
+        where = f"{path}, line {number}"
+        _check_pairs(line, record, where)
+        yield record, where
 
 
-def _array(path: Path, text: str) -> Rows:
+def _array(path: Path, text: str, say: Callable[[str], None]) -> Rows:
     try:
         found = json.loads(text, object_pairs_hook=_once)
     except _Twice as error:
@@ -164,9 +258,36 @@ def _array(path: Path, text: str) -> Rows:
     except (ValueError, RecursionError) as error:
         raise SpectuneError(f"{path}: not valid JSON ({error})") from None
     if isinstance(found, dict):  # one record, or an object around all of them
-        inner = next((found[key] for key in _AROUND if isinstance(found.get(key), list) and found[key]), None)
-        found = inner if inner is not None and isinstance(inner[0], dict) else [found]
-    yield from _numbered(found, str(path))
+        lists = [key for key, value in found.items() if _is_nested(value)]
+        key = next((key for key in _AROUND if key in lists), None)
+        if key is not None and len(lists) > 1:
+            others = ", ".join(map(repr, (name for name in lists if name != key)))
+            say(f"{path} was read from {key!r} alone; it has {others} too")
+        found = [found] if key is None else found[key]
+    for record, where in _numbered(found, str(path)):
+        _check_pairs(text, record, where)
+        yield record, where
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _check_pairs(text: str, record: object, where: str) -> None:
+    """Raise for half of a surrogate pair, which JSON can write and no tokenizer can read.
+
+    Raises:
+        SpectuneError: it is there.
+    """
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SpectuneError(
+            f"{where}: has {error.object[error.start]!a}, half of a surrogate pair, which is no character: it was "
+            "cut apart where a text was shortened"
+        ) from None
 
 
 def _numbered(found: Iterable[object], name: str) -> Rows:
@@ -174,15 +295,20 @@ def _numbered(found: Iterable[object], name: str) -> Rows:
         yield row, f"{name}, row {number}"
 
 
-def _separated(path: Path, text: str, delimiter: str | None) -> Rows:
+def _separated(path: Path, lines: Iterator[str], delimiter: str | None) -> Rows:
     """Yield the rows of a table, every field as the text that it is: neither 007 nor None means anything else."""
     csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
-    head = text.partition("\n")[0]
-    delimiter = delimiter or max(",;\t|", key=head.count)
+    head = next(lines, "")
+    said = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it
+    if said is not None:
+        delimiter, head = said[1], next(lines, "")
+    outside = re.sub(r'"[^"]*"', "", head)
+    delimiter = delimiter or max(",;\t|", key=outside.count)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-        names = reader.fieldnames or []
-        twice = [name for name, count in Counter(names).items() if count > 1]
+        reader = csv.DictReader(chain([head], lines), strict=True, delimiter=delimiter)
+        names = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = names
+        twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
         if twice:
             raise SpectuneError(f"{path}: two columns are named {twice[0]!r}, and only one of them would be read")
         for number, row in enumerate(reader, start=1):
@@ -191,6 +317,7 @@ def _separated(path: Path, text: str, delimiter: str | None) -> Rows:
                     f"{path}, row {number}: has other columns than the first line; quote "
                     f"{'commas' if delimiter == ',' else repr(delimiter)} in texts"
                 )
+            row.pop("", None)  # numbers of rows, or behind a last delimiter
             yield row, f"{path}, row {number}"
     except csv.Error as error:
         raise SpectuneError(f"cannot read {path}: it is not CSV ({error})") from None
@@ -200,6 +327,8 @@ def _table(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
     datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
+        if suffix != ".arrow" and not need("pyarrow.parquet", "Parquet").ParquetFile(path).metadata.num_rows:
+            return iter(())  # which datasets stumbles over
         if suffix == ".arrow":
             return _named(datasets.Dataset.from_file(str(path)))
         return _named(datasets.load_dataset("parquet", data_files=str(path), split="train"))
@@ -238,5 +367,14 @@ def _named(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
     import datasets
 
     names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+    several = {k: inner for k, f in table.features.items() if isinstance(inner := _inside(f), datasets.ClassLabel)}
     for row in map(dict, table):  # what has no label has -1
-        yield row | {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}
+        row |= {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}
+        yield row | {k: [f.int2str(n) for n in row[k]] for k, f in several.items() if row[k] is not None}
+
+
+def _inside(feature: object) -> object:
+    """Return what a column of lists holds lists of; datasets has had three ways to say so."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return feature[0]
+    return getattr(feature, "feature", None)

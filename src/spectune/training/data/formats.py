@@ -13,6 +13,7 @@ Values = Mapping[str, Any]
 _ROLES = {
     **dict.fromkeys(("human", "user", "prompter", "question"), "user"),
     **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt", "bing", "bard", "answer"), "assistant"),
+    **dict.fromkeys(("chatbot", "ai"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
     **{"system": "system", "developer": "developer"},
 }
@@ -59,7 +60,7 @@ def convert(record: Values, task: str) -> Converted:
 
     Args:
         record: as it was read.
-        task: sft, classify, dpo or reinforce.
+        task: sft, classify, dpo, kto or reinforce.
     """
     values = {key: _parsed(key, value) for key, value in record.items()}
     if task == "classify":
@@ -81,6 +82,7 @@ def unread(converted: Converted, record: Values) -> tuple[set[str], set[str]]:
     if "messages" not in values and not isinstance(values.get("prompt"), list) and record.get("tools"):
         rest |= {"tools"}
     around = _AROUND if values.keys() & {"completion", "chosen"} else set()
+    around = around if "messages" in values else {*around, "role"}  # one message of a conversation
     meant = {key for key in rest & (_MEANT | around) if not (key in ("weight", "train") and record[key] == 1)}
     return rest, meant
 
@@ -158,9 +160,11 @@ def _tools(there: Values) -> tuple[dict[str, object], tuple[str, ...]]:
 
 
 def _conversation(there: Values, task: str) -> Converted | None:
-    key = next((key for key in ("messages", "conversations", "conversation") if key in there), None)
+    key = next((key for key in ("messages", "conversations", "conversation", "contents") if key in there), None)
     if key is None:
         return None
+    if key == "contents":
+        return _contents(there, task)
     messages = _messages(there[key])
     if messages is None:
         return None
@@ -177,6 +181,19 @@ def _conversation(there: Values, task: str) -> Converted | None:
     if task == "dpo":
         return None
     return Converted({"messages": messages, **tools}, name, None, read)
+
+
+def _contents(there: Values, task: str) -> Converted | None:
+    """Recognise Gemini's conversations: contents, each with a role and parts, and an instruction beside them."""
+    contents, read = there["contents"], ["contents"]
+    if not isinstance(contents, list) or not all(isinstance(each, Mapping) and "parts" in each for each in contents):
+        return None
+    said = [{**{k: v for k, v in each.items() if k != "parts"}, "content": each["parts"]} for each in contents]
+    key = next((key for key in ("systemInstruction", "system_instruction") if key in there), None)
+    if key is not None and isinstance(there[key], Mapping):
+        said, read = [{"role": "system", "content": there[key].get("parts")}, *said], [*read, key]
+    found = _conversation({"messages": said}, task)
+    return None if found is None else found._replace(format="contents with parts", read=tuple(read))
 
 
 def _pair(there: Values, task: str) -> Converted | None:
@@ -253,6 +270,8 @@ def _prompted(there: Values, task: str) -> Converted | None:
 def _preference(there: Values, task: str) -> Converted | None:
     if task == "dpo" and isinstance(there.get("completions"), list) and isinstance(there.get("instruction"), str):
         return _scored(there)
+    if {"input", "preferred_output", "non_preferred_output"} <= there.keys():
+        return _preferred(there, task)
     if not {"chosen", "rejected"} <= there.keys() or (
         task == "sft" and there.keys() & {"messages", "completion", "text"}
     ):
@@ -289,6 +308,17 @@ def _preference(there: Values, task: str) -> Converted | None:
     return Converted({"prompt": prompt, "completion": chosen}, f"{name}, of which 'chosen' is learned", None, read)
 
 
+def _preferred(there: Values, task: str) -> Converted | None:
+    """Recognise OpenAI's preferences: an input of messages and tools, and two outputs."""
+    asked = there["input"]
+    if not isinstance(asked, Mapping) or "messages" not in asked:
+        return None
+    names = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    inner = {"prompt": asked["messages"], **{ours: there[theirs] for ours, theirs in names.items()}}
+    found = _preference(inner | ({"tools": asked["tools"]} if asked.get("tools") else {}), task)
+    return None if found is None else found._replace(read=("input", *names.values()))
+
+
 def _scored(there: Values) -> Converted | None:
     """Recognise UltraFeedback as it was first published: completions of an instruction, each with a score."""
 
@@ -315,13 +345,23 @@ def _scored(there: Values) -> Converted | None:
 
 
 def _unpaired(there: Values, task: str) -> Converted | None:
-    if task != "sft" or not {"prompt", "completion"} <= there.keys() or not isinstance(there.get("label"), bool):
+    """Recognise answers that are good or bad, each by itself."""
+    key = next((key for key in ("label", "kto_tag") if key in there), None)
+    if key is None or task not in ("sft", "kto") or (task == "sft" and not isinstance(there[key], bool)):
         return None
-    found = _prompted(there, task)
+    found = _prompted(there, task) if {"prompt", "completion"} <= there.keys() else None
+    if found is None and task == "kto":
+        found = _conversation(there, task) or _pair(there, task)
     if found is None:
         return None
-    name = "unpaired preferences, of which those with label true are learned"
-    return found._replace(format=name, read=(*found.read, "label"), values={**found.values, "label": there["label"]})
+    values = dict(found.values)
+    if "messages" in values:
+        *prompt, last = values.pop("messages") or [None]
+        values |= {"prompt": prompt, "completion": [last]}
+    chosen = ", of which those with label true are learned; task: kto learns from both" if task == "sft" else ""
+    name = f"unpaired preferences{chosen}"
+    values["label"] = there[key]
+    return found._replace(format=name, read=(*found.read, key), values=values)
 
 
 def _dialogue(text: str) -> list[dict[str, str]] | None:

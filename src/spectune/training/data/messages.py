@@ -53,7 +53,8 @@ def message_problem(messages: object, first: int = 0) -> str | None:
         if fault is not None:
             return fault if len(messages) == 1 else f"{fault} (message {number})"
     if not any(message["role"] == "assistant" for message in messages[first:]):
-        return "messages has no assistant turn to learn from"
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        return f"messages has no assistant turn to learn from (roles: {roles})"
     if not any(map(is_learned, messages[first:])):
         return "messages has no assistant turn to learn from: each has weight 0 or train false"
     return None

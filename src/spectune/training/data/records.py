@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
 
 from spectune.errors import SpectuneError, nearest
 from spectune.training.data.files import rows
 from spectune.training.data.formats import convert, unread
+from spectune.training.data.rows import OF_TASKS, Record, Row, of, same
+from spectune.training.data.spool import Spooled
 
 if TYPE_CHECKING:
     from spectune.training.config import Source, TrainConfig
 
 
-Record = Mapping[str, Any]  # one line of data, read from JSON or a table
-_OF_TASKS = {"text", "label", "text_pair", "prompt", "completion", "messages", "chosen", "rejected", "tools"}
+class Kept(Protocol):
+    """Where records are put."""
 
-
-class Row(dict[str, Any]):
-    """A record that knows where it comes from.
-
-    Args:
-        values: its keys.
-        where: file and line, for messages.
-        plain: the same as a text prompt and completion, for tokenizers without a chat template.
-        weight: how often it is taken, where others are taken once.
-    """
-
-    def __init__(self, values: Mapping[str, object], where: str, plain: Mapping[str, str] | None = None) -> None:
-        super().__init__(values)
-        self.where, self.plain, self.weight = where, plain, 1.0
-        self.same: str | None = None  # as `same` has it, once it was asked for
-
-
-@contextmanager
-def of(record: Record) -> Iterator[None]:
-    """Within the context, a `SpectuneError` says which record it is about."""
-    try:
-        yield
-    except SpectuneError as error:
-        where = getattr(record, "where", None)
-        raise (SpectuneError(f"{where}: {error}") if where else error) from None
+    def __len__(self) -> int: ...
+    def append(self, row: Row, /) -> None:
+        """Add a record."""
+        ...
 
 
 class Form(Protocol):
@@ -70,6 +50,8 @@ def read(
     config_name: str | None = None,
     split_name: str | None = None,
     say: Callable[[str], None] = lambda note: None,
+    into: Kept | None = None,
+    weight: float = 1.0,
 ) -> list[Record]:
     """Read the records of a file, of several, or of a split of a data set, in the form that a task takes.
 
@@ -80,36 +62,39 @@ def read(
         config_name: of the data set, where it has several configurations.
         split_name: of the data set; train if not given.
         say: told what a user should know of the way the data was read.
+        into: where to put the records, instead of returning them.
+        weight: how often each record is taken.
 
     Raises:
         SpectuneError: what cannot be read, or a record of another form, with its place.
     """
+    records: list[Record] = []
+    kept: Kept = records if into is None else into
+    before = len(kept)
     if isinstance(source, (list, tuple)):
-        records: list[Record] = []
         for part in source:
             given = part if isinstance(part, str) else part.path
             own = (config_name, split_name) if isinstance(part, str) else (part.config, part.split)
-            found = read(given, task, *own, say)
-            for record in found:
-                cast(Row, record).weight = 1.0 if isinstance(part, str) else part.weight
-            say(f"{given}: {len(found)} records")
-            records += found
+            already = len(kept)
+            read(given, task, *own, say, kept, 1.0 if isinstance(part, str) else part.weight)
+            say(f"{given}: {len(kept) - already} records")
         return records
-    records, formats, fields, blank = [], Counter(), Counter(), []
+    formats, fields, blank, empty = Counter[str](), Counter[str](), list[str](), list[str]()
     for values, where in rows(str(source), config_name, split_name, say):
         if not isinstance(values, dict):
             raise SpectuneError(f"{where}: not a JSON object with {task.forms}")
-        values = _renamed(values, task)
+        with of(values, where):
+            values = _renamed(values, task)
         converted = convert(values, task.config.task)
         if converted.format.startswith("unpaired") and not converted.values.pop("label"):
             formats["left out, for their label is false"] += 1
             continue
-        problem = task.problem(converted.values)
-        if problem is not None:
-            raise SpectuneError(f"{where}: {problem}")
         if _is_blank(converted.values, task):
             blank.append(where)
             continue
+        problem = task.problem(converted.values)
+        if problem is not None:
+            raise SpectuneError(f"{where}: {problem}")
         formats[converted.format] += 1
         if task.config.task != "classify" and task.config.task != "reinforce":
             others, meant = unread(converted, values)
@@ -120,16 +105,23 @@ def read(
                     f"{_shape(converted.values)}: take it out, or put it into messages"
                 )
             fields.update(others)
-        records.append(Row(converted.values, where, converted.plain))
-    if not records:
+            if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
+                empty.append(where)
+        elif task.config.task == "classify":
+            fields.update(values.keys() - OF_TASKS - {""})
+        row = Row(converted.values, where, converted.plain)
+        row.weight = weight
+        kept.append(row)
+    if len(kept) == before:
         why = f", for {blank[0]} and all others have a text without content" if blank else ""
         raise SpectuneError(f"{source} holds no examples{why}; each record needs {task.forms}")
-    _tell(records, formats, fields, blank, str(source), say)
+    _tell(formats, fields, blank, str(source), say)
+    if empty:
+        say(f"{source}: {len(empty)} records have an empty answer, of which a stop is learned, the first in {empty[0]}")
     return records
 
 
 def _tell(
-    records: Sequence[Record],
     formats: Counter[str],
     fields: Counter[str],
     blank: Sequence[str],
@@ -150,8 +142,20 @@ def _shape(values: Record) -> str:
 
 
 def _is_blank(values: Record, task: Form) -> bool:
+    if values.get("messages") == [] or (task.config.task == "classify" and _no_row(values)):
+        return True
     only = not {"messages", "prompt", "chosen"} & {key for key, value in values.items() if value is not None}
     return only and isinstance(values.get("text"), str) and not values["text"].strip()
+
+
+def _no_row(values: Record) -> bool:
+    """Whether a row of a table has no field at all, as spreadsheets end in them."""
+    return bool(values) and all(value in (None, "") for value in values.values())
+
+
+def _says_nothing(messages: object) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == "" and len(last) == 2
 
 
 def _renamed(record: object, task: Form) -> Any:
@@ -159,11 +163,26 @@ def _renamed(record: object, task: Form) -> Any:
     columns = task.config.columns
     if not columns or not isinstance(record, dict):
         return record
-    for theirs in columns.values():
+    wanted = {name for theirs in columns.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
+    for theirs in sorted(wanted):
         if theirs not in record:
             raise SpectuneError(f"columns: the data has no {theirs!r}{nearest(theirs, record)}")
-    others = {k: v for k, v in record.items() if k not in columns and k not in columns.values()}
-    return {**others, **{ours: record[theirs] for ours, theirs in columns.items()}}
+    others = {k: v for k, v in record.items() if k not in columns and k not in wanted}
+    found = {ours: record[theirs] for ours, theirs in columns.items() if isinstance(theirs, str)}
+    for ours, names in columns.items():
+        if isinstance(names, list):
+            if ours != "label":
+                raise SpectuneError(f"columns: {ours} is one column, and {len(names)} are given; label may be several")
+            found[ours] = [name for name in names if _is_yes(name, record[name])]
+    return {**others, **found}
+
+
+def _is_yes(name: str, value: object) -> bool:
+    """Whether a column that says yes or no says yes."""
+    said = str(value).strip().lower().removesuffix(".0")
+    if said not in ("0", "1", "true", "false", "yes", "no"):
+        raise SpectuneError(f"columns: {name!r} is one of several labels, which must be 0 or 1, and is {value!r}")
+    return said in ("1", "true", "yes")
 
 
 def form(record: Record) -> str | None:
@@ -177,22 +196,9 @@ def form(record: Record) -> str | None:
     return "completion" if {"prompt", "completion"} <= there else "text" if "text" in there else None
 
 
-def same(record: Record) -> str:
-    """Return what two records have alike that teach the same."""
-    known = getattr(record, "same", None)
-    if known is not None:
-        return known
-    kept = {key: value for key, value in record.items() if key in _OF_TASKS} or dict(record)
-    text = json.dumps(kept, sort_keys=True, default=str)
-    found = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-    if isinstance(record, Row):
-        record.same = found
-    return found
-
-
 def split(
     records: Sequence[Record], share: float, seed: int, by: Callable[[Record], object] | None = None
-) -> tuple[list[Record], list[Record]]:
+) -> tuple[Sequence[Record], Sequence[Record]]:
     """Return records for training and a held-out share of them, at least one, at random by the seed.
 
     Records that are the same stay together, so that none is in both.
@@ -208,12 +214,14 @@ def split(
         SpectuneError: one of the two would be empty.
     """
     if share <= 0:
-        return list(records), []
+        return records, []
     wanted = max(1, round(len(records) * share))
     if wanted >= len(records):
         raise SpectuneError(
             f"held_out={share} of {len(records)} examples leaves one side empty; give more data, another share, or 0"
         )
+    if isinstance(records, Spooled):
+        return records.parted(wanted, seed)
     groups: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
         groups[same(record)].append(i)
@@ -251,10 +259,21 @@ def _chosen(groups: list[list[int]], kinds: Sequence[object], wanted: int, seed:
     return held
 
 
-def repeated(records: Sequence[Record], seed: int) -> list[Record]:
+def repeated(records: Sequence[Record], seed: int) -> Sequence[Record]:
     """Return records as often as their weights say; what is left of a weight is drawn by the seed."""
+    if isinstance(records, Spooled):
+        return records.repeated(seed)
     draws, found = random.Random(seed), []
     for record in records:
         weight = getattr(record, "weight", 1.0)
         found += [record] * (int(weight) + (draws.random() < weight % 1))
     return found
+
+
+def copies(records: Sequence[Record], others: Sequence[Record]) -> tuple[int, int]:
+    """Return how many records are there more than once, and how many of the others are among them."""
+    if isinstance(records, Spooled) and isinstance(others, Spooled):
+        kinds = np.unique(records.digests())
+        return len(records) - len(kinds), int(np.isin(others.digests(), kinds).sum())
+    learned = {same(record) for record in records}
+    return len(records) - len(learned), sum(same(record) in learned for record in others)

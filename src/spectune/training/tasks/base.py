@@ -11,9 +11,10 @@ from spectune.bases.loading import Outline, load_base
 from spectune.bases.prompts import stop_tokens
 from spectune.errors import SpectuneError
 from spectune.training import processes
-from spectune.training.config import FOLLOWING, TrainConfig
+from spectune.training.config import FOLLOWING, Source, TrainConfig
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.records import Record, of, read, repeated, same, split
+from spectune.training.data.records import Record, copies, of, read, repeated, split
+from spectune.training.data.spool import Spool
 from spectune.training.defaults import Choice, by_count, by_lengths, settle
 from spectune.training.options import TaskOptions
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -46,6 +47,8 @@ class Task:
     shown: ClassVar[tuple[str, ...]] = ()  # the measures of an evaluation that are shown and drawn beside the loss
     by_length: ClassVar[bool] = False  # batches are of examples of about one length; these are mappings with input_ids
 
+    gathered: ClassVar[tuple[str, ...]] = ()  # of `sums`, what is laid end to end over batches and not added
+
     dropout: ClassVar[bool] = True  # the model's own stays on in training; an adapter's does
     follows: ClassVar[tuple[str, ...]] = FOLLOWING  # settings that follow the data where they are not given
 
@@ -58,7 +61,7 @@ class Task:
         """Return what is wrong with the form of a record, or None."""
         raise NotImplementedError
 
-    def read(self) -> tuple[list[Record], list[Record]]:
+    def read(self) -> tuple[Sequence[Record], Sequence[Record]]:
         """Return the records to train on and those to evaluate on.
 
         Raises:
@@ -66,14 +69,16 @@ class Task:
         """
         config = self.config
         assert config.data is not None  # or the configuration was not checked
-        say = self.notes.append
-        records, other = read(config.data, self, config.data_config, config.data_split, say), config.evaluation()
-        config = self._choose(by_count(config, len(records), self.follows, processes.count()))
+        records, other = self.records(config.data, config.data_config, config.data_split), config.evaluation()
+        held = [] if other is None else self.records(*other)
+        self.look(records, held)
+        config = self._choose(by_count(self.config, len(records), self.follows, processes.count(), len(held)))
         if other is None:
-            records, held = split(records, config.held_out, config.seed, self.kind)
-        else:
-            held = read(other[0], self, *other[1:], say)
+            records, held = self.split(records, config.held_out)
         self._watch(records, held)
+        most = config.max_eval_samples
+        if most is not None and len(held) > most:
+            held = self.split(held, most / len(held))[1][:most]  # copies of one record may be a few more
         return repeated(records, config.seed), held
 
     def _choose(self, choices: Sequence[Choice]) -> TrainConfig:
@@ -104,13 +109,45 @@ class Task:
         context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._choose(by_lengths(self.config, lengths, context, self.follows))
 
+    def look(self, records: Sequence[Record], held: Sequence[Record]) -> None:
+        """Look at all records once they are read, before any is held out.
+
+        Args:
+            records: to train on, and to hold a share out of.
+            held: others, to evaluate on.
+
+        Raises:
+            SpectuneError: they do not go together.
+        """
+
+    def split(self, records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
+        """Return records to learn from and a share of them that is held out, with as much of each kind in both.
+
+        Raises:
+            SpectuneError: one of the two would be empty.
+        """
+        return split(records, share, self.config.seed, self.kind)
+
     def kind(self, record: Record) -> object:
         """Return what a held-out share has as much of as the data, such as a label."""
         return None
 
+    def records(
+        self, source: str | list[str | Source], config_name: str | None = None, split_name: str | None = None
+    ) -> Sequence[Record]:
+        """Return the records of data, in memory or, where the configuration says so, in a file.
+
+        Raises:
+            SpectuneError: what cannot be read, or a record of another form, with its place.
+        """
+        if not self.config.streaming:
+            return read(source, self, config_name, split_name, self.notes.append)
+        spool = Spool()
+        read(source, self, config_name, split_name, self.notes.append, spool)
+        return spool.all()
+
     def _watch(self, records: Sequence[Record], held: Sequence[Record]) -> None:
-        learned = {same(record) for record in records}
-        twice, leaks = len(records) - len(learned), sum(same(record) in learned for record in held)
+        twice, leaks = copies(records, held)
         if twice:
             self.notes.append(
                 f"{twice} of {len(records)} training records are repeated; each counts as often as it is there"
@@ -162,7 +199,10 @@ class Task:
         raise NotImplementedError
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides."""
+        """Return sums over a batch: "loss", with its gradient, "items", and what `metrics` needs besides.
+
+        Those that `gathered` names have a row for each item instead.
+        """
         raise NotImplementedError
 
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases.prompts import padding, stop_tokens
+from spectune.bases.prompts import Asking, answered, padding, stop_tokens
 from spectune.errors import SpectuneError
-from spectune.model.routing import base_alone
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.formats import parts_of
 from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
-from spectune.training.data.records import Record, of
+from spectune.training.data.records import Record
+from spectune.training.data.store import stored
 from spectune.training.options import DpoOptions, TaskOptions
-from spectune.training.tasks.base import Collator, Task
+from spectune.training.tasks.base import Collator
+from spectune.training.tasks.preferences import Preferences, batch_of, log_probabilities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class Pair(NamedTuple):
     rejected: Example
 
 
-class Dpo(Task):
+class Dpo(Preferences):
     """Mean over pairs of -log sigmoid(beta h), with h = log p(chosen)/p0(chosen) - log p(rejected)/p0(rejected).
 
     p0 is the base: the model itself with its adapters switched off, so that no second model is in memory.  TRL's
@@ -49,8 +50,6 @@ class Dpo(Task):
     )
     unit = "pair"
     shown = ("reward_accuracy", "reward_margin")
-    dropout = False
-    reference: PreTrainedModel | None = None  # another model as p0, where the base's own weights train
 
     @property
     def options(self) -> DpoOptions:
@@ -61,7 +60,8 @@ class Dpo(Task):
     def problem(self, record: Record) -> str | None:
         keys = [key for key in ("prompt", "chosen", "rejected") if key in record]
         if not {"chosen", "rejected"} <= set(keys):
-            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
+            other = "; task: kto learns from single answers" if {"completion", "label"} <= record.keys() else ""
+            return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}{other}"
         if all(isinstance(record[key], str) for key in keys):
             return None
         if not all(isinstance(record[key], list) for key in keys):
@@ -76,9 +76,9 @@ class Dpo(Task):
         self, records: Sequence[Record], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
     ) -> Encoded:
         pairs, cut, encoder = [], 0, Encoder(tokenizer, stop_tokens(model, tokenizer))
-        for record in records:
-            with of(record):
-                pair = _pair(record, encoder)
+        store = stored(encoder, records, "dpo", lambda record: _pair(record, encoder))
+        for chosen, rejected in store:
+            pair = Pair(chosen, rejected)
             cut += any(len(example.tokens) > limit for example in pair)
             pair = Pair(*(Example(e.tokens[:limit], e.supervised[:limit]) for e in pair))
             if all(any(e.supervised[1:]) for e in pair) and pair.chosen.tokens != pair.rejected.tokens:
@@ -88,40 +88,25 @@ class Dpo(Task):
                 f"no pair has a chosen and another rejected completion within max_length={limit}; raise it, or check "
                 "the data"
             )
-        return Encoded(pairs, cut, len(records) - len(pairs), encoder.notes())
+        return Encoded(pairs, cut, len(records) - len(pairs), store.notes)
 
     def examples(self, record: Record, encoder: Encoder) -> list[Example]:
-        return [*_pair(record, encoder)]
+        return answered(encoder.tokenizer, _pair(record, encoder))
 
     def collator(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
         packer = Packer(model, padding(tokenizer))
 
         def collate(pairs: Sequence[Pair]) -> dict[str, Tensor]:
             examples = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-            batch = packer(examples)
-            targets = batch.pop("labels")
-            if len(targets) == len(examples):
-                owners = torch.arange(len(examples))[:, None].expand_as(targets).contiguous()
-            else:
-                lengths = torch.tensor([sum(example.supervised[1:]) for example in examples])
-                owners = torch.arange(len(examples)).repeat_interleave(lengths)[None]
-            return {**batch, "targets": targets, "owners": owners, "labels": torch.zeros(len(pairs), dtype=torch.long)}
+            return {**batch_of(packer, examples), "labels": torch.zeros(len(pairs), dtype=torch.long)}
 
         return collate
 
     def sums(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         count = len(inputs.pop("labels"))
-        targets, owners = inputs.pop("targets"), inputs.pop("owners")
-
-        def log_probabilities(by: PreTrainedModel) -> Tensor:
-            logits = by(**inputs, use_cache=False).logits.float().flatten(0, -2)
-            each = -F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
-            return each.new_zeros(2 * count).index_add(0, owners.flatten(), each)
-
-        base = self.reference or getattr(model, "module", model)
-        with base_alone(base, compared=True), torch.no_grad():
-            reference = log_probabilities(base)
-        ratios = log_probabilities(model) - reference
+        targets, owners = inputs["targets"], inputs["owners"]
+        reference = self.reference_of(model, inputs, 2 * count)  # first, so that no activations wait for it
+        ratios = log_probabilities(model, inputs, 2 * count) - reference
         chosen, rejected = ratios.chunk(2)
         if self.options.dpo_loss == "ipo":
             lengths = ratios.new_zeros(2 * count).index_add(0, owners.flatten(), (targets != IGNORE).flatten().float())
@@ -148,9 +133,14 @@ class Dpo(Task):
         return {key: float(value / sums["items"]) for key, value in sums.items() if key != "items"}
 
 
-def _pair(record: Record, encoder: Encoder) -> Pair:
-    prompt, chosen, rejected = parts_of(record)
+def _pair(record: Record, encoder: Encoder) -> Asking[list[Example]]:
+    """Ask for and return the examples of what is chosen and of what is rejected."""
+    prompt, *both = parts_of(record)
     if isinstance(prompt, str):
-        return Pair(encoder.completed(prompt, chosen), encoder.completed(prompt, rejected))
+        one, other = both
+        return [(yield from encoder.completed(prompt, one)), (yield from encoder.completed(prompt, other))]
     options = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key) is not None}
-    return Pair(*(encoder.one({"prompt": prompt, "completion": turns, **options}) for turns in (chosen, rejected)))
+    found = []
+    for turns in both:
+        found.append((yield from encoder.asking_one({"prompt": prompt, "completion": turns, **options})))
+    return found

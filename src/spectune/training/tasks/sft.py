@@ -14,7 +14,8 @@ from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.messages import message_problem
 from spectune.training.data.packing import Packer
-from spectune.training.data.records import Record, form, of
+from spectune.training.data.records import Record, form
+from spectune.training.data.store import stored
 from spectune.training.options import SftOptions, TaskOptions
 from spectune.training.tasks.base import Collator, Task
 
@@ -83,20 +84,11 @@ def encode(
         SpectuneError: messages without a chat template or that it refuses, or nothing left to learn from.
     """
     encoder = Encoder(tokenizer, ends)
-    examples, cut, dropped = [], 0, 0
-    for record in records:
-        with of(record):
-            found = encoder.examples(record, everything=not completion_only)
-        for example in found:
-            if len(example.tokens) > max_length:
-                cut += 1
-                example = Example(example.tokens[:max_length], example.supervised[:max_length])
-            if any(example.supervised[1:]):
-                examples.append(example)
-            else:
-                dropped += 1
+    everything = not completion_only
+    store = stored(encoder, records, f"sft {everything=}", lambda record: encoder.asking(record, everything))
+    examples, cut, dropped = store.learned(max_length)
     if not examples:
         raise SpectuneError(
             f"no example has a token to learn from within max_length={max_length}; raise it, or check the data"
         )
-    return Encoded(examples, cut, dropped, encoder.notes())
+    return Encoded(examples, cut, dropped, store.notes)

@@ -24,6 +24,7 @@ from spectune.training import processes
 from spectune.training.draw import Drawn
 from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
 from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, Examples, Order, WithBlanks
+from spectune.training.trainer.totals import Totals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ class Objective(Protocol):
     curve: ClassVar[str]  # the measure that is shown and drawn
     shown: ClassVar[tuple[str, ...]]  # the measures of an evaluation that are shown and drawn beside the loss
     by_length: ClassVar[bool]  # batches are of examples of about one length
+    gathered: ClassVar[tuple[str, ...]]  # of the sums, what is laid end to end over batches and not added
 
     @property
     def config(self) -> Settings:
@@ -153,7 +155,9 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         inputs = dict(inputs)
         blank = inputs.pop(BLANK, False)
         sums = self.task.sums(model, inputs)
-        return {key: value * 0 for key, value in sums.items()} if blank else sums
+        if blank:
+            return {key: value[:0] if key in self.task.gathered else value * 0 for key, value in sums.items()}
+        return sums
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Count the items of the loss in an optimizer step, over all processes."""
@@ -274,17 +278,15 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         self.model.eval()
         handler: Any = self.callback_handler
         handler.eval_dataloader = dataloader  # which is told to callbacks
-        totals: dict[str, Tensor] = {}
+        totals = Totals(self.task.gathered)
         passes = len(dataloader) * _PASSES_A_BATCH
         with fused_where_it_pays(self.model, passes, allowed=self.task.config.fused):
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    for key, value in self._sums(cast("PreTrainedModel", self.model), inputs).items():
-                        totals[key] = totals[key] + value if key in totals else value
+                    totals.add(self._sums(cast("PreTrainedModel", self.model), inputs))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        totals = {key: cast(Tensor, self.accelerator.reduce(value)) for key, value in totals.items()}
-        measures = self.task.metrics(totals)
+        measures = self.task.metrics(totals.of_all(lambda value: cast(Tensor, self.accelerator.reduce(value))))
         self._check("held-out loss", measures.get("loss", 0.0))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in measures.items()}
         none: Any = None  # no prediction is kept

@@ -1,0 +1,161 @@
+"""Files as people have them: read as they are meant, or refused in a sentence that says where and what to do."""
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+
+from spectune import SpectuneError
+from spectune.training.config import load_config
+from spectune.training.data.detect import detect
+from spectune.training.data.records import read
+from spectune.training.tasks import make_task
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def lines(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def found(path, content, task="sft", **columns):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    notes = []
+    config = load_config(
+        None, ["model=m", f"data={path}", "output=o", f"task={task}", f"columns={json.dumps(columns)}"]
+    )
+    return read(str(path), make_task(config), say=notes.append), " ".join(notes)
+
+
+TWO = [("hello", "a"), ("ho", "b")]
+TABLES = {
+    "utf-16 without a mark.csv": "text,label\nhello,a\nho,b\n".encode("utf-16-le"),
+    "utf-32.csv": "text,label\nhello,a\nho,b\n".encode("utf-32"),
+    "old mac.csv": "text,label\rhello,a\rho,b\r",
+    "excel.csv": "sep=;\r\ntext;label\r\nhello;a\r\nho;b\r\n",
+    "spaces.csv": " text , label \nhello,a\nho,b\n",
+    "index.csv": ",,text,label\n0,0,hello,a\n1,1,ho,b\n",
+    "last comma.csv": "text,label,\nhello,a,\nho,b,\n",
+    "empty rows.csv": "text,label\n\nhello,a\n,\nho,b\n,\n",
+    "quoted.csv": '"text","label"\n"hello","a"\n"ho","b"\n',
+    "packed under another name.jsonl": gzip.compress(lines(*({"text": t, "label": c} for t, c in TWO)).encode()),
+    "array.jsonl": json.dumps([{"text": t, "label": c} for t, c in TWO]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_every_kind(name, tmp_path):
+    records, _ = found(tmp_path / name, TABLES[name], "classify")
+    assert [(record["text"], record["label"]) for record in records] == TWO
+    assert detect(str(tmp_path / name), generates=False).columns == {}
+
+
+def test_a_long_name_in_quotes_does_not_decide_what_separates(tmp_path):
+    records, _ = found(tmp_path / "a.csv", '"the, text, it is";label\nhello;a\n', "classify", text="the, text, it is")
+    assert records[0]["text"] == "hello"
+
+
+FORMATS = [
+    (
+        {"contents": [{"role": "user", "parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "ho"}]}]},
+        "parts",
+    ),
+    ({"messages": [{"role": "User", "content": "hi"}, {"role": "Chatbot", "content": "ho"}]}, "messages"),
+    ({"input": {"messages": TALK[:1]}, "preferred_output": TALK[1:], "non_preferred_output": TALK}, "preferences"),
+    ({"conversation": TALK, "model": "vicuna", "turn": 1}, "conversations"),
+]
+
+
+@pytest.mark.parametrize(("record", "name"), FORMATS)
+def test_conversations_under_other_names(record, name, tmp_path):
+    records, notes = found(tmp_path / "a.jsonl", lines(record))
+    assert name in notes
+    said = records[0].get("messages") or [*records[0]["prompt"], *records[0]["completion"]]
+    roles = [(m["role"], m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]) for m in said]
+    assert roles == [("user", "hi"), ("assistant", "ho")]
+
+
+def test_openais_preferences_are_pairs(tmp_path):
+    record = {"input": {"messages": TALK[:1]}, "preferred_output": TALK[1:], "non_preferred_output": TALK[1:]}
+    records, _ = found(tmp_path / "a.jsonl", lines(record), "dpo")
+    assert records[0]["prompt"] == TALK[:1]
+    assert records[0]["chosen"] == TALK[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "hello there\n", 'plain text and holds no records: write each as a line of JSON, as {"text": "..."}'),
+        ("a.xlsx", b"PK\x03\x04", "an Excel workbook: unpack it, or save it as CSV"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
+        ("a.json", "<!DOCTYPE html>", "is a web page and not data"),
+        ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud83d cut"}', "line 2: has '\\ud83d', half of a surrogate pair"),
+        ("a.jsonl", '{"text": "hi", "role": "user"}', "line 1: has 'role', which would change what is learned"),
+        (
+            "a.jsonl",
+            lines({"messages": TALK[:1]}),
+            "line 1: messages has no assistant turn to learn from (roles: user)",
+        ),
+        ("a.jsonl", '{"text": "a"}\n[1]', "line 2: not a JSON object"),
+        ("a.csv", "text\nhello, there\n", "row 1: has other columns than the first line; quote commas in texts"),
+        ("a.csv", "text,text\na,b\n", "two columns are named 'text'"),
+    ],
+)
+def test_what_cannot_be_read_says_where_and_what_to_do(name, content, message, tmp_path):
+    with pytest.raises(SpectuneError) as error:
+        found(tmp_path / name, content)
+    assert message in str(error.value)
+
+
+def test_what_a_user_should_know_is_said(tmp_path):
+    _, notes = found(tmp_path / "a.json", json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}))
+    assert "was read from 'train' alone; it has 'test' too" in notes
+    _, notes = found(
+        tmp_path / "b.jsonl", lines({"messages": []}, {"messages": TALK}, {"prompt": "a", "completion": ""})
+    )
+    assert "1 records have a text without content and were left out" in notes
+    assert "1 records have an empty answer, of which a stop is learned, the first in" in notes
+    _, notes = found(tmp_path / "c.jsonl", lines({"text": "a", "label": "x", "answer": "reject"}), "classify")
+    assert "has fields that are not used: answer" in notes
+    out = io.StringIO()
+    csv.writer(out).writerows([("text", "label"), ("häl", "a")])
+    _, notes = found(tmp_path / "d.csv", out.getvalue().encode("utf-16-be"), "classify")
+    assert "was read as utf-16-be" in notes
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"title": "t", "paragraphs": [{"context": "c"}]}, "paragraphs"),
+        ({"method": "POST", "url": "/v1", "body": {"messages": TALK}}, "body"),
+    ],
+)
+def test_a_format_that_is_not_known_is_not_guessed_at(record, name, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(record))
+    with pytest.raises(SpectuneError, match=f"has '{name}', which holds objects and is of no known format"):
+        detect(str(tmp_path / "a.jsonl"), generates=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "columns"),
+    [
+        ([{"text": f"t{i}", "labels": ["a"][: i % 2]} for i in range(9)], "classify", {"label": "labels"}),
+        ([{"text": f"t{i}", "score": i / 7} for i in range(9)], "classify", {"label": "score"}),
+        ([{"prompt": f"t{i}", "completion": "a", "label": i % 2 == 0} for i in range(9)], "kto", {}),
+        ([{"text": "a", "__index_level_0__": 0}, {"text": "b", "__index_level_0__": 1}], "sft", {}),
+    ],
+)
+def test_what_data_is_for(rows, task, columns, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    assert detect(str(tmp_path / "a.jsonl"), generates=True)[:2] == (task, columns)
+
+
+def test_labels_of_a_list_have_their_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from spectune.training.data.files import _named
+
+    feature = datasets.Features({"labels": datasets.Sequence(datasets.ClassLabel(names=["joy", "fear"]))})
+    table = datasets.Dataset.from_dict({"labels": [[1], [0, 1], []]}, features=feature)
+    assert [row["labels"] for row in _named(table)] == [["fear"], ["joy", "fear"], []]
