@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -26,13 +27,16 @@ def cache_dir() -> Path:
         raise SpectuneError("there is no home directory to keep things in: set SPECTUNE_HOME to a folder") from None
 
 
-def temporary_file() -> BinaryIO:
+def temporary_file(owner: object) -> BinaryIO:
     """Return a file without a name, where there is room: in the cache's folder, or else where the system has its own.
 
-    It goes when it is closed, or when its process ends, however that ends.
+    Args:
+        owner: when it goes the file does, and with its process, however that ends.
     """
     folder = cache_dir()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     place = folder if os.access(folder, os.W_OK) else None
-    return cast(BinaryIO, tempfile.TemporaryFile(dir=place))
+    file = cast(BinaryIO, tempfile.TemporaryFile(dir=place))  # noqa: SIM115 (the owner closes it)
+    weakref.finalize(owner, file.close)
+    return file

@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,36 @@ def test_parts_share_no_record(folder, tmp_path):
     bench = Bench(config(folder, tmp_path))
     texts = [record["text"] for part in bench.records.values() for record in part]
     assert len(texts) == len(set(texts)) == 120
+
+
+def test_parts_have_their_share_of_every_label_and_no_copy_is_in_two(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    rare = [row for row in rows if row["label"] == "few"][:20]
+    often = [row for row in rows if row["label"] == "many"]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, [*rare, *rare, *often, *often])))
+    bench = Bench(config(folder, tmp_path, data=str(tmp_path / "data.jsonl")))
+    counts = {name: Counter(record["label"] for record in part) for name, part in bench.records.items()}
+    assert all(abs(count["few"] / count.total() - 0.25) < 0.06 for count in counts.values())
+    texts = [{record["text"] for record in part} for part in bench.records.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 80
+
+
+def test_numbers_and_lists_of_labels_are_compared_by_their_own_measures(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    values = {"data": str(tmp_path / "data.jsonl"), "max_steps": 2}
+    for label, problem, metric in (
+        (lambda few: [1.5, 0.25][few], "regression", "pearson"),
+        (lambda few: [["many"], ["few", "less"]][few], "multi_label_classification", "micro_f1"),
+    ):
+        told = [{**row, "label": label(row["label"] == "few")} for row in rows]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, told)))
+        with pytest.raises(SpectuneError, match=f"these labels are for {problem}, which has no accuracy: give problem"):
+            Bench(config(folder, tmp_path, **values))
+        bench = Bench(config(folder, tmp_path, **values, problem_type=problem))
+        assert bench.config.measure == metric
+        result = bench.run(Trial("lora", 1e-2, 0, "final"))
+        assert metric in result["test"]
+        assert result["right"] is None
 
 
 def test_a_language_model_is_judged_by_exact_matches(folder, tmp_path):

@@ -15,7 +15,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -165,7 +165,7 @@ def _whole_text(path: Path, content: bytes, encoding: str) -> str:
 def _lines(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[str]:
     """Yield the lines of a file, of which newlines alone are the ends."""
     if encoding != _UTF8:
-        yield from io.TextIOWrapper(stream, encoding, newline="\n")
+        yield from _decoded(stream, encoding, "\n")
         return
     for number, line in enumerate(stream, start=1):
         try:
@@ -191,7 +191,16 @@ def _table_lines(path: Path, stream: io.BufferedReader, encoding: str, say: Call
         if tried != _UTF8:
             say(f"{path} is not UTF-8, and was read as Windows-1252 (cp1252)")
         break
-    yield from io.TextIOWrapper(stream, encoding, newline="")
+    yield from _decoded(stream, encoding, "")
+
+
+def _decoded(stream: io.BufferedReader, encoding: str, newline: str) -> Iterator[str]:
+    text = io.TextIOWrapper(stream, encoding, newline=newline)
+    try:
+        yield from text
+    finally:
+        with suppress(ValueError):  # whoever opened the file has closed it already
+            text.detach()
 
 
 def _encoding(content: bytes) -> str:

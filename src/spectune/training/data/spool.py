@@ -23,7 +23,7 @@ class Spool:
     """A file of records, which goes when nothing refers to it any more."""
 
     def __init__(self) -> None:
-        self._file = temporary_file()
+        self._file = temporary_file(self)
         self._starts, self._digests, self._weights = array("q", [0]), array("Q"), array("d")
 
     def __len__(self) -> int:

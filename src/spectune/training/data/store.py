@@ -143,7 +143,7 @@ class _Growing:
             self._write()
 
     def _write(self) -> None:
-        self._file = self._file or temporary_file()
+        self._file = self._file or temporary_file(self)
         self._held.tofile(self._file)
         self._written += len(self._held)
         del self._held[:]
