@@ -24,9 +24,9 @@ def label_problem(label: object, problem: str | None) -> str | None:
         problem: what labels are, None where they say so themselves.
     """
     if isinstance(label, list):
-        wrong = next((each for each in label if not isinstance(each, (str, int)) or each == ""), None)
-        if wrong is not None:
-            return f"label must be a list of names, and has {wrong!r}"
+        wrong = [each for each in label if not isinstance(each, (str, int)) or each == ""]
+        if wrong:
+            return f"label must be a list of names, and has {wrong[0]!r}"
         return None if problem in (None, SEVERAL) else f"label is a list, and problem_type is {problem}"
     if isinstance(label, float) and not math.isfinite(label):
         return f"label must be a finite number, not {label!r}"
