@@ -86,7 +86,8 @@ def read(
         with of(values, where):
             values = _renamed(values, task)
         converted = convert(values, task.config.task)
-        if converted.format.startswith("unpaired") and not converted.values.pop("label"):
+        judged = task.config.task == "sft" and converted.format.startswith("unpaired")
+        if judged and not converted.values.pop("label"):
             formats["left out, for their label is false"] += 1
             continue
         if _is_blank(converted.values, task):
