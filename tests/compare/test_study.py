@@ -82,7 +82,7 @@ def test_numbers_and_lists_of_labels_are_compared_by_their_own_measures(folder, 
     ):
         told = [{**row, "label": label(row["label"] == "few")} for row in rows]
         (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, told)))
-        with pytest.raises(SpectuneError, match=f"for problem_type={problem}, which has no accuracy: give problem_type"):
+        with pytest.raises(SpectuneError, match=f"for problem_type={problem}, which has no accuracy: give"):
             Bench(config(folder, tmp_path, **values))
         bench = Bench(config(folder, tmp_path, **values, problem_type=problem))
         assert bench.config.measure == metric
