@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -132,7 +132,8 @@ class _Growing:
     """
 
     def __init__(self, kind: str) -> None:
-        self._held, self._written, self._file = array(kind), 0, None
+        self._held, self._written = array(kind), 0
+        self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
         return self._written + len(self._held)
