@@ -74,7 +74,7 @@ class Reinforce(Task):
             assert self.environment is not None  # or the configuration was not checked
             self.reward = Reward(f"of the environment {options.environment}", self.environment.score)
 
-    def read(self) -> tuple[list[Record], list[Record]]:
+    def read(self) -> tuple[Sequence[Record], Sequence[Record]]:
         if self.environment is None:
             return super().read()
         return split(self.environment.records(), self.config.held_out, self.config.seed)
