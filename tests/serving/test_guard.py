@@ -59,6 +59,17 @@ def test_a_body_that_is_too_large_is_not_read(guarded):
     assert post(guarded).status_code == 200
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["length told", "in chunks"])
+def test_who_sends_too_much_is_told_so_and_not_cut_off(guarded, told):
+    body = b"[" + b"1," * 12000 + b"1]"  # a dozen times what is read
+    headers = {b"Authorization": "Bearer sésame".encode(), b"Content-Type": b"application/json"}
+    for _ in range(10):
+        content = body if told else iter([body[:500], body[500:]])
+        reply = httpx.post(f"{guarded.url}/v1/completions", content=content, headers=headers)
+        assert reply.status_code == 413
+        assert "more than 2,000 bytes" in reply.json()["error"]["message"]
+
+
 def test_pages_of_other_sites_cannot_ask(guarded):
     plain = httpx.post(
         f"{guarded.url}/v1/completions",

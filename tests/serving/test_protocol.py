@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -357,6 +358,72 @@ def test_a_client_that_hangs_up_frees_its_row(stream):
         assert found.engine.tokens < 10000
         with client_of(found) as client:
             assert client.completions.create(model="base", prompt=[5], max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unload_waits_for_nobody_and_what_was_cut_off_holds_no_adapter(n, stream):
+    model, tokenizer = scripted(seconds=0.002)
+    with served(model, tokenizer, shelf_of(model, 1)) as found:
+        body = {"model": "a0", "prompt": [5], "max_tokens": 3500, "stream": stream, "n": n, "ignore_eos": True}
+        data = json.dumps(body)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", int(found.url.rpartition(":")[2]))) as line:
+            line.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode())
+            while found.engine.rows < n or found.engine.steps < 5:
+                time.sleep(0.01)
+            gone = httpx.post(f"{found.url}/v1/unload_lora_adapter", json={"lora_name": "a0"}, timeout=30)
+            assert gone.status_code == 200
+            assert found.shelf.resident == 1  # for those that run
+        assert settled(found.engine)
+        found.engine.call(lambda: None).result(30)
+        assert found.shelf.resident == 0
+        assert httpx.post(f"{found.url}/v1/completions", json={**body, "stream": False}).status_code == 404
+
+
+def test_adapters_that_were_set_aside_answer_again_or_say_why_not(tmp_path):
+    model = tiny()
+    shelf = Shelf(model, most=1)
+    with served(model, words(), shelf) as found:
+        said = {}
+        for name in ("x", "y"):
+            adapter("lora:rank=2", seed=len(said) + 60).save(tmp_path / name)
+            load = {"lora_name": name, "lora_path": str(tmp_path / name)}
+            assert httpx.post(f"{found.url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
+            ask = {"model": name, "messages": TALK, "max_tokens": 6, "temperature": 0}
+            said[name] = httpx.post(f"{found.url}/v1/chat/completions", json=ask).json()["choices"]
+        entries = httpx.get(f"{found.url}/v1/models").json()["data"]
+        assert [e["adapter"]["resident"] for e in entries if "adapter" in e] == [False, True]
+        again = httpx.post(f"{found.url}/v1/chat/completions", json={**ask, "model": "x"}).json()["choices"]
+        assert again == said["x"] != said["y"]
+        for file in (tmp_path / "y").iterdir():
+            file.unlink()
+        failed = httpx.post(f"{found.url}/v1/chat/completions", json=ask)
+        assert failed.status_code == 503
+        assert failed.json()["error"]["code"] == "adapter_unreadable"
+        both = httpx.post(f"{found.url}/v1/chat/completions", json={**ask, "model": "x+y"})
+        assert both.status_code == 400
+        assert "are held at once" in both.json()["error"]["message"]
+        metrics = httpx.get(f"{found.url}/metrics").text
+        assert "spectune_adapters_resident 1.0" in metrics
+        assert "spectune_adapter_reads_total 1.0" in metrics
+
+
+def test_of_loads_of_one_name_at_once_one_is_served(tmp_path, server):
+    adapter("lora:rank=2", seed=51).save(tmp_path / "twice")
+    load = {"lora_name": "twice", "lora_path": str(tmp_path / "twice")}
+    with ThreadPoolExecutor(4) as pool:
+        post = lambda _: httpx.post(f"{server.url}/v1/load_lora_adapter", json=load, timeout=60).status_code  # noqa: E731
+        assert sorted(pool.map(post, range(4))) == [200, 400, 400, 400]
+    assert httpx.post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": "twice"}).status_code == 200
+
+
+def test_how_much_of_a_prompt_was_known_is_told(client):
+    asked = {"model": "a5", "prompt": "one two three " * 20, "temperature": 0, "max_tokens": 4}
+    first, again = (client.completions.create(**asked) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens == 48
+    assert again.choices[0].text == first.choices[0].text
 
 
 def test_a_reader_who_is_slow_gets_all(sayer):

@@ -25,7 +25,16 @@ def serve(
     api_key: str | None = typer.Option(
         None, envvar="SPECTUNE_API_KEY", help="What requests must bring as a Bearer token."
     ),
+    max_adapters: int | None = typer.Option(
+        None, min=1, help="Adapters in memory at once; others are read when they are asked for. By default all."
+    ),
     max_batch: int = typer.Option(16, min=1, max=1024, help="Replies that are written at once."),
+    prefix_cache: int | None = typer.Option(
+        None,
+        min=0,
+        help="Bytes of keys and values kept of texts that others may begin with; 0 keeps none. By default a tenth of "
+        "the memory that is free.",
+    ),
     max_waiting: int = typer.Option(1024, min=0, help="Requests that may wait; more are told to come again (429)."),
     max_tokens: int | None = typer.Option(None, min=1, help="Of a reply, whatever is asked for."),
     max_body: int = typer.Option(4 << 20, min=1024, help="Bytes of a request's body."),
@@ -62,6 +71,8 @@ def serve(
         seconds=timeout,
         origins=tuple(allow_origin),
         may_load=load,
+        most_adapters=max_adapters,
+        prefix_bytes=prefix_cache,
     )
     with run.listen(host, port) as listening:  # before the model is loaded
         two = None

@@ -19,7 +19,7 @@ from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
 from spectune.methods import Method, to_text
-from spectune.model.install import install, selections
+from spectune.model.install import prepared, put_on, selections
 from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
 from spectune.model.patterns import Patterns
 from spectune.model.saving import watch_saving
@@ -118,7 +118,7 @@ def adapt(
     plan, modules = biases(model, plan, bias, wanted)
     modules = {**moved_statistics(model), **modules}
     modules |= start_of(model, {module: rows for module, rows in wanted.items() if module not in heads})
-    _install(model, plan, modules, name, progress=progress, dtype=dtype)
+    _prepared(model, plan, modules, name, progress=progress, dtype=dtype)()
     _say_what_is_less(model, methods, asked)
     if targets == ALL_LINEAR:
         say_what_is_covered(model)
@@ -157,6 +157,31 @@ def attach(
         SpectuneError: the adapter belongs to another base (the layer is named), would not reproduce its update
             there, or the name is in use.
     """
+    prepare_attach(model, adapter, name, trainable=trainable, factored=factored, dtype=dtype, check=check)()
+    return model
+
+
+def prepare_attach(
+    model: nn.Module,
+    adapter: Adapter,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    factored: bool = False,
+    dtype: torch.dtype | Literal["base"] | None = None,
+    check: bool = True,
+) -> Callable[[], None]:
+    """Do all of `attach` that takes time, which only reads the model, and return the call that does the rest.
+
+    A model may be answering in another thread meanwhile.  The call must come when nothing else uses the model, and
+    before any adapter leaves it.
+
+    Args:
+        model, adapter, name, trainable, factored, dtype, check: as for `attach`.
+
+    Raises:
+        SpectuneError: as `attach`, and the call for nothing.
+    """
     check_new_name(model, name)
     layers = {n: find_linear(model, n) for n in adapter.layers}
     for layer_name, layer in layers.items():
@@ -174,11 +199,15 @@ def attach(
     plan |= {n: (*plan.get(n, ()), *terms) for n, terms in linear.items()}
     modules = {**(moved_statistics(model) if trainable else {}), **with_tied_rows(model, others)}
     trained_on = {n: layer.base_sketch for n, layer in adapter.layers.items()} if check else {}
-    _install(model, plan, modules, name, trained_on=trained_on, dtype=dtype)
-    _let_train(model, [name] if trainable else [])
-    for selection in selections(adapted_layers(model)):
-        selection.factored = factored
-    return model
+    install_it = _prepared(model, plan, modules, name, trained_on=trained_on, dtype=dtype)
+
+    def put_it() -> None:
+        install_it()
+        _let_train(model, [name] if trainable else [])
+        for selection in selections(adapted_layers(model)):
+            selection.factored = factored
+
+    return put_it
 
 
 def trainable(model: M, names: str | Iterable[str] | None) -> M:
@@ -263,17 +292,22 @@ def _check_labels(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _install(
+def _prepared(
     model: nn.Module,
     plan: Mapping[str, Sequence[Term]],
     modules: Mapping[str, Sequence[WholeTerm]],
     name: str,
     **options: Any,
-) -> None:
-    """Put terms on layers and an adapter's own versions of modules on a model, or nothing at all."""
+) -> Callable[[], None]:
+    """Return what puts terms on layers and an adapter's own versions of modules on a model, all of it made by now."""
     check_apart(model, plan, modules)
     values = prepare(model, modules)
-    install(model, plan, name, **options)
-    put(model, values, name, selections(adapted_layers(model))[0])
-    keep_layout(model, True)
-    watch_saving(model)
+    ready = prepared(model, plan, name, **options)
+
+    def put_it() -> None:
+        put_on(model, ready)
+        put(model, values, name, selections(adapted_layers(model))[0])
+        keep_layout(model, True)
+        watch_saving(model)
+
+    return put_it

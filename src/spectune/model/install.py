@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,20 @@ from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
 
 
+class Prepared(NamedTuple):
+    """What putting an adapter's terms on layers takes, all of it made and checked.
+
+    Args:
+        name: the adapter's.
+        bases: by layer and key, those that the layers had not.
+        updates: by layer.
+    """
+
+    name: str
+    bases: Mapping[str, Mapping[str, Basis]]
+    updates: Mapping[str, list[Update]]
+
+
 def install(
     model: nn.Module,
     plan: Mapping[str, Sequence[Term]],
@@ -35,6 +49,19 @@ def install(
     dtype: torch.dtype | Literal["base"] | None = None,
 ) -> None:
     """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
+    put_on(model, prepared(model, plan, name, trained_on=trained_on, progress=progress, dtype=dtype))
+
+
+def prepared(
+    model: nn.Module,
+    plan: Mapping[str, Sequence[Term]],
+    name: str,
+    *,
+    trained_on: Mapping[str, Tensor | None] | None = None,
+    progress: Any = None,
+    dtype: torch.dtype | Literal["base"] | None = None,
+) -> Prepared:
+    """Return what `put_on` needs to put terms on layers; the model is only read, whoever runs it meanwhile."""
     if dtype not in (None, "base") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SpectuneError(f"dtype must be a floating-point torch.dtype, 'base' or None, not {dtype!r}")
     layers = {layer_name: find_linear(model, layer_name) for layer_name in plan}
@@ -71,16 +98,22 @@ def install(
                 term = replace(term, basis=frozen or None)
                 term.check(layer_name, weight.detach(), (trained_on or {}).get(layer_name))
         ready[layer_name] = updates
+    return Prepared(name, bases, ready)
+
+
+def put_on(model: nn.Module, ready: Prepared) -> None:
+    """Put on layers what was prepared for them. No adapter may have left the model since then."""
     there = adapted_layers(model)
     shared = selections(there) or [Selection()]
     own = {id(p) for part in parts_of(model).values() for p in part.adapters.parameters()}
     shared[0].freeze(p for p in model.parameters() if id(p) not in own)
-    for layer_name, layer in layers.items():
+    for layer_name, updates in ready.updates.items():
+        layer = find_linear(model, layer_name)
         adapted = layer if isinstance(layer, Adapted) else take_over(layer, layer_name, shared[0])
-        for key, basis in bases[layer_name].items():
+        for key, basis in ready.bases[layer_name].items():
             adapted.bases[key] = basis
-        adapted.adapters[name] = nn.ModuleList(ready[layer_name]).train(layer.training)
-    choose(adapted_layers(model).values(), {name: 1.0})
+        adapted.adapters[ready.name] = nn.ModuleList(updates).train(layer.training)
+    choose(adapted_layers(model).values(), {ready.name: 1.0})
 
 
 def bases_for(

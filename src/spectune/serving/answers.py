@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class Answer:
         prompt_tokens: of all prompts.
         replies: how many there are.
         tokenizer: for the texts of tokens.
+        usage: whether a stream ends with a chunk that tells the numbers of tokens.
+        cached: tells how many tokens of prompts were known.
     """
 
     prefix = kind = chunk_kind = ""
@@ -46,10 +48,11 @@ class Answer:
         tokenizer: Any,
         *,
         usage: bool = False,
+        cached: Callable[[], int] = lambda: 0,
     ) -> None:
         self.model, self.told, self.prompt_tokens = model, told, prompt_tokens
         self.replies = [Reply() for _ in range(replies)]
-        self._tokenizer, self._usage = tokenizer, usage
+        self._tokenizer, self._usage, self._cached = tokenizer, usage, cached
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def take(self, event: Event) -> None:
@@ -70,13 +73,14 @@ class Answer:
         return sum(reply.tokens for reply in self.replies)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """The tokens of prompts and replies."""
         tokens = self.tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": self.prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached()},
         }
 
     def whole(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from spectune.serving.protocol import (
     UnloadRequest,
     read_body,
 )
-from spectune.serving.shelf import AUTO, BASE, UnknownAdapter, Version
+from spectune.serving.shelf import AUTO, BASE, UnknownAdapter, Unreadable, Version
 
 Choose = Callable[[str], Any]  # a prompt's decision
 _PAGE_HEADERS = {
@@ -84,7 +85,15 @@ class Service:
         told = {"adapters": _plain(weights), **told}
         answer_kind = ChatAnswer if isinstance(body, ChatRequest) else CompletionAnswer
         usage = body.stream and body.stream_options.include_usage
-        answer = answer_kind(body.model, told, asked.prompt_tokens, len(asked.rows), self.reader.tokenizer, usage=usage)
+        answer = answer_kind(
+            body.model,
+            told,
+            asked.prompt_tokens,
+            len(asked.rows),
+            self.reader.tokenizer,
+            usage=usage,
+            cached=lambda: sum(row.cached for row in asked.rows[:: body.n]),
+        )
         notes["prompt_tokens"] = asked.prompt_tokens
         events: asyncio.Queue[list[Event]] = asyncio.Queue()
 
@@ -121,8 +130,7 @@ class Service:
         found: list[dict[str, Any]] = [{"id": BASE, **head, "parent": None, "max_model_len": self.reader.context}]
         found += [{"id": AUTO, **head, "parent": BASE}] if self.choose is not None else []
         return found + [
-            {"id": v.name, **head, "parent": BASE, "adapter": {**v.about, "layers": len(v.about["layers"])}}
-            for v in self.engine.shelf.versions
+            {"id": v.name, **head, "parent": BASE, "adapter": _short(v)} for v in self.engine.shelf.versions
         ]
 
     def model(self, name: str) -> dict[str, Any]:
@@ -136,7 +144,9 @@ class Service:
         if found is None:
             self.engine.shelf.parse(name)
             raise UnknownAdapter(f"{name[:80]!r} has no entry of its own; it is answered by what it names")
-        return found if version is None else {**found, "adapter": version.about}
+        if version is None:
+            return found
+        return {**found, "adapter": {**version.about, "resident": version.slot is not None}}
 
     async def load(self, request: Request) -> Response:
         """Load an adapter from a folder of the server's under a name."""
@@ -144,14 +154,13 @@ class Service:
         self._check_may_load()
         shelf, name = self.engine.shelf, body.lora_name
         shelf.check_name(name)
+        if not body.load_inplace:
+            shelf.check_free(name)
         if not Path(body.lora_path).is_dir():
             raise Refused(f"there is no adapter's folder {body.lora_path[:200]!r} on the server", "lora_path")
-        adapter = await asyncio.to_thread(Adapter.load, body.lora_path)
-
-        def put() -> Version:
-            return shelf.put(name, adapter, body.lora_path, replace=body.load_inplace)
-
-        await asyncio.wrap_future(self.engine.call(put))
+        read = partial(Adapter.load, body.lora_path)
+        version = Version(name, body.lora_path, read)
+        await asyncio.wrap_future(self.engine.load(version, read, replace=body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
@@ -246,6 +255,8 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, failure(str(error), "rate_limit_error", "too_many_requests")
     if isinstance(error, TooSlow):
         return 408, failure(str(error), bad, "timeout")
+    if isinstance(error, Unreadable):
+        return 503, failure(str(error), "server_error", "adapter_unreadable")
     if isinstance(error, Closing):
         return 503, failure(str(error), "server_error", "shutting_down")
     if isinstance(error, SpectuneError):
@@ -261,6 +272,10 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
 def _failed(error: Exception) -> JSONResponse:
     status, document = _told(error)
     return JSONResponse(document, status, {"retry-after": "1"} if status in (429, 503) else None)
+
+
+def _short(version: Version) -> dict[str, Any]:
+    return {**version.about, "layers": len(version.about["layers"]), "resident": version.slot is not None}
 
 
 def _plain(weights: Any) -> dict[str, Any]:

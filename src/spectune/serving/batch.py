@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.whole import parts_of
 from spectune.model.routing import route
 from spectune.serving.cache import RowCache, check_cache
+from spectune.serving.prefixes import BLOCK, Prefixes, laid_out
 from spectune.serving.sampling import Logprobs, Sampler, Sampling
 from spectune.serving.text import TextStream
 
@@ -32,8 +33,10 @@ class Row:
         limit: of its tokens.
         ends: tokens that end it.
         mixture: adapters on the model with a weight each, or one for each layer; none is the base.
+        origin: the same for those that read a text alike, whatever their names on the model are.
 
     Attributes:
+        cached: tokens of the prompt that were read before.
         tokens: of the reply so far.
         told: of the tokens, what was not delivered yet.
     """
@@ -44,6 +47,8 @@ class Row:
     limit: int
     ends: frozenset[int] = frozenset()
     mixture: Mapping[str, Any] = field(default_factory=dict)
+    origin: Hashable = frozenset()
+    cached: int = 0
     tokens: list[int] = field(default_factory=list)
     told: list[Logprobs] = field(default_factory=list)
 
@@ -75,16 +80,17 @@ class Batch:
 
     Args:
         model: a causal language model.
+        prefixes: keeps what was read; None keeps nothing.
 
     Raises:
         SpectuneError: a model whose texts cannot join a batch.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefixes: Prefixes | None = None) -> None:
         if not (hasattr(model, "can_generate") and model.can_generate()) or model.config.is_encoder_decoder:
             raise SpectuneError(f"{type(model).__name__} is no model that goes on with a text, which is what is served")
         check_cache(model)
-        self.model, self.rows = model, list[Row]()
+        self.model, self.rows, self.prefixes = model, list[Row](), prefixes
         self._cache = RowCache()
         self._last = last_logits(model)
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -112,6 +118,32 @@ class Batch:
         rows = [prompts.rows[i] for i in places]
         self._cache.join(prompts.cache, places, [len(row.prompt) for row in rows])
         self.rows += rows
+
+    @torch.inference_mode()
+    def keep_prompts(self, prompts: Prompts) -> None:
+        """Keep what was read of prompts for others that begin alike."""
+        if self.prefixes is None:
+            return
+        layers: list[Any] = prompts.cache.layers
+        for place, row in enumerate(prompts.rows):
+            if not row.tokens:  # it failed
+                continue
+            begin = prompts.mask.shape[1] - len(row.prompt)
+
+            def read(a: int, b: int, place: int = place, begin: int = begin) -> list[Tensor]:
+                of = (place, slice(None), slice(begin + a, begin + b))
+                return [held[of] for layer in layers for held in (layer.keys, layer.values)]
+
+            self.prefixes.keep(row.origin, row.prompt, read)
+
+    @torch.inference_mode()
+    def keep_row(self, row: Row) -> None:
+        """Keep what was read and said in a row, for whom goes on with it."""
+        if self.prefixes is None:
+            return
+        place = self.rows.index(row)
+        tokens = [*row.prompt, *row.tokens][: self._cache.lengths[place]]
+        self.prefixes.keep(row.origin, tokens, lambda a, b: self._cache.of(place, a, b))
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
@@ -161,7 +193,8 @@ class Batch:
         """Read some columns of prompts; return logits (rows x vocabulary) after the last of them."""
         begin, end = prompts.read, min(prompts.read + columns, prompts.mask.shape[1])
         with self._answering([row.mixture for row in prompts.rows], self._stacks_of_prompts):
-            logits = self._forward(prompts.ids[:, begin:end], prompts.mask[:, :end], prompts.cache)
+            ids = prompts.ids[:, begin - prompts.known : end - prompts.known]
+            logits = self._forward(ids, prompts.mask[:, :end], prompts.cache)
         prompts.read = end
         return logits if end == prompts.mask.shape[1] else None
 
@@ -185,15 +218,42 @@ class Batch:
 class Prompts:
     """Rows whose prompts are being read, together.
 
+    Of each row as many columns are read as the one needs of which the least is known; what comes before them is known
+    of all, so that nothing lies between the two.
+
     Args:
         rows: the rows.
         pad: a token to pad with.
+        prefixes: what was read before.
+
+    Attributes:
+        known: columns that were read before.
+        read: columns that are read by now.
     """
 
-    def __init__(self, rows: Sequence[Row], pad: int) -> None:
+    @torch.inference_mode()
+    def __init__(self, rows: Sequence[Row], pad: int, prefixes: Prefixes | None = None) -> None:
         self.rows = list(rows)
-        self.ids, self.mask = left_padded([row.prompt for row in rows], pad, "cpu")
-        self.cache, self.read = DynamicCache(), 0
+        found = [[] if prefixes is None else prefixes.find(row.origin, row.prompt) for row in rows]
+        own = max(len(row.prompt) - BLOCK * len(blocks) for row, blocks in zip(rows, found, strict=True))
+        for row in rows:
+            row.cached = max(0, len(row.prompt) - own)
+        self.known = self.read = max(row.cached for row in rows)
+        self.ids, _ = left_padded([row.prompt[row.cached :] for row in rows], pad, "cpu")
+        lengths = torch.tensor([len(row.prompt) for row in rows])[:, None]
+        columns = self.known + self.ids.shape[1]
+        self.mask = (torch.arange(columns) >= columns - lengths).long()
+        self.cache = DynamicCache()
+        if self.known and prefixes is not None:
+            prefixes.hits += sum(row.cached for row in rows)
+            held = laid_out(found, [row.cached for row in rows], self.known)
+            for layer, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
+                self.cache.update(keys, values, layer)
+
+
+def unread(row: Row, prefixes: Prefixes | None) -> int:
+    """Return how many tokens of a row's prompt have to be read."""
+    return len(row.prompt) - (0 if prefixes is None else BLOCK * len(prefixes.find(row.origin, row.prompt)))
 
 
 @torch.inference_mode()

@@ -88,6 +88,12 @@ class RowCache(Cache):
         """Take all rows out, and hold nothing."""
         self.layers, self.lengths, self._begin, self._end = [], [], 0, 0
 
+    def of(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """Return keys and values (heads x tokens x features) of some tokens of a row, for each layer."""
+        first = self._end - self.lengths[row]
+        place = (row, slice(None), slice(first + begin, first + end))
+        return [held[place] for layer in self._own for held in (layer.keys, layer.values)]
+
     def mask(self) -> Tensor:
         """Return which columns (rows x columns), the one about to be added included, are tokens of each row."""
         lengths = torch.tensor(self.lengths)[:, None]

@@ -6,17 +6,19 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
-from spectune.serving.batch import Batch, Prompts, Row
+from spectune.serving.batch import Batch, Prompts, Row, unread
+from spectune.serving.prefixes import mentions, origin_of
 from spectune.serving.sampling import Logprobs
-from spectune.serving.shelf import Shelf, Version
+from spectune.serving.shelf import Shelf, Unreadable, Version
 
 T = TypeVar("T")
 log = logging.getLogger("spectune.serving")
@@ -128,6 +130,9 @@ class Engine:
         self._job_of: dict[Row, Job] = {}
         self._unread: deque[Row] = deque()  # rows of running jobs that have no place yet
         self._prompts: Prompts | None = None
+        self._kept: set[Version] = set()  # that requests wait for, which come before those that could have them go
+        self._stalled = False  # whether those that wait, wait for adapters to be read
+        self._loading = ThreadPoolExecutor(1, "spectune-load")
         self._woken = Condition()
         self._closing = False
         self._thread = Thread(target=self._run, name="spectune-engine", daemon=True)
@@ -163,6 +168,11 @@ class Engine:
             SpectuneError: it would never fit into memory.
         """
         most = self.limits.tokens
+        if self.shelf.most is not None and len(job.weights) > self.shelf.most:
+            raise SpectuneError(
+                f"the mixture has {len(job.weights)} adapters, and {self.shelf.most} are held at once; start with a "
+                "larger --max-adapters, or add them up with `spectune compose`"
+            )
         longest = max(row.most for row in job.rows)
         if most is not None and longest > most:
             raise SpectuneError(
@@ -175,15 +185,15 @@ class Engine:
             if len(self._waiting) >= self.limits.waiting:
                 raise Busy(f"{len(self._waiting)} requests wait already; try again in a while")
             job.mixture = self.shelf.mixture(job.weights)
-            for row in job.rows:
-                row.mixture = {version.slot: weight for version, weight in job.mixture.items()}
             self._waiting.append(job)
+            self._stalled = False
             self._woken.notify()
 
     def cancel(self, job: Job) -> None:
         """Free the rows of a request that nobody waits for any more; one that has ended stays so."""
         with self._woken:
             job.cancelled = True
+            self._stalled = False
             self._woken.notify()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
@@ -203,14 +213,62 @@ class Engine:
             self._woken.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._loading.shutdown(wait=False, cancel_futures=True)
+
+    def load(self, version: Version, read: Callable[[], Adapter], *, replace: bool = False) -> Future[Version]:
+        """Have an adapter read and checked beside what runs, and put on the model between two steps.
+
+        Args:
+            version: what it will be; it gets its name when it is there.
+            read: reads it.
+            replace: whether another one may have its name.
+        """
+
+        def put() -> Version:
+            if not replace:
+                self.shelf.check_free(version.name)
+            return self._placed(version, read(), replace=replace)
+
+        return self._loading.submit(put)
+
+    # -- in the thread that loads
+
+    def _placed(self, version: Version, adapter: Adapter, **options: bool) -> Version:
+        self.call(lambda: self.shelf.reserve(version, self._in_use())).result()
+        try:
+            ready = self.shelf.prepare(version, adapter)
+            return self.call(lambda: self.shelf.place(version, ready, **options)).result()
+        except BaseException:
+            self.shelf.release()
+            raise
+
+    def _bring(self, version: Version) -> None:
+        """Have an adapter on the model again that was set aside."""
+        try:
+            assert version.read is not None
+            self._placed(version, version.read(), named=False)
+            self.shelf.reads += 1
+        except Exception as error:  # whatever it is, whoever waits for the adapter is told
+            log.error("the adapter %r cannot be had again: %s", version.name, error)
+            told = f"the adapter {version.name!r} cannot be had again: {error}"
+            version.failed = error if isinstance(error, (Closing, Unreadable)) else Unreadable(told)
+        finally:
+            with self._woken:
+                version.coming, self._stalled = False, False
+                self._woken.notify()
 
     # -- in the engine's thread
+
+    def _in_use(self) -> set[Version]:
+        """Return the adapters of requests that run, and of those whose turn is next."""
+        return self._kept.union(*(job.mixture for job in self._running))
 
     def _run(self) -> None:
         while True:
             with self._woken:
-                while not (self._waiting or self._calls or self._running or self._closing):
-                    self._woken.wait()
+                while not (self._calls or self._running or self._closing or (self._waiting and not self._stalled)):
+                    if not self._woken.wait(0.1 if self._waiting else None):
+                        break  # those that wait may have waited too long
                 calls, self._calls = self._calls, deque()
                 closing = self._closing
             if closing:
@@ -283,22 +341,68 @@ class Engine:
         if self._prompts is not None:
             return
         there, free = self.batch.rows, self.limits.rows - len(self.batch.rows)
-        with self._woken:
-            while self._waiting and len(self._unread) < free:
-                job = self._waiting.popleft()
-                job.left = list(job.rows)
-                self._running.append(job)
-                self._unread.extend(job.rows)
-                self._job_of.update(dict.fromkeys(job.rows, job))
-        rows: list[Row] = []
+        if len(self._unread) < free and self._waiting:
+            self._begin(free)
+        rows, first = list[Row](), 0
         longest = max((row.most for row in there), default=0)
         while self._unread and len(rows) < free:
             count, longest = len(there) + len(rows) + 1, max(longest, self._unread[0].most)
             if count > 1 and self.limits.tokens is not None and count * longest > self.limits.tokens:
                 break
+            own = unread(self._unread[0], self.batch.prefixes)
+            if rows and not first / 2 - 32 <= own <= 2 * first + 32:
+                break  # all of them are read as far as the one that needs most
+            first = first if rows else own
             rows.append(self._unread.popleft())
         if rows:
-            self._prompts = Prompts(rows, self._pad)
+            self._prompts = Prompts(rows, self._pad, self.batch.prefixes)
+
+    def _begin(self, free: int) -> None:
+        """Begin with requests whose adapters are on the model, and have those read that others wait for.
+
+        Who waits for an adapter that is being read is overtaken; who waits for room for one is not, so that everybody's
+        turn comes.
+        """
+        with self._woken:
+            waiting = list(self._waiting)
+        self._kept, ready, failed = set(), list[Job](), list[tuple[Job, Exception]]()
+        running = {version for job in self._running for version in job.mixture}
+        for job in waiting:
+            if len(self._unread) + sum(len(other.rows) for other in ready) >= free:
+                break
+            missing = [version for version in job.mixture if version.slot is None]
+            error = next((version.failed for version in missing if version.failed), None)
+            if error is not None:
+                failed.append((job, error))
+                continue
+            self._kept |= job.mixture.keys()
+            if not missing:
+                ready.append(job)
+                running |= job.mixture.keys()
+                continue
+            if not self.shelf.fits([version for version in self._kept if version.slot is None], running | self._kept):
+                break
+            for version in missing:
+                if not version.coming:
+                    version.coming = True
+                    self._loading.submit(self._bring, version)
+        with self._woken:
+            for job in (*ready, *(job for job, _ in failed)):
+                self._waiting.remove(job)
+            self._stalled = not ready and not self._running
+        for job, error in failed:
+            for version in job.mixture:
+                version.failed = None  # the next one may find it mended
+            self._fail(job, error)
+        for job in ready:
+            self.shelf.touch(job.mixture)
+            job.left = list(job.rows)
+            for row in job.rows:
+                row.mixture = {version.slot: weight for version, weight in job.mixture.items() if version.slot}
+                row.origin = origin_of(job.mixture)
+            self._running.append(job)
+            self._unread.extend(job.rows)
+            self._job_of.update(dict.fromkeys(job.rows, job))
 
     def _read(self) -> None:
         """Read a part of the prompts of the rows that are about to join."""
@@ -331,6 +435,7 @@ class Engine:
     def _joined(self, prompts: Prompts, logits: Tensor) -> None:
         self.prompt_tokens += sum(len(row.prompt) for row in prompts.rows)
         self._tell(self._taken(prompts.rows, logits))
+        self.batch.keep_prompts(prompts)
         going = [i for i, row in enumerate(prompts.rows) if row in self._job_of]
         if going:
             self.batch.join(prompts, going)
@@ -349,6 +454,7 @@ class Engine:
         self._tell(self._taken(rows, logits))
         for row in rows:
             if row not in self._job_of and row in self.batch.rows:
+                self.batch.keep_row(row)
                 self.batch.leave(row)
 
     def _taken(self, rows: Sequence[Row], logits: Tensor) -> _Events:
@@ -405,6 +511,8 @@ class Engine:
         if gone:
             self.batch.close()
             self.shelf.remove(gone)
+            if self.batch.prefixes is not None:
+                self.batch.prefixes.forget(mentions(gone))
 
 
 _Events = defaultdict[Job, list[Event]]

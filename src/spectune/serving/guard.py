@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -15,6 +17,7 @@ from spectune.serving.answers import failure
 
 log = logging.getLogger("spectune.serving.access")
 _OPEN = ("/", "/health")  # what anybody may ask for
+_MOST_DRAINED, _SECONDS_DRAINED = 16, 5.0  # of a body that is too large: times what is taken
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -57,6 +60,7 @@ class Guard:
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self._most:
+                    await _drain(receive, message, _MOST_DRAINED * self._most)
                     raise HTTPException(413, self._too_large)
             return message
 
@@ -69,6 +73,8 @@ class Guard:
         try:
             refused = self._refused(scope)
             if refused is not None:
+                if refused[0] == 413:
+                    await _drain(receive, {"type": "http.request", "more_body": True}, _MOST_DRAINED * self._most)
                 await _send(send_noted, *refused)
             else:
                 await self._app(scope, receive_bounded, send_noted)
@@ -119,6 +125,22 @@ class Guard:
     @property
     def _too_large(self) -> str:
         return f"the body has more than {self._most:,} bytes, which is what is read"
+
+
+async def _drain(receive: Any, message: Any, most_bytes: int) -> None:
+    """Read what is left of a body and throw it away, within bounds.
+
+    A connection that is closed while bytes of its client lie unread is reset, and the answer may be lost with it.
+    """
+
+    async def rest() -> None:
+        read, last = 0, message
+        while last["type"] == "http.request" and last.get("more_body") and read <= most_bytes:
+            last = await receive()
+            read += len(last.get("body", b""))
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), _SECONDS_DRAINED)
 
 
 async def _send(send: Any, status: int, document: dict[str, Any]) -> None:

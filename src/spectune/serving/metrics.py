@@ -42,17 +42,22 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """Yield what the engine says."""
-        engine = self._engine
+        engine, prefixes = self._engine, self._engine.batch.prefixes
         for name, told, value in (
             ("rows", "Rows that are being answered.", engine.rows),
             ("waiting", "Requests that wait for a row.", engine.waiting),
             ("adapters", "Adapters that can be asked for.", len(engine.shelf.versions)),
+            ("adapters_resident", "Adapters that are on the model.", engine.shelf.resident),
+            ("prefix_bytes", "Bytes of keys and values of texts that were read.", prefixes.bytes if prefixes else 0),
             ("cache_bytes", "Bytes of keys and values.", engine.batch.bytes),
         ):
             yield GaugeMetricFamily(f"spectune_{name}", told, value=value)
         for name, told, value in (
             ("steps", "Steps of the batch.", engine.steps),
             ("prompt_tokens", "Tokens of prompts that were read.", engine.prompt_tokens),
+            ("prompt_tokens_cached", "Tokens of prompts that were known.", prefixes.hits if prefixes else 0),
             ("tokens", "Tokens that were generated.", engine.tokens),
+            ("adapter_evictions", "Adapters that were set aside.", engine.shelf.evictions),
+            ("adapter_reads", "Adapters that were read again.", engine.shelf.reads),
         ):
             yield CounterMetricFamily(f"spectune_{name}", told, value=value)

@@ -19,10 +19,12 @@ from spectune.errors import SpectuneError, need
 from spectune.serving.asking import Reader
 from spectune.serving.batch import Batch, check_joining
 from spectune.serving.engine import Engine, Limits
+from spectune.serving.prefixes import Prefixes
 from spectune.serving.shelf import Shelf
 from spectune.transformer2.two_pass import Transformer2
 
 _SHARE = 0.5  # of the memory that is free, for keys and values
+_SHARE_KEPT = 0.1  # of it, for those of texts that others may begin with
 PAGE = Path(__file__).parent / "page.html"
 
 
@@ -39,6 +41,8 @@ class Settings:
         seconds: that a request may take.
         origins: of pages of other sites that may ask, or "*".
         may_load: whether requests may load and unload adapters.
+        most_adapters: that are in memory at once; None is any number.
+        prefix_bytes: of keys and values that are kept of texts that were read; 0 keeps none, None a share of memory.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +54,8 @@ class Settings:
     seconds: float | None = 600.0
     origins: Sequence[str] = ()
     may_load: bool = True
+    most_adapters: int | None = None
+    prefix_bytes: int | None = None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -85,21 +91,23 @@ def put_adapters(shelf: Shelf, sources: Mapping[str, Callable[[], Adapter]], say
     """
     for name, read in sources.items():
         try:
-            shelf.put(name, read(), name)
+            shelf.put(name, read(), name, read=read)
         except (SpectuneError, OSError, MemoryError) as error:
             say(f"the adapter {name!r} is not served: {error}")
 
 
-def start_engine(model: Any, tokenizer: Any, shelf: Shelf, limits: Limits) -> Engine:
+def start_engine(model: Any, tokenizer: Any, shelf: Shelf, limits: Limits, prefix_bytes: int | None = None) -> Engine:
     """Return an engine that answers, with as many tokens at once as memory holds.
 
     Raises:
         SpectuneError: a model whose texts cannot join a batch.
     """
-    batch = Batch(model)
+    free = _free_memory(model.device)
+    kept = int(_SHARE_KEPT * free) if prefix_bytes is None else prefix_bytes
+    batch = Batch(model, Prefixes(kept) if kept else None)
     size = check_joining(model, tokenizer)
     if limits.tokens is None:
-        limits = replace(limits, tokens=int(_SHARE * _free_memory(model.device) / size))
+        limits = replace(limits, tokens=int(_SHARE * free / size))
     engine = Engine(batch, shelf, pad_token(tokenizer), limits)
     engine.start()
     return engine
@@ -133,7 +141,7 @@ def serve(
         say: tells people.
     """
     uvicorn = need("uvicorn", "spectune serve", "'spectune[serve]'")
-    shelf = Shelf(model, [name], auto=two is not None)
+    shelf = Shelf(model, [name], auto=two is not None, most=settings.most_adapters)
     put_adapters(shelf, sources, say)
     app, _ = build(model, tokenizer, shelf, name=name, settings=settings, two=two)
     host, port = listening.getsockname()[:2]
@@ -164,7 +172,7 @@ def build(
     from spectune.serving.app import Service, make_app
     from spectune.serving.guard import LOOPBACK, Guard
 
-    engine = start_engine(model, tokenizer, shelf, settings.limits)
+    engine = start_engine(model, tokenizer, shelf, settings.limits, settings.prefix_bytes)
     choose = None if two is None else lambda prompt: two.choose([prompt])[0]
     reader = Reader(model, tokenizer, settings.most_tokens)
     service = Service(engine, reader, name, settings.seconds, choose, settings.may_load)

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError, nearest
-from spectune.model.adapting import attach
+from spectune.methods import to_text
+from spectune.model.adapting import prepare_attach
 from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
 from spectune.model.routing import activate
+from spectune.spectral._hash import tensors_digest
 
 BASE, AUTO = "base", "auto"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
+
+
+class Prepared(NamedTuple):
+    """An adapter that is ready for a model.
+
+    Args:
+        slot: its name on the model.
+        put: puts it there.
+    """
+
+    slot: str
+    put: Callable[[], None]
 
 
 class UnknownAdapter(SpectuneError):
@@ -30,21 +44,35 @@ class NameInUse(SpectuneError):
     """A name that an adapter has already."""
 
 
+class Unreadable(SpectuneError):
+    """An adapter that was set aside and cannot be had again."""
+
+
 @dataclass(eq=False)
 class Version:
     """An adapter as it was when it was loaded under a name; another one may have the name by now.
 
     Args:
         name: that it was loaded under.
-        slot: its name on the model.
         path: where it came from.
+        read: reads it again; None where nothing can, and it stays on the model.
         about: its methods, parameters and layers, for people.
+        digest: of what it holds, by which it is known again.
+
+    Attributes:
+        slot: its name on the model; None while it is set aside.
+        coming: whether it is being read again.
+        failed: why it could not be.
     """
 
     name: str
-    slot: str
     path: str
+    read: Callable[[], Adapter] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    slot: str | None = None
+    coming: bool = False
+    failed: Exception | None = None
 
 
 Mixture = Mapping[Version, Any]  # a weight each, or one for each layer; none is the base
@@ -53,19 +81,26 @@ Mixture = Mapping[Version, Any]  # a weight each, or one for each layer; none is
 class Shelf:
     """Adapters on a model by the names that requests know them by.
 
-    Looking up is for any thread; `put` and `remove` change the model and are for the one that runs it.
+    More may have names than are on the model at once: those that were not asked for the longest are set aside, and read
+    again when somebody asks for them.  Looking up is for any thread, `prepare` for one at a time, and what changes the
+    model for the one that runs it.
 
     Args:
         model: the base.
         base_names: names by which requests mean the base alone, beside "base".
         auto: whether a library chooses for requests that ask for "auto".
+        most: adapters that are on the model at once; None is any number.
     """
 
-    def __init__(self, model: Any, base_names: Iterable[str] = (), *, auto: bool = False) -> None:
-        self.model, self.auto = model, auto
+    def __init__(
+        self, model: Any, base_names: Iterable[str] = (), *, auto: bool = False, most: int | None = None
+    ) -> None:
+        self.model, self.auto, self.most = model, auto, most
         self.base_names = (BASE, *base_names)
+        self.reads = self.evictions = 0
         self._versions: dict[str, Version] = {}
-        self._on_model: set[Version] = set()
+        self._on_model: dict[Version, None] = {}  # the least recently used first
+        self._reserved = False  # whether adapters must stay that something being prepared counts on
         self._numbers, self._lock = count(), Lock()
 
     @property
@@ -73,6 +108,11 @@ class Shelf:
         """What can be asked for now."""
         with self._lock:
             return list(self._versions.values())
+
+    @property
+    def resident(self) -> int:
+        """How many adapters are on the model."""
+        return len(self._on_model)
 
     def check_name(self, name: str) -> None:
         """Raise unless an adapter may have this name.
@@ -86,25 +126,114 @@ class Shelf:
                 f"name that means the base ({', '.join(self.base_names)}) or {AUTO!r}"
             )
 
-    def put(self, name: str, adapter: Adapter, path: str | Path, *, replace: bool = False) -> Version:
-        """Put an adapter on the model under a name.
+    def check_free(self, name: str) -> None:
+        """Raise if an adapter has a name.
+
+        Raises:
+            NameInUse: one has.
+        """
+        if name in self._versions:
+            raise NameInUse(f"an adapter {name!r} is loaded already; unload it first, or load it in its place")
+
+    def put(
+        self,
+        name: str,
+        adapter: Adapter,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        read: Callable[[], Adapter] | None = None,
+    ) -> Version:
+        """Put an adapter on the model under a name, or set it aside where there is no room for it.
 
         Raises:
             NameInUse: the name is taken, and `replace` is not said.
             SpectuneError: the adapter belongs to another base, or the name cannot be one.
         """
         self.check_name(name)
-        if name in self._versions and not replace:
-            raise NameInUse(f"an adapter {name!r} is loaded already; unload it first, or load it in its place")
+        if not replace:
+            self.check_free(name)
+        version = Version(name, str(path), read)
+        self.reserve(version)
+        try:
+            ready = self.prepare(version, adapter)
+        except BaseException:
+            self.release()
+            raise
+        return self.place(version, ready, replace=replace)
+
+    def fits(self, wanted: Collection[Version], stays: Iterable[Version] = ()) -> bool:
+        """Whether there is room on the model for some adapters, once those that may leave have left."""
+        if self.most is None:
+            return True
+        stays = {*wanted, *stays}
+        left = [version for version in self._on_model if version in stays or version.read is None]
+        return len(left) + sum(version.slot is None for version in wanted) <= self.most
+
+    def reserve(self, version: Version, stays: Iterable[Version] = ()) -> None:
+        """Set aside what was not asked for the longest, as far as it may leave, until there is room for one more.
+
+        No adapter leaves the model from now on until `place` or `release`: what is prepared counts on their bases.
+        """
+        if self.most is not None:
+            stays = {version, *stays}
+            idle = [other for other in self._on_model if other not in stays and other.read is not None]
+            leaving = idle[: max(0, len(self._on_model) + 1 - self.most)]
+            self.remove(leaving)
+            self.evictions += len(leaving)
+        self._reserved = True
+
+    def release(self) -> None:
+        """Let adapters leave the model again."""
+        self._reserved = False
+
+    def prepare(self, version: Version, adapter: Adapter) -> Prepared:
+        """Have an adapter ready to be put on the model, which may be answering meanwhile.
+
+        Raises:
+            SpectuneError: the adapter belongs to another base, or is not the one that it was.
+        """
+        digest = adapter_digest(adapter)
+        if version.digest and digest != version.digest:
+            raise Unreadable(
+                f"the files of the adapter {version.name!r} have changed since it was loaded; load it again, "
+                "in its place, to have what they hold now answer"
+            )
+        version.digest, version.about = digest, _about(adapter)
         taken = set(adapter_names(self.model))
         slot = next(slot for i in self._numbers if (slot := f"served-{i}") not in taken)
-        attach(self.model, adapter, slot)
-        activate(self.model, None)
-        version = Version(name, slot, str(path), _about(adapter))
-        self._on_model.add(version)
-        with self._lock:
-            self._versions[name] = version
+        return Prepared(slot, prepare_attach(self.model, adapter, slot))
+
+    def place(self, version: Version, ready: Prepared, *, replace: bool = True, named: bool = True) -> Version:
+        """Put on the model what was prepared, if there is room for it.
+
+        Args:
+            version: the adapter.
+            ready: what was prepared of it.
+            replace: whether another one may have its name.
+            named: whether requests are to get it by its name from now on.
+
+        Raises:
+            NameInUse: the name was taken meanwhile, and `replace` is not said.
+        """
+        self.release()
+        if named and not replace:
+            self.check_free(version.name)
+        if version.read is None or self.most is None or len(self._on_model) < self.most:
+            ready.put()
+            activate(self.model, None)
+            version.slot = ready.slot
+            self._on_model[version] = None
+        if named:
+            with self._lock:
+                self._versions[version.name] = version
         return version
+
+    def touch(self, versions: Iterable[Version]) -> None:
+        """Take note that adapters on the model are asked for."""
+        for version in versions:
+            del self._on_model[version]
+            self._on_model[version] = None
 
     def take(self, name: str) -> Version:
         """Let no new request have an adapter; those that run go on with it.
@@ -120,14 +249,16 @@ class Shelf:
     def unused(self, in_use: Iterable[Version]) -> set[Version]:
         """Return what is on the model while no name stands for it any more and nothing uses it."""
         with self._lock:
-            gone = self._on_model - set(self._versions.values())
+            gone = set() if self._reserved else self._on_model.keys() - set(self._versions.values())
         return gone - set(in_use) if gone else gone
 
     def remove(self, versions: Iterable[Version]) -> None:
         """Take versions off the model."""
         for version in versions:
-            detach(self.model, version.slot)
-            self._on_model.remove(version)
+            if version.slot is not None:
+                detach(self.model, version.slot)
+            version.slot = None
+            del self._on_model[version]
 
     def mixture(self, weights: Mapping[str, Any]) -> dict[Version, Any]:
         """Return what these names stand for now, with a weight each; a weight of zero is left out.
@@ -202,3 +333,16 @@ def _about(adapter: Adapter) -> dict[str, Any]:
         "layers": list(adapter.layers),
         "whole_modules": list(adapter.modules),
     }
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Return a digest of all that an adapter does."""
+    tensors = {
+        f"{layer} {i} {to_text(term.method)} {term.weight} {key}": tensor
+        for layer, update in adapter.layers.items()
+        for i, term in enumerate(update.terms)
+        for key, tensor in term.trained.items()
+    }
+    for module, terms in adapter.modules.items():
+        tensors |= {f"{module} {t.weight} {t.rows} {key}": v for t in terms for key, v in t.tensors.items()}
+    return tensors_digest(tensors)

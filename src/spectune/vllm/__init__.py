@@ -1,0 +1,17 @@
+"""vLLM's plug-in: SVF, SVFT and LoRA-XS beside LoRA, each as it is. Only vLLM imports it."""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    """Have vLLM take our adapters' folders where it takes LoRAs; called by vLLM in each of its processes.
+
+    `SPECTUNE_VLLM=off` leaves vLLM as it is.
+    """
+    if os.environ.get("SPECTUNE_VLLM", "on").lower() in ("off", "0", "false"):
+        return
+    from spectune.vllm.plugin import patch
+
+    patch()

