@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-peft test-ecosystem sweep test-portable test-wheel lint format bench gpu docs install clean
+.PHONY: demo test slow test-peft test-ecosystem test-vllm sweep test-portable test-wheel lint format bench gpu docs install clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -33,6 +33,10 @@ test-peft: .venv/installed
 # the libraries that users bring it into, each in an environment of its own in build/: needs a package registry
 test-ecosystem: .venv/installed
 	$(BIN)/python tests/ecosystem/run.py $(LIBRARIES)
+
+# every method's adapter through vLLM, in an environment of its own: needs a package registry
+test-vllm: .venv/installed
+	$(BIN)/python tests/vllm/suite/run.py --many 2000
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

@@ -38,41 +38,39 @@ def kept(tmp_path):
         engine.stop(30)
 
 
-def alone(i, prompt, limit, weights=None):
-    """Return what `generate` makes of a prompt with adapters that were just made."""
+def alone(i, prompt, limit):
+    """Return what `generate` makes of a prompt with an adapter that was just made."""
     model = tiny()
-    for name in weights or {f"a{i}": 1.0}:
-        n = int(name[1:])
-        spectune.attach(model, adapter(METHODS[n % len(METHODS)], seed=n + 1), name)
-    return greedy(model, prompt, limit, weights or f"a{i}")
+    spectune.attach(model, adapter(METHODS[i % len(METHODS)], seed=i + 1), "it")
+    return greedy(model, prompt, limit, "it")
 
 
 def test_more_adapters_than_there_is_room_for_all_answer(kept):
-    model, shelf, engine = kept(9, 3)
-    assert shelf.resident == 3
-    assert len(shelf.versions) == 9
+    _, shelf, engine = kept(5, 2)
+    assert shelf.resident == 2
+    assert len(shelf.versions) == 5
     most = []
     step = engine.batch.step
     engine.batch.step = lambda: (most.append(shelf.resident), step())[1]
-    mixtures = [{f"a{i % 9}": 1.0} if i % 4 else {f"a{i % 9}": 0.5, f"a{(i + 4) % 9}": 0.5} for i in range(40)]
-    asked = [Asked(model, words(), [3 + i % 20, 7], 6, weights) for i, weights in enumerate(mixtures)]
+    mixtures = [{f"a{i % 5}": 1.0} if i % 4 else {f"a{i % 5}": 0.5, f"a{(i + 3) % 5}": 0.5} for i in range(14)]
+    asked = [Asked(tiny(), words(), [3 + i % 2, 7], 4, weights) for i, weights in enumerate(mixtures)]
     for one in asked:
         engine.submit(one.job)
     for one in asked:
         assert one.wait().error is None
     assert settled(engine)
-    assert max(most) <= 3
-    assert shelf.reads > 6
-    found = {}
+    assert max(most) <= 2
+    assert shelf.reads >= 3
+    model = tiny()
+    for i in range(5):
+        spectune.attach(model, adapter(METHODS[i % len(METHODS)], seed=i + 1), f"a{i}")
     for one, weights in zip(asked, mixtures, strict=True):
-        key = (*one.rows[0].prompt, *weights)
-        found.setdefault(key, alone(None, one.rows[0].prompt, 6, weights))
-        assert one.rows[0].tokens == found[key]
+        assert one.rows[0].tokens == greedy(model, one.rows[0].prompt, 4, weights)
 
 
 def test_an_adapter_that_a_request_runs_on_stays(kept):
     model, _, engine = kept(3, 1)
-    long = Asked(model, words(), [5, 6], 120, {"a0": 1.0})
+    long = Asked(model, words(), [5, 6], 60, {"a0": 1.0})
     engine.submit(long.job)
     assert long.begun.wait(30)
     others = [Asked(model, words(), [5, 6], 4, {f"a{i}": 1.0}) for i in (1, 2)]
@@ -80,7 +78,7 @@ def test_an_adapter_that_a_request_runs_on_stays(kept):
         engine.submit(one.job)
     for one in (long, *others):
         assert one.wait().error is None
-    assert long.rows[0].tokens == alone(0, [5, 6], 120)
+    assert long.rows[0].tokens == alone(0, [5, 6], 60)
     assert [one.rows[0].tokens for one in others] == [alone(i, [5, 6], 4) for i in (1, 2)]
 
 

@@ -375,13 +375,15 @@ class Engine:
             if error is not None:
                 failed.append((job, error))
                 continue
-            self._kept |= job.mixture.keys()
+            kept = self._kept | job.mixture.keys()
+            # with room for those before it too, whose adapters may be on their way
+            if not self.shelf.fits([version for version in kept if version.slot is None], running | kept):
+                break
+            self._kept = kept
             if not missing:
                 ready.append(job)
                 running |= job.mixture.keys()
                 continue
-            if not self.shelf.fits([version for version in self._kept if version.slot is None], running | self._kept):
-                break
             for version in missing:
                 if not version.coming:
                     version.coming = True

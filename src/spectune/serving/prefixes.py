@@ -105,7 +105,7 @@ class Prefixes:
             origins: whether an origin is one of these.
         """
         gone: set[Hashable] = set()
-        for key, block in list(self._blocks.items()):
+        for key, block in sorted(self._blocks.items(), key=lambda item: item[1].number):  # beginnings first
             before = key[0]
             if before in gone or (not isinstance(before, int) and origins(before)):
                 gone.add(block.number)

@@ -47,6 +47,7 @@ def patch() -> None:
     _wrap(WorkerLoRAManager, "__init__", _remember_config)
     _wrap(WorkerLoRAManager, "_load_adapter", _load)
     _wrap(LoRAModelManager, "register_module", _register)
+    _wrap(LoRAModelManager, "_create_merged_loras_inplace", _merge_parts)
     _wrap(LoRAModelManager, "activate_adapter", _activate)
     _wrap(BaseLinearLayerWithLoRA, "reset_lora", _reset)
     _wrap(BaseLinearLayerWithLoRA, "_apply_lora_to_output", _apply)
@@ -124,6 +125,11 @@ def _register(original: Any, self: Any, module_name: str, module: Any) -> None:
         _layers[module_name] = module, LayerCores()
 
 
+def _merge_parts(original: Any, self: Any, lora_model: Any) -> None:
+    if lora_model.loras or not getattr(lora_model, "shares", None):  # vLLM counts on one LoRA at least
+        original(self, lora_model)
+
+
 def _apply(original: Any, self: Any, x: Tensor, output: Tensor) -> Tensor:
     output = original(self, x, output)
     layer = self.__dict__.get("spectune_layer")
@@ -149,6 +155,8 @@ def _activate(original: Any, self: Any, lora_id: int) -> bool:
     return done
 
 
+@torch.inference_mode(False)  # in which vLLM loads, and whose tensors have no versions
+@torch.no_grad()
 def _load(original: Any, self: Any, request: Any) -> Any:
     from vllm.lora.utils import get_adapter_absolute_path
 
