@@ -6,7 +6,7 @@ other.  transformers' server knows no adapters: it is measured with the base.  v
 itself and SVFs by our plug-in.
 
     python benchmarks/serve.py [--adapters 0 1 16 64] [--method lora:rank=8] [--requests 32] [--at-once 16]
-        [--tokens 32] [--transformers] [--vllm PYTHON] [--dtype fp32] [--name serve]
+        [--tokens 32] [--threads 1] [--transformers] [--vllm PYTHON] [--dtype fp32] [--name serve]
 
 Args:
     --vllm: the interpreter of an environment that has vLLM, and spectune for other methods than LoRA.
@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+import psutil
 import torch
 import uvicorn
 
@@ -112,10 +113,13 @@ def quiet(folder: Path, dtype: str) -> tuple[Any, Any]:
 def ours(args: argparse.Namespace, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Measure our server."""
     found: dict[str, Any] = {}
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     for prompt in PROMPTS[:2]:
         generate(model, tokenizer, [prompt], max_new_tokens=args.tokens)
-    found["alone"] = {"tokens_per_second": round(2 * args.tokens / (time.perf_counter() - began), 2)}
+    found["alone"] = {
+        "tokens_per_second": round(2 * args.tokens / (time.perf_counter() - began), 2),
+        "tokens_per_processor_second": round(2 * args.tokens / (time.process_time() - before), 2),
+    }
     for count in args.adapters:
         shelf = Shelf(model)
         began = time.perf_counter()
@@ -130,7 +134,8 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, folder: Path) -> 
         while not server.started:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        found[str(count)] = measure(args, url, [f"a{i}" for i in range(count)] or ["base"])
+        names = [f"a{i}" for i in range(count)] or ["base"]
+        found[str(count)] = measure(args, url, names, psutil.Process())
         found[str(count)]["seconds_to_load"] = round(loaded, 2)
         print(count, found[str(count)], flush=True)
         server.should_exit = True
@@ -140,20 +145,28 @@ def ours(args: argparse.Namespace, model: Any, tokenizer: Any, folder: Path) -> 
     return found
 
 
-def measure(args: argparse.Namespace, url: str, names: list[str]) -> dict[str, Any]:
-    """Ask a server, once for it to be warm."""
+def measure(args: argparse.Namespace, url: str, names: list[str], process: psutil.Process) -> dict[str, Any]:
+    """Ask a server, once for it to be warm; tell the processor's time that it took too, ours with the client's."""
     asyncio.run(ask(url, names, min(4, args.at_once), args.at_once, 2))
-    return asyncio.run(ask(url, names, args.requests, args.at_once, args.tokens))
+    before = processor_seconds(process)
+    found = asyncio.run(ask(url, names, args.requests, args.at_once, args.tokens))
+    seconds = processor_seconds(process) - before
+    return {**found, "tokens_per_processor_second": round(args.requests * args.tokens / seconds, 2)}
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """Return the processor's time that a process and those that it began have had."""
+    return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, **environment: str) -> Iterator[str]:
-    """Run another server; yield its URL when it answers."""
+def running(command: list[str], port: int, **environment: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Run another server; yield its URL, when it answers, and its process."""
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stdout=told, stderr=told, env={**os.environ, **environment})
         try:
-            for _ in range(600):
+            for _ in range(2400):
                 time.sleep(0.5)
                 with contextlib.suppress(httpx.TransportError):
                     if httpx.get(f"{url}/health").status_code == 200:
@@ -161,7 +174,7 @@ def running(command: list[str], port: int, **environment: str) -> Iterator[str]:
                 if process.poll() is not None:
                     told.seek(0)
                     raise RuntimeError(told.read()[-2000:])
-            yield url
+            yield url, psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait(60)
@@ -172,25 +185,25 @@ def transformers_serve(args: argparse.Namespace, base: Path) -> dict[str, Any]:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
     begin = "from transformers.cli.transformers import main; main()"
     options = ["--continuous-batching", "--port", "8377", "--dtype", dtype]
-    with running([sys.executable, "-c", begin, "serve", str(base), *options], 8377) as url:
-        return measure(args, url, [str(base)])
+    with running([sys.executable, "-c", begin, "serve", str(base), *options], 8377) as (url, process):
+        return measure(args, url, [str(base)], process)
 
 
 def vllm_serve(args: argparse.Namespace, base: Path, folder: Path) -> dict[str, Any]:
     """Measure vLLM with the same adapters."""
-    dtype, found = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype], {}
-    for count in args.adapters:
-        loras = [f"a{i}={folder / f'a{i}'}" for i in range(count)]
-        options = ["--model", str(base), "--port", "8378", "--dtype", dtype, "--max-model-len", "512"]
-        options += ["--max-num-seqs", str(args.at_once), "--no-enable-prefix-caching"]
-        if count:
-            options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", str(min(count, args.at_once))]
-            options += ["--max-cpu-loras", str(max(count, args.at_once)), "--lora-modules", *loras]
-        command = [args.vllm, "-m", "vllm.entrypoints.openai.api_server", *options]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-        with running(command, 8378, **environment) as url:
-            found[str(count)] = measure(args, url, [f"a{i}" for i in range(count)] or [str(base)])
-        print("vllm", count, found[str(count)], flush=True)
+    most, dtype = max(args.adapters), {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
+    options = ["--model", str(base), "--port", "8378", "--dtype", dtype, "--max-model-len", "512", "--enforce-eager"]
+    options += ["--max-num-seqs", str(args.at_once), "--max-num-batched-tokens", "512", "--no-enable-prefix-caching"]
+    options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", str(min(most, args.at_once))]
+    options += ["--max-cpu-loras", str(most), "--lora-modules", *(f"a{i}={folder / f'a{i}'}" for i in range(most))]
+    command = [args.vllm, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", *options]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    found = {}
+    with running(command, 8378, **environment) as (url, process):
+        for count in args.adapters:
+            names = [f"a{i}" for i in range(count)] or [str(base)]
+            found[str(count)] = measure(args, url, names, process)
+            print("vllm", count, found[str(count)], flush=True)
     return found
 
 
@@ -204,10 +217,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--vllm")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="serve")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of other servers
     told = {k: v for k, v in vars(args).items() if k not in ("name", "transformers", "vllm")}
-    results: dict[str, Any] = {"settings": {**told, "threads": torch.get_num_threads()}}
+    results: dict[str, Any] = {"settings": told}
     with tempfile.TemporaryDirectory() as place:
         base, folder = Path(place) / "base", Path(place) / "adapters"
         model, tokenizer = quiet(base, args.dtype)

@@ -69,8 +69,8 @@ def page(table: dict[str, Any]) -> str:
     lines = [
         "# Engines",
         "",
-        "What the adapter of each method is in other engines. Written by `make test-vllm` from what was answered: greedy",
-        "tokens of a random Llama in float32, all adapters and the base in one batch, beside `generate` "
+        "What the adapter of each method is in other engines. Written by `make test-vllm` from what was answered:",
+        "greedy tokens of a random Llama in float32, all adapters and the base in one batch, beside `generate` "
         f"({VLLM.replace('==', ' ')}).",
         "",
         "| method | vLLM with [the plug-in](vllm.md) |",
