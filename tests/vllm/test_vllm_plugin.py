@@ -1,0 +1,73 @@
+"""What the plug-in decides without vLLM: releases that it knows, folders that are ours, what goes as a LoRA."""
+
+import pytest
+import torch
+
+from spectune.errors import SpectuneError
+from spectune.vllm import plugin, register
+from training.folder import make_model, save_folder
+from transformer2.cases import adapter
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("release", ["0.31.9", "0.320.1", "1.0.0", None])
+def test_a_release_that_is_not_known_is_left_alone_with_a_warning(monkeypatch, caplog, release):
+    monkeypatch.setattr(plugin, "_version", lambda name: release)
+    register()
+    assert "tested with vLLM 0.32 and not with" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("SPECTUNE_VLLM", "off")
+    register()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("release", ["0.32.0", "0.32.1+cpu"])
+def test_a_release_that_is_known(monkeypatch, release):
+    monkeypatch.setattr(plugin, "_version", lambda name: release)
+    plugin._check_release()
+
+
+def test_only_our_folders_are_taken(tmp_path):
+    adapter("svf").save(tmp_path / "ours")
+    adapter("lora:rank=2").save(tmp_path / "pefts")
+    found = [plugin._is_ours(tmp_path / name) for name in ("ours", "pefts", "none")]
+    assert found == [True, False, False]
+
+
+@pytest.mark.parametrize("method", ["pissa:rank=2", "milora:rank=2", "adalora", "lora:rank=3,alpha=12"])
+def test_what_has_a_finite_rank_goes_as_the_lora_that_it_is(tmp_path, method):
+    from spectune.vllm.checkpoint import Checkpoint
+
+    base = save_folder(tmp_path / "base")
+    made = adapter(method, model=make_model()) + 0.5 * adapter("lora:rank=1", model=make_model(), seed=3)
+    update = made.layers[LAYER]
+    terms = Checkpoint(base).checked(LAYER, update)
+    cores, others = plugin._split(terms)
+    assert not cores
+    left, right = plugin._factors(LAYER, update, others)
+    torch.testing.assert_close(left @ right, made.bind(make_model()).delta(LAYER), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_no_sum_is_refused():
+    update = adapter("dora:rank=2").layers[LAYER]
+    with pytest.raises(SpectuneError, match="is no sum that vLLM could add: merge"):
+        plugin._factors(LAYER, update, update.terms)
+
+
+def test_engines_that_would_go_past_the_cores_are_refused():
+    class Named:
+        def __init__(self, **values):
+            self.__dict__.update(values)
+
+    def manager(device="cpu", eager=False, sharded=False):
+        model, modes = Named(enforce_eager=eager), Named(cudagraph_mode="PIECEWISE")
+        config = Named(model_config=model, compilation_config=modes)
+        return Named(device=device, spectune_config=config, lora_config=Named(fully_sharded_loras=sharded))
+
+    for good in (manager(), manager("cuda", eager=True)):
+        plugin._check_engine(good)
+    with pytest.raises(SpectuneError, match=r"CUDA graphs .* --enforce-eager"):
+        plugin._check_engine(manager("cuda"))
+    with pytest.raises(SpectuneError, match="fully-sharded"):
+        plugin._check_engine(manager(sharded=True))
