@@ -63,7 +63,7 @@ class Page:
 
     def _message(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._from], [], [], 120)
+            ready, _, _ = select.select([self._from], [], [], 600)
             assert ready, "the browser says nothing"
             part = os.read(self._from, 1 << 20)
             assert part, "the browser has ended"
@@ -88,9 +88,9 @@ class Page:
     def until(self, condition: str) -> None:
         """Wait for an expression to be true."""
         wait = "setTimeout(look,20)"
-        look = f"(function look(){{({condition})||++n>3000?done(n):{wait}}})()"
+        look = f"(function look(){{({condition})||++n>30000?done(n):{wait}}})()"
         found = self.run(f"new Promise(done=>{{let n=0;{look}}})")
-        assert found <= 3000, condition
+        assert found <= 30000, condition
 
     def open(self, url: str, width: int = 1200, height: int = 900, *, dark: bool = False) -> None:
         """Go to an address, on a screen of so many pixels."""
