@@ -89,23 +89,23 @@ def all_answered(engine, asked):
 def test_a_system_prompt_is_read_once_for_each_mixture_and_answers_are_as_alone(begin, most_bytes):
     model, tokenizer = tiny(), words()
     g = torch.Generator().manual_seed(0)
-    engine = begin(model, shelf_of(model, 4), most_bytes)
+    engine = begin(model, shelf_of(model, 2), most_bytes)
     system = torch.randint(3, 26, (70,), generator=g).tolist()
-    tails = [torch.randint(3, 26, (n,), generator=g).tolist() for n in (1, 9, 20, 3, 30, 5)]
-    mixtures = [{}, {"a0": 1.0}, {"a1": 1.0}, {"a0": 0.5, "a3": 0.5}, {"a3": 1.0}, {"a0": 0.7}]
+    tails = [torch.randint(3, 26, (n,), generator=g).tolist() for n in (2, 20, 9)]
+    mixtures = [{}, {"a0": 1.0}, {"a0": 0.7, "a1": 0.5}]
     rounds = []
-    for turn in range(3):
+    for turn in range(2):
         order = mixtures[turn:] + mixtures[:turn]
-        rounds += [[Asked(model, tokenizer, system + t, 12, m) for t, m in zip(tails, order, strict=True)]]
+        rounds += [[Asked(model, tokenizer, system + t, 8, m) for t, m in zip(tails, order, strict=True)]]
         all_answered(engine, rounds[-1])
     long = Asked(model, tokenizer, system + tails[0] + rounds[0][0].rows[0].tokens + [7, 8], 8)  # the talk goes on
     all_answered(engine, [long])
     known = [row.cached for asked in rounds[1:] for one in asked for row in one.rows]
     if most_bytes > 20000:
-        assert sum(known) > 500
-        assert long.rows[0].cached == 80
+        assert sum(known) > 150
+        assert long.rows[0].cached == 64
     assert engine.batch.prefixes.bytes <= most_bytes
-    assert [row.cached for one in rounds[0] for row in one.rows] == [0] * 6
+    assert [row.cached for one in rounds[0] for row in one.rows] == [0] * 3
     engine.stop(30)
     equal_to_generate(model, [*(one for asked in rounds for one in asked), long])
 

@@ -364,7 +364,9 @@ def test_a_client_that_hangs_up_frees_its_row(stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unload_waits_for_nobody_and_what_was_cut_off_holds_no_adapter(n, stream):
     model, tokenizer = scripted(seconds=0.002)
-    with served(model, tokenizer, shelf_of(model, 1)) as found:
+    shelf = Shelf(model)
+    shelf.put("a0", adapter("lora:rank=2", model=scripted()[0]), "made")
+    with served(model, tokenizer, shelf) as found:
         body = {"model": "a0", "prompt": [5], "max_tokens": 3500, "stream": stream, "n": n, "ignore_eos": True}
         data = json.dumps(body)
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

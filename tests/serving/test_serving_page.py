@@ -8,9 +8,11 @@ import pytest
 from matplotlib import image
 
 from pages.test_browser import AUDIT
-from serving.chromium import Page
 from serving.servers import scripted, served, settled, shelf_of, tiny, words
 from spectune.serving.shelf import Shelf
+
+pytest.importorskip("fcntl", reason="the browser is spoken to over pipes that this system has not")
+from serving.chromium import Page
 
 pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium here")
 

@@ -11,7 +11,13 @@ from spectune.vllm.cores import Bound, LayerCores, shares_of
 from training.folder import make_model, save_folder
 from transformer2.cases import adapter
 
-METHODS = ("svf", "svf:parametrization=sigmoid", "svft:pattern=plain", "svft:width=1", "svft:pattern=random,width=1")
+METHODS = (
+    "svf",
+    "svf:parametrization=sigmoid",
+    "svft:pattern=plain",
+    "svft:pattern=banded,width=1",
+    "svft:pattern=random,width=1",
+)
 METHODS += ("svft:pattern=top_k,width=1", "lora_xs:rank=2", "lora_xs:rank=4")
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -75,7 +81,11 @@ def test_a_basis_is_made_once_and_bound_once(base, monkeypatch):
     made = []
     decompose = checkpoints.decompose_many
     monkeypatch.setattr(checkpoints, "decompose_many", lambda *a, **k: (made.append(a), decompose(*a, **k))[1])
-    adapters = [own(base, "svft:width=1", 20), own(base, "svft:pattern=plain", 21), own(base, "svft:width=1", 22)]
+    adapters = [
+        own(base, "svft:pattern=banded,width=1", 20),
+        own(base, "svft:pattern=plain", 21),
+        own(base, "svft:pattern=banded,width=1", 22),
+    ]
     cores, source = cores_of(base, adapters)
     assert len(made) == 1
     first, second = cores.bounds.values()

@@ -261,7 +261,9 @@ class Engine:
 
     def _in_use(self) -> set[Version]:
         """Return the adapters of requests that run, and of those whose turn is next."""
-        return self._kept.union(*(job.mixture for job in self._running))
+        with self._woken:
+            wanted = {version for job in self._waiting for version in job.mixture}
+        return (self._kept & wanted).union(*(job.mixture for job in self._running))
 
     def _run(self) -> None:
         while True:
