@@ -21,9 +21,9 @@ class Module(lightning.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-def fit(module, folder, steps, resume=None):
+def fit(module, folder, epochs, resume=None):
     trainer = lightning.Trainer(
-        max_steps=steps, default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=epochs, default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
     )  # fmt: skip
     trainer.fit(module, DataLoader(ROWS[:4], batch_size=2), ckpt_path=resume)
@@ -34,13 +34,13 @@ def fit(module, folder, steps, resume=None):
 def test_it_goes_on_where_it_stopped(kind, tmp_path):
     whole = Module(kind)
     start = trained(whole.model)
-    fit(whole, tmp_path, 4)
+    fit(whole, tmp_path, 2)
     moved = trained(whole.model)
     assert not same(start, moved)
     half = Module(kind)
-    fit(half, tmp_path, 2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(half, tmp_path, 1).save_checkpoint(tmp_path / "half.ckpt")
     resumed = Module(kind)
-    fit(resumed, tmp_path, 4, tmp_path / "half.ckpt")
+    fit(resumed, tmp_path, 2, tmp_path / "half.ckpt")
     assert same(trained(resumed.model), moved)
     adapter_of(resumed.model).save(tmp_path / "adapter")
     again = spectune.attach(base(), spectune.Adapter.load(tmp_path / "adapter")).eval()

@@ -34,6 +34,7 @@ class Kept(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    merged: tuple[Tensor, Tensor | None] | None  # None of an expert, whose weight is a part of a tensor
     seen: tuple[Tensor, ...]
 
 
@@ -261,7 +262,8 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         own = self._state()
         self._put(weight, own[1] if bias is None else bias)
         if keep:
-            self._kept = Kept(*own, self._seen())
+            merged = None if isinstance(self.adapted, ExpertLinear) else self._state()
+            self._kept = Kept(*own, merged, self._seen())
         self.merged_adapters.extend(names)
         self._answer()
 
@@ -301,15 +303,23 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Take the merged adapters out of the layer's weight and bias."""
         assert self._kept is not None
         kept, (weight, bias) = self._kept, self._state()
-        moved = [torch.equal(a, b.to(a)) for a, b in zip(self._seen(), kept.seen, strict=True)]
+        untouched = self._is_untouched(kept)
         self._put(kept.weight, kept.bias)
-        if not all(moved):
+        if not untouched:
             made, made_bias = self._made(self.merged_adapters)
             weight = weight - made.to(weight) + kept.weight.to(weight)
             if bias is not None and made_bias is not None:
                 bias = bias - made_bias.to(bias) + kept.bias.to(bias)  # type: ignore[union-attr]
             self._put(weight, bias)
         self._kept = None
+
+    def _is_untouched(self, kept: Kept) -> bool:
+        """Whether W' and b' are what merging made, in another dtype or on another device it may be."""
+        now = self._state()
+        if kept.merged is not None and now[0].data_ptr() != kept.merged[0].data_ptr():
+            pairs = [(a, b) for a, b in zip(now, kept.merged, strict=True) if a is not None and b is not None]
+            return all(torch.equal(a, b.to(a)) for a, b in pairs)
+        return all(torch.equal(a, b.to(a)) for a, b in zip(self._seen(), kept.seen, strict=True))
 
     def _seen(self) -> tuple[Tensor, ...]:
         return tuple(digest(tensor) for tensor in self._state() if tensor is not None)
