@@ -82,6 +82,7 @@ def propose(data: str, model: str, pairs: Sequence[str] = (), *, trust_remote_co
     summary = sentence(settled, task.choices, len(records) + apart, len(records))
     reasons = {choice.key: choice.reason for choice in task.choices}
     reasons |= {"task": found.reason, "columns": "the data's names for what the task takes"}
+    reasons |= {"problem_type": "what the labels are"}
     reasons |= {"output": "the adapter, its log and its checkpoints; give it to `spectune eval` and `spectune chat`"}
     reasons |= dict.fromkeys(given, "as given")
     method = parse(settled.method)
