@@ -194,10 +194,10 @@ def _check_engine(manager: Any) -> None:
     config = manager.spectune_config
     if manager.lora_config.fully_sharded_loras:
         raise SpectuneError("the plug-in does not know --fully-sharded-loras: start vLLM without")
-    modes = str(getattr(config.compilation_config, "cudagraph_mode", None))
-    if torch.device(manager.device).type == "cuda" and not config.model_config.enforce_eager:
+    if not config.model_config.enforce_eager:
         raise SpectuneError(
-            f"CUDA graphs ({modes}) would replay a batch without this adapter's cores: start vLLM with --enforce-eager"
+            "CUDA graphs would replay a batch without this adapter's cores, and compiled code was not tried with them: "
+            "start vLLM with --enforce-eager"
         )
 
 

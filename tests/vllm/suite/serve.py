@@ -103,7 +103,7 @@ def alone(model: Any, name: str | None) -> list[list[int]]:
     return found
 
 
-def engine(base: Path, eager: bool, **options: Any) -> Any:
+def engine(base: Path, **options: Any) -> Any:
     """Return vLLM with the base."""
     from vllm import LLM
 
@@ -113,7 +113,7 @@ def engine(base: Path, eager: bool, **options: Any) -> Any:
         skip_tokenizer_init=True,
         dtype="float32",
         enable_lora=True,
-        enforce_eager=eager,
+        enforce_eager=True,
         max_model_len=256,
         max_num_batched_tokens=512,
         distributed_executor_backend="uni",
@@ -188,7 +188,7 @@ def many(llm: Any, model: Any, folder: Path, count: int) -> dict[str, Any]:
 
 def write(args: argparse.Namespace, told: dict[str, Any]) -> None:
     """Write what was answered, of the run that the documentation shows."""
-    if not args.model and not args.compile:
+    if not args.model:
         (HERE / "table.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -196,14 +196,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="A folder with a checkpoint; a tiny random Llama if not given.")
     parser.add_argument("--many", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="Not eager: through torch.compile.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = Path(args.model) if args.model else make_base(folder / "base")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         folders = make_adapters(model, folder)
-        llm = engine(base, not args.compile, max_cpu_loras=max(32, args.many))
+        llm = engine(base, max_cpu_loras=max(32, args.many))
         told: dict[str, Any] = {"served": check(llm, model, folders)}
         told["methods"] = METHODS
         told["core_only"] = {name: parse(METHODS[name]).core_only for name in folders}
