@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
@@ -25,10 +26,11 @@ def measured(values):
 def report(percent=True, greater=True, gap_of="accuracy", **methods):
     rows = [
         {"method": name, "ran": True, "seeds": seeds, "metric": measured(values), "gap": measured(gaps)}
-        | {"trainable_parameters": count}
+        | {"trainable_parameters": count, "difference": None}
         for name, (seeds, values, gaps, count) in methods.items()
     ]
-    return {"methods": rows, "percent": percent, "greater_is_better": greater, "gap_of": gap_of, "model": "tiny"}
+    about = {"model": "tiny", "metric": "accuracy", "trials": [], "split": {"test": 250}}
+    return {"methods": rows, "percent": percent, "greater_is_better": greater, "gap_of": gap_of, **about}
 
 
 def of(values, gaps=(0.0, 0.0, 0.0), count=100, seeds=(0, 1, 2)):
@@ -59,6 +61,40 @@ def test_who_overfits_is_a_matter_of_the_gap(claims):
     losses = report(gap_of="loss", a=less, b=more)  # the loss on training data is the lower, the more
     assert claims.versus({"task": losses}, "a", "b", "gap")[0] == "supported"
     assert "points" not in claims.versus({"task": losses}, "a", "b", "gap")[1]
+
+
+def test_no_worse_is_equivalence_with_a_margin(claims):
+    near = report(a=of([0.849, 0.851, 0.853]), b=of([0.850, 0.852, 0.853]))
+    assert claims.no_worse({"task": near}, "a", "b")[0] == "supported"
+    wide = report(a=of([0.80, 0.88, 0.85]), b=of([0.85, 0.852, 0.853]))
+    assert claims.no_worse({"task": wide}, "a", "b")[0] == "undecided"  # what is not seen is not shown to be absent
+    far = report(a=of([0.79, 0.791, 0.793]), b=of([0.85, 0.852, 0.853]))
+    assert claims.no_worse({"one": near, "two": far}, "a", "b")[0] == "refuted"
+    assert claims.no_worse({}, "a", "b") == ("undecided", "")
+
+
+def test_a_task_that_cannot_tell_and_a_method_that_fell_apart_do_not_count(claims):
+    sure = report(a=of([0.9, 0.91, 0.93]), b=of([0.5, 0.51, 0.52]))
+    assert claims.versus({"task": {**sure, "start": 0.2}}, "a", "b")[0] == "supported"
+    ends = {"mean": 0.4, "low": 0.1, "high": 0.7}
+    for row in sure["methods"]:
+        row["difference"] = ends  # what could have been told is 30 points
+    assert claims.versus({"task": {**sure, "start": 0.85}}, "a", "b")[1].startswith("task not counted: floor, ")
+    assert claims.versus({"task": {**sure, "start": 0.2}}, "a", "b")[1].startswith("task not counted: ceiling, ")
+    fell = report(a=of([0.9, 0.91, 0.3]), b=of([0.5, 0.51, 0.52]))
+    verdict, said = claims.versus({"task": {**fell, "start": 0.2}}, "a", "b")
+    assert (verdict, said[:33]) == ("undecided", "task not counted: a fell apart, +")
+
+
+def test_records_make_intervals_wider(claims):
+    rng = np.random.default_rng(0)
+    found = report(a=of([0.9, 0.91, 0.9]), b=of([0.7, 0.715, 0.7]))
+    narrow = claims.difference(found, "a", "b", "metric")
+    for name, share in {"a": 0.9, "b": 0.7}.items():
+        bits = "".join(map(str, (rng.random(60) < share).astype(int)))  # the same records at every seed
+        found["trials"] += [{"kind": "final", "method": name, "seed": seed, "right": bits} for seed in range(3)]
+    wide = claims.difference(found, "a", "b", "metric")
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
 def test_how_many_times_fewer(claims):

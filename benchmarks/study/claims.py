@@ -6,10 +6,13 @@ Writes results/claims.md, results/study.png, the part of docs/study.md that show
 (run.py does this at its end).
 
 * That one method is better than another, or overfits more (the gap between training and test), is tested on every task
-  by the paired differences over the seeds at which both ran, corrected for the number of tasks (Holm): supported where
-  some task shows it and none the opposite, refuted the other way round, undecided with neither or both.
-* That a method is no worse than another is refuted where a task shows that it is, supported where one shows that it is
-  better and none the opposite, and else undecided: what is not seen is not shown to be absent.
+  by the paired differences over the seeds at which both ran, and over the test records where a report has them,
+  corrected for the number of tasks (Holm): supported where some task shows it and none the opposite, refuted the other
+  way round, undecided with neither or both.
+* That a method is no worse than another is a claim of equivalence with a margin stated here, 2 points (0.02 of a loss):
+  supported where on every task the interval lies above the margin, refuted where on some it lies below, else undecided.
+* A task counts where it can tell methods apart: its best is neither at the floor nor at the ceiling, by how small a
+  difference it could have told.  A method that fell apart at some seed does not count on that task.
 * That it needs some number of times fewer parameters is supported from two thirds of that number on, however many more.
 * That adapters add is supported where each pair's sum keeps both skills within 5 points, refuted where none does.
 """
@@ -22,13 +25,15 @@ from typing import Any
 
 from run import TASKS
 
-from spectune.compare.report.statistics import holm, paired_difference
+from spectune.compare.report.soundness import fell_apart, uncounted
+from spectune.compare.report.statistics import Difference, crossed_difference, holm, paired_difference
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SVF, SVFT, LORA, XS = "svf", "svft:pattern=banded", "lora:rank=16", "lora_xs:rank=16"
 PISSA, MILORA, FULL = "pissa:rank=16", "milora:rank=16", "full"
 LEVEL = 0.05
+MARGIN = 0.02  # of a share, and of a loss: what is less is no difference
 ALT = "The metric of each task over the number of trained parameters, method by method, with 95% intervals"
 
 
@@ -36,6 +41,62 @@ def reports() -> dict[str, Any]:
     """Return the report of each task that has one, and not those of runs with other settings."""
     paths = {name: HERE / "results" / name / "report.json" for name in sorted(TASKS)}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
+def why_not(report: Any) -> str | None:
+    """Return why a task does not count, floor or ceiling; None where it does."""
+    rows = [row for row in report["methods"] if row["ran"] and row["method"] != "base"]
+    ends = [d for row in rows if (d := row["difference"]) and d["low"] is not None and d["high"] > d["low"]]
+    halves = sorted((d["high"] - d["low"]) / 2 for d in ends)
+    least, best = halves[len(halves) // 2] if halves else None, rows[0]["metric"]["mean"]
+    if least is not None and report["percent"] and all(row["metric"].get("over", "seeds") == "seeds" for row in rows):
+        # intervals over seeds alone leave out what so few records add
+        least = max(least, 1.96 * (2 * best * (1 - best) / report["split"]["test"]) ** 0.5)
+    return uncounted(best, start(report), least, greater=report["greater_is_better"], share=report["percent"])
+
+
+def start(report: Any) -> float | None:
+    """Return the metric before any step, or of the base where the report does not say."""
+    base = row(report, "base")
+    return report.get("start") or (None if base is None else base["metric"]["mean"])
+
+
+def apart(report: Any, method: str) -> list[int]:
+    """Return the seeds at which a method fell apart."""
+    each = row(report, method)
+    if each is None or len(each["seeds"]) != len(each["metric"]["values"]):
+        return []
+    values = dict(zip(each["seeds"], each["metric"]["values"], strict=True))
+    best = next(row["metric"]["mean"] for row in report["methods"] if row["ran"])
+    records = report["split"]["test"] if report["percent"] else None
+    return fell_apart(values, start(report), best, greater=report["greater_is_better"], records=records)
+
+
+def difference(report: Any, method: str, other: str, of: str) -> Difference | None:
+    """Return how much more a method has of a measure than another, the better the larger; None where none says it."""
+    pair = [row(report, name) for name in (method, other)]
+    if not all(each and each[of] for each in pair):
+        return None
+    if any(len(each["seeds"]) != len(each[of]["values"]) for each in pair):  # which seed lacks it is not said
+        return None
+    by_seed = [dict(zip(each["seeds"], each[of]["values"], strict=True)) for each in pair]
+    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    falls = report["gap_of"] == "loss" if of == "gap" else not report["greater_is_better"]
+    tables = [_right(report, name, seeds) for name in (method, other)] if of == "metric" else [None, None]
+    if len(seeds) > 1 and all(tables):
+        return crossed_difference(*tables)
+    values = [[-each[seed] if falls else each[seed] for seed in seeds] for each in by_seed]
+    return paired_difference(*values) if seeds else None
+
+
+def _right(report: Any, method: str, seeds: list[int]) -> Any:
+    """Return by seed whether each test record was answered right, where the metric is their share."""
+    if report["metric"] not in ("accuracy", "exact_match"):
+        return None
+    finals = [t for t in report["trials"] if t["kind"] == "final" and t["method"] == method]
+    by_seed = {trial["seed"]: trial.get("right") for trial in finals}
+    rows = [by_seed.get(seed) for seed in seeds]
+    return [[int(bit) for bit in bits] for bits in rows] if all(rows) else None
 
 
 def row(report: Any, method: str) -> Any:
@@ -65,32 +126,49 @@ def versus(found: dict[str, Any], method: str, other: str, of: str = "metric") -
         method, other: the methods.
         of: "metric", the better the larger, or "gap", how much better it is on training data than on the test.
     """
-    tests = []
-    for task, report in found.items():
-        pair = [row(report, name) for name in (method, other)]
-        if not all(each and each[of] for each in pair):
-            continue
-        falls = report["gap_of"] == "loss" if of == "gap" else not report["greater_is_better"]
-        if any(len(each["seeds"]) != len(each[of]["values"]) for each in pair):  # which seed lacks it is not said
-            continue
-        by_seed = [dict(zip(each["seeds"], each[of]["values"], strict=True)) for each in pair]
-        seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
-        values = [[-each[seed] if falls else each[seed] for seed in seeds] for each in by_seed]
-        if seeds:
-            percent = report["percent"] and not (of == "gap" and report["gap_of"] == "loss")
-            tests.append((task, percent, paired_difference(values[0], values[1])))
-    corrected = iter(holm([test.p for _, _, test in tests if test.p is not None]))
+    tests, said = _tests(found, method, other, of)
+    corrected = iter(holm([test.p for _, test in tests if test.p is not None]))
     ahead = behind = 0
-    said = []
-    for task, percent, test in tests:
+    for task, test in tests:
         sure = test.p is not None and next(corrected) < LEVEL
         ahead += sure and test.mean > 0
         behind += sure and test.mean < 0
+        said[task] += "*" * sure
+    verdict = "undecided" if bool(ahead) == bool(behind) else "supported" if ahead else "refuted"
+    return verdict, "; ".join(said.values())
+
+
+def no_worse(found: dict[str, Any], method: str, other: str) -> tuple[str, str]:
+    """Return whether a method is worse than another by no more than the margin, and its differences by task."""
+    tests, said = _tests(found, method, other, "metric")
+    ends = [(test.low, test.high) for _, test in tests if test.low is not None and test.high is not None]
+    if any(high < -MARGIN for _, high in ends):
+        verdict = "refuted"
+    else:
+        able = bool(ends) and len(ends) == len(tests)
+        verdict = "supported" if able and all(low > -MARGIN for low, _ in ends) else "undecided"
+    return verdict, "; ".join(said.values())
+
+
+def _tests(
+    found: dict[str, Any], method: str, other: str, of: str
+) -> tuple[list[tuple[str, Difference]], dict[str, str]]:
+    """Return the differences on the tasks that count, and what is said of every task."""
+    tests, said = [], {}
+    for task, report in found.items():
+        test = difference(report, method, other, of)
+        if test is None:
+            continue
+        percent = report["percent"] and not (of == "gap" and report["gap_of"] == "loss")
         scale, unit = (100, " points") if percent else (1, "")
         interval = "" if test.low is None else f" ({scale * test.low:+.2g} to {scale * test.high:+.2g})"
-        said.append(f"{task} {scale * test.mean:+.2g}{unit}{interval}{'*' if sure else ''}")
-    verdict = "undecided" if bool(ahead) == bool(behind) else "supported" if ahead else "refuted"
-    return verdict, "; ".join(said)
+        why = why_not(report)
+        fallen = [name for name in (method, other) if apart(report, name)]
+        if why is None and not fallen:
+            tests.append((task, test))
+        reason = f"not counted: {why or f'{fallen[0]} fell apart'}, " if why or fallen else ""
+        said[task] = f"{task} {reason}{scale * test.mean:+.2g}{unit}{interval}"
+    return tests, said
 
 
 def addition() -> tuple[str, str]:
@@ -128,14 +206,18 @@ def claims(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         verdict, numbers = versus(found, method, other, of)
         return claim, verdict, f"{said}: {numbers}"
 
+    def equivalent(claim: str, method: str, other: str, said: str) -> tuple[str, str, str]:
+        verdict, numbers = no_worse(found, method, other)
+        return claim, verdict, f"{said}: {numbers}"
+
     return [
         ("SVF needs about ten times fewer parameters than LoRA", *fewer(found, SVF, LORA, 10)),
-        compared("... and is no worse for it", SVF, LORA, "SVF - LoRA"),
+        equivalent("... and is no worse for it", SVF, LORA, "SVF - LoRA"),
         ("Two SVF adapters combine by addition", *addition()),
         compared("More trained values than the diagonal help (SVFT)", SVFT, SVF, "banded SVFT - SVF"),
         compared("The top is better to train (PiSSA) than the bottom (MiLoRA)", PISSA, MILORA, "PiSSA - MiLoRA"),
         ("LoRA-XS needs far fewer parameters, at least ten times", *fewer(found, XS, LORA, 10)),
-        compared("... and is no worse for it", XS, LORA, "LoRA-XS - LoRA"),
+        equivalent("... and is no worse for it", XS, LORA, "LoRA-XS - LoRA"),
         ("99% of singular values lie from 0.1 to 1.1", *spectrum()),
         compared("Full fine-tuning overfits more than LoRA", FULL, LORA, "gap of full - gap of LoRA", "gap"),
         compared("Low rank may score higher than full", LORA, FULL, "LoRA - full"),
@@ -183,7 +265,10 @@ def main() -> None:
     found = reports()
     lines = ["| claim | here | numbers |", "|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in claims(found)]
-    note = "beyond chance at 0.05 after Holm's correction over the tasks; above zero is better, for losses too"
+    note = (
+        "beyond chance at 0.05 after Holm's correction over the tasks that count; above zero is better, for losses "
+        f"too; no worse is by less than {100 * MARGIN:g} points ({MARGIN:g} of a loss)"
+    )
     text = "\n".join(lines) + f"\n\n\\* {note}\n"
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
@@ -206,7 +291,8 @@ def verdicts(found: list[tuple[str, str, str]]) -> str:
         [
             f"- {counts}, {len(by['refuted'])} do not, and {len(by['undecided'])} are open.",
             *(f"- **{verdict}**: {'; '.join(named) or 'none'}." for verdict, named in by.items()),
-            "- The runs are short, and rates were searched coarsely: [the tables](docs/study.md) say how sure each is.",
+            "- The runs are short, and rates were searched coarsely: [the tables](docs/study.md) say how sure each is, "
+            "and which tasks do not count.",
         ]
     )
 

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from compare.comparison import HEADER, METHODS, failed, final, results, whole
 from spectune.cli.train import file_and_pairs
 from spectune.compare.report.document import document
+from spectune.compare.report.statistics import crossed_difference, crossed_interval
 from spectune.training.config import load_config
 
 
@@ -49,10 +49,10 @@ def test_numbers_by_hand(found):
     assert (row["seeds"], row["lr"], row["trainable_parameters"]) == ([0, 1, 2], 3.2e-4, 663_552)
     assert row["metric"]["values"] == values
     assert row["metric"]["mean"] == pytest.approx(np.mean(values))
-    assert row["metric"]["high"] == pytest.approx(np.mean(values) + stats.sem(values) * stats.t.ppf(0.975, 2))
-    assert row["difference"]["p"] == pytest.approx(
-        stats.ttest_rel(values, [r["test"]["accuracy"] for r in base]).pvalue
-    )
+    tables = [[run["right"] for run in rs] for rs in (runs, base)]
+    assert (row["metric"]["over"], row["difference"]["over"]) == ("both", "both")
+    assert row["metric"]["high"] == pytest.approx(crossed_interval(tables[0]).high)
+    assert row["difference"]["p"] == pytest.approx(crossed_difference(*tables).p)
     assert row["gap"]["mean"] == pytest.approx(0.06)
     assert row["forgetting"]["mean"] == pytest.approx(0.05 + 663_552 / 3e8)
     assert row["step_over_floor"] == pytest.approx(0.151 / 0.11)
@@ -136,7 +136,7 @@ def test_one_method():
 def test_the_base_is_best():
     found = verdict({"lora": 0.85, "base": 0.88, "svf": 0.86}, spread=0.004)
     assert any(s.startswith("No method improves on the model without an adapter") for s in found["answer"])
-    assert found["recommended"] in ("lora", "svf")  # that can be trained
+    assert (found["uncounted"], found["recommended"]) == ("floor", None)
     assert at(found, "base")["train_command"] is None
 
 
@@ -202,7 +202,7 @@ def test_one_seed_and_no_records_says_so():
     assert found["answer"][-1].endswith("nothing says how sure a number is.")
 
 
-def test_a_lead_that_other_records_may_not_bear_out_is_told():
+def test_a_lead_over_seeds_that_other_records_may_not_bear_out_is_none():
     finals = []
     for method, rights in (("lora", (300, 301, 300)), ("pissa", (304, 305, 305))):
         for seed, count in enumerate(rights):
@@ -212,8 +212,51 @@ def test_a_lead_that_other_records_may_not_bear_out_is_told():
                 right = right[::-1]
             finals.append({**run, "right": right, "test": {"accuracy": count / 400, "loss": 0.5}})
     found = made(finals)
-    assert found["answer"][0].startswith("PiSSA is ahead of LoRA by 1.1 points")
-    assert any("On others the difference of PiSSA may be none" in sentence for sentence in found["answer"])
+    assert found["answer"][0] == "No method differs from LoRA beyond chance at 3 seeds."
+    assert at(found, "pissa")["difference"]["over"] == "both"
+    alone = made([{**run, "right": None} for run in finals])  # nobody knows which records
+    assert at(alone, "pissa")["difference"]["over"] == "seeds"
+    assert alone["answer"][0].startswith("PiSSA is ahead of LoRA by 1.1 points")
+
+
+def begun(finals, start):
+    """Return results whose model had some accuracy before the first step."""
+    return [{**r, "history": [{"step": 0, "eval_accuracy": start, "eval_loss": 1.0}, *r["history"]]} for r in finals]
+
+
+def test_a_method_that_fell_apart_is_told_and_counts_for_nothing():
+    finals, _ = results(methods=("lora", "svf", "pissa"), seeds=range(5), lora=0.80, svf=0.60, pissa=0.86)
+    for run in finals:
+        if run["method"] == "pissa" and run["seed"] in (2, 4):
+            run |= {"right": [1] * 80 + [0] * 320, "test": {"accuracy": 0.2, "loss": 1.5}}
+    found = made(begun(finals, 0.2))
+    assert at(found, "pissa")["fell_apart"] == [2, 4]
+    assert at(found, "pissa")["difference"]["beyond_chance"] is None
+    assert any("PiSSA fell apart in 2 of 5 runs (20.0% at seed 2, 20.0% at seed 4)" in s for s in found["answer"])
+    assert found["tested"] == 1
+    assert found["recommended"] == "lora"
+
+
+def test_a_task_that_nothing_learned_or_that_all_have_learned_counts_for_nothing():
+    low, high = (results(methods=("lora", "svf"), **dict.fromkeys(("lora", "svf"), share))[0] for share in (0.06, 0.99))
+    found = made(begun(low, 0.05))
+    assert (found["uncounted"], found["recommended"]) == ("floor", None)
+    assert found["answer"][0].startswith("No method learned this task to speak of: the best, ")
+    found = made(begun(high, 0.05))
+    assert found["uncounted"] == "ceiling"
+    assert found["answer"][0].startswith("This task is at its ceiling")
+    assert made(begun(results(methods=("lora", "svf"))[0], 0.25))["uncounted"] is None
+
+
+def test_the_width_of_the_good_rates_is_a_result(found):
+    assert at(found, "lora")["sensitivity"]["octaves"] > 0
+    assert at(found, "base")["sensitivity"] is None
+    assert at(found, "svf")["sensitivity"]["open"]  # the highest is its best
+
+
+def test_every_run_can_be_taken_away(found):
+    finals = [run for run in found["trials"] if run["kind"] == "final" and not run["error"]]
+    assert all(run["right"].count("1") / len(run["right"]) == pytest.approx(run["test"]) for run in finals)
 
 
 def test_where_less_is_better():

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from compare.comparison import failed, results, whole
-from compare.report.test_document import made
+from compare.report.test_document import begun, made
 from pages.test_html import check_page
 from spectune.compare.report.document import document
 from spectune.compare.report.figures import COSTS, front
 from spectune.compare.report.files import write_report
 from spectune.compare.report.model import Document
 
-FILES = ["report.html", "report.json", "report.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"]
+FILES = ["report.html", "report.json", "report.csv", "runs.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,9 @@ def test_the_front_is_what_nothing_beats(written):
         ([failed("lora"), failed("svf")], [failed("svf", "search")]),
         (results(methods=("base",))[0], []),
         results(seeds=(0,), methods=("lora", "svf")),
+        (begun(results(methods=("lora", "svf"), lora=0.06, svf=0.06)[0], 0.05), []),
     ],
-    ids=["all failed", "the base alone", "one seed"],
+    ids=["all failed", "the base alone", "one seed", "nothing learned"],
 )
 def test_little_to_show_is_a_page_too(finals, searches, tmp_path):
     paths = write_report(Document(**made(finals, searches, notes=[], baseline="lora")), tmp_path)

@@ -11,6 +11,8 @@ from scipy import stats
 from spectune.compare.report.statistics import (
     Difference,
     Interval,
+    crossed_difference,
+    crossed_interval,
     holm,
     mean_interval,
     paired_difference,
@@ -87,6 +89,46 @@ def test_a_bootstrap_over_records_covers():
         low, high = record_difference(*(rng.random((2, 400)) < [[0.8], [0.7]]), draws=1000)[1:3]
         held.append(low <= 0.1 <= high)
     assert np.mean(held) == pytest.approx(0.95, abs=0.035)
+
+
+def drawn(rng, seeds, records, of_seeds, of_records):
+    """Return a table around 0, of what a seed adds, what a record adds, and a rest of 1."""
+    seed, record = of_seeds * rng.standard_normal((seeds, 1)), of_records * rng.standard_normal(records)
+    return seed + record + rng.standard_normal((seeds, records))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_records"), [(3, 0.0, 0.0), (3, 0.0, 1.0), (3, 0.1, 0.7), (3, 1.0, 0.5), (5, 0.2, 0.5)]
+)
+def test_the_interval_over_seeds_and_records_holds_the_truth_as_often_as_it_says(seeds, of_seeds, of_records):
+    rng = np.random.default_rng(4)
+    held = [low <= 0 <= high for _, low, high in (
+        crossed_interval(drawn(rng, seeds, 100, of_seeds, of_records)) for _ in range(400)
+    )]  # fmt: skip
+    assert 0.92 <= np.mean(held) <= 0.98  # 0.93 to 0.97, and a standard error of 0.01
+
+
+def test_neither_seeds_nor_records_alone_say_what_both_do():
+    rng = np.random.default_rng(5)
+    table = drawn(rng, 4, 80, 0.0, 0.8)
+    found = crossed_difference(table, np.zeros_like(table))
+    over_seeds = mean_interval(table.mean(1).tolist())
+    assert found.high - found.low > 1.2 * (over_seeds.high - over_seeds.low)
+    back = crossed_difference(np.zeros_like(table), table)
+    assert (back.mean, back.low, back.high, back.p) == pytest.approx((-found.mean, -found.high, -found.low, found.p))
+    assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+    reaching = crossed_difference(table, np.zeros_like(table), 1 - found.p)  # the interval of that level just reaches 0
+    assert min(abs(reaching.low), abs(reaching.high)) == pytest.approx(0, abs=1e-6)
+
+
+def test_equal_seeds_leave_what_records_say():
+    rng = np.random.default_rng(6)
+    row = (rng.random(400) < 0.3).astype(float)
+    found = crossed_interval([row, row, row])
+    half = stats.t.ppf(0.975, 399) * stats.sem(row)
+    assert (found.low, found.high) == pytest.approx((row.mean() - half, row.mean() + half), rel=1e-9)
+    assert crossed_difference([row, row], [row, row]) == Difference(0.0)
+    assert crossed_interval([row]) == Interval(row.mean())
 
 
 def test_equal_answers_differ_by_nothing():

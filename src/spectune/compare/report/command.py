@@ -33,7 +33,8 @@ def train_command(document: Document, row: MethodRow) -> str | None:
         "task": document.task,
         "method": method,
         "lr": row.lr,
-        "max_steps": document.steps,
+        "max_steps": row.steps if document.until == "plateau" else document.steps,
+        "schedule": "constant" if document.until == "plateau" else None,
         "seed": row.seeds[0],
         **{key: given[key] for key in given if key in keys and key not in _SET},
     }

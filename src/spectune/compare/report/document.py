@@ -10,13 +10,21 @@ from typing import Any
 import numpy as np
 
 from spectune.compare.report.command import train_command
-from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Trial
-from spectune.compare.report.statistics import holm, mean_interval, paired_difference, record_difference
-from spectune.compare.report.verdict import adapts, answer, cheapest
+from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Sensitivity, Trial
+from spectune.compare.report.soundness import fell_apart, uncounted, width
+from spectune.compare.report.statistics import (
+    crossed_difference,
+    crossed_interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    record_difference,
+)
+from spectune.compare.report.verdict import adapts, answer, cheapest, resolution
 from spectune.compare.trial import Result
 from spectune.methods import METHODS
 
-PERCENT = ("accuracy", "micro_f1", "macro_f1", "subset_accuracy", "exact_match", "reward_accuracy")
+PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
 SIGNIFICANT = 0.05
 _NAMES = {"full": "full fine-tuning", "lora_xs": "LoRA-XS"}
 _MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")
@@ -43,6 +51,7 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
     searched_by = header.get("searched_by") or (
         metric if all(_at(r, "validation", metric) is not None for r in searches if not r.get("error")) else "loss"
     )
+    start = _start(finals, metric)
     methods = list(dict.fromkeys(result["method"] for result in [*finals, *searches]))
     labels = _labels(methods)
     rows = []
@@ -58,15 +67,26 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
                 cost_seconds=sum(_seconds(r) for r in [*finals, *searches] if r["method"] == method),
                 **_measured(runs, metric, gap_of),
                 **_search(tried, runs, searched_by),
+                sensitivity=_sensitivity(tried, searched_by, _start(tried, searched_by)),
             )
         )
     rows.sort(key=lambda row: -sign * row.value.mean if row.ran else math.inf)
+    if start is None:  # replies are not looked at before the first step
+        untrained = (row.value.mean for row in rows if row.ran and row.method == "base" and not row.parameters)
+        start = next(untrained, None)
+    for row in rows:
+        if row.ran:
+            values = dict(zip(row.seeds, row.value.values, strict=True))
+            table = _table(sound[row.method], metric)
+            count = len(table[0]) if table else None
+            row.fell_apart = fell_apart(values, start, rows[0].value.mean, greater=sign > 0, records=count)
     made = Document(
         **{
             **header,
             "percent": metric in PERCENT,
             "gap_of": gap_of,
             "searched_by": searched_by,
+            "start": start,
             "forgetting_of": next(
                 (r["general"]["name"] for rs in sound.values() for r in rs if r.get("general")), None
             ),
@@ -81,6 +101,7 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
         }
     )
     _compare(made, sound)
+    made.uncounted = _uncounted(made)
     made.best = made.methods[0].method if made.methods and made.methods[0].ran else None
     made.recommended = _recommended(made)
     for row in made.methods:
@@ -98,7 +119,7 @@ def _measured(runs: Sequence[Result], metric: str, gap_of: str) -> dict[str, Any
     return {
         "lr": runs[0].get("lr") if runs else None,
         "steps": max((r["steps"] for r in runs if r.get("steps") is not None), default=None),
-        "metric": _interval([_at(r, "test", metric) for r in runs]),
+        "metric": _metric(runs, metric),
         "loss": _interval([_at(r, "test", "loss") for r in runs]),
         "gap": _interval(gaps),
         "forgetting": _interval(forgotten),
@@ -108,9 +129,32 @@ def _measured(runs: Sequence[Result], metric: str, gap_of: str) -> dict[str, Any
     }
 
 
+def _start(results: Sequence[Result], key: str) -> float | None:
+    """Return the mean of a measure over the runs before their first step; None where it was not looked at."""
+    first = [line for r in results for line in r.get("history") or () if line.get("step") == 0]
+    known = [line[f"eval_{key}"] for line in first if line.get(f"eval_{key}") is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _uncounted(made: Document) -> Any:
+    rows = [row for row in made.ran if adapts(row)]
+    if not rows:
+        return None
+    share, greater = made.metric in PERCENT, made.greater_is_better
+    return uncounted(rows[0].value.mean, made.start, resolution(made), greater=greater, share=share)
+
+
+def _sensitivity(tried: Sequence[Result], key: str, start: float | None) -> Sensitivity | None:
+    """Return the width of the good rates by the runs that came to their end."""
+    ended = [(r["lr"], _at(r, "validation", key)) for r in tried if not r.get("error") and not r.get("pruned")]
+    points = [(lr, value) for lr, value in ended if lr is not None and value is not None]
+    found = width(points, start, greater=key != "loss", share=key in PERCENT)
+    return None if found is None else Sensitivity(**found._asdict())
+
+
 def _search(tried: Sequence[Result], runs: Sequence[Result], searched_by: str) -> dict[str, Any]:
     """Return the learning rates tried, and at which end of them the chosen one lies, if at one."""
-    keys = ("lr", "steps", "pruned", "error")
+    keys = ("lr", "seed", "steps", "pruned", "error")
     points = [{**{k: r.get(k) for k in keys}, "value": _at(r, "validation", searched_by)} for r in tried]
     points.sort(key=lambda point: point["lr"] or 0)
     lr, rates = (runs[0].get("lr") if runs else None), [point["lr"] for point in points]
@@ -133,7 +177,9 @@ def _compare(made: Document, sound: Mapping[str, Sequence[Result]]) -> None:
         if row is not rows[0]:
             pair = sound[row.method], sound[rows[0].method]
             row.to_best = _difference(*pair, made.metric, _over_records(*pair, made.metric))
-    tested = [(d, d.p) for row in rows if (d := row.difference) is not None and d.p is not None]
+    whole = baseline is not None and not next(row for row in rows if row.method == baseline).fell_apart
+    counted = [row for row in rows if whole and not row.fell_apart]
+    tested = [(d, d.p) for row in counted if (d := row.difference) is not None and d.p is not None]
     for (difference, _), corrected in zip(tested, holm([p for _, p in tested]), strict=True):
         difference.corrected_p = corrected
         difference.beyond_chance = corrected < SIGNIFICANT
@@ -143,15 +189,30 @@ def _compare(made: Document, sound: Mapping[str, Sequence[Result]]) -> None:
 def _difference(
     runs: Sequence[Result], others: Sequence[Result], metric: str, over_records: Paired | None
 ) -> Difference | None:
-    """Return the difference between two methods, judged over seeds, or over records where seeds have no spread."""
+    """Return the difference between two methods, judged over seeds and records together.
+
+    Over seeds alone where a metric is not of single records, and over records alone where seeds have no spread.
+    """
     ours, theirs = ({r["seed"]: r["test"][metric] for r in rs} for rs in (runs, others))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
+    tables = [_table([r for r in rs if r["seed"] in seeds], metric) for rs in (runs, others)]
+    if len(seeds) > 1 and tables[0] and tables[1] and len(tables[0][0]) == len(tables[1][0]):
+        both = crossed_difference(tables[0], tables[1])
+        if both.p is not None:
+            return Difference(**both._asdict(), over="both", seeds=len(seeds))
     found = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
     if found.p is None and over_records is not None:
         return Difference(**over_records.model_dump(), over="records", seeds=len(seeds))
     return Difference(**found._asdict(), over="seeds", seeds=len(seeds))
+
+
+def _table(runs: Sequence[Result], metric: str) -> list[Sequence[int]] | None:
+    """Return by seed which records were answered right, where the metric is their share."""
+    rows = [_right(run, metric) for run in sorted(runs, key=lambda run: run["seed"])]
+    found = [row for row in rows if row]
+    return found if found and len(found) == len(rows) and len({len(row) for row in found}) == 1 else None
 
 
 def _over_records(runs: Sequence[Result], others: Sequence[Result], metric: str) -> Paired | None:
@@ -171,7 +232,12 @@ def _right(result: Result, metric: str) -> Sequence[int] | None:
 
 
 def _recommended(made: Document) -> str | None:
-    """Return the best method ahead of the baseline, else the cheapest in the best one's interval, of those trained."""
+    """Return the best method ahead of the baseline, else the cheapest in the best one's interval, of those trained.
+
+    None where nothing was learned.
+    """
+    if made.uncounted == "floor":
+        return None
     sign = 1 if made.greater_is_better else -1
     for row in made.methods:
         ahead = row.difference and row.difference.beyond_chance and sign * row.difference.mean > 0
@@ -180,7 +246,7 @@ def _recommended(made: Document) -> str | None:
     found = cheapest(made)
     if found is not None:
         return found.method
-    return next((row.method for row in made.ran if adapts(row)), None)
+    return next((row.method for row in made.ran if adapts(row) and not row.fell_apart), None)
 
 
 def _trial(result: Result, metric: str, searched_by: str) -> Trial:
@@ -189,6 +255,7 @@ def _trial(result: Result, metric: str, searched_by: str) -> Trial:
         **{key: result[key] for key in keys if key in result},
         validation=_at(result, "validation", searched_by),
         test=_at(result, "test", metric),
+        right="".join(map(str, result["right"])) if result.get("right") else None,
         seconds=_seconds(result),
     )
 
@@ -227,6 +294,14 @@ def _curve(runs: Sequence[Result], key: str) -> list[list[float]]:
 def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
     known = [value for value in values if value is not None]
     return {**mean_interval(known)._asdict(), "values": known} if known else None
+
+
+def _metric(runs: Sequence[Result], metric: str) -> dict[str, Any] | None:
+    """Return the mean of the metric and its interval, over seeds and records where it is of single ones."""
+    found, table = _interval([_at(r, "test", metric) for r in runs]), _table(runs, metric)
+    if found is None or table is None or len(table) < 2:
+        return found
+    return {**found, **crossed_interval(table)._asdict(), "mean": found["mean"], "over": "both"}
 
 
 def _median(values: Sequence[float | None]) -> float | None:

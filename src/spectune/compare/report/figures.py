@@ -222,18 +222,22 @@ def draw_curves(figure: Figure, document: Document, key: str) -> None:
 
 
 def draw_rates(axes: Axes, document: Document, row: MethodRow) -> None:
-    """Draw what each learning rate came to on validation: the chosen one filled, those stopped early hollow."""
+    """Draw what each run of the search came to on validation, the chosen rate filled, and the mean of each rate."""
     percent = document.percent and document.searched_by == document.metric
     factor = 100 if percent else 1
     color = styles(document)[row.method][0]
     tried = [(point, point.lr or 0.0, point.value) for point in row.search]
     points = [(lr, factor * value, point) for point, lr, value in tried if value is not None]
-    whole = [(lr, value) for lr, value, point in points if not point.pruned]
-    axes.plot(*zip(*whole, strict=True) if whole else ([], []), "-", color=color, lw=1.2, alpha=0.8)
+    whole: dict[float, list[float]] = {}
+    for lr, value, point in points:
+        if not point.pruned:
+            whole.setdefault(lr, []).append(value)
+    means = [(lr, float(np.mean(values))) for lr, values in whole.items()]
+    axes.plot(*zip(*means, strict=True) if means else ([], []), "-", color=color, lw=1.2, alpha=0.8)
     for lr, value, point in points:
         chosen = lr == row.lr
         face = color if chosen else "none"
-        axes.plot(lr, value, "v" if point.pruned else "o", color=color, mfc=face, ms=8 if chosen else 5)
+        axes.plot(lr, value, "v" if point.pruned else "o", color=color, mfc=face, ms=6 if chosen else 4)
     bottom = 0.04 if document.greater_is_better or document.searched_by != "loss" else 0.9
     for _, lr, value in tried:
         if value is None:

@@ -15,7 +15,9 @@ from spectune.storage import write_atomically
 
 
 def write_report(document: Document, out: Path) -> list[Path]:
-    """Write report.html, report.json, report.csv, and pareto and curves as png and svg, and return their paths.
+    """Write the report's files and return their paths.
+
+    report.html, report.json, report.csv (a line a method), runs.csv (a line a run), pareto and curves as png and svg.
 
     Args:
         document: what `spectune.compare.report.document.document` returned.
@@ -25,16 +27,15 @@ def write_report(document: Document, out: Path) -> list[Path]:
     texts = {
         "report.html": report_page(document),
         "report.json": json.dumps(document.model_dump(), indent=1, allow_nan=False) + "\n",
-        "report.csv": _csv(document.methods),
+        "report.csv": _csv([_flat(row) for row in document.methods]),
+        "runs.csv": _csv([trial.model_dump() for trial in document.trials]),
     }
     for name, text in texts.items():
         write_atomically(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8", newline=""))
     return [*(out / name for name in texts), *write_pictures(document, out)]
 
 
-def _csv(rows: Sequence[MethodRow]) -> str:
-    """Return a line a method; intervals and differences as columns of their own."""
-    lines = [_flat(row) for row in rows]
+def _csv(lines: Sequence[dict[str, object]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]) if lines else ["method"], lineterminator="\n")
     writer.writeheader()
@@ -43,6 +44,7 @@ def _csv(rows: Sequence[MethodRow]) -> str:
 
 
 def _flat(row: MethodRow) -> dict[str, object]:
+    """Return a method's row with intervals and differences as columns of their own."""
     plain = ("method", "ran", "lr", "steps", "trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds")
     plain += ("step_over_floor", "peak_bytes", "tokens_per_second", "edge", "cost_seconds")
     parts = {
@@ -51,4 +53,7 @@ def _flat(row: MethodRow) -> dict[str, object]:
         "over_records": ("mean", "low", "high", "p"),
     }
     nested = {f"{key}_{name}": getattr(getattr(row, key), name, None) for key, names in parts.items() for name in names}
+    sensitive = row.sensitivity
+    nested["octaves"] = None if sensitive is None else sensitive.octaves
+    nested["fell_apart"] = " ".join(map(str, row.fell_apart))
     return {"method": row.method, "seeds": len(row.seeds), **{key: getattr(row, key) for key in plain}, **nested}

@@ -25,9 +25,10 @@ class Estimate(BaseModel):
 
 
 class Mean(Estimate):
-    """A mean over seeds, and the values."""
+    """A mean over seeds, and the values; its interval is over seeds alone, or over seeds and records both."""
 
     values: list[float]
+    over: Literal["seeds", "both"] = "seeds"
 
 
 class Paired(Estimate):
@@ -40,13 +41,13 @@ class Difference(Paired):
     """A difference between two methods.
 
     Args:
-        over: what it is judged over.
+        over: what it is judged over; both is seeds and records together.
         seeds: at which both ran.
         corrected_p: p by Holm's procedure over all methods.
         beyond_chance: whether that is below 0.05.
     """
 
-    over: Literal["seeds", "records"]
+    over: Literal["seeds", "records", "both"]
     seeds: int
     corrected_p: float | None = None
     beyond_chance: bool | None = None
@@ -56,10 +57,18 @@ class SearchPoint(BaseModel):
     """A learning rate that was tried, and what it came to on validation data."""
 
     lr: float | None
+    seed: int | None = None
     steps: int | None
     pruned: bool | None
     error: str | None
     value: float | None
+
+
+class Sensitivity(BaseModel):
+    """How wide the range of good learning rates is: octaves within 1 point of the best, or more where it is open."""
+
+    octaves: float
+    open: bool
 
 
 class MethodRow(BaseModel):
@@ -73,7 +82,10 @@ class MethodRow(BaseModel):
         step_over_floor: a step over the frozen model's forward and gradient to its input.
         curves: held-out measure -> (step, mean) pairs.
         search, edge: the learning rates, and at which end of them the chosen one lies, if at one.
-        difference, over_records: from the baseline, over seeds and over records.
+        sensitivity: of the metric to the learning rate, where two rates ran or more.
+        fell_apart: seeds at which it ended further below its best seed than half of what the best method learns;
+            where there are any, its mean is of two kinds of runs, and counts for no verdict.
+        difference, over_records: from the baseline, over seeds and records, and over records alone.
         to_best: from the best.
     """
 
@@ -98,6 +110,8 @@ class MethodRow(BaseModel):
     search: list[SearchPoint]
     edge: Literal["lowest", "highest"] | None
     cost_seconds: float
+    sensitivity: Sensitivity | None = None
+    fell_apart: list[int] = []
     difference: Difference | None = None
     over_records: Paired | None = None
     to_best: Difference | None = None
@@ -126,7 +140,7 @@ class Failure(BaseModel):
 
 
 class Trial(BaseModel):
-    """What one run came to, and what it cost."""
+    """What one run came to, and what it cost; which test records were answered right as ones and zeros, in order."""
 
     kind: str
     method: str
@@ -137,6 +151,7 @@ class Trial(BaseModel):
     error: str | None = None
     validation: float | None = None
     test: float | None = None
+    right: str | None = None
     seconds: float
 
 
@@ -149,6 +164,9 @@ class Document(BaseModel):
             best one's interval.
         train_command: of the recommended.
         tested: differences that the p-values are corrected for.
+        start: the metric before any step, on validation data.
+        uncounted: why the task tells methods apart as little as it does, where it is so: floor (nothing was learned to
+            speak of) or ceiling (all there is).
         gap_of, searched_by, forgetting_of: the measures behind gap, search and forgetting.
     """
 
@@ -164,6 +182,7 @@ class Document(BaseModel):
     baseline: str | None = None
     seeds: list[int] = []
     steps: int | None = None
+    until: Literal["steps", "plateau"] = "steps"
     batch_size: int | None = None
     split: dict[str, int] = {}
     budget: str | None = None
@@ -184,6 +203,8 @@ class Document(BaseModel):
     seconds: float
     baseline_ran: bool = False
     tested: int = 0
+    start: float | None = None
+    uncounted: Literal["floor", "ceiling"] | None = None
     best: str | None = None
     recommended: str | None = None
     train_command: str | None = None

@@ -69,14 +69,16 @@ def _tiles(document: Document, ran: Sequence[MethodRow]) -> str:
 def _winner(document: Document) -> str:
     if all(row.train_command is None for row in document.methods):
         return ""
-    row = next(row for row in document.methods if row.method == document.recommended)
+    row = next((row for row in document.methods if row.method == document.recommended), None)
+    more = [(r.label, command) for r in document.methods if (command := r.train_command) and r is not row]
+    others = "".join(page.paragraphs([label]) + page.code(command) for label, command in more)
+    folded = page.details("The other methods" if row else "The methods", others) if more else ""
+    if row is None:
+        return page.paragraphs(["Nothing here says which to train."]) + folded
     text = f"{row.label} as it was trained here, on all of the data but what spectune train holds out:"
     first = page.code(document.train_command or "")
     if document.train_command is None:
         text, first = "spectune train has no full fine-tuning; the others are below.", ""
-    more = [(r.label, command) for r in document.methods if (command := r.train_command) and r is not row]
-    others = "".join(page.paragraphs([label]) + page.code(command) for label, command in more)
-    folded = page.details("The other methods", others) if more else ""
     return page.paragraphs([text]) + first + folded
 
 
@@ -86,7 +88,7 @@ def _table(document: Document) -> str:
     columns = [
         Column("method"),
         Column("parameters", ",.0f", "trained"),
-        Column(f"test {metric}", ".3f", "mean and half of its 95% interval over seeds"),
+        Column(f"test {metric}", ".3f", "mean and half of its 95% interval"),
         *([Column(f"from {baseline}", "+.3f", "mean and 95% interval of the paired difference")] if baseline else []),
         *(
             [Column("corrected p", ".2g", "of the difference, by Holm's procedure over all methods")]
@@ -101,6 +103,7 @@ def _table(document: Document) -> str:
         Column("start", ".2f", "seconds to prepare the model"),
         Column("file", ".0f", "what is saved"),
         Column("lr", "g", "chosen on validation"),
+        Column("octaves", ".1f", "of learning rates within 1 point of the best on validation; + where it may be wider"),
         Column("cost", ".0f", "time of all its runs, search included"),
     ]
     gap_percent = percent and document.gap_of == document.metric
@@ -117,11 +120,16 @@ def _table(document: Document) -> str:
         gap = _mean(row.gap)
         cells += [gap if gap is None or not gap_percent else Shown(gap, apart(gap, True, "+").removesuffix(" points"))]
         cells += [row.step_seconds and 1000 * row.step_seconds, row.step_over_floor]
-        cells += [_size(row.peak_bytes), row.setup_seconds, _size(row.adapter_bytes), row.lr]
+        cells += [_size(row.peak_bytes), row.setup_seconds, _size(row.adapter_bytes), row.lr, _octaves(row)]
         rows.append([*cells, Shown(row.cost_seconds, _span(row.cost_seconds))])
     units = f"Differences of {metric} are in percentage points. " if percent else ""
     text = f"{units}A star marks what is beyond chance after the correction; step is in milliseconds, start in seconds."
     return page.paragraphs([text]) + page.table("Press a heading to sort; the best first", columns, rows)
+
+
+def _octaves(row: MethodRow) -> Shown | None:
+    found = row.sensitivity
+    return None if found is None else Shown(found.octaves, f"{found.octaves:.1f}{'+' * found.open}")
 
 
 def _with_interval(interval: Mean, percent: bool) -> Shown:
@@ -155,7 +163,7 @@ def _pareto(document: Document) -> str:
         pictures.append((svg, alt, f"Not beaten at their cost or less: {names}."))
     text = (
         "Filled points are the front, which the line joins: nothing that costs as much or less scores better. Bars are "
-        "95% intervals over seeds. A triangle at the border stands for a method far worse than the rest."
+        "95% intervals. A triangle at the border stands for a method far worse than the rest."
     )
     absent = [
         f"{row.label} ({amount(row.value.mean, document.percent)})"
@@ -188,7 +196,8 @@ def _rates(document: Document) -> str:
     percent = document.percent and document.searched_by == document.metric
     texts = [
         f"Validation {spoken(document.searched_by)}{', %,' * percent} by learning rate. The filled point was "
-        "chosen; triangles were stopped early because they fell behind, and crosses failed."
+        "chosen, the line joins the means over seeds; triangles were stopped because they fell behind, and crosses "
+        "failed."
     ]
     edges = [f"{r.label} (the {r.edge}, {r.lr:g})" for r in document.methods if r.edge]
     if edges:
@@ -237,14 +246,20 @@ def _trials(document: Document) -> str:
 def _how(document: Document) -> str:
     split, steps = document.split, document.steps
     parts = ", ".join(f"{size:,} for {name}" for name, size in split.items())
+    span = f"for {steps} steps"
+    if document.until == "plateau":
+        span = (
+            f"until its validation loss had fallen by less than 1% over a quarter of {steps} steps, or for all of them,"
+        )
     return page.paragraphs(
         [
-            f"Records: {parts}. Every method saw the same ones in the same order at the same seed, for {steps} steps "
-            f"of {document.batch_size}. A learning rate was searched for each by validation "
-            f"{spoken(document.searched_by)}; the test chose nothing.",
-            "Intervals over seeds are Student's t. Differences are paired by seed (paired t-test), and their p-values "
-            "corrected by Holm's procedure for the number of methods; a star marks those below 0.05. Where there is "
-            "one seed, or the same difference in each, a paired bootstrap over test records takes its place.",
+            f"Records: {parts}. Every method saw the same ones in the same order at the same seed, {span} "
+            f"of {document.batch_size}. A learning rate was searched for each by "
+            f"validation {spoken(document.searched_by)}; the test chose nothing.",
+            "Where the metric is of single records, intervals are over seeds and test records together (crossed random "
+            "effects), else over seeds (Student's t). Differences are paired, and their p-values corrected by Holm's "
+            "procedure for the number of methods; a star marks those below 0.05. Where there is one seed a paired "
+            "bootstrap over test records takes its place.",
             "Gap and forgetting, times and memory are means or medians over seeds. Times hold for this machine as it "
             "was; the floor is the frozen model's forward and gradient to its input on the same batches.",
         ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,86 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], level:
     _, low, high = mean_interval(differences, level)
     p = 2 * float(_scipy_stats().t.sf(abs(mean) / error, len(differences) - 1))
     return Difference(mean, low, high, p)
+
+
+def crossed_difference(
+    values: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]], level: float = LEVEL
+) -> Difference:
+    """Return the mean of values - baseline over seeds and records, and where it may lie for others of both.
+
+    A difference is a mean plus what its seed, its record, and both together add (crossed random effects).  From the
+    mean squares of the two-way analysis of variance, with S seeds and R records, the mean's variance is (a + b) /
+    (S R), of which a = MS_seeds is known with S - 1 degrees of freedom and b = max(MS_records - MS_rest, 0) with R - 1.
+    The half width of the interval is the mean of Satterthwaite's, t_f sqrt(a + b) with f of both, and Howe's,
+    sqrt(t_(S-1)^2 a + t_(R-1)^2 b): with few seeds one is too narrow and the other too wide.  The p-value is that of
+    the interval that just reaches 0.
+
+    Args:
+        values: a row for each seed, a number for each record.
+        baseline: of the same seeds and records.
+        level: of the interval.
+
+    Returns:
+        The difference; without an interval where there is one seed or one record, or no spread.
+
+    Raises:
+        SpectuneError: scipy is missing.
+    """
+    cells = np.subtract(np.asarray(values, float), np.asarray(baseline, float))
+    mean, half = _crossed(cells)
+    if half is None:
+        return Difference(mean)
+    wide = half(1 - level)
+    return Difference(mean, mean - wide, mean + wide, _p_value(abs(mean), half))
+
+
+def crossed_interval(values: Sequence[Sequence[float]], level: float = LEVEL) -> Interval:
+    """Return the mean over seeds and records, and where it may lie for others of both, as `crossed_difference` has it.
+
+    Args:
+        values: a row for each seed, a number for each record.
+        level: of the interval.
+
+    Raises:
+        SpectuneError: scipy is missing.
+    """
+    mean, half = _crossed(np.asarray(values, float))
+    return Interval(mean) if half is None else Interval(mean, mean - half(1 - level), mean + half(1 - level))
+
+
+def _crossed(cells: Any) -> tuple[float, Callable[[float], float] | None]:
+    """Return the mean of a table of seeds and records, and the interval's half width by how often it may fail."""
+    seeds, records = cells.shape
+    mean = float(cells.mean())
+    if seeds < 2 or records < 2:
+        return mean, None
+    rows, columns = cells.mean(1) - mean, cells.mean(0) - mean
+    rest = cells - mean - rows[:, None] - columns
+    of_seeds = records * float(rows @ rows) / (seeds - 1)
+    of_records = seeds * float(columns @ columns) / (records - 1)
+    of_rest = float((rest * rest).sum()) / ((seeds - 1) * (records - 1))
+    more = max(of_records - of_rest, 0.0)
+    total = of_seeds + more
+    if total <= 1e-24:
+        return mean, None
+    freedom = total**2 / (of_seeds**2 / (seeds - 1) + more**2 / (records - 1))
+    quantile = _scipy_stats().t.isf
+
+    def half(failing: float) -> float:
+        together, one, other = (float(quantile(failing / 2, df)) for df in (freedom, seeds - 1, records - 1))
+        widths = together * math.sqrt(total), math.sqrt(one**2 * of_seeds + other**2 * more)
+        return sum(widths) / 2 / math.sqrt(cells.size)
+
+    return mean, half
+
+
+def _p_value(distance: float, half: Callable[[float], float]) -> float:
+    """Return how often an interval may fail that just reaches so far, by bisection on the logarithm."""
+    low, high = -40.0, 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if half(math.exp(middle)) > distance else (low, middle)
+    return math.exp(high)
 
 
 def record_difference(

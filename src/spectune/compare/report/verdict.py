@@ -45,7 +45,7 @@ def cheapest(document: Document) -> MethodRow | None:
     nothing says which these are, or none of them trains more than a new head.
     """
     ran = [row for row in document.methods if row.ran]
-    found = [row for row in ran if adapts(row) and _near_best(row, ran[0])]
+    found = [row for row in ran if adapts(row) and not row.fell_apart and _near_best(row, ran[0])]
     if not ran or (ran[0].value.ends is None and not any(_near_best(row, ran[0]) for row in ran[1:])):
         return None
     return min(found, key=lambda row: row.parameters, default=None)
@@ -77,8 +77,9 @@ def answer(document: Document) -> list[str]:
     if not ran:
         reasons = "; ".join(sorted({failure.error for failure in document.failures}))
         return [f"No method ran to its end, so there is nothing to compare{': ' if reasons else ''}{reasons}."]
-    sentences = [_verdict(document, ran), _economy(document, ran), _untrained(document, ran)]
-    sentences += [_unpaired(document, ran), _resolution(document, ran), _other_records(document, ran)]
+    sentences = [_uncounted(document, ran), _verdict(document, ran), _apart(document, ran)]
+    sentences += [_economy(document, ran), _untrained(document, ran), _steady(document, ran)]
+    sentences += [_unpaired(document, ran), _resolution(document, ran)]
     if failed:
         sentences.append(
             f"{_names(failed)} failed in every run, and {'is' if len(failed) == 1 else 'are'} in no picture."
@@ -110,7 +111,7 @@ def _verdict(document: Document, ran: Sequence[MethodRow]) -> str:
             f"{best.label} has the {superlative} test {reached}, but with {seeds} nothing says whether its "
             f"difference from {name} is more than chance."
         )
-    over_seeds = any(row.difference and row.difference.over == "seeds" for row in others)
+    over_seeds = any(row.difference and row.difference.over != "records" for row in others)
     judged_by = "at " + seeds if over_seeds else "on these records"
     if best is baseline and len(behind) == len(others):
         return f"{name} is ahead of every other method beyond chance {judged_by}."
@@ -161,39 +162,69 @@ def _unpaired(document: Document, ran: Sequence[MethodRow]) -> str:
     return f"{_names(alone)} and {baseline} ran at no seed together, so that nothing says how they differ."
 
 
-def _resolution(document: Document, ran: Sequence[MethodRow]) -> str:
-    """Say how small a difference could have been seen."""
-    differences = [row.difference for row in ran if row.difference]
-    ends = [d.ends for d in differences if d.ends is not None]
+def resolution(document: Document) -> float | None:
+    """Return the median half width of the differences from the baseline; None where none has an interval."""
+    ends = [row.difference.ends for row in document.ran if row.difference and row.difference.ends]
     widths = [(high - low) / 2 for low, high in ends if high > low]
-    if all(len(row.seeds) < 2 for row in ran):
-        told = " differences are judged over test records instead" if widths else " nothing says how sure a number is"
-        return f"With one seed there is no interval over seeds;{told}."
-    if not widths:
+    return float(np.median(widths)) if widths else None
+
+
+def _uncounted(document: Document, ran: Sequence[MethodRow]) -> str:
+    """Say why the task bears no verdict, where it does not."""
+    best, percent = next((row for row in ran if adapts(row)), ran[0]), document.percent
+    least = resolution(document)
+    if document.uncounted is None or least is None:
         return ""
-    baseline = next(row.label for row in ran if row.method == document.baseline)
+    reached = f"the best, {best.label}, has {amount(best.value.mean, percent)}"
+    told = f"differences below {apart(least, percent)} cannot be told"
+    if document.uncounted == "floor":
+        start = "where it starts" if document.start is None else f"the {amount(document.start, percent)} it starts from"
+        return (
+            f"No method learned this task to speak of: {reached}, near {start}, and {told}; it counts for no verdict."
+        )
+    return f"This task is at its ceiling: {reached}, and {told}; it counts for no verdict on which is better."
+
+
+def _apart(document: Document, ran: Sequence[MethodRow]) -> str:
+    """Say which methods fell apart, and at which seeds."""
+    said = []
+    for row in ran:
+        if row.fell_apart:
+            values = dict(zip(row.seeds, row.value.values, strict=True))
+            worst = ", ".join(f"{amount(values[seed], document.percent)} at seed {seed}" for seed in row.fell_apart)
+            said.append(f"{row.label} fell apart in {len(row.fell_apart)} of {len(row.seeds)} runs ({worst})")
+    return f"{'; '.join(said)}: such a mean is of two kinds of runs, and counts for no verdict." if said else ""
+
+
+def _steady(document: Document, ran: Sequence[MethodRow]) -> str:
+    """Say which methods work over the widest and the narrowest range of learning rates."""
+    known = [(row.sensitivity, row) for row in ran if row.sensitivity and not row.fell_apart]
+    if len(known) < 2:
+        return ""
+    ordered = sorted(known, key=lambda pair: pair[0].octaves)
+    (narrow, least), (wide, most) = ordered[0], ordered[-1]
+    if wide.octaves < narrow.octaves + 0.5:
+        return ""
+    near = "within 1 point of the best" if document.searched_by != "loss" else "about as good as the best"
+    more = "at least " if wide.open else ""
     return (
-        f"A difference from {baseline} below about {apart(float(np.median(widths)), document.percent)} could not "
-        "have been told from chance (the median half-width of the intervals, before the correction)."
+        f"{most.label} takes the widest range of learning rates, {more}{wide.octaves:.1f} octaves {near}, and "
+        f"{least.label} the narrowest, {narrow.octaves:.1f}."
     )
 
 
-def _other_records(document: Document, ran: Sequence[MethodRow]) -> str:
-    """Say where a method that is ahead over seeds might not be so on other records of the test."""
-    doubtful = [
-        row
-        for row in ran
-        if row.difference
-        and row.difference.beyond_chance
-        and row.difference.over == "seeds"
-        and row.over_records
-        and row.over_records.holds(0)
-    ]
-    if not doubtful:
+def _resolution(document: Document, ran: Sequence[MethodRow]) -> str:
+    """Say how small a difference could have been seen."""
+    width = resolution(document)
+    if all(len(row.seeds) < 2 for row in ran):
+        told = " differences are judged over test records instead" if width else " nothing says how sure a number is"
+        return f"With one seed there is no interval over seeds;{told}."
+    if width is None:
         return ""
+    baseline = next(row.label for row in ran if row.method == document.baseline)
     return (
-        f"Intervals are over seeds, on these test records. On others the difference of {_names(doubtful)} may be none: "
-        "the interval over records holds 0."
+        f"A difference from {baseline} below about {apart(width, document.percent)} could not "
+        "have been told from chance (the median half-width of the intervals, before the correction)."
     )
 
 
@@ -202,7 +233,8 @@ def _interval(row: MethodRow, percent: bool) -> str:
     if interval.ends is None:
         return " (one seed)" if len(row.seeds) == 1 else f" (the same at each of {len(row.seeds)} seeds)"
     low, high = (amount(end, percent) for end in interval.ends)
-    return f" (95% interval {low} to {high} over {count(len(row.seeds), 'seed')})"
+    over = count(len(row.seeds), "seed") + " and the test records" * (interval.over == "both")
+    return f" (95% interval {low} to {high} over {over})"
 
 
 def _judged(difference: Difference | None, percent: bool) -> str:
@@ -212,7 +244,7 @@ def _judged(difference: Difference | None, percent: bool) -> str:
     assert difference.corrected_p is not None
     sign = 1 if difference.mean >= 0 else -1
     low, high = (apart(end, percent).removesuffix(" points") for end in sorted(sign * end for end in difference.ends))
-    over = "" if difference.over == "seeds" else " over test records"
+    over = " over test records" if difference.over == "records" else ""
     return (
         f"{apart(abs(difference.mean), percent)} (95% interval {low} to {high}{over}, corrected p "
         f"{probability(difference.corrected_p)})"
