@@ -106,7 +106,8 @@ class Sketches(BufferDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, Tensor) and name in self:  # transformers fills in what it loads
+        copied = vars(self).get("_is_replica", False)  # as nn.DataParallel does at every call
+        if isinstance(value, Tensor) and name in self and not copied:  # transformers fills in what it loads
             vars(self)["layer"].unseen.add(name)
 
     def add(self, adapter: str) -> None:
