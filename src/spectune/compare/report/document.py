@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spectune.compare.config import LESS
 from spectune.compare.report.command import train_command
 from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Sensitivity, Trial
 from spectune.compare.report.soundness import fell_apart, uncounted, width
@@ -148,7 +149,7 @@ def _sensitivity(tried: Sequence[Result], key: str, start: float | None) -> Sens
     """Return the width of the good rates by the runs that came to their end."""
     ended = [(r["lr"], _at(r, "validation", key)) for r in tried if not r.get("error") and not r.get("pruned")]
     points = [(lr, value) for lr, value in ended if lr is not None and value is not None]
-    found = width(points, start, greater=key != "loss", share=key in PERCENT)
+    found = width(points, start, greater=key not in LESS, share=key in PERCENT)
     return None if found is None else Sensitivity(**found._asdict())
 
 
