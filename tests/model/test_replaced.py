@@ -10,7 +10,7 @@ import torch.nn as nn
 import spectune
 import tiny
 from spectune import SpectuneError
-from spectune.training.trainer.checkpoints import check_gradients
+from spectune.training.trainer.silent import check_gradients
 
 
 def resized(build, **options):

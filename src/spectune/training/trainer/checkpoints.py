@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
@@ -24,10 +24,8 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.bases.loading import quiet
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import adapted_layers
 from spectune.layers.shards import as_part, is_part, whole
 from spectune.model.lifecycle import extract
-from spectune.model.names import check_not_replaced
 from spectune.storage import publish, save_tensors, telling_of_full_disks
 from spectune.training import processes
 from spectune.training.trainer.checkpoint_files import (
@@ -40,6 +38,7 @@ from spectune.training.trainer.checkpoint_files import (
     damaged,
     digests,
 )
+from spectune.training.trainer.silent import Calls, OnSilent, check_gradients
 
 _OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
 _NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
@@ -83,6 +82,8 @@ class AdapterCheckpoints(_Base):
     Attributes:
         adapter_name: the adapter on the model.
         last_checkpoint: the folder of the last checkpoint of this run.
+        on_silent: "raise" or "warn" where the first step never calls an adapted layer, as where batches with and
+            without pictures go through other parts of a model.
     """
 
     adapter_name = "default"
@@ -92,6 +93,7 @@ class AdapterCheckpoints(_Base):
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     push_in_progress: PushInProgress | None = None
 
+    on_silent: OnSilent = "raise"
     _silent_told = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,16 +109,23 @@ class AdapterCheckpoints(_Base):
             )
         return super().train(*args, **kwargs)
 
+    @cached_property
+    def _calls(self) -> Calls:  # of the first step
+        return Calls()
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do a step, and after the first that is complete look at what had no part in it.
 
         Raises:
-            SpectuneError: no trainable tensor has a gradient.
+            SpectuneError: no trainable tensor has a gradient, or an adapted layer was not called with gradients.
         """
-        loss = super().training_step(model, *args, **kwargs)
-        if not self._silent_told and self.accelerator.sync_gradients:
+        if self._silent_told:
+            return super().training_step(model, *args, **kwargs)
+        with self._calls.watched(self.model):
+            loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
             self._silent_told = True
-            check_gradients(self.model)
+            check_gradients(self.model, self._calls, self.on_silent)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -336,30 +345,6 @@ def set_rates(schedule: LambdaLR) -> None:
 
 
 Trainer = trainer_for(transformers.Trainer)
-
-
-def check_gradients(model: nn.Module) -> None:
-    """Warn of the adapted layers that a first step gave no gradient, such as experts that no token came to.
-
-    Raises:
-        SpectuneError: it gave none to any layer, or a layer was replaced after it was adapted.
-    """
-    check_not_replaced(adapted_layers(model))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and ".adapters." in f".{name}"}
-    silent = dict.fromkeys(name.rpartition(".adapters.")[0] for name, p in trained.items() if p.grad is None)
-    if not silent:
-        return
-    shown = ", ".join(map(repr, list(silent)[:3])) + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-    if all(p.grad is None for p in trained.values()):
-        raise SpectuneError(
-            f"no adapted layer got a gradient in the first step, {shown} among them: the loss does not depend on any "
-            "(is the adapter active?)"
-        )
-    warnings.warn(
-        f"these adapted layers got no gradient in the first step and train only if a later one reaches them: {shown}; "
-        "exclude layers that the task does not use",
-        stacklevel=2,
-    )
 
 
 def _check_optimizer(state: _OptimizerState, parameters: list[Tensor], checkpoint: str) -> None:
