@@ -18,6 +18,18 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(replicate, "_get_device_index", lambda *args, **kwargs: 0)
 
 
+WHOLE = {
+    "gpt2": ["transformer.wpe", "transformer.ln_f", "lm_head"],
+    "bert": {"bert.embeddings.word_embeddings": [3, 4, 5], "cls.predictions.transform.LayerNorm": None},
+}
+
+
+@pytest.mark.parametrize("architecture", WHOLE)
+def test_modules_that_are_brought_whole_are_in_a_replica_too(architecture, on_the_cpu):
+    model = tiny.ARCHITECTURES[architecture]()
+    check(spectune.adapt(model, "lora:rank=2", modules_to_save=WHOLE[architecture]), tiny.batch(architecture))
+
+
 @pytest.mark.parametrize(
     "method",
     ["lora:rank=2", "svf", "dora:inner=pissa,rank=2", "svft", "adalora:rank=2,total_steps=20,t_init=2,t_final=2"],

@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import spectune
 from spectune import SpectuneError
-from tiny import BERT, TEXT, tf
+from spectune.layers import stored
+from tiny import BERT, TEXT, bert, tf
 
 IDS = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -127,3 +129,13 @@ def test_a_merged_state_is_not_adapted_once_more():
         model.load_state_dict(merged, strict=False)
     model.load_state_dict(base().state_dict(), strict=False)  # the base's own
     model.load_state_dict(model.state_dict())
+
+
+def test_whose_parameters_are_tied_is_found_out_once_for_a_save(monkeypatch, tmp_path):
+    model = spectune.adapt(bert(), "lora:rank=2")
+    asked = []
+    owners = stored.owners_in
+    monkeypatch.setattr(stored, "owners_in", lambda root: asked.append(root) or owners(root))
+    save_model(model, str(tmp_path / "model.safetensors"))
+    assert asked == [model]
+    assert "asked" not in vars(stored._latest)  # and nothing holds the model afterwards

@@ -38,6 +38,39 @@ _BOUND_KEYS = {*_OUR_KEYS, *_PEFT_KEYS}  # without which the weights do not say 
 T = TypeVar("T")
 
 
+class Unwritten:
+    """A folder that is yet to be written: whoever reads it is given what the files would hold.
+
+    Args:
+        path: where it will be.
+        config: what its config will say.
+        tensors: of its weights.
+        more: what is stored with the weights besides, as texts.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None
+    ) -> None:
+        self.path, self.text, self.tensors, self.more = path, _text(config), dict(tensors), dict(more or {})
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Source = Path | Unwritten
+
+
+def _check_readable(read: Callable[[Unwritten], object], folder: Unwritten) -> None:
+    """Raise unless what is to be written passes the checks of whoever will read it."""
+    try:
+        read(folder)
+    except SpectuneError as error:
+        raise SpectuneError(f"the adapter cannot be saved, since it could not be loaded again: {error}") from None
+
+
 class _Torn(SpectuneError):
     """The two files of a folder do not belong together."""
 
@@ -107,8 +140,10 @@ def _config_of_weights(weights: Path) -> str | None:
         return None
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Source) -> dict[str, Any]:
     """Read the config of an adapter's folder as a mapping."""
+    if isinstance(path, Unwritten):
+        return parse_json(path.text, str(path / CONFIG))  # type: ignore[no-any-return]
     if not path.is_dir():
         raise SpectuneError(f"there is no adapter folder {str(path)!r}")
     if not (path / CONFIG).exists() and _finished_config(path) is None:
@@ -123,7 +158,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(path: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the tensors of an adapter's folder, and check the digests that are stored with them.
 
     Args:
@@ -131,6 +166,8 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         config: what `read_config` returned.
     """
     where = path / WEIGHTS
+    if isinstance(path, Unwritten):
+        return _checked(dict(path.tensors), where)
     try:
         check_tensors_file(where)
         with safe_open(where, framework="pt") as opened:
@@ -144,9 +181,6 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise SpectuneError(f"{where} is damaged or cut short ({error}); get it again") from None
-    for key, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
-            raise SpectuneError(f"{key!r} in {where} is {tensor.dtype}, which no adapter has; convert it to float32")
     digests = {_DIGEST: _digest(tensors), _CONFIG_DIGEST: _config_digest(config)}
     found = {key: metadata.get(key) for key in digests if metadata.keys() & digests.keys()}  # none by other tools
     if found.get(_DIGEST, digests[_DIGEST]) != digests[_DIGEST]:
@@ -156,7 +190,16 @@ def read_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{path / CONFIG} and {WEIGHTS} do not belong together: the config was changed, or a write was cut "
             "off between the two; get or save the adapter again"
         )
+    return _checked(tensors, where)
+
+
+def _checked(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Return tensors that an adapter may have."""
+    if len(tensors) > MOST_TENSORS:
+        raise SpectuneError(f"{where} has {len(tensors):,} tensors; at most {MOST_TENSORS:,} are read")
     for key, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.element_size() < 2):
+            raise SpectuneError(f"{key!r} in {where} is {tensor.dtype}, which no adapter has; convert it to float32")
         if not _finite(tensor):
             raise SpectuneError(f"{where} holds values that are not finite, in {key!r}")
     return tensors
@@ -181,16 +224,19 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def read_more(path: Path) -> dict[str, Any]:
+def read_more(path: Source) -> dict[str, Any]:
     """Return what is stored with an adapter's weights besides the tensors, as far as it is there.
 
     Labels of a classifier's head and how they are read, the model's class and its module, and the sketches of the
     base's weights by layer.
     """
-    if not (path / WEIGHTS).exists():
+    if isinstance(path, Unwritten):
+        metadata = path.more
+    elif (path / WEIGHTS).exists():
+        with safe_open(path / WEIGHTS, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    else:
         return {}
-    with safe_open(path / WEIGHTS, framework="pt") as opened:
-        metadata = opened.metadata() or {}
     found = {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
     problem = found.pop("problem_type", [None])
     if "labels" in found:
@@ -198,7 +244,7 @@ def read_more(path: Path) -> dict[str, Any]:
     return found
 
 
-def _understood(key: str, text: str, path: Path) -> Any:
+def _understood(key: str, text: str, path: Source) -> Any:
     try:
         value = parse_json(text, str(path / WEIGHTS))
         if key == "base":
@@ -236,15 +282,22 @@ def folder_digest(folder: Path) -> str:
 
 
 def write_folder(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    more: Mapping[str, str] | None = None,
+    *,
+    read: Callable[[Unwritten], object],
 ) -> Path:
     """Write the two files, both or none; the weights name their config's digest, so that a torn pair is found out.
+
+    What is to be written is read with all the checks of loading, before anything is replaced.
 
     Both are written in full under temporary names before the first is renamed.  The old weights are put back should the
     second rename fail; where the process is killed between the two, whoever reads the folder next finishes it.
 
     Raises:
-        SpectuneError: values that are not finite, which reading would refuse; what is there stays.
+        SpectuneError: values that are not finite, or whatever else reading would refuse; what is there stays.
     """
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     for key, tensor in tensors.items():
@@ -253,6 +306,7 @@ def write_folder(
                 f"the adapter cannot be saved: {key!r} has values that are not finite; go back to a checkpoint, or "
                 "train with a lower learning rate"
             )
+    _check_readable(read, Unwritten(path, config, tensors, more))
     metadata = {**_metadata(_digest(tensors), _config_digest(config)), **(more or {})}
     text = _text(config)
     path.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from threading import local
 from typing import Any, Literal, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn as nn
@@ -36,7 +39,7 @@ class Stored(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        asked = _Asked(form, None) if (form := _wanted.get()) is not None else _who_asks()
+        asked = _Asked(form) if (form := _wanted.get()) is not None else _asked_for(state)
         if asked.form == "beside":
             return state
         name = prefix.removesuffix(".")
@@ -49,7 +52,7 @@ class Stored(nn.Module):
                 del state[key]
         merged = self.merged(name)
         for key, tensor in merged.items():
-            owners = [] if asked.model is None else owners_of(self._parameters.get(key), asked.model)
+            owners = asked.owners.get(id(self._parameters.get(key)), [])
             if come_apart(owners):
                 raise SpectuneError(
                     f"the {key} of {name!r} is tied to another, and the adapters make two of it: {_ADVICE}, or call "
@@ -99,11 +102,31 @@ def _own_keys(module: nn.Module, prefix: str) -> list[str]:
     return [] if adapters is None else [f"{prefix}adapters.{key}" for key in adapters.state_dict()]
 
 
-class _Asked(NamedTuple):
-    """Who asks for a state: the form it gets, and the model that is saved, where adapters are on a part of it."""
+class _Asked:
+    """Who asks for a state: the form it gets, and who has its parameters, where adapters are on a part of a model.
 
-    form: Form
-    model: nn.Module | None
+    Args:
+        form: the form.
+        model: the model that is saved.
+    """
+
+    def __init__(self, form: Form, model: object = None) -> None:
+        self.form: Form = form
+        self.owners: dict[int, list[Owner]] = owners_in(model) if isinstance(model, nn.Module) else {}
+
+
+_latest = local()  # the state that a thread is filling, and who asked for it: the same for all its modules
+
+
+def _asked_for(state: Any) -> _Asked:
+    """Return who asks for the state that modules one after another add to."""
+    known: tuple[ReferenceType[Any], _Asked] | None = getattr(_latest, "asked", None)
+    if known is not None and known[0]() is state:
+        return known[1]
+    asked = _who_asks()
+    if isinstance(state, OrderedDict):  # of which there are weak references, so that it is nobody's afterwards
+        _latest.asked = ref(state, lambda _: vars(_latest).pop("asked", None)), asked
+    return asked
 
 
 @contextmanager
@@ -127,18 +150,18 @@ def _who_asks() -> _Asked:
     These are `save_pretrained` of any library but PEFT, whose folders have no base, and `save_model` of safetensors and
     accelerate.
     """
-    frame: Any = sys._getframe(2)
+    frame: Any = sys._getframe(3)
     while frame is not None:
         code, library = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
         if code.co_name == "save_pretrained" and code.co_argcount > 1:
             model, folder = (frame.f_locals.get(name) for name in code.co_varnames[:2])
             if type(model).__module__.partition(".")[0] == "peft" or getattr(model, "_hf_peft_config_loaded", False):
                 break
-            return _Asked(form_in(folder), model if isinstance(model, nn.Module) else None)
+            return _Asked(form_in(folder), model)
         if code.co_name == "save_model" and library in ("safetensors", "accelerate") and "model" in frame.f_locals:
             return _Asked("merged", frame.f_locals["model"])
         frame = frame.f_back
-    return _Asked("beside", None)
+    return _Asked("beside")
 
 
 class Owner(NamedTuple):
@@ -149,14 +172,14 @@ class Owner(NamedTuple):
     key: str
 
 
-def owners_of(parameter: Tensor | None, model: nn.Module) -> list[Owner]:
-    """Return the modules of a model that have a parameter, which are several where it is tied."""
-    return [
-        Owner(name, module, key)
-        for name, module in model.named_modules()
-        for key, own in module._parameters.items()
-        if own is parameter and own is not None
-    ]
+def owners_in(model: nn.Module) -> dict[int, list[Owner]]:
+    """Return the modules of a model that have a parameter, several where it is tied, by the id of each parameter."""
+    found: dict[int, list[Owner]] = {}
+    for name, module in model.named_modules():
+        for key, own in module._parameters.items():
+            if own is not None:
+                found.setdefault(id(own), []).append(Owner(name, module, key))
+    return found
 
 
 def come_apart(owners: list[Owner]) -> bool:

@@ -38,6 +38,7 @@ class Values(nn.Module):
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], rows: Tensor | None = None
     ) -> None:
         super().__init__()
+        self.names = tuple(parameters)
         for name, tensor in parameters.items():
             self.register_parameter(name, nn.Parameter(tensor))
         for name, tensor in buffers.items():
@@ -45,9 +46,9 @@ class Values(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and buffers by their names in the module."""
-        buffers = {name: tensor for name, tensor in self._buffers.items() if name != "rows"}
-        return {**self._parameters, **buffers}  # type: ignore[dict-item]
+        """Return parameters and buffers by their names in the module; plain tensors in a replica."""
+        parameters: dict[str, Any] = {name: held_by(self, name) for name in self.names}
+        return {**parameters, **{name: tensor for name, tensor in self._buffers.items() if name != "rows"}}  # type: ignore[dict-item]
 
 
 class Whole(Stored):
@@ -120,7 +121,7 @@ class Whole(Stored):
         values = self.values(name)
         assert values.rows is not None
         if is_linear(self):
-            bias = self._parameters.get("bias")
+            bias = held_by(self, "bias")
             own = F.linear(ids, values.weight.to(ids.dtype), None if bias is None else bias[values.rows].to(ids.dtype))  # type: ignore[union-attr]
             return y.index_copy(-1, values.rows, own.to(y.dtype))
         places = torch.searchsorted(values.rows, ids).clamp_max(len(values.rows) - 1)
@@ -154,7 +155,7 @@ class Whole(Stored):
                 for n, w in weights
                 if key in (values := self.values(n)).tensors()
             ]
-            plain: Any = self._parameters.get(key, self._buffers.get(key))
+            plain: Any = held_by(self, key)
             (first, weight, rows) = of[0]
             if len(of) == 1 and rows is None and _is_one(weight):
                 found[key] = first if key in self._buffers else first.to(plain.dtype)
@@ -171,9 +172,21 @@ class Whole(Stored):
             found[key] = total.to(plain.dtype)
         return found
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.selection = self.selection.of_this_thread()  # in a thread without the caller's context
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
         return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
+
+
+def held_by(module: nn.Module, key: str) -> Tensor | None:
+    """Return a module's own parameter or buffer; the plain tensor in its place in a replica of nn.DataParallel."""
+    held = module._parameters.get(key)
+    held = module._buffers.get(key) if held is None else held
+    return vars(module).get(key) if held is None else held
 
 
 def shallow(
@@ -190,7 +203,8 @@ def shallow(
     state["_parameters"] = {k: tensors.get(k, v) for k, v in module._parameters.items()}
     state["_buffers"] = {k: tensors.get(k, v) for k, v in module._buffers.items()}
     state["_modules"] = {k: v for k, v in {**module._modules, **(modules or {})}.items() if k != "adapters"}
-    vars(copy).update(state)
+    known = {*module._parameters, *module._buffers}
+    vars(copy).update(state, **{k: v for k, v in tensors.items() if k not in known})
     return copy
 
 

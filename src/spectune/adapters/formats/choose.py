@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import read_config, write_folder
+from spectune.adapters.folder import Source, read_config, write_folder
 from spectune.adapters.formats import peft, spectune
 from spectune.errors import SpectuneError
 
@@ -19,7 +19,7 @@ def save(adapter: Contents, path: Path, *, embed: bool = False) -> Path:
     Raises:
         SpectuneError: the adapter has no layers.
     """
-    return write_folder(path, *contents(adapter, embed=embed))
+    return write_folder(path, *contents(adapter, embed=embed), read=load)
 
 
 def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -29,7 +29,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
     return peft.peft_contents(adapter) if peft.is_peft(adapter) else spectune.contents(adapter, embed=embed)
 
 
-def load(path: Path) -> Contents:
+def load(path: Source) -> Contents:
     """Read an adapter's folder in either format."""
     config = read_config(path)
     foreign = config.get("library_name") != "spectune" and "peft_type" in config

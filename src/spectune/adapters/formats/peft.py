@@ -19,6 +19,7 @@ from spectune.adapters.folder import (
     CONFIG,
     PICKLED,
     WEIGHTS,
+    Source,
     as_metadata,
     read_bin,
     read_config,
@@ -113,7 +114,7 @@ def save_peft(adapter: Contents, path: Path) -> Path:
     Raises:
         SpectuneError: PEFT's format cannot hold it.
     """
-    return write_folder(path, *peft_contents(adapter))
+    return write_folder(path, *peft_contents(adapter), read=load_peft)
 
 
 def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -235,7 +236,7 @@ def targets_of(names: list[str]) -> list[str] | str:
     return sorted(names) if all("." in name for name in names) else "|".join(map(re.escape, sorted(names)))
 
 
-def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
+def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
     """See `Adapter.from_peft`."""
     config = read_config(path)
     entry = Entry(config, str(path / CONFIG))
@@ -278,7 +279,7 @@ def load_peft(path: Path, *, allow_bin: bool = False) -> Contents:
     return Contents(layers, base, labels=labels, modules=held, architecture=architecture, groups=listed)
 
 
-def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Path) -> dict[str, LayerUpdate]:
+def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Source) -> dict[str, LayerUpdate]:
     """Take the experts out of an adapter's tensors, and return the layer of each."""
     targets: Any = entry.values.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
@@ -300,7 +301,7 @@ def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Path) ->
     return layers
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
+def _check_config(config: dict[str, Any], path: Source) -> None:
     """Raise for what may change a layer's answer and is not known here."""
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_BASE):
@@ -321,8 +322,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _read(path: Path, config: dict[str, Any], allow_bin: bool) -> dict[str, Tensor]:
-    if not (path / WEIGHTS).exists() and (path / PICKLED).exists():
+def _read(path: Source, config: dict[str, Any], allow_bin: bool) -> dict[str, Tensor]:
+    if isinstance(path, Path) and not (path / WEIGHTS).exists() and (path / PICKLED).exists():
         if not allow_bin:
             raise SpectuneError(
                 f"{path} has {PICKLED}, a pickle, and no {WEIGHTS}: if you trust it, Adapter.from_peft(path, "
@@ -335,7 +336,7 @@ def _read(path: Path, config: dict[str, Any], allow_bin: bool) -> dict[str, Tens
 _OWN = "own:"  # of a tensor that stands for a module's own
 
 
-def _split(key: str, path: Path, whole: Any) -> tuple[str, str]:
+def _split(key: str, path: Source, whole: Any) -> tuple[str, str]:
     """Return the module that a tensor belongs to, and which of its parts it is."""
     bare = key.removeprefix(_PREFIX)
     owner, _, kind = bare.rpartition(".")
@@ -360,7 +361,7 @@ def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool, sketch: Tensor | 
     return LayerUpdate(shape, (term,), conv1d, base_sketch=sketch)
 
 
-def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], config: Entry, path: Path) -> WholeTerm:
+def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], config: Entry, path: Source) -> WholeTerm:
     """Return one of PEFT's `modules_to_save`, a resized embedding, trained rows of one, or a bias that trained."""
     if not name or not all(parts) or any(not t.numel() for t in parts.values()):
         raise SpectuneError(f"{path / WEIGHTS} has {name!r} whole, with tensors that belong to no module")
@@ -381,7 +382,7 @@ def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], conf
     return WholeTerm(held, complete=parts.keys() != {"bias"})
 
 
-def rows_of(name: str, config: Entry, path: Path) -> list[int]:
+def rows_of(name: str, config: Entry, path: Source) -> list[int]:
     given: Any = config.values.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((rows for target, rows in given.items() if name.endswith(target)), None)
@@ -394,14 +395,14 @@ def rows_of(name: str, config: Entry, path: Path) -> list[int]:
     return given
 
 
-def _scale(layers: dict[str, LayerUpdate], name: str, path: Path) -> float:
+def _scale(layers: dict[str, LayerUpdate], name: str, path: Source) -> float:
     method = layers[name].terms[0].method if name in layers else None
     if not isinstance(method, LoRA):
         raise SpectuneError(f"{path / WEIGHTS} has a bias of lora_B for {name!r}, which is no plain LoRA")
     return method.scale
 
 
-def _factors(name: str, parts: dict[str, Tensor], path: Path) -> tuple[Tensor, Tensor]:
+def _factors(name: str, parts: dict[str, Tensor], path: Source) -> tuple[Tensor, Tensor]:
     for needed in ("A", "B"):
         if needed not in parts:
             raise SpectuneError(f"{path / WEIGHTS} lacks lora_{needed} of {name!r}")
@@ -419,7 +420,7 @@ def _factors(name: str, parts: dict[str, Tensor], path: Path) -> tuple[Tensor, T
     return A.float(), B.float()
 
 
-def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Term | None:
+def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -> Term | None:
     """Return the LoRA or DoRA of one layer, with PEFT's scale: alpha / r or alpha / sqrt(r) as its config has them."""
     A, B = _factors(name, parts, path)
     if A.shape[0] == 0:
@@ -449,7 +450,7 @@ def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Te
     return _checked(Term(method, trained), name, path)
 
 
-def _checked(term: Term, name: str, path: Path) -> Term:
+def _checked(term: Term, name: str, path: Source) -> Term:
     """Return a term of a LoRA whose update float32 can hold."""
     A, B = (float(term.trained[key].double().norm()) for key in "AB")
     if not A * B * _lora(term.method).scale < torch.finfo(torch.float32).max:
@@ -459,7 +460,7 @@ def _checked(term: Term, name: str, path: Path) -> Term:
     return term
 
 
-def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Path) -> Term | None:
+def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -> Term | None:
     """Return P diag(E) Q as a LoRA, with PEFT's scale: alpha / (initial rank + 1e-5), whatever rank is left."""
     A, B = _factors(name, parts, path)
     E = parts.get("E")
