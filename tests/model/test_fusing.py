@@ -14,6 +14,7 @@ import tiny
 from methods.cases import EVERY, name
 from spectune import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.values import PLAIN
 from spectune.model.fusing import _said, fused_where_it_pays
 from spectune.model.routing import base_alone
 from spectune.training.tasks.reinforce.rollout import sample
@@ -37,7 +38,7 @@ def bases(model):
 
 def unchanged(model, before):
     after = dict(model.named_parameters())
-    return all(torch.equal(after[n], p) and type(after[n]) is nn.Parameter for n, p in before.items())
+    return all(torch.equal(after[n], p) and type(after[n]) in PLAIN for n, p in before.items())
 
 
 def alone(model, monkeypatch):

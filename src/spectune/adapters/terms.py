@@ -60,6 +60,7 @@ class Term:
         weight: factor of the update.
         basis: its frozen tensors, where they are at hand.
         sketch: of the update at weight 1, by which it is known to be reproduced.
+        stays: the basis was made of another W than the base's, so that it is kept and stored with the term.
     """
 
     method: Method
@@ -67,6 +68,7 @@ class Term:
     weight: float = 1.0
     basis: Mapping[str, Tensor] | None = None
     sketch: Tensor | None = field(default=None, repr=False)
+    stays: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Return trained and frozen tensors, float32 on the CPU."""
@@ -185,7 +187,9 @@ class LayerUpdate:
         base, weight = self.base(), self.weight
         if weight is not None and not all(term.method.additive for term in self.terms):
             weight = whole(weight)
-        terms = tuple(replace(term, sketch=term.sketched(weight), basis=None) for term in self.terms)
+        terms = tuple(
+            replace(term, sketch=term.sketched(weight), basis=term.basis if term.stays else None) for term in self.terms
+        )
         return replace(self, terms=terms, held=None, base_sketch=base)
 
     def base(self) -> Tensor | None:
@@ -280,7 +284,7 @@ def collect(terms: Iterable[Term]) -> tuple[Term, ...]:
             continue
         # a sum of many adapters and its inverse are to be themselves again to the last bit of float32
         in_double = {k: v.double() for k, v in term.trained.items()}
-        coefficients = term.method.coefficients({**(term.basis or {}), **in_double})
+        coefficients = None if term.stays else term.method.coefficients({**(term.basis or {}), **in_double})
         if coefficients is None:
             others.append(term)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, ABCMeta
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -24,14 +24,16 @@ from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.merged import merged_tensors
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
-from spectune.layers.modules import children_of, effective_weight
+from spectune.layers.modules import children_of, effective_weight, stored_weight
 from spectune.layers.packed import is_packed, packed_product
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
+from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
 from spectune.layers.updates import Update
+from spectune.layers.values import Seen, WeightValues, is_made_of, row_norms
 from spectune.private import any_autocast, is_transformed, unseen
 from spectune.speed.dense import by_onednn, linear
 from spectune.speed.recompute_cache import frozen_linear, learns
@@ -52,6 +54,7 @@ class Adapted(Stored):
     adapted_as: str
     bias: nn.Parameter | None
     fused: Fused | None  # W', within `spectune.fused`
+    weight_values: WeightValues  # what W was when it was last looked at
     prepared: tuple[Scope | None, list[Part]]  # what the model was last set to, and what that is in this layer
 
     @property
@@ -259,7 +262,7 @@ class Adapted(Stored):
 
     def _fused(self, update: Update, x: Tensor, tensors: dict[str, Tensor], ratio: Tensor | None) -> Tensor:
         method, training = update.method, update.training
-        whole = method.whole(tensors) if training and self.selection.factored else None
+        whole = self._whole(update, tensors)
         y = adapted_linear(
             x.reshape(-1, x.shape[-1]),
             effective_weight(self) if whole is None else None,
@@ -269,6 +272,12 @@ class Adapted(Stored):
             training,
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _whole(self, update: Update, tensors: Mapping[str, Tensor]) -> Factors | None:
+        """Return the factors of W + dW, where W is to be answered through its own."""
+        if not update.training or not self.selection.factored or not self.owns(update.basis_key):
+            return None
+        return update.method.whole(tensors)
 
     def _compared(self, parts: list[Part], x: Tensor) -> Tensor:
         """Return the base's answer, to the last bit that of an adapter beside it that does nothing.
@@ -282,7 +291,7 @@ class Adapted(Stored):
             dropped = training and method.drop
             if weight * update.weight == 1.0 and method.in_factors and self._fuses(x) and not dropped:
                 tensors = method.still(self.tensors(update))
-                whole = method.whole(tensors) if training and self.selection.factored else None
+                whole = self._whole(update, tensors)
                 if whole is not None or not method.additive:
                     y = adapted_linear(
                         x.reshape(-1, x.shape[-1]),
@@ -365,7 +374,43 @@ class Adapted(Stored):
             weight = weight.dense() if self.is_packed else weight
             return linear(weight, R.to(weight.dtype))
 
-        return Base(without_bias, project, self.bias, lambda index: effective_weight(self).index_select(0, index))
+        def rows(index: Tensor) -> Tensor:
+            return effective_weight(self).index_select(0, index)
+
+        return Base(without_bias, project, self.bias, rows, self._norms, self._seen, self.owns)
+
+    def _seen(self) -> tuple[Tensor, ...] | None:
+        if self.is_packed:  # which nobody writes to
+            return ()
+        now = self._values_now()
+        return None if now is None else (now.digest,)
+
+    def _norms(self) -> Tensor:
+        """Return ||W_i|| (out) of the W that is there now."""
+        now = self._values_now()
+        weight = effective_weight(self)
+        return row_norms(weight.dense() if self.is_packed else weight) if now is None else now.norms
+
+    def _values_now(self, *, once: bool = False) -> Seen | None:
+        """Return what W is now; None where it is to be looked at each time, or nobody can have written to it."""
+        if torch.compiler.is_compiling() or is_transformed() or self.is_packed:
+            return None
+        weight = effective_weight(self)
+        return None if weight.is_meta or is_part(weight) else self.weight_values.of(weight, stored_weight(self), once)
+
+    def owns(self, basis_key: str, *, once: bool = False) -> bool:
+        """Whether frozen tensors of this name were made of the W that is there now.
+
+        Args:
+            basis_key: the name.
+            once: this is not asked in each forward pass, so that W need not be watched for it.
+        """
+        basis: Any = self.bases._modules.get(basis_key)
+        if basis is None or basis.made is None or (now := self._values_now(once=once)) is None:
+            return True
+        if basis.compared is None or basis.compared[0] is not now.digest:
+            basis.compared = now.digest, is_made_of(basis.made, now, effective_weight(self))
+        return basis.compared[1]
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
@@ -392,7 +437,7 @@ class Adapted(Stored):
         replica = super()._replicate_for_data_parallel()
         # a replica's tensors are other ones, in a thread without the caller's context
         replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
-        replica.fused = None
+        replica.fused, replica.weight_values = None, WeightValues()
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -481,6 +526,7 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
     layer.selection = selection  # type: ignore[assignment]
     layer.fused = None  # type: ignore[assignment]
+    layer.weight_values = WeightValues()  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
     selection.joined_by(layer, name)
     if isinstance(layer, PartLinear):
@@ -493,7 +539,8 @@ def give_back(layer: Adapted) -> None:
     layer.selection.left_by(layer)
     if layer.fused is not None:
         layer.fused.end()
-    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused
+    layer.weight_values.end()
+    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused, layer.weight_values
     if layer.is_packed:
         del layer.is_plain, layer.is_packed
     change_class(layer, layer.plain_class)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from platform import machine
 from typing import NamedTuple
@@ -23,12 +23,18 @@ class Base(NamedTuple):
         project: R (q x in) -> W R^T (out x q).
         bias: (out), or None.
         rows: (indices (n)) -> rows of W (n x in), where they can be had.
+        norms: () -> ||W_i|| (out) of the W that is there now; None where those of a basis are to be taken.
+        seen: () -> tensors that are others, and not the same objects, once W has other values; None if nothing tells.
+        owns: (key of a basis) -> whether the basis was made of the W that is there now.
     """
 
     output: Callable[..., Tensor]
     project: Callable[[Tensor], Tensor]
     bias: Tensor | None = None
     rows: Callable[[Tensor], Tensor] | None = None
+    norms: Callable[[], Tensor] | None = None
+    seen: Callable[[], Sequence[Tensor] | None] = tuple
+    owns: Callable[[str], bool] = lambda key: True
 
 
 class Ratio(NamedTuple):

@@ -6,39 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight
+from spectune.layers.values import Watched, unwatch, watch
 
 Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
 _PATIENCE = 4  # passes that a change lasts before W' is made anew
-
-
-class Watched(nn.Parameter):
-    """A parameter that counts how often its `data` was asked for: what is written there, no version counts."""
-
-    asked = 0
-
-    @property
-    def data(self) -> Tensor:
-        self.asked += 1
-        return _data.__get__(self)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        _data.__set__(self, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        # a copy is nobody's to watch: it is a parameter as any other
-        if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
-        return memo[id(self)]
-
-
-_data: Any = torch.Tensor.data
 
 
 class _Source(NamedTuple):
@@ -126,8 +102,7 @@ class Fused:
         held += [place for update, _ in parts for place in update.places().values()]
         held = [(d, key) for d, key in held if d.get(key) is not None]
         for parameter in {d[key] for d, key in held}:
-            if type(parameter) is nn.Parameter and not parameter.is_inference():
-                parameter.__class__ = Watched
+            if watch(parameter):
                 self._watched.append(parameter)
         if any(type(d[key]) is not Watched or d[key].asked for d, key in held):
             return False  # whoever asked for `data` may write there at any time
@@ -137,8 +112,7 @@ class Fused:
     def end(self) -> None:
         """Let everything be as it was."""
         for parameter in self._watched:
-            parameter.__class__ = nn.Parameter
-            vars(parameter).pop("asked", None)
+            unwatch(parameter)
         self._watched, self._weight, self._scope = [], None, None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer is not fused

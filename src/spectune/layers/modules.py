@@ -20,6 +20,7 @@ from spectune.layers.experts import expert_layers, find_expert
 from spectune.layers.packed import is_packed, packed_weight
 from spectune.layers.parts import PartLinear, tensor_of
 from spectune.layers.projections import projection_layers, projections
+from spectune.layers.values import PLAIN
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,7 +68,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, PartLinear):
         return layer.own_weight()
     weight: Any = layer._parameters.get("weight")
-    if type(weight) is not nn.Parameter and (packed := packed_weight(layer)) is not None:
+    if type(weight) not in PLAIN and (packed := packed_weight(layer)) is not None:
         return packed
     if weight is None:  # computed when it is asked for, or held as a plain tensor by a replica
         weight = layer.weight

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.values import PLAIN
 
 _CALL, _APPLY = nn.Module._call_impl.__code__, nn.Module._apply.__code__
 # what takes of a tensor its kind alone, and no value
@@ -99,7 +100,7 @@ class WatchedWeight(Tensor):
 
 def watched(weight: Tensor, layer_name: str) -> Tensor:
     """Return a weight that raises where values are taken of it."""
-    if type(weight) not in (Tensor, nn.Parameter):
+    if type(weight) not in (Tensor, *PLAIN):
         return weight
     with torch._C.DisableTorchFunctionSubclass():
         seen = weight.as_subclass(WatchedWeight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
-from spectune.layers.updates import Update, digest
+from spectune.layers.updates import Update
+from spectune.layers.values import digest
 from spectune.private import copy_all
 from spectune.speed.dense import linear
 
@@ -89,8 +91,10 @@ class Stack:
     def _renewed(self, updates: Sequence[Update], beside: dict[str, Tensor]) -> _Kept:
         """Return what is computed from trained tensors, for all of these updates."""
         seen = [digest(t) if t.dim() > 2 else t for t in beside.values()]
+        of_weight = self._layer.base().seen() if self.by_ratio else ()
         kept = self._kept
-        same = kept is not None and kept.updates == updates
+        same = kept is not None and kept.updates == updates and of_weight is not None
+        same = same and all(map(operator.is_, of_weight, kept.of_weight))  # type: ignore[arg-type,union-attr]
         if kept is not None and same:
             # values and not versions: averages of weights are swapped in by way of `.data`, which no version counts
             differ = [(a != b).reshape(len(updates), -1).any(1) for a, b in zip(seen, kept.seen, strict=True)]
@@ -108,7 +112,7 @@ class Stack:
             else:
                 copy_all([pieces[k][i] for i in places], own)
         version = 0 if kept is None else kept.version + 1
-        self._kept = _Kept(list(updates), [t.clone() for t in seen], pieces, version)
+        self._kept = _Kept(list(updates), [t.clone() for t in seen], of_weight or (), pieces, version)
         return self._kept
 
     def _of(self, update: Update) -> tuple[Pieces, Any]:
@@ -129,6 +133,7 @@ class Stack:
 class _Kept(NamedTuple):
     updates: list[Update]
     seen: list[Tensor]
+    of_weight: Sequence[Tensor]
     pieces: dict[int, Tensor]
     version: int
 

@@ -11,27 +11,7 @@ from torch import Tensor
 
 from spectune.layers.factors import Base, Ratio
 from spectune.layers.protocols import Rule
-
-_probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-
-def digest(tensor: Tensor) -> Tensor:
-    """Return a short tensor that is another one when the values are, whatever way they were written.
-
-    Versions do not count what is written by way of `.data`, as averages of weights are swapped in, so the values are
-    looked at: a matrix (... x n x k) by its product with a fixed random vector (k), in float32 at least, a vector as it
-    is.  A change that this rounds away is one of a 10-millionth of its row.
-    """
-    if tensor.dim() < 2:
-        return tensor.detach()
-    matrix = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-    key = (matrix.shape[-1], matrix.dtype, matrix.device)
-    probe = _probes.get(key)
-    if probe is None:
-        with torch.inference_mode(False):
-            drawn = torch.rand(key[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
-            probe = _probes[key] = drawn.to(matrix.dtype).to(matrix.device)
-    return torch.matmul(matrix, probe)
+from spectune.layers.values import Made, digest
 
 
 class _Resident(nn.Module):
@@ -53,6 +33,8 @@ class Basis(_Resident):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.names = tuple(tensors)
+        self.made: Made | None = None  # W as it was when they were made of it, as far as that is known
+        self.compared: tuple[Tensor, bool] | None = None  # the digest of a W, and whether it is that one
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -105,17 +87,19 @@ class Update(_Resident):
         return {name: (self._parameters, name) for name in self._parameters}
 
     def ratio(self, tensors: dict[str, Tensor], base: Base) -> Ratio | None:
-        """Return the method's ratio; without gradients it is kept as long as the trained tensors are what they were."""
+        """Return the method's ratio; without gradients it is kept as long as W and the trained tensors are the same."""
         if self.method.additive:
             return None
-        if torch.is_grad_enabled():
+        of_weight = None if torch.is_grad_enabled() else base.seen()
+        if of_weight is None:
             self._kept = None
             return self.method.ratio(tensors, base)
-        seen = [digest(p) for p in self.trained().values()]
+        seen = [*of_weight, *(digest(p) for p in self.trained().values())]
         kept = self._kept
-        if kept is None or not all(torch.equal(a, b) for a, b in zip(seen, kept[0], strict=True)):
+        if kept is None or not all(a is b or torch.equal(a, b) for a, b in zip(seen, kept[0], strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = kept = [d.clone() for d in seen], self.method.ratio(tensors, base)
+                seen = [*of_weight, *(d.clone() for d in seen[len(of_weight) :])]  # nobody writes to those of W
+                self._kept = kept = seen, self.method.ratio(tensors, base)
         return kept[1]
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ from spectune.spectral import Request
 from spectune.speed.recompute_cache import current_cache
 
 _CHUNK = 1 << 22  # elements of L C held at once while the norm is computed: 16 MiB of float32
+_OTHER = 1e-4  # by which a row of another W is longer or shorter
 _SMALLEST = 1e-6  # a ratio below which a product with it has no gradient to speak of
 
 
@@ -105,9 +106,10 @@ class DoRA(Method):
         known = cache.recall_whole() if cache is not None else None
         if known is not None:
             return known[0], known[1]
+        of_weight = t["norms"] if base.norms is None or t["norms"].is_meta else base.norms().to(t["norms"].device)
         squared, largest, dtype = [], [], t["norms"].dtype
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
-            diagonals = self.inner.projections(t)
+            diagonals = self.inner.projections(t) if base.owns(self.basis_key) else None
             if (values := getattr(f.core, "values", None)) is not None:
                 f = f._replace(core=f.core.holding(values.to(dtype)))
             right = f.right if diagonals else f.right.to(dtype)
@@ -124,8 +126,8 @@ class DoRA(Method):
                     rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
                 squared.append((p * rest).sum(1))
                 largest.append((p.square() @ lengths.to(dtype))[:, 0])
-        of_sum = t["norms"] ** 2 + torch.cat(squared)
-        terms = t["norms"] + torch.cat(largest).sqrt()  # as long as W_i and the terms of dW_i together, end to end
+        of_sum = of_weight**2 + torch.cat(squared)
+        terms = of_weight + torch.cat(largest).sqrt()  # as long as W_i and the terms of dW_i together, end to end
         norms = of_sum.clamp_min(0).sqrt()
         little = (of_sum < lost * terms**2) | (t["magnitude"].abs() < _SMALLEST * norms)
         if cache is not None:
@@ -162,6 +164,8 @@ class DoRA(Method):
         return self.inner.still(t)
 
     def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor:
+        if torch.compiler.is_compiling() and base.rows is not None:
+            return self._traced(t, self._dropped(x, training), base)
         values, rows, sums = self.ratio(t, base)
         dropped = self._dropped(x, training)
         output, x = base.output() if dropped is x else base.output(dropped), dropped
@@ -172,6 +176,31 @@ class DoRA(Method):
             return y
         whole = F.linear(x, (values[rows, None] * sums).to(x.dtype))
         return y.index_copy(-1, rows, (whole - output.index_select(-1, rows)).to(y.dtype))
+
+    def _traced(self, t: Tensors, x: Tensor, base: Base) -> Tensor:
+        """Return x (W' - W)^T as torch.compile traces it: which rows are lost among digits, it cannot ask.
+
+        So both ways are in the graph, and where a row is lost, or W is no longer the one that the inner method's
+        singular vectors are of, all rows are taken from W + dW itself.
+        """
+        assert base.norms is not None
+        norms, little = self._norms(t, self.inner.factors(t), base)
+        if self.inner.projections(t) is not None:
+            now = base.norms()
+            little = little | ((now - t["norms"]).abs() > _OTHER * now)
+        output, inner = base.output(x), self.inner.respond(t, x, base, False)
+        everything = torch.arange(len(norms), device=x.device)
+
+        def exact() -> Tensor:
+            sums = self._sums(t, base, everything)
+            ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(sums.detach(), dim=1))
+            return F.linear(x, (ratio[:, None] * sums).to(x.dtype)).to(output.dtype) - output
+
+        def usual() -> Tensor:
+            ratio = _ratio(t["magnitude"], norms)
+            return (ratio - 1).to(output.dtype) * output + (ratio.to(output.dtype) * inner).to(output.dtype)
+
+        return torch.cond(little.any(), exact, usual)
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         t = _wide(t)

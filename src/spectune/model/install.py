@@ -20,6 +20,7 @@ from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
 from spectune.layers.updates import Basis, Update
+from spectune.layers.values import PLAIN, Made, made_of
 from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
 from spectune.spectral import Request, decompose_many
@@ -131,10 +132,14 @@ def bases_for(
             continue
         for term in plan[name]:
             method = term.method
-            if isinstance(layer, Adapted) and method.basis_key in layer.bases:
+            if isinstance(layer, Adapted) and method.basis_key in layer.bases and _shares(name, layer, term):
                 continue
             if term.basis is not None:
-                bases[name].setdefault(method.basis_key, frozen_basis(layer, method, term.basis, around))
+                given = frozen_basis(layer, method, term.basis, around)
+                given.made = (
+                    Made(None, effective_weight(layer).dtype) if term.stays else made_of(effective_weight(layer))
+                )
+                bases[name].setdefault(method.basis_key, given)
             elif (name, method) not in wanted[method.request()]:
                 wanted[method.request()].append((name, method))
     needed = dict.fromkeys(name for pairs in wanted.values() for name, _ in pairs)
@@ -147,13 +152,31 @@ def bases_for(
         for name, method in pairs:
             frozen = method.basis(weights[name], found.get(name))
             if frozen:
-                bases[name].setdefault(method.basis_key, frozen_basis(layers[name], method, frozen, around))
+                made = frozen_basis(layers[name], method, frozen, around)
+                made.made = made_of(effective_weight(layers[name]))
+                bases[name].setdefault(method.basis_key, made)
     return bases
+
+
+def _shares(name: str, layer: Adapted, term: Term) -> bool:
+    """Whether a term goes through the frozen tensors that are on a layer already.
+
+    Raises:
+        SpectuneError: these were made of another W than is there now, and adapters that are there go through them.
+    """
+    if layer.owns(term.method.basis_key, once=True) or term.sketch is not None:  # by which they are compared
+        return True
+    if term.method.request() is not None:
+        raise SpectuneError(
+            f"the weight of {name!r} is another one than when the adapters there were put on it, and "
+            f"{term.method.name} would go through the singular vectors of the old one: detach them first"
+        )
+    return False
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
     """Return what a model with packed weights computes in, which these do not tell."""
-    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    plain = (p.dtype for p in model.parameters() if type(p) in PLAIN and p.is_floating_point())
     return next(plain, None)
 
 

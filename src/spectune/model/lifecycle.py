@@ -58,9 +58,10 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
                 added = update.weight * trained["d"] + (0.0 if added is None else added)
                 continue
             frozen = {k: whole(v) for k, v in layer.tensors(update).items() if k not in trained}
-            terms.append(
-                Term(_with_own_bias(method_of(update), layer, trained), trained, update.weight, frozen or None)
-            )
+            method = _with_own_bias(method_of(update), layer, trained)
+            # singular vectors of a W that is no longer there, which nobody could make again
+            stays = bool(frozen) and method.request() is not None and not layer.owns(update.basis_key, once=True)
+            terms.append(Term(method, trained, update.weight, frozen or None, stays=stays))
         if added is not None:
             modules[layer_name] = _bias_of(layer, added)
         if not terms:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
+from spectune.adapters.folder import Source
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
 from spectune.adapters.terms import ADDED_BIAS
@@ -71,7 +71,8 @@ def peft_type(adapter: Contents) -> str | None:
     """Return the PEFT type that can hold an adapter, or None."""
     kinds: set[str | None] = set()
     for layer in adapter.layers.values():
-        if len(layer.terms) != 1 or layer.terms[0].weight != 1.0 or layer.rows is not None:
+        (term, *more) = layer.terms
+        if more or term.weight != 1.0 or term.stays or layer.rows is not None:
             return None
         if not layer.terms[0].method.replaces:
             kinds.add(type_of(layer.terms[0].method))
@@ -103,7 +104,7 @@ def own_words(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_names(
-    tensors: Mapping[str, Tensor], found: Mapping[str, Any], config: dict[str, Any], where: Path
+    tensors: Mapping[str, Tensor], found: Mapping[str, Any], config: dict[str, Any], where: Source
 ) -> dict[str, Tensor]:
     """Return the tensors by Spectune's names, and add to its config the modules that PEFT saved whole."""
     prefix = prefix_of(str(found.get("peft_type")))

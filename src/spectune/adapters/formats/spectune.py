@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import CONFIG, WEIGHTS, as_metadata, read_config, read_more, read_tensors
+from spectune.adapters.folder import CONFIG, WEIGHTS, Source, as_metadata, read_config, read_more, read_tensors
 from spectune.adapters.formats.bilingual import VERSION as BILINGUAL
 from spectune.adapters.formats.bilingual import in_peft_words, own_names, own_words
 from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
@@ -26,6 +26,7 @@ _EXPERTS = "experts"  # of a layer whose weight is a part of a tensor, where it 
 _ROWS = (
     "rows"  # of a layer whose weight is some rows of a fused layer's: where they start, how many, of how many, times
 )
+_STAYS = "basis_stays"  # of a term whose basis was made of another weight than the base's, where it is
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
 
 
@@ -46,8 +47,9 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
             if described not in methods:
                 methods.append(described)
             terms.append({"method": methods.index(described), "weight": term.weight})
+            terms[-1] |= {_STAYS: True} if term.stays else {}
             tensors |= {f"{name}.{i}.{key}": value for key, value in term.trained.items()}
-            if embed or term.hangs_on_rounding:
+            if embed or term.stays or term.hangs_on_rounding:
                 tensors |= {f"{name}.{i}.basis.{key}": value for key, value in (term.basis or {}).items()}
             sketch = term.sketched(layer.weight)
             if sketch is not None:
@@ -80,7 +82,7 @@ def _describe_whole(term: WholeTerm) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> Contents:
+def load(path: Source) -> Contents:
     """Read an adapter's folder in this format."""
     found = read_config(path)
     version = Entry(found, str(path / CONFIG)).take("format_version", int, default=FORMAT_VERSION)
@@ -137,7 +139,7 @@ def _are_rows(rows: list[Any], tensor: Tensor) -> bool:
     return numbers and rows == sorted(set(rows)) and tensor.dim() == 2 and len(rows) == len(tensor)
 
 
-def _method(fields: Any, path: Path) -> Method:
+def _method(fields: Any, path: Source) -> Method:
     try:
         return from_fields(fields)
     except (SpectuneError, TypeError, AttributeError, OverflowError) as error:
@@ -151,7 +153,7 @@ class _Described(NamedTuple):
     conv1d: bool
     experts: int
     rows: Rows | None
-    terms: list[tuple[Method, float]]
+    terms: list[tuple[Method, float, bool]]
 
 
 def _described(entry: Entry, methods: list[Method]) -> _Described:
@@ -164,11 +166,12 @@ def _described(entry: Entry, methods: list[Method]) -> _Described:
     terms = []
     for i, values in enumerate(entry.take("terms", list)):
         term = Entry(values, f"term {i} of {entry.where}")
-        term.check_keys("method", "weight")
+        term.check_keys("method", "weight", *((_STAYS,) if _STAYS in term.values else ()))
         index = term.take("method", int)
         if not 0 <= index < len(methods):
             raise SpectuneError(f"{term.where} has method {index}, and there are {len(methods)}")
-        terms.append((methods[index], float(term.number("weight"))))
+        stays = _STAYS in term.values and term.take(_STAYS, bool)
+        terms.append((methods[index], float(term.number("weight")), stays))
     if not terms:
         raise SpectuneError(f"{entry.where} has no terms")
     return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, rows, terms)
@@ -187,13 +190,15 @@ def _rows(entry: Entry, out_features: int) -> Rows:
 
 def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: Path) -> LayerUpdate:
     terms = []
-    for i, (method, weight) in enumerate(described.terms):
+    for i, (method, weight, stays) in enumerate(described.terms):
         prefix, shapes = f"{name}.{i}", method.shapes(*described.shape)
         trained = {key: _take(tensors, f"{prefix}.{key}", shape, where) for key, shape in shapes.items()}
         frozen = [key for key in tensors if key.startswith(f"{prefix}.basis.")]
         basis = {key.removeprefix(f"{prefix}.basis."): tensors.pop(key) for key in frozen}
         sketch = _take(tensors, f"{prefix}.sketch", fingerprint.UPDATE_SHAPE, where, optional=True)
-        term = Term(method, trained, weight, basis or None, sketch)
+        if stays and not basis:
+            raise SpectuneError(f"{where} lacks the basis of {prefix!r} that its config speaks of")
+        term = Term(method, trained, weight, basis or None, sketch, stays)
         if basis and not _fits(term, *described.shape):
             raise SpectuneError(f"the stored basis of {prefix!r} in {where} does not fit the layer; get it again")
         terms.append(term)
