@@ -17,7 +17,7 @@ from spectune.serving.answers import failure
 
 log = logging.getLogger("spectune.serving.access")
 _OPEN = ("/", "/health")  # what anybody may ask for
-_MOST_DRAINED, _SECONDS_DRAINED = 16, 5.0  # of a body that is too large: times what is taken
+_MOST_DRAINED, _SECONDS_DRAINED = 16, 30.0  # of a body that is too large: times what is taken
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
