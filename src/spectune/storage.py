@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from filelock import FileLock
@@ -160,6 +160,28 @@ def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
         flush(temporary)
         os.replace(temporary, target)
         flush(target.parent)
+
+
+def open_itself(path: Path, mode: str) -> IO[bytes]:
+    """Open a file to be written to in place, itself and never through a link to another.
+
+    Args:
+        path: the file.
+        mode: "ab" to write at its end, "r+b" anywhere, "wb" anew.
+
+    Raises:
+        SpectuneError: it is a symbolic link.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    try:
+        return cast("IO[bytes]", open(path, mode, opener=opener))
+    except OSError as error:
+        if path.is_symlink():
+            raise SpectuneError(f"{path} is a symbolic link, through which nothing is written: remove it") from None
+        raise error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -1,8 +1,11 @@
 """Base models by name, dtypes and folders."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import spectune
 from spectune.bases import loading
@@ -61,3 +64,24 @@ def test_an_embedded_model_kept_in_another_dtype_is_the_rounded_one():
     assert rounded.config._name_or_path == "smollm2-135m"
     assert tokenizer.chat_template
     assert rounded.get_output_embeddings().weight is rounded.get_input_embeddings().weight
+
+
+def test_pickled_weights_are_read_only_where_that_is_asked_for(tmp_path, monkeypatch):
+    model = save_folder(tmp_path / "base")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    spectune.load_base(model, "fp32")  # the other weights are there
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SpectuneError, match=r"pytorch_model.bin is a pickled checkpoint .* `spectune --bin"):
+        spectune.load_base(model, "fp32")
+    spectune.load_base(model, "fp32", allow_bin=True)
+    monkeypatch.setenv("SPECTUNE_BIN", "1")
+    spectune.load_base(model, "fp32")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_config_of_more_than_any_model_has_is_refused(tmp_path, key):
+    model = save_folder(tmp_path / "base")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: 2**31}))
+    with pytest.raises(SpectuneError, match=f"its {key} is 2147483648"):
+        spectune.load_base(model, "fp32")

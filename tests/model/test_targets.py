@@ -1,5 +1,6 @@
 """Which layers a method goes to: suffixes, regexes, exclusions and overrides."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn as nn
 import spectune
 import tiny
 from spectune import SVF, DoRA, LoRA
+from spectune.errors import SpectuneError
 from spectune.model.targets import resolve
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -191,3 +193,14 @@ def test_what_all_linear_cannot_take_is_told_with_the_share_that_it_can(caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.message == "'all-linear' covers 50% of the weights outside embeddings; it cannot take *.weight"
+
+
+@pytest.mark.parametrize("setting", ["targets", "exclude", "rank_pattern", "layers_pattern"])
+def test_a_pattern_that_would_never_end_is_given_up(setting, monkeypatch):
+    monkeypatch.setattr("spectune.model.patterns._SECONDS", 0.2)
+    bomb = "((a|a)+)+[.]never"
+    model = nn.Sequential(OrderedDict({"a" * 60: nn.Sequential(nn.Linear(2, 2))}))
+    options = {setting: {bomb: 1} if setting == "rank_pattern" else bomb}
+    options |= {"layers_to_transform": 0} if setting == "layers_pattern" else {}
+    with pytest.raises(SpectuneError, match="takes too long to match: write it more simply"):
+        spectune.adapt(model, "lora:rank=1", **options)

@@ -138,7 +138,7 @@ def test_an_unknown_name_names_the_nearest(tmp_path):
         (lambda index: index.pop("adapters"), "lacks the key 'adapters'"),
         (lambda index: index["adapters"][0].update(name="../up"), "cannot be one"),
         (lambda index: index["adapters"][1].update(name="ahoy"), "in use"),
-        (lambda index: index["adapters"][0].update(bytes="many"), "'bytes' .* not int"),
+        (lambda index: index["adapters"][0].update(bytes="many"), "'bytes' .* should be a valid integer"),
     ],
 )
 def test_a_damaged_index_is_told(tmp_path, change, message):

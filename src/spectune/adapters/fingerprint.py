@@ -83,6 +83,11 @@ def sketch_weight(weight: Tensor) -> Tensor:
     return kept[1][part]
 
 
+def is_sketch(tensor: Tensor) -> bool:
+    """Whether a tensor that was read can be the sketches of a weight."""
+    return tuple(tensor.shape) == WEIGHT_SHAPE and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
 def _place(weight: Tensor) -> int:
     return 0 if isinstance(weight, Packed) else weight.data_ptr()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError
-from spectune.reading import MOST_TENSORS, check_tensors_file, parse_json, read_json
+from spectune.reading import MOST_TENSORS, check_file, check_memory, check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -170,6 +170,7 @@ def read_tensors(path: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
         return _checked(dict(path.tensors), where)
     try:
         check_tensors_file(where)
+        check_memory(where, "the adapter cannot be read")
         with safe_open(where, framework="pt") as opened:
             if len(opened.keys()) > MOST_TENSORS:
                 raise SpectuneError(f"{where} has {len(opened.keys()):,} tensors; at most {MOST_TENSORS:,} are read")
@@ -208,6 +209,8 @@ def _checked(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
 def read_bin(path: Path) -> dict[str, Tensor]:
     """Read the tensors that PEFT pickled, and nothing else from there."""
     where = path / PICKLED
+    check_file(where)
+    check_memory(where, "the adapter cannot be read")
     try:
         tensors = torch.load(where, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or dangerous file makes of the reader

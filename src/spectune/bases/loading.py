@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,7 +19,7 @@ from spectune.bases.classifiers import load_classifier
 from spectune.bases.quantizing import quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
-from spectune.reading import read_json
+from spectune.reading import BASE_JSON_BYTES, check_file, check_tensors_file, read_json
 from spectune.spectral import weight_map
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
     from spectune.adapters.adapter import Adapter
 
+_MOST = {  # by a part of a number's name in a config
+    "layers?$|depths?$|blocks?$|layer_types": 2_000,
+    "experts": 10_000,
+    "heads?$|groups?$": 100_000,
+    "vocab|size|dim|width|channels|rank|d_model|d_ff|d_kv|labels": 1 << 26,
+}
+BIN = "SPECTUNE_BIN"  # in the environment, 1 where pickled checkpoints may be read
 _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -146,8 +154,7 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
         file = package_file(embedded.package, embedded.file)
         return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
     if Path(text).is_dir():
-        for index in Path(text).glob("*.index.json"):
-            weight_map(index)
+        _check_folder(Path(text))
         return text
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         parent = Path(text).parent
@@ -156,6 +163,40 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
     if "/" not in text:
         raise SpectuneError(f"unknown model {text!r}{nearest(text, EMBEDDED)} (embedded: {', '.join(EMBEDDED)})")
     return text
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise for files that transformers would not end reading, and for shards outside of the folder."""
+    try:
+        for file in folder.glob("*.json"):
+            check_file(file, BASE_JSON_BYTES)
+        for index in folder.glob("*.index.json"):
+            weight_map(index)
+        for file in folder.glob("*.safetensors"):
+            check_tensors_file(file)
+    except FileNotFoundError as error:
+        raise SpectuneError(
+            f"{error.filename} is not there, as the folder's listing says: a link to nothing?"
+        ) from None
+
+
+def check_config(config: PreTrainedConfig, name: str | os.PathLike[str]) -> None:
+    """Raise for a model of more layers, experts or rows than any has: to build it would not end.
+
+    Raises:
+        SpectuneError: it is one.
+    """
+    stack: list[tuple[str, object]] = [("config.json", config.to_dict())]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(str(inner), item) for inner, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            stack += [(key, item) for item in value[:1000]]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = next((most for word, most in _MOST.items() if re.search(word, key)), 1 << 62)
+            if not -most <= value <= most:
+                raise SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: its {key} is {value!r:.40}")
 
 
 class Outline(NamedTuple):
@@ -189,11 +230,14 @@ def load_tokenizer(
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            check_config(config, name)
             try:
                 generation = transformers.GenerationConfig.from_pretrained(path)
             except OSError:  # not every checkpoint has one
                 generation = transformers.GenerationConfig.from_model_config(config)
-    except (OSError, ValueError) as error:
+    except SpectuneError:
+        raise
+    except Exception as error:  # whatever a broken folder makes of transformers
         raise _unloadable(name, error) from error
     return Outline(config, generation), tokenizer
 
@@ -212,6 +256,7 @@ def load_base(
     new_head: bool = False,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    allow_bin: bool = False,
     **kwargs: object,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer.
@@ -226,6 +271,8 @@ def load_base(
         quantize: "nf4" (4 bits, with doubly quantized scales) or "int8": pack the linear layers by bitsandbytes, all
             but the output embedding, as they are loaded. `dtype` is what the rest is held in, and computed in.
         trust_remote_code: run code that comes with the checkpoint.
+        allow_bin: read pickled weights where there are no others, with torch's loader for weights only; so does
+            $SPECTUNE_BIN=1.
         kwargs: for `from_pretrained`.
 
     Returns:
@@ -233,7 +280,7 @@ def load_base(
         classifier), in evaluation mode, and the tokenizer.
 
     Raises:
-        SpectuneError: an unknown name, a folder that holds no model, or bitsandbytes is missing.
+        SpectuneError: an unknown name, a folder that holds no model or a pickled one alone, or bitsandbytes is missing.
     """
     import transformers
 
@@ -241,10 +288,14 @@ def load_base(
     wanted = resolve_dtype(dtype, device or "cpu")
     packed = quantization(quantize, wanted, device)
     path = model_path(name, wanted)
+    if not (allow_bin or os.environ.get(BIN) == "1" or "gguf_file" in kwargs):
+        _check_not_pickled(Path(path))
+        kwargs = {"use_safetensors": True, **kwargs}
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            check_config(config, name)
             options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **packed, **kwargs}
             if packed and (own := getattr(config, "quantization_config", None)) is not None:
                 raise SpectuneError(f"{os.fspath(name)!r} is quantized already ({_kind(own)}): leave quantize out")
@@ -260,6 +311,15 @@ def load_base(
         model.config._name_or_path = os.fspath(name)
     model.eval()
     return (model if device is None or packed else cast(Any, model).to(device)), tokenizer
+
+
+def _check_not_pickled(folder: Path) -> None:
+    pickled = sorted(folder.glob("pytorch_model*.bin")) if folder.is_dir() else []
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise SpectuneError(
+            f"{pickled[0]} is a pickled checkpoint without safetensors beside it: convert it, or allow it with "
+            "`spectune --bin ...` or allow_bin=True (it is loaded as weights only)"
+        )
 
 
 def _kind(quantization_config: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from spectune.errors import SpectuneError
+from spectune.reading import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -285,7 +286,7 @@ def _call(call: object, as_text: bool) -> object:
     arguments = call.get("arguments")
     try:
         if isinstance(arguments, str) and not as_text:
-            call["arguments"] = json.loads(arguments)
+            call["arguments"] = parse_json(arguments, "the arguments")
         elif isinstance(arguments, Mapping) and as_text:
             call["arguments"] = json.dumps(arguments, ensure_ascii=False)
     except ValueError:

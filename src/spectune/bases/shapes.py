@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectune.bases.loading import EMBEDDED, auto_class, package_file, quiet
+from spectune.bases.loading import EMBEDDED, auto_class, check_config, package_file, quiet
 from spectune.errors import SpectuneError, nearest
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     try:
         with quiet():
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a broken file makes of transformers
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpectuneError(f"the config.json of {name!r} is not understood: {first}") from None
 
 
@@ -129,9 +129,10 @@ def build(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         SpectuneError: transformers makes no model of it.
     """
+    check_config(config, str(getattr(config, "_name_or_path", "") or config.model_type))
     try:
         with torch.device("meta"), quiet():
             return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a strange config makes of the model's code
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpectuneError(f"no model can be built from a config of type {config.model_type!r}: {first}") from None

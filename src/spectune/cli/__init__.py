@@ -80,10 +80,15 @@ def _version(value: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     cache: str | None = typer.Option(None, "--cache", metavar="FOLDER", help="For decompositions; `off` goes without."),
+    bin_: bool = typer.Option(
+        False, "--bin", help="Read pickled models where there are no safetensors, as weights only."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show where an unforeseen error came from."),
     plugin: list[str] = typer.Option([], "--plugin", metavar="MODULE", help="Import first: methods of your own."),
 ) -> None:
     _debug.set(debug)
+    if bin_:
+        os.environ["SPECTUNE_BIN"] = "1"  # for the processes that are started too
     if cache is not None:
         os.environ["SPECTUNE_CACHE"] = cache
     for module in plugin:

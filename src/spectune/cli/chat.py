@@ -24,6 +24,7 @@ from spectune.cli.shared import (
     load_transformer2,
     load_with_adapters,
     need_library,
+    read_stdin,
 )
 from spectune.errors import SpectuneError
 
@@ -78,7 +79,7 @@ def chat(
         while True:
             if sys.stdin.isatty():
                 console.print("[bold]you>[/] ", end="")
-            line = sys.stdin.readline()
+            line = read_stdin(line=True)
             if not line or line.strip() in ("/quit", "/exit"):
                 return
             try:

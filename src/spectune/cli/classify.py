@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,6 +17,7 @@ from spectune.cli.shared import (
     REMOTE_CODE,
     load_with_adapters,
     print_json,
+    read_stdin,
 )
 from spectune.errors import SpectuneError
 
@@ -44,7 +44,7 @@ def classify(
 
     spectune classify runs/spam "You have won a prize!"
     """
-    asked = texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    asked = texts or [line for line in read_stdin().splitlines() if line.strip()]
     if not asked:
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
     from spectune.bases.classifiers import classify as classify_

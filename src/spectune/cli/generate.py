@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from spectune.cli.shared import (
     load_with_adapters,
     need_library,
     print_json,
+    read_stdin,
 )
 from spectune.errors import SpectuneError
 
@@ -56,7 +56,7 @@ def generate(
 
     spectune generate smollm2-135m "Where is the captain?" -a runs/pirate:0.7
     """
-    asked = prompts or [sys.stdin.read().strip()]
+    asked = prompts or [read_stdin().strip()]
     if not all(asked):
         raise SpectuneError("the prompt is empty; give it as an argument or on stdin")
     from spectune.bases import generation

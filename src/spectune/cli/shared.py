@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spectune.errors import SpectuneError
+from spectune.reading import TEXT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +83,21 @@ def print_json(document: object) -> None:
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
+def read_stdin(*, line: bool = False) -> str:
+    """Return what is piped in, or its next line.
+
+    Raises:
+        SpectuneError: it does not end.
+    """
+    read = sys.stdin.readline if line else sys.stdin.read
+    text = read(TEXT_BYTES + 1)
+    if len(text) > TEXT_BYTES:
+        raise SpectuneError(
+            f"more than {TEXT_BYTES:,} characters were piped in, which are not read: give a part of them"
+        )
+    return text
+
+
 def weighted(text: str) -> tuple[Path, float]:
     """Return the folder and the weight of `FOLDER[:WEIGHT]`.
 
@@ -92,9 +108,12 @@ def weighted(text: str) -> tuple[Path, float]:
     if not colon or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(folder), float(weight)
+        number = float(weight)
     except ValueError:
         raise SpectuneError(f"{text!r} is not FOLDER or FOLDER:WEIGHT") from None
+    if not abs(number) < 1e30:
+        raise SpectuneError(f"the weight in {text!r} is no finite number")
+    return Path(folder), number
 
 
 def need_library(**options: object) -> None:

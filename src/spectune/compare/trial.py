@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from spectune.errors import SpectuneError
 from spectune.reading import read_json
-from spectune.storage import write_atomically
+from spectune.storage import open_itself, write_atomically
 
 Result = dict[str, Any]  # of a trial: what its file holds, as `Bench.run` and `study` put it together
 _DIGEST = "sha256"  # of the rest of a result
@@ -81,7 +81,8 @@ class Results:
             found = result["settings"], result["trial"]
         except (SpectuneError, KeyError, TypeError, AttributeError):
             self.corrupt.append(path.name)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder in its place is told of when the result is to be written
+                path.unlink()
             return None
         if found != (self.settings, vars(trial)):
             raise SpectuneError(f"{path} is of another comparison: give another output, or overwrite=true")
@@ -107,7 +108,7 @@ class Results:
     def attempt(self, trial: Trial) -> bool:
         """Note that a trial begins; False where workers were killed at it so often that it is given up."""
         path = self.folder / f".{trial.name}.attempts"
-        with path.open("ab") as file:
+        with open_itself(path, "ab") as file:
             file.write(b".")
         return path.stat().st_size <= _ATTEMPTS
 

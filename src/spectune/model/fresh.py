@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from logging import getLogger
@@ -12,6 +11,9 @@ from typing import Any
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
+
+from spectune.errors import SpectuneError
+from spectune.reading import read_json
 
 FRESH = "spectune_fresh"  # an attribute of a module that the checkpoint did not have
 _LOADED = "_is_hf_initialized"  # transformers' attribute of a tensor that came from the checkpoint
@@ -148,8 +150,8 @@ def _file(model: nn.Module, name: str) -> Path | None:
 
 def _read_json(path: Path | None) -> dict[str, Any] | None:
     try:
-        found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = None if path is None else read_json(path)
+    except SpectuneError:
         return None
     return found if isinstance(found, dict) else None
 

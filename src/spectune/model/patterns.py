@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 
+import regex
+
 from spectune.errors import SpectuneError, nearest
+from spectune.patterns import LONGEST
 
 Patterns = str | Iterable[str]
+_SECONDS = 2.0  # for one pattern and all names
 _FIRST_NUMBER = r".*?\.[^.]*\.(?P<number>\d+)\."  # the block's, and not an expert's further on
 
 
@@ -75,11 +80,11 @@ def found(
     if not hits and not named:
         forms = [pattern] * regex + [rf"(?:.*\.)?(?:{pattern})"] * loose
         for form in forms:
-            compiled = compile_pattern(form, what, pattern)
-            hits = hits or {n: Precise.REGEX for n in names if compiled.fullmatch(n)}
+            compiled = Regex(form, what, pattern)
+            hits = hits or {n: Precise.REGEX for n in names if compiled.match(n, whole=True)}
         around = re.escape(pattern) if not loose else pattern
-        inside = compile_pattern(rf"(?:.*\.)?(?:{around})\..*", what, pattern)
-        hits = hits or {n: Precise.AROUND for n in names if inside.fullmatch(n)}
+        inside = Regex(rf"(?:.*\.)?(?:{around})\..*", what, pattern)
+        hits = hits or {n: Precise.AROUND for n in names if inside.match(n, whole=True)}
     if not hits:
         tails = [n.rpartition(".")[2] for n in names]
         is_other = f": {next(iter(named))!r} is a {next(iter(named.values()))}" if named else ""
@@ -100,16 +105,45 @@ def _say_left_out(pattern: str, what: str, named: Mapping[str, str]) -> None:
     warnings.warn(f"{what}: {pattern!r} names {first!r} ({kind}){more} too, which is left out", stacklevel=5)
 
 
-def compile_pattern(form: str, what: str, pattern: str) -> re.Pattern[str]:
-    """Return a regex made of a user's pattern.
+class Regex:
+    """A regex made of a user's pattern, which has so many seconds for all names together.
+
+    Those of files are matched in bounded steps (`spectune.patterns`); a user's own may look ahead and behind, for which
+    there is no such bound, and one such as `(a+)+$` would otherwise never end.
+
+    Args:
+        form: the regex.
+        what: the setting's name, for messages.
+        pattern: what the user gave.
 
     Raises:
-        SpectuneError: it is none.
+        SpectuneError: it is none, or too long.
     """
-    try:
-        return re.compile(form)
-    except re.error as error:
-        raise SpectuneError(f"{what}: {pattern!r} is not a valid regular expression: {error}") from None
+
+    def __init__(self, form: str, what: str, pattern: str) -> None:
+        self._told, self._left = f"{what}: {pattern!r:.80}", _SECONDS
+        if len(pattern) > LONGEST:
+            raise SpectuneError(f"{what}: a pattern of {len(pattern):,} characters; at most {LONGEST:,} are read")
+        try:
+            re.compile(form)  # regex knows more than Python's own
+            self._compiled = regex.compile(form)
+        except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+            raise SpectuneError(f"{self._told} is not a valid regular expression: {error}") from None
+
+    def match(self, name: str, *, whole: bool = False) -> regex.Match[str] | None:
+        """Return the match at a name's beginning, or of all of it.
+
+        Raises:
+            SpectuneError: the time is over.
+        """
+        began = time.thread_time()
+        try:
+            ask = self._compiled.fullmatch if whole else self._compiled.match
+            found = ask(name, timeout=self._left, concurrent=False)
+        except TimeoutError:
+            raise SpectuneError(f"{self._told} takes too long to match: write it more simply") from None
+        self._left = max(self._left - (time.thread_time() - began), 0.1)
+        return found
 
 
 def in_blocks(
@@ -134,10 +168,11 @@ def in_blocks(
     for number in wanted:
         if isinstance(number, bool) or not isinstance(number, int):
             raise SpectuneError(f"layers_to_transform must be numbers of blocks, not {number!r}")
-    lists = [compile_pattern(rf"(?:^|.*?\.){p}\.(?P<number>\d+)\.", "layers_pattern", p) for p in patterns]
+    lists = [Regex(rf"(?:^|.*?\.){p}\.(?P<number>\d+)\.", "layers_pattern", p) for p in patterns]
+    known = lists or [Regex(_FIRST_NUMBER, "layers_pattern", "the first number")]
     places: dict[str, int] = {}
     for name in names:
-        match = next((m for p in lists or [re.compile(_FIRST_NUMBER)] if (m := p.match(name))), None)
+        match = next((m for p in known if (m := p.match(name))), None)
         if match is not None:
             places[name] = int(match["number"])
     there = sorted(set(places.values()))
@@ -168,7 +203,7 @@ def by_pattern(patterns: Mapping[str, float], names: Sequence[str], what: str) -
     """
     values: dict[str, float] = {}
     for pattern, value in patterns.items():
-        compiled = compile_pattern(rf"(.*\.)?({pattern})$", what, pattern)
+        compiled = Regex(rf"(.*\.)?({pattern})$", what, pattern)
         hits = [name for name in names if compiled.match(name)]
         if not hits:
             tails = [n.rpartition(".")[2] for n in names]

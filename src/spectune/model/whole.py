@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from spectune.methods import Method
 from spectune.methods.bias import Bias
 from spectune.methods.head import Head
 from spectune.model.fresh import fresh_modules, fresh_rows
+from spectune.model.patterns import Regex
 
 # names or suffixes of modules, or for each the rows of an embedding to train, None for all of the module
 ModulesToSave = str | Iterable[str] | Mapping[str, Sequence[int] | None]
@@ -371,10 +371,8 @@ def _as_mapping(patterns: str | Iterable[str]) -> dict[str, None]:
 def _matching(pattern: str, modules: Mapping[str, nn.Module], regex: bool) -> list[str]:
     found = [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
     if not found and regex:
-        try:
-            found = [name for name in modules if re.fullmatch(pattern, name)]
-        except re.error as error:
-            raise SpectuneError(f"modules_to_save: {pattern!r} is not a valid regular expression: {error}") from None
+        compiled = Regex(pattern, "modules_to_save", pattern)
+        found = [name for name in modules if compiled.match(name, whole=True)]
     if not found:
         tails = [name.rpartition(".")[2] for name in modules]
         raise SpectuneError(

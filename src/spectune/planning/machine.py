@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from spectune.home import cache_dir
 from spectune.methods import Method
 from spectune.planning import probe
+from spectune.reading import read_json
 from spectune.spectral import Request
 from spectune.storage import write_atomically
 
@@ -178,10 +180,10 @@ def this_machine(measure: bool = True) -> Machine:
     if not measure:
         return Machine()
     try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
-        if kept.pop("key") == _key():
-            return Machine(**kept)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        kept = read_json(_file())
+        if isinstance(kept, dict) and kept.pop("key", None) == _key():
+            return TypeAdapter(Machine).validate_python(kept)
+    except ValueError:  # SpectuneErrors and pydantic's among them: measured anew
         pass
     rates: dict[str, Any] = probe.rates()
     return Machine(**rates, threads=torch.get_num_threads(), measured=True)

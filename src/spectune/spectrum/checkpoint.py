@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from spectune.bases.loading import model_path
@@ -97,7 +97,7 @@ def open_checkpoint(
     for file in files:
         try:
             stored += listing(file)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever a damaged file makes of the readers
             reason = f"{file.name} cannot be read ({_first_line(error)})"
             skipped |= dict.fromkeys(_names_in_index(file) or [file.name], reason)
     if not stored:

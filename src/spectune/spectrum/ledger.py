@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from spectune.reading import check_file
+from spectune.storage import open_itself
+
+LEDGER_BYTES = 4 << 30
 _DIGEST = "sha256"  # of the rest of a line
 
 
@@ -28,7 +32,11 @@ class Ledger:
         self.path = path
         self.done: dict[str, dict[str, Any]] = {}
         head = json.dumps(header, sort_keys=True).encode() + b"\n"
-        data = path.read_bytes() if path.is_file() else b""
+        try:
+            check_file(path, LEDGER_BYTES)
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
         sound = len(head) if data.startswith(head) else 0
         if sound:
             for line in data[sound:].splitlines(keepends=True):
@@ -39,15 +47,16 @@ class Ledger:
                 sound += len(line)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(head)
+            with open_itself(path, "wb") as file:
+                file.write(head)
         if sound and sound < len(data):
-            with path.open("r+b") as file:
+            with open_itself(path, "r+b") as file:
                 file.truncate(sound)
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         """Write one result."""
         entry = json.loads(json.dumps({"name": name, **entry}))
-        with self.path.open("ab") as file:
+        with open_itself(self.path, "ab") as file:
             file.write(json.dumps({**entry, _DIGEST: _digest(entry)}).encode() + b"\n")
         self.done[name] = entry
 
@@ -57,7 +66,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not line.endswith(b"\n") or not isinstance(entry, dict) or "name" not in entry:
+    if not line.endswith(b"\n") or not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         return None
     return entry if entry.pop(_DIGEST, None) == _digest(entry) else None
 

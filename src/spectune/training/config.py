@@ -314,7 +314,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     Raises:
         SpectuneError: an unreadable file, an unknown key (the nearest is named), or a wrong value.
     """
-    values: dict[str, Any] = presets
+    values: dict[str, Any] = dict(presets)
     if path is not None:
         read = read_yaml(Path(path))
         if read is not None and not isinstance(read, dict):
@@ -326,6 +326,9 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
             raise SpectuneError(f"{pair!r} is not key=value")
         values[(key := key.strip())] = _value(text, kind.model_fields.get(key))
     values = aliased(values, {*kind.model_fields, *task_keys()})
+    for key in ("model", "output"):  # an empty path would be the working directory
+        if values.get(key) == "" and presets.get(key) != "":
+            raise SpectuneError(f"{key} is empty")
     kind = with_task(kind, str(values.get("task", kind.model_fields["task"].default)))
     known = kind.model_fields
     for key in list(values):

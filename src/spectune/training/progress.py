@@ -26,7 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from spectune.errors import SpectuneError, nearest
 from spectune.progress import Bar
-from spectune.storage import telling_of_full_disks, write_atomically
+from spectune.storage import open_itself, telling_of_full_disks, write_atomically
 from spectune.training import processes
 from spectune.training.curve import spoken
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -181,8 +181,8 @@ class RunLog(TrainerCallback):
         with processes.together():
             if processes.is_main():
                 kept = self._trainer.kept() if self._trainer is not None else ""
-                with telling_of_full_disks(self._path, kept), self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                with telling_of_full_disks(self._path, kept), open_itself(self._path, "ab") as file:
+                    file.write(json.dumps(line).encode() + b"\n")
 
     def _watch_loss(self, loss: float) -> None:
         """Warn once where the loss goes up and up; one that is not finite is the trainer's to see."""
@@ -241,13 +241,14 @@ def memory() -> int:
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of a log up to a step; one that was cut off ends it."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    content = path.read_bytes() if path.is_file() else b""
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+            if line["step"] <= step:
+                lines.append(line)
+        except (ValueError, RecursionError, KeyError, TypeError):
             break
-        if line["step"] <= step:
-            lines.append(line)
     return lines
 
 

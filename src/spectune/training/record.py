@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from spectune.errors import SpectuneError
-from spectune.reading import read_json, read_yaml
+from spectune.reading import parsed, read_json, read_yaml
 from spectune.storage import write_atomically
 from spectune.training import processes
 from spectune.training.aliases import aliased
@@ -73,17 +74,29 @@ def read_run(output: Path) -> Mapping[str, Any]:
         SpectuneError: there is none that can be read.
     """
     path = output / "config.yaml"
-    try:
-        config = read_yaml(path)
-        path = output / "run.json"
-        run = read_json(path)
-        return {
-            **aliased(config, TrainConfig.model_fields),
-            "processes": run["processes"],
-            "digest": run["data"]["sha256"],
-        }
-    except (TypeError, KeyError) as error:
-        raise SpectuneError(f"cannot read {path} of the run to resume: {error}") from None
+    config = read_yaml(path)
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise SpectuneError(f"{path} of the run to resume must hold key: value pairs")
+    config = aliased(config, TrainConfig.model_fields)
+    for key in ("batch_size", "gradient_accumulation_steps"):
+        if type(config.get(key, 1)) is not int:
+            raise SpectuneError(f"{key} in {path} is {config[key]!r:.60}, not a whole number")
+    if not isinstance(config.get("group_lr") or {}, dict):
+        raise SpectuneError(f"group_lr in {path} is {config['group_lr']!r:.60}, not key: value pairs")
+    path = output / "run.json"
+    run = parsed(_Run, read_json(path), str(path))
+    return {**config, "processes": run.processes, "digest": run.data.sha256}
+
+
+class _Data(BaseModel):
+    sha256: str
+
+
+class _Run(BaseModel):
+    """What is read of a run.json."""
+
+    processes: int
+    data: _Data
 
 
 def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:

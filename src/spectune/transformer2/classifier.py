@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,10 +19,11 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import folder_digest
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
-from spectune.storage import Entry, write_atomically
+from spectune.reading import check_memory, check_tensors_file, parsed, read_json
+from spectune.storage import write_atomically
 from spectune.transformer2.calibration import Calibration
 from spectune.transformer2.labels import label_scores, labelling_prompt, opened
-from spectune.transformer2.library import Library, read_json, write_json
+from spectune.transformer2.library import Library, write_json
 from spectune.transformer2.pool import Pool
 
 if TYPE_CHECKING:
@@ -121,26 +123,58 @@ class Classifier:
                 f"the library {str(library.path)!r} has no classifier: train one with `spectune library "
                 "train-classifier`, or use the prompt strategy"
             )
-        entry = Entry(read_json(folder / CONFIG), str(folder / CONFIG))
-        entry.check_keys(*_KEYS)
-        kind, labels = entry.take("kind", str), entry.take("labels", list)
-        if entry.take("format_version", int) != 1 or kind not in ("hidden", "adapter"):
+        config = parsed(_Config, read_json(folder / CONFIG), str(folder / CONFIG))
+        if config.format_version != 1 or config.kind not in ("hidden", "adapter"):
             raise SpectuneError(f"{folder / CONFIG} is not a classifier that this release reads: train it again")
+        kind: Kind = "hidden" if config.kind == "hidden" else "adapter"
         try:
+            check_tensors_file(folder / WEIGHTS)
+            check_memory(folder / WEIGHTS, "the classifier cannot be read")
             data = (folder / WEIGHTS).read_bytes()
             tensors = load(data)
-        except (OSError, SafetensorError, ValueError) as error:
+        except SpectuneError:
+            raise
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise SpectuneError(f"{folder / WEIGHTS} is damaged or missing ({error}): train it again") from None
         adapter = Adapter.load(folder / ADAPTER) if kind == "adapter" else None
-        if _digest(data, folder, kind) != entry.take("sha256", str):
+        if _digest(data, folder, kind) != config.sha256:
             raise SpectuneError(f"{folder / CONFIG} and the files beside it do not belong together: train it again")
-        needed = ("mean", "scale", "weight", "bias") if kind == "hidden" else ()
-        for key in needed:
-            if key not in tensors or (key in ("weight", "bias") and len(tensors[key]) != len(labels)):
-                raise SpectuneError(f"{folder / WEIGHTS} lacks {key!r}, or it does not fit the labels: train it again")
-        calibration = Calibration(entry.number("temperature"), entry.number("threshold"))
-        report = entry.inside("report").values
-        return Classifier(kind, tuple(labels), calibration, entry.take("layer", int), tensors, report, adapter)
+        _check_tensors(tensors, kind, len(config.labels), folder / WEIGHTS)
+        calibration = Calibration(config.temperature, config.threshold)
+        return Classifier(kind, tuple(config.labels), calibration, config.layer, tensors, config.report, adapter)
+
+
+class _Config(BaseModel):
+    """What is in a classifier.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    library_name: Literal["spectune"]
+    format_version: int
+    kind: str
+    labels: list[str]
+    layer: Annotated[int, Field(ge=0, lt=1 << 20)]
+    temperature: Annotated[float, Field(gt=0)]
+    threshold: float
+    report: dict[str, object]
+    sha256: str
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], kind: Kind, labels: int, where: Path) -> None:
+    """Raise unless a classifier's tensors fit its labels and each other.
+
+    Raises:
+        SpectuneError: they do not.
+    """
+    sides = tensors["weight"].shape if "weight" in tensors and tensors["weight"].dim() == 2 else (labels, 0)
+    shapes = {"mean": (sides[1],), "scale": (sides[1],), "weight": (labels, sides[1]), "bias": (labels,)}
+    for key, shape in shapes.items() if kind == "hidden" else ():
+        found = tensors.get(key)
+        if found is None or tuple(found.shape) != shape or found.dtype != torch.float32 or not found.isfinite().all():
+            raise SpectuneError(f"{where} lacks {key!r}, or it does not fit the labels: train it again")
+    for key, sketch in tensors.items():
+        if key.startswith("base.") and not fingerprint.is_sketch(sketch):
+            raise SpectuneError(f"{key!r} in {where} is no sketch of a weight: train it again")
 
 
 def _digest(data: bytes, folder: Path, kind: str) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,8 +21,8 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS, folder_digest
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
-from spectune.reading import check_tensors_file, read_json
-from spectune.storage import Entry, collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
+from spectune.reading import check_memory, check_tensors_file, parsed, read_json
+from spectune.storage import collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,34 @@ NONE = "none"  # the label of a prompt that is for no adapter
 EMPTY = "the library {!r} is empty: add an adapter with `spectune library add`"
 _VERSION = 1
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "adapters")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}")
+
+
+class _Listed(BaseModel):
+    """What the index holds of an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    description: str
+    method: str
+    parameters: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0)]
+    prompts: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Index(BaseModel):
+    """What is in a library.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    library_name: str
+    format_version: int
+    base_model_name_or_path: str | None
+    adapters: Annotated[list[_Listed], Field(max_length=100_000)]
 
 
 class Record(NamedTuple):
@@ -159,9 +188,18 @@ class Library:
             try:
                 if where.exists():
                     check_tensors_file(where)
+                    check_memory(where, "the sketches of the base cannot be read")
                 self._base = load_file(where) if where.exists() else {}
-            except (SafetensorError, OSError, ValueError) as error:
+            except SpectuneError:
+                raise
+            except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
                 raise SpectuneError(f"{where} is damaged ({error}); delete it and add the adapters anew") from None
+            strange = next((layer for layer, sketch in self._base.items() if not fingerprint.is_sketch(sketch)), None)
+            if strange is not None:
+                self._base = None
+                raise SpectuneError(
+                    f"{strange!r} in {where} is no sketch of a weight; delete it and add the adapters anew"
+                )
         return self._base
 
     def add(
@@ -184,7 +222,7 @@ class Library:
         Raises:
             SpectuneError: a name in use, a name that cannot be one, or an adapter for another base.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name.lower() == NONE:
+        if not _NAME.fullmatch(name) or name.lower() == NONE:
             raise SpectuneError(
                 f"{name!r} cannot be an adapter's name in a library; use letters, digits, '-' and '_', not {NONE!r}"
             )
@@ -271,20 +309,17 @@ class Library:
         where = self.path / INDEX
         if not where.exists():
             return
-        entry = Entry(read_json(where), str(where))
-        entry.check_keys(*_KEYS)
-        if entry.take("library_name", str) != "spectune" or entry.take("format_version", int) != _VERSION:
+        index = parsed(_Index, read_json(where), str(where))
+        if index.library_name != "spectune" or index.format_version != _VERSION:
             raise SpectuneError(f"{where} is not a library of format version {_VERSION}: update spectune")
         records: dict[str, Record] = {}
-        for i, values in enumerate(entry.take("adapters", list)):
-            one = Entry(values, f"adapter {i} in {where}")
-            one.check_keys(*Record._fields)
-            numbers = ("parameters", "bytes", "prompts")
-            record = Record(*(one.take(key, int if key in numbers else str) for key in Record._fields))
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", record.name) or record.name in records:
-                raise SpectuneError(f"{one.where} has the name {record.name!r}, which is in use or cannot be one")
+        for one in index.adapters:
+            record = Record(**one.model_dump())
+            taken = record.name.lower() in [name.lower() for name in records]
+            if not _NAME.fullmatch(record.name) or record.name.lower() == NONE or taken:
+                raise SpectuneError(f"{where} has the name {record.name!r:.80}, which is in use or cannot be one")
             records[record.name] = record
-        self.base_model, self._records = entry.take("base_model_name_or_path", str, type(None)), records
+        self.base_model, self._records = index.base_model_name_or_path, records
 
     def _write(self) -> None:
         values = ("spectune", _VERSION, self.base_model, [record._asdict() for record in self.records])

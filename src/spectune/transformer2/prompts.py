@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError
+from spectune.reading import TEXT_BYTES, read_text
 from spectune.training.config import TrainConfig
 from spectune.training.data.messages import is_conversation
 from spectune.training.data.records import Record, read
@@ -45,9 +46,9 @@ def read_prompts(path: str | Path) -> list[str]:
     if Path(path).suffix != ".txt":
         return [prompt_of(record) for record in read(path, _Prompts(_config(path)))]
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpectuneError(f"cannot read {path}: {error}") from None
+        lines = read_text(Path(path), TEXT_BYTES).splitlines()
+    except FileNotFoundError:
+        raise SpectuneError(f"cannot read {path}: no such file") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise SpectuneError(f"{path} holds no prompts")

@@ -18,6 +18,7 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
 from spectune.layers.projections import Rows
 from spectune.methods import Method, from_fields
+from spectune.reading import SIDE
 from spectune.storage import Entry
 
 FORMAT_VERSION = 1
@@ -160,7 +161,7 @@ def _described(entry: Entry, methods: list[Method]) -> _Described:
     entry.check_keys("shape", "conv1d", "terms", *(key for key in (_EXPERTS, _ROWS) if key in entry.values))
     experts = entry.take(_EXPERTS, int) if _EXPERTS in entry.values else 0
     shape = entry.take("shape", list)
-    if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+    if len(shape) != 2 or not all(type(n) is int and 0 < n <= SIDE for n in shape):
         raise SpectuneError(f"'shape' in {entry.where} is {shape!r:.60}, not [out, in]")
     rows = _rows(entry, shape[0]) if _ROWS in entry.values else None
     terms = []

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectune.errors import SpectuneError, nearest, need
+from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, check_file
 
 if TYPE_CHECKING:
     import datasets
@@ -95,6 +96,7 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
     if suffix in (".parquet", ".arrow") or _begins(path, b"PAR1"):
         yield from _numbered(_table(path, suffix), str(path))
         return
+    check_file(path)
     with _unpacking(path), _opened(path) as stream:
         begin = stream.peek(_PEEK)[:_PEEK]
         for magic, what in _OTHERS.items():
@@ -107,7 +109,7 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         if suffix in _TABLES:
             yield from _separated(path, _table_lines(path, stream, encoding, say), "\t" if suffix == ".tsv" else None)
         elif begins in _ARRAY or (suffix == ".json" and begins[:1] in ("[", "{")):
-            text = _whole_text(path, stream.read(), encoding)
+            text = _whole_text(path, _all_of(stream, path), encoding)
             yield from _json_lines(path, text.split("\n")) if _is_lines(text) else _array(path, text, say)
         elif begins and begins[0] not in "{[" and suffix not in (*_LINES, ".json"):
             raise SpectuneError(
@@ -154,6 +156,22 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(unpacked)
 
 
+def _all_of(stream: io.BufferedReader, path: Path) -> bytes:
+    """Return all bytes of a file that is one document: a few packed ones may stand for gigabytes.
+
+    Raises:
+        SpectuneError: they are too many.
+    """
+    pieces: list[bytes] = []
+    while piece := stream.read(1 << 20):
+        pieces.append(piece)
+        if len(pieces) > DOCUMENT_BYTES >> 20:
+            raise SpectuneError(
+                f"{path} is one document of more than {DOCUMENT_BYTES:,} bytes: write each record as a line of JSON"
+            )
+    return b"".join(pieces)
+
+
 def _whole_text(path: Path, content: bytes, encoding: str) -> str:
     try:
         return content.decode(encoding)
@@ -167,7 +185,9 @@ def _lines(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[str
     if encoding != _UTF8:
         yield from _decoded(stream, encoding, "\n")
         return
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(RECORD_BYTES + 1), b""), start=1):
+        if len(line) > RECORD_BYTES:
+            raise SpectuneError(f"{path}, line {number}: has more than {RECORD_BYTES:,} bytes, and no more are read")
         try:
             yield line.decode(encoding if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -306,7 +326,7 @@ def _numbered(found: Iterable[object], name: str) -> Rows:
 
 def _separated(path: Path, lines: Iterator[str], delimiter: str | None) -> Rows:
     """Yield the rows of a table, every field as the text that it is: neither 007 nor None means anything else."""
-    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB
+    csv.field_size_limit(RECORD_BYTES)  # the default is 128 KiB
     head = next(lines, "")
     said = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it
     if said is not None:

@@ -166,6 +166,8 @@ class AdapterCheckpoints(_Base):
             if self.args.should_save:
                 try:
                     with telling_of_full_disks(place, remedy):
+                        if partial.is_symlink():  # nothing is written through one
+                            partial.unlink()
                         shutil.rmtree(partial, ignore_errors=True)
                         self._write(adapter, partial)
                         save_tensors(state, partial / STATE)

@@ -1,34 +1,36 @@
-"""Kills at system calls, full disks and hostile documents: `make reliability`, or `python tests/reliability.py 50 100`.
+"""Kills at system calls, and calls that fail: `cd tests && python -m reliability.kills 200`.
 
 Every operation that writes is run in a child of its own that kills itself with SIGKILL just before, or halfway into, a
-call that changes the file system.  Afterwards what is visible must be as it was, or as it was to be, and no temporary
-file may be left once it has been opened.
+call that changes the file system; every second kill at least is in the middle of a write.  Afterwards what is visible
+must be as it was, or as it was to be, a run must resume to the weights of the undisturbed one, and no temporary file
+may be left once it has been opened.
 """
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import contextlib
 import errno
 import io
-import json
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_bytes
+from transformers import modeling_utils
 
 import spectune
+from reliability.commands import COMMANDS, Operation
 from spectune import Adapter, Library, SpectuneError
 from spectune.compare.trial import Results, Trial
 from spectune.spectral import Request, cache, decompose_many
@@ -136,8 +138,7 @@ def read_text_file(place: Path) -> str:
     return (place / "file").read_text()
 
 
-Operation = tuple[Callable[[Path], Any], Callable[[Path], Any], Callable[[Path], str]]
-OPERATIONS: dict[str, Operation] = {  # what was there, what is written, and how it is read
+CALLS_ALONE: dict[str, Operation] = {  # what was there, what is written, and how it is read
     "save": (lambda p: OLD.save(p / "a"), lambda p: NEW.save(p / "a"), lambda p: values(Adapter.load(p / "a"))),
     "save anew": (lambda p: None, lambda p: NEW.save(p / "a"), lambda p: _if_there(p / "a")),
     "export": (
@@ -152,6 +153,7 @@ OPERATIONS: dict[str, Operation] = {  # what was there, what is written, and how
     "cache": (lambda p: None, cached, read_cached),
     "any text": (lambda p: text_file(p, "old"), lambda p: text_file(p, "new"), read_text_file),
 }
+OPERATIONS = {**CALLS_ALONE, **{f"spectune {name}": operation for name, operation in COMMANDS.items()}}
 
 
 def _if_there(folder: Path) -> str:
@@ -163,12 +165,15 @@ def _if_there(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def interfering(dies_at: int | None, act: Callable[[], Any]) -> Iterator[list[str]]:
-    """Within the context, count calls that change the file system, and act at one of them."""
+def interfering(
+    dies_at: int | None, act: Callable[[], Any], always: Callable[[], Any] = lambda: None
+) -> Iterator[list[str]]:
+    """Within the context, count calls that change the file system, and act at one of them, or always."""
     calls: list[str] = []
 
     def count(name: str) -> None:
         calls.append(name)
+        always()
         if len(calls) == dies_at:
             act()
 
@@ -195,6 +200,21 @@ def interfering(dies_at: int | None, act: Callable[[], Any]) -> Iterator[list[st
         binary = raw(Counted(file, mode.replace("b", "").replace("t", "")))  # type: ignore[arg-type]
         return binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8", newline="")
 
+    def saved(held: Any, place: Any, *args: Any, **kwargs: Any) -> None:  # by PyTorch's own C++, if not by Python
+        if not isinstance(place, (str, os.PathLike)):
+            real_save(held, place, *args, **kwargs)
+            return
+        buffer = io.BytesIO()
+        real_save(held, buffer, *args, **kwargs)
+        with opened(place, "wb") as file:
+            file.write(buffer.getvalue())
+
+    def saved_tensors(tensors: Any, place: Any, metadata: Any = None) -> None:  # by safetensors' own Rust
+        with opened(place, "wb") as file:
+            file.write(tensors_bytes(tensors, metadata))
+
+    real_save, real_save_file = torch.save, modeling_utils.safe_save_file
+    torch.save, modeling_utils.safe_save_file = saved, saved_tensors
     real_open, kept = builtins.open, {name: getattr(os, name) for name in CALLS}
     for name, real in kept.items():
         setattr(os, name, counted(name, real))
@@ -204,14 +224,15 @@ def interfering(dies_at: int | None, act: Callable[[], Any]) -> Iterator[list[st
     try:
         yield calls
     finally:
+        torch.save, modeling_utils.safe_save_file = real_save, real_save_file
         builtins.open = io.open = real_open
         spectune.storage.exchange = changed
         for name, real in kept.items():
             setattr(os, name, real)
 
 
-def in_child(place: Path, operate: Callable[[Path], Any], dies_at: int | None) -> tuple[int, int]:
-    """Run an operation in a child and return how it ended, and the calls that it made."""
+def in_child(place: Path, operate: Callable[[Path], Any], dies_at: int | None) -> tuple[int, list[str]]:
+    """Run an operation in a child and return how it ended, and the names of the calls that it made."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -219,14 +240,14 @@ def in_child(place: Path, operate: Callable[[Path], Any], dies_at: int | None) -
         try:
             with interfering(dies_at, lambda: os.kill(os.getpid(), signal.SIGKILL)) as calls:
                 operate(place)
-            os.write(send, str(len(calls)).encode())
+            os.write(send, " ".join(calls).encode())
             code = 0
         finally:
             os._exit(code)
     os.close(send)
     with os.fdopen(receive) as pipe:
         told = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(told or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told.split()
 
 
 def _state(name: str, root: Path, written: bool) -> str:
@@ -239,12 +260,14 @@ def _state(name: str, root: Path, written: bool) -> str:
     return read(place)
 
 
-def kills(count: int, seed: int = 0) -> dict[str, int]:
-    """Kill each operation at as many of its calls, in turn and then by chance; return how often each was killed."""
+def kills(count: int, seed: int = 0, names: Iterable[str] = OPERATIONS) -> dict[str, Counter[str]]:
+    """Kill each operation at as many of its calls, every second time in a write, and return at which calls it was."""
     torch.set_num_threads(1)
-    draw, done = random.Random(seed), dict.fromkeys(OPERATIONS, 0)
-    each = -(-count // len(OPERATIONS))
-    for name, (before, write, read) in OPERATIONS.items():
+    names = list(names)
+    draw, done = random.Random(seed), {name: Counter[str]() for name in names}
+    each = -(-count // len(names))
+    for name in names:
+        before, write, read = OPERATIONS[name]
         with tempfile.TemporaryDirectory() as root:
             old = _state(name, Path(root), False)
             whole = Path(root) / "whole"
@@ -253,21 +276,34 @@ def kills(count: int, seed: int = 0) -> dict[str, int]:
             code, calls = in_child(whole, write, None)
             assert code == 0, f"{name} fails"
             new = read(whole)
-            order = list(range(1, calls + 1))
-            draw.shuffle(order)
-            for dies_at in (order * (each // calls + 1))[:each]:
-                place = Path(root) / f"{name}-{done[name]}".replace(" ", "-")
+            for dies_at in _moments(calls, each, draw):
+                place = Path(root) / f"{name}-{done[name].total()}".replace(" ", "-").replace(",", "")
                 place.mkdir()
                 before(place)
                 code, _ = in_child(place, write, dies_at)
-                assert code == -signal.SIGKILL, f"{name} was not killed at call {dies_at} of {calls}: {code}"
+                where = f"{name}, killed at call {dies_at} of {len(calls)} ({calls[dies_at - 1]})"
+                assert code == -signal.SIGKILL, f"{where}: ended with {code}"
                 found = read(place)
-                assert found in (old, new), f"{name}, killed at call {dies_at} of {calls}: {found}, not {old} or {new}"
+                assert found in (old, new), f"{where}: {found}, not {old} or {new}"
                 left = [path for path in place.rglob(".*.tmp") if "lock" not in path.name]
-                assert not left, f"{name}, killed at call {dies_at} of {calls}, left {left}"
-                done[name] += 1
+                assert not left, f"{where}, left {left}"
+                done[name][calls[dies_at - 1]] += 1
                 shutil.rmtree(place)
     return done
+
+
+def _moments(calls: list[str], count: int, draw: random.Random) -> list[int]:
+    """Return at which calls to die: writes and others in turn, each once before any of them twice."""
+    writes = [i for i, call in enumerate(calls, start=1) if call == "write"]
+    others = [i for i, call in enumerate(calls, start=1) if call != "write"]
+    found: list[int] = []
+    for kind in (writes or others, others):
+        draw.shuffle(kind)
+    while len(found) < count:
+        i = len(found) // 2
+        found.append((writes or others)[i % len(writes or others)])
+        found.append(others[i % len(others)])
+    return found[:count]
 
 
 def full_disks(most: int) -> int:
@@ -312,86 +348,20 @@ def file_size_limit() -> None:
         assert not list((Path(root) / "a").glob(".*"))
 
 
-def hostile(count: int, seed: int = 0) -> dict[str, int]:
-    """Change bytes of sound adapters, of a library's index and a configuration: an answer or a SpectuneError."""
-    draw, outcomes = random.Random(seed), {"read": 0, "refused": 0}
-    peft = {"base_model.model.a.lora_A.weight": torch.ones(1, 2), "base_model.model.a.lora_B.weight": torch.ones(2, 1)}
-    with tempfile.TemporaryDirectory() as root:
-        place = Path(root)
-        sound = [OLD.save(place / "ours"), adapter("lora:rank=2", 3).save(place / "lora")]
-        library(place, "one", OLD)
-        (place / "theirs").mkdir()
-        save_file(peft, place / "theirs" / "adapter_model.safetensors")
-        config = {
-            "peft_type": "LORA",
-            "r": 1,
-            "lora_alpha": 1,
-            "rank_pattern": {"a": 1},
-            "base_model_name_or_path": "b",
-        }
-        (place / "theirs" / "adapter_config.json").write_text(json.dumps(config))
-        files = [path for folder in (*sound, place / "theirs") for path in folder.iterdir()] + [
-            place / "lib/library.json"
-        ]
-        kept = {path: path.read_bytes() for path in files}
-        for _ in range(count):
-            path = draw.choice(files)
-            path.write_bytes(mutated(kept[path], draw))
-            began = time.perf_counter()
-            try:
-                Library(path.parent) if path.name == "library.json" else Adapter.load(path.parent)
-                outcomes["read"] += 1
-            except SpectuneError:
-                outcomes["refused"] += 1
-            assert time.perf_counter() - began < 60  # of a bound; on an idle machine it is milliseconds
-            path.write_bytes(kept[path])
-    return outcomes
-
-
-TOKENS = [
-    b"null",
-    b"-1",
-    b"1e999",
-    b"[]",
-    b"{}",
-    b'""',
-    b"true",
-    b"9" * 400,
-    b"[" * 300,
-    b'"\\ud800"',
-    b"NaN",
-    b'"(a+)+"',
-]
-
-
-def mutated(data: bytes, draw: random.Random) -> bytes:
-    """Return bytes with a few changes: bits, cuts, repeats, and values of JSON replaced by others."""
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(data) + 1)
-        kind = draw.randrange(5)
-        if kind == 0 and at < len(data):
-            data = data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
-        elif kind == 1:
-            data = data[:at]
-        elif kind == 2:
-            data = data[:at] + data[max(0, at - draw.randrange(40)) :]
-        elif kind == 3:
-            data = data[:at] + draw.choice(TOKENS) + data[at:]
-        else:
-            start = data.find(b":", at)
-            ends = [end for end in (data.find(b",", start), data.find(b"}", start)) if end > start >= 0]
-            data = data[: start + 1] + draw.choice(TOKENS) + data[min(ends) :] if ends else data
-    return data
-
-
 def main() -> None:
-    """Run all, as often as the arguments say: kills, and hostile documents."""
-    count, cases = (int(text) for text in sys.argv[1:3]) if len(sys.argv) > 2 else (200, 100_000)
-    done = kills(count)
-    print(f"{sum(done.values())} kills: {done}")
-    print(f"{full_disks(40)} calls without space")
-    file_size_limit()
-    print(f"{cases} hostile documents: {hostile(cases)}")
+    """Kill as often as the argument says."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=list(OPERATIONS))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    at = Counter[str]()
+    for name in given.only:
+        (times,) = kills(-(-given.count // len(given.only)), given.seed, [name]).values()
+        at += times
+        print(f"{name}: {dict(times)}", flush=True)
+    print(f"{at.total()} kills of {len(given.only)} operations, at {dict(at)}")
 
 
 if __name__ == "__main__":
