@@ -93,10 +93,10 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         beside = [name.name for name in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, beside)
         raise SpectuneError(f"cannot read {path}: no such file{hint}")
+    check_file(path)
     if suffix in (".parquet", ".arrow") or _begins(path, b"PAR1"):
         yield from _numbered(_table(path, suffix), str(path))
         return
-    check_file(path)
     with _unpacking(path), _opened(path) as stream:
         begin = stream.peek(_PEEK)[:_PEEK]
         for magic, what in _OTHERS.items():
