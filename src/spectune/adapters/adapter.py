@@ -9,7 +9,7 @@ from numbers import Real
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,12 +18,17 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
 from spectune.adapters.formats.diffusers import save_diffusers
+from spectune.adapters.formats.gguf_lora import save_gguf
+from spectune.adapters.formats.mlx import save_mlx
 from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
 from spectune.adapters.hub import card_of, fetch, is_repository, push
 from spectune.adapters.joining import joined
 from spectune.adapters.terms import add_layers, as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Path_ = str | PathLike[str]
 
@@ -241,40 +246,50 @@ class Adapter(Contents):
     def export(
         self,
         path: Path_,
-        format: Literal["peft", "diffusers"] = "peft",
+        format: Literal["peft", "diffusers", "gguf", "mlx"] = "peft",
         *,
         rank: int | None = None,
         one_rank: bool = False,
         allow_loss: bool = False,
         component: str | None = None,
+        config: PreTrainedConfig | None = None,
     ) -> Adapter:
         """Write the adapter as a LoRA (DoRA around LoRA stays DoRA) for other programs and return what was written.
 
         Args:
             path: the folder, made if need be.
-            format: "peft", a folder that PEFT reads, or "diffusers", the file that `load_lora_weights` of its
-                pipelines reads.
+            format: "peft", a folder that PEFT reads; "diffusers", the file that `load_lora_weights` of its pipelines
+                reads; "gguf", the file that llama.cpp reads; "mlx", the folder that mlx_lm reads (these two have one
+                rank for all layers, and s in B).
             rank: the best LoRA of this rank instead of an exact one; its `error` says how far it is.
             one_rank: fill all layers up with zeros to one rank and one alpha, for programs such as llama.cpp that
                 read no `alpha_pattern`.
             allow_loss: write it even where that error is above 0.1, which is another adapter.
             component: for diffusers, the pipeline's component that the adapter is of ("unet", "transformer",
                 "text_encoder", ...); by default told from the class of its model.
+            config: for gguf, of the base model.
 
         Raises:
             SpectuneError: an unknown format or component, no basis at hand, modules that the format cannot hold, or a
                 rank that loses too much of the update.
         """
-        if format not in ("peft", "diffusers"):
+        if format not in ("peft", "diffusers", "gguf", "mlx"):
             raise SpectuneError(
-                f"format must be 'peft' or 'diffusers', not {format!r}; spectune.merge(model) makes a merged model"
+                f"format must be 'peft', 'diffusers', 'gguf' or 'mlx', not {format!r}; spectune.merge(model) makes a "
+                "merged model"
             )
+        if format == "gguf" and config is None:
+            raise SpectuneError("gguf needs the configuration of the base model: give config=model.config")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
         if not allow_loss and adapter is not self:
             self.check_loss(adapter)
         adapter = adapter if adapter is self else Adapter.of(joined(adapter))
-        adapter = Adapter.of(to_one_rank(adapter)) if one_rank else adapter
-        if format == "diffusers":
+        adapter = Adapter.of(to_one_rank(adapter)) if one_rank or format in ("gguf", "mlx") else adapter
+        if config is not None and format == "gguf":
+            save_gguf(adapter, Path(path), config)
+        elif format == "mlx":
+            save_mlx(adapter, Path(path))
+        elif format == "diffusers":
             save_diffusers(adapter, Path(path), component)
         else:
             save_peft(adapter, Path(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,21 +12,45 @@ from rich.console import Console
 from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json
 from spectune.errors import SpectuneError
 
+_MODELFILE = """# the base model as a GGUF file, of the weights that the adapter was trained on
+FROM ./base.gguf
+ADAPTER ./adapter.gguf
+"""
+
 
 class Format(str, Enum):
     """What to write."""
 
     peft = "peft"
     diffusers = "diffusers"
+    gguf = "gguf"
+    mlx = "mlx"
     merged = "merged"
+
+
+class To(str, Enum):
+    """Programs that an adapter can go to."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tgi = "tgi"
+    lorax = "lorax"
+    llama_cpp = "llama.cpp"
+    ollama = "ollama"
+    mlx = "mlx"
+    diffusers = "diffusers"
 
 
 def export(
     adapter: Path = typer.Argument(help="The adapter's folder."),
     out: Path = typer.Argument(help="Folder for the result."),
-    format: Format = typer.Option(
-        Format.peft,
-        help="A PEFT LoRA folder, the file that diffusers' pipelines load, or the model with the update folded in.",
+    format: Format | None = typer.Option(
+        None,
+        help="peft, a LoRA's folder, by default; the file that diffusers' pipelines or llama.cpp (gguf) load; mlx_lm's "
+        "folder; or merged, the model with the update folded in.",
+    ),
+    to: To | None = typer.Option(
+        None, help="The program that is to serve it, which says the format and what it takes no part of."
     ),
     rank: int | None = typer.Option(None, min=1, help="For a LoRA: the best of this rank, not an exact one."),
     one_rank: bool = typer.Option(
@@ -46,22 +70,32 @@ def export(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Write an adapter as a LoRA for PEFT or diffusers, or merged into its model.
+    """Write an adapter as a LoRA for other programs, or merged into its model.
 
     spectune export runs/pirate merged --format merged
+    spectune export runs/pirate served --to llama.cpp
     """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
+    from spectune.adapters.engines import ENGINES, LoRAFormat, check_ranks, check_taken
+    from spectune.adapters.formats.peft import is_peft
     from spectune.bases.loading import base_name, bind_to_base, load_base
     from spectune.bases.merged import write_merged
+    from spectune.bases.shapes import find_config
     from spectune.model.adapting import attach
-    from spectune.storage import telling_of_full_disks
+    from spectune.storage import telling_of_full_disks, write_atomically
 
+    if format is not None and to is not None:
+        raise SpectuneError(f"--to {to.value} says the format: leave --format out")
+    format = format or (Format.peft if to is None else Format(ENGINES[to.value].format))
     merged = format is Format.merged
     if component is not None and format is not Format.diffusers:
         raise SpectuneError(f"--component is for --format diffusers, and not for {format.value}")
     check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)
     loaded = Adapter.load(adapter)
+    if to is not None:
+        check_taken(to.value, loaded, rank)
+    config = find_config(base_name(loaded, base)) if format is Format.gguf else None
     error = 0.0
     if merged:
         name, labels = base_name(loaded, base), loaded.labels
@@ -71,14 +105,19 @@ def export(
     else:
         bound = bind_to_base(loaded, base, check=check)
         with telling_of_full_disks(out, "what was there is as it was"):
-            kind: Literal["peft", "diffusers"] = "diffusers" if format is Format.diffusers else "peft"
+            kind: LoRAFormat = format.value  # type: ignore[assignment]
             options: dict[str, Any] = {
                 "rank": rank,
                 "one_rank": one_rank,
                 "allow_loss": allow_loss,
                 "component": component,
+                "config": config,
             }
+            if to is not None:
+                check_ranks(to.value, bound if rank is None and is_peft(bound) else bound.to_lora(rank))
             error = bound.export(out, kind, **options).error
+            if to is To.ollama:
+                write_atomically(out / "Modelfile", lambda file: file.write_text(_MODELFILE, encoding="utf-8"))
     if json:
         print_json({"output": str(out), "format": format.value, "error": error})
         return

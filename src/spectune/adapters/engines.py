@@ -1,0 +1,68 @@
+"""Programs that serve adapters, and which form of one each takes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from spectune.adapters.contents import Contents
+from spectune.errors import SpectuneError
+from spectune.methods.dora import DoRA
+
+LoRAFormat = Literal["peft", "diffusers", "gguf", "mlx"]
+
+
+class Engine(NamedTuple):
+    """What a program takes.
+
+    Args:
+        format: of `Adapter.export`.
+        dora: it knows DoRA.
+        most: the largest rank that it takes.
+    """
+
+    format: LoRAFormat
+    dora: bool = False
+    most: int | None = None
+
+
+ENGINES = {
+    "vllm": Engine("peft", most=512),
+    "sglang": Engine("peft"),
+    "tgi": Engine("peft"),
+    "lorax": Engine("peft"),
+    "llama.cpp": Engine("gguf"),
+    "ollama": Engine("gguf"),
+    "mlx": Engine("mlx", dora=True),
+    "diffusers": Engine("diffusers", dora=True),
+}
+
+
+def check_taken(name: str, adapter: Contents, rank: int | None) -> Engine:
+    """Return the engine of this name.
+
+    Raises:
+        SpectuneError: it does not take the adapter; what to do instead is said.
+    """
+    engine = ENGINES[name]
+    instead = "give a --rank for a LoRA that is near it, or --format merged"
+    has_dora = any(isinstance(t.method, DoRA) for layer in adapter.layers.values() for t in layer.terms)
+    if has_dora and not engine.dora and rank is None:
+        raise SpectuneError(f"{name} takes no DoRA: {instead}")
+    if rank is not None and engine.most is not None and rank > engine.most:
+        raise SpectuneError(f"{name} takes ranks of up to {engine.most}, not {rank}: {instead}")
+    return engine
+
+
+def check_ranks(name: str, written: Contents) -> None:
+    """Raise where a LoRA has a larger rank than an engine takes.
+
+    Raises:
+        SpectuneError: it has.
+    """
+    most = ENGINES[name].most
+    ranks = [len(t.trained["A"]) for layer in written.layers.values() for t in layer.terms if "A" in t.trained]
+    if most is not None and max(ranks, default=0) > most:
+        raise SpectuneError(
+            f"{name} takes ranks of up to {most}, and an exact LoRA of this adapter has {max(ranks)}: give a --rank "
+            "for a LoRA that is near it, or --format merged"
+        )
