@@ -65,9 +65,10 @@ test-ecosystem: .venv/installed
 test-vllm: .venv/installed
 	$(BIN)/python tests/vllm/suite/run.py --many 2000
 
-# exported adapters in llama.cpp, in an environment of its own: needs a package registry
+# exported adapters in llama.cpp and mlx_lm, each in an environment of its own: needs a package registry
 test-engines: .venv/installed
-	$(BIN)/python -W ignore tests/engines/run.py
+	$(BIN)/python -W ignore tests/engines/run_llama_cpp.py
+	$(BIN)/python -W ignore tests/engines/run_mlx.py
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

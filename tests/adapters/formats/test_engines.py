@@ -28,7 +28,7 @@ def trained(base, method, **options):
 @pytest.mark.parametrize("method", ["lora:rank=2,alpha=3", "pissa:rank=2", "dora:inner=lora,rank=2"])
 def test_what_mlx_reads_is_the_update(method, tmp_path):
     base = tiny.llama()
-    adapter = trained(base, method, rank_pattern={"q_proj": 1})
+    adapter = trained(base, method, rank_pattern={"q_proj": 1}).bind(base)
     adapter.export(tmp_path / "mlx", "mlx")
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")

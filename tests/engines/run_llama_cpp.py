@@ -1,6 +1,6 @@
 """Have llama.cpp answer with exported adapters, beside `generate`: greedy tokens of SmolLM2-135M in float32.
 
-    python tests/engines/run.py [--python PYTHON]
+    python tests/engines/run_llama_cpp.py [--python PYTHON]
 
 llama.cpp comes as the package xllamacpp, in `.venv-engines` beside `.venv` or an environment that is given.  The base
 is the embedded GGUF file with its weights in float32, so that both sides compute with the same numbers.  What was
