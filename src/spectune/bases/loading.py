@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -358,9 +358,7 @@ def is_of_diffusers(name: str) -> bool:
 
 def _of_diffusers(folder: str) -> Any:
     need("diffusers", f"the model in {folder}")
-    from diffusers import AutoModel
-
-    return AutoModel.from_pretrained(folder)
+    return import_module("diffusers").AutoModel.from_pretrained(folder)
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:

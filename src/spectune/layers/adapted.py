@@ -388,7 +388,7 @@ class Adapted(Stored):
     def _norms(self) -> Tensor:
         """Return ||W_i|| (out) of the W that is there now."""
         now = self._values_now()
-        weight = effective_weight(self)
+        weight: Any = effective_weight(self)
         return row_norms(weight.dense() if self.is_packed else weight) if now is None else now.norms
 
     def _values_now(self, *, once: bool = False) -> Seen | None:

@@ -51,7 +51,8 @@ def watch(parameter: Any) -> bool:
 
 def unwatch(parameter: Any) -> None:
     """Make a watched parameter the plain one that it was."""
-    if type(parameter) is Watched:
+    kind: Any = type(parameter)
+    if kind is Watched:
         parameter.__class__ = nn.Parameter
         vars(parameter).pop("asked", None)
 

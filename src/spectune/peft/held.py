@@ -85,7 +85,8 @@ class Scores(BufferDict):
     """A tensor that a schedule keeps for each adapter, which stays as it is where a folder has none."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for adapter, own in list(self.items()):
+        held: list[tuple[str, Any]] = list(self.items())
+        for adapter, own in held:
             if f"{prefix}{adapter}" not in state_dict:
                 state_dict[f"{prefix}{adapter}"] = torch.zeros_like(own, device="cpu") if own.is_meta else own
         super()._load_from_state_dict(state_dict, prefix, *args)

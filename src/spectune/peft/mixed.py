@@ -14,7 +14,7 @@ from spectune.peft.config import SpectuneConfig
 from spectune.peft.layer import PeftLayer
 from spectune.peft.tuner import SpectuneTuner
 
-_tuners: dict[type[SpectuneConfig], type[SpectuneTuner]] = {}
+_tuners: dict[type, type[SpectuneTuner]] = {}
 
 
 class Mixed(mixed.MixedModel):

@@ -168,5 +168,5 @@ def _asked(source: str, read: Sequence[Mapping[str, Any]], names: Sequence[str])
     if named is not None:
         asked = next(own for own in texts if own.lower() == named)
         two = [asked, next(own for own in texts if own != asked)]
-    columns = {"prompt": two[0], "completion": two[1]}
+    columns: dict[str, str | list[str]] = {"prompt": two[0], "completion": two[1]}
     return Found("sft", columns, f"{two[1]!r} is taken as the answer to {two[0]!r}")

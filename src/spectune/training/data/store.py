@@ -249,6 +249,7 @@ def _key(encoder: Encoder, records: Iterable[Record], what: str) -> str | None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in _TENSORS:
-        found.update(memoryview(tensors[name].numpy()).cast("B") if tensors[name].numel() else b"")
+        array: Any = tensors[name].numpy()
+        found.update(memoryview(array).cast("B") if array.size else b"")
         found.update(str(tuple(tensors[name].shape)).encode())
     return found.hexdigest()
