@@ -306,14 +306,15 @@ def _moments(calls: list[str], count: int, draw: random.Random) -> list[int]:
     return found[:count]
 
 
-def full_disks(most: int) -> int:
+def full_disks(most: int, names: Iterable[str] | None = None) -> int:
     """Let each operation fail for want of space at its calls in turn; what is there is old or new, and nothing else."""
     failures = 0
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name, (before, write, read) in OPERATIONS.items():
+    for name in names or OPERATIONS:
+        before, write, read = OPERATIONS[name]
         with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # that decompositions are not cached
             known = {_state(name, Path(root), written) for written in (False, True)}

@@ -52,7 +52,8 @@ def matrix(draw: random.Random) -> Tensor:
         W = (orthonormal(m, k, seed) * S) @ orthonormal(n, k, seed + 1).mT
     dtype = draw.choice(list(DTYPES))
     scale = {torch.float64: 60.0, torch.float32: 25.0, torch.bfloat16: 25.0, torch.float16: 1.0}[dtype]
-    return (W * 10 ** draw.uniform(-scale, scale)).to(dtype)
+    largest = torch.finfo(dtype).max
+    return (W * 10 ** draw.uniform(-scale, scale)).clamp(-largest, largest).to(dtype)
 
 
 def near(found: Tensor, wanted: Tensor, bound: float, what: str) -> None:

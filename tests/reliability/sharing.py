@@ -135,8 +135,8 @@ def answer() -> str:
         spectune.adapt(model, method)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1
+                if parameter.requires_grad:  # not where it starts, which is random in some
+                    parameter.fill_(0.1)
             digest.update(model(x).numpy().tobytes())
     return digest.hexdigest()
 

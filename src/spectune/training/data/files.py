@@ -102,6 +102,8 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         for magic, what in _OTHERS.items():
             if begin.startswith(magic):
                 raise SpectuneError(f"{path} {what}")
+        if begin and not any(begin):
+            raise SpectuneError(f"{path} begins with zeros and no text: it was not written or copied to its end")
         encoding = _encoding(begin)
         if encoding not in (_UTF8, "utf-16", "utf-32"):
             say(f"{path} was read as {encoding}, for every other byte is zero")
