@@ -256,8 +256,8 @@ def test_full_rank_updates_are_exported_or_merged_exactly(tmp_path, method):
 
 
 def test_export_refuses_an_unknown_format(tmp_path):
-    with pytest.raises(SpectuneError, match="format must be 'peft', not 'gguf'"):
-        made("lora:rank=2").export(tmp_path, "gguf")  # type: ignore[arg-type]
+    with pytest.raises(SpectuneError, match="format must be 'peft', 'diffusers', 'gguf' or 'mlx', not 'ggml'"):
+        made("lora:rank=2").export(tmp_path, "ggml")  # type: ignore[arg-type]
 
 
 # -- PEFT's in ours
