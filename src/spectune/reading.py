@@ -12,15 +12,17 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from spectune.errors import SpectuneError, nearest
 
-M = TypeVar("M", bound=BaseModel)
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+M = TypeVar("M", bound="BaseModel")
 JSON_BYTES = 32 << 20  # of a config or an index
 YAML_BYTES = 512 << 10
 DEPTH = 64  # of lists and objects inside each other
@@ -204,6 +206,8 @@ def parsed(kind: type[M], values: object, where: str) -> M:
     """
     if not isinstance(values, dict):
         raise SpectuneError(f"{where} is {values!r:.60}, not an object")
+    from pydantic import ValidationError  # which adapters on a model go without
+
     try:
         return kind.model_validate(values, strict=True)
     except ValidationError as error:
