@@ -63,7 +63,7 @@ test-ecosystem: .venv/installed
 
 # every method's adapter through vLLM, in an environment of its own: needs a package registry
 test-vllm: .venv/installed
-	$(BIN)/python tests/vllm/suite/run.py --many 2000
+	$(BIN)/python tests/vllm_plugin/suite/run.py --many 2000
 
 # exported adapters in llama.cpp and mlx_lm, each in an environment of its own: needs a package registry
 test-engines: .venv/installed

@@ -177,7 +177,7 @@ def open_itself(path: Path, mode: str) -> IO[bytes]:
         return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
     try:
-        return cast("IO[bytes]", open(path, mode, opener=opener))
+        return cast("IO[bytes]", open(path, mode, encoding=None, opener=opener))
     except OSError as error:
         if path.is_symlink():
             raise SpectuneError(f"{path} is a symbolic link, through which nothing is written: remove it") from None

@@ -77,7 +77,7 @@ def test_a_name_that_is_no_folder_and_no_repository_is_told(tmp_path, monkeypatc
     [
         ("svf", "spectune", ["import spectune.peft", "AutoPeftModel", "--format merged"]),
         ("lora:rank=2", "peft", ["AutoPeftModel", "--enable-lora"]),
-        ("vera:rank=2", "spectune", ["--format merged"]),
+        ("vera:rank=2", "spectune", ["import spectune.peft", "AutoPeftModel", "--format merged"]),
     ],
 )
 def test_a_card_says_what_works(method, library, ways):

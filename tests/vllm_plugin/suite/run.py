@@ -1,9 +1,9 @@
 """Make an environment with vLLM's build for CPUs, and have it serve what every method saves and exports.
 
-    python tests/vllm/suite/run.py [--python PYTHON] [--model FOLDER] [--many 2000]
+    python tests/vllm_plugin/suite/run.py [--python PYTHON] [--model FOLDER] [--many 2000]
 
 The environment is `.venv-vllm` beside `.venv`, or one that is given.  What was answered is written to
-`tests/vllm/suite/table.json`, which docs/engines.md is made of.
+`tests/vllm_plugin/suite/table.json`, which docs/engines.md is made of.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def cores_of(base, adapters, slots=8, dtype=torch.float32):
             if (0, kind) not in cores.bounds:
                 like, same = torch.empty(0, dtype=dtype), lambda matrix: matrix
                 beside = cores.bases(0).get(kind[0])
-                cores.bounds[0, kind] = Bound(share, slots, slice(3, 3 + len(share.left)), like, same, same, beside)
+                outputs = slice(3, 3 + one.layers[LAYER].shape[0])
+                cores.bounds[0, kind] = Bound(share, slots, outputs, like, same, same, beside)
         source.release()
         cores.set(slot, 0, shares)
     return cores, source
