@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -23,11 +24,16 @@ from transformer2.cases import adapter, library
 TALK = {"messages": [{"role": "user", "content": "say ahoy"}], "max_tokens": 6, "temperature": 0}
 
 
-def test_a_port_that_is_in_use_is_said():
+def test_a_port_that_is_in_use_is_said(monkeypatch):
     with run.listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(SpectuneError, match=rf"port {port} of '127.0.0.1' cannot be listened at .*another --port"):
             run.listen("127.0.0.1", port)
+
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(SpectuneError, match="another --port or --host"):
         run.listen("nowhere.invalid", 0)
 

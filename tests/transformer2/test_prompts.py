@@ -36,7 +36,7 @@ def test_the_prompts_of_every_tasks_data(tmp_path):
         ({"question": "one"}, "line 1: has the keys 'question'; it needs 'messages', 'prompt' or 'text'"),
         ({"prompt": 5}, "line 1: a prompt must be text, or a list of messages"),
         ({"prompt": [{"role": "user"}]}, "line 1: a prompt must be text, or a list of messages"),
-        ({"messages": []}, "line 1: a prompt must be text, or a list of messages"),
+        ({"messages": []}, "line 1 and all others have a text without content"),
     ],
 )
 def test_records_that_ask_nothing(tmp_path, record, message):
