@@ -8,8 +8,9 @@ import torch
 import torch.nn as nn
 
 import spectune
-from spectune.layers.adapted import Adapted, adapted_class, adapted_layers
+from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.modules import find_linear, is_linear
+from spectune.layers.taking import adapted_class
 
 
 def layer(*methods) -> Any:

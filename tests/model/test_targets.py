@@ -177,11 +177,11 @@ def test_rank_and_alpha_by_pattern(model):
 
 def test_other_modules_of_the_same_name_are_named():
     model = nn.ModuleDict(
-        {"a": nn.ModuleDict({"proj": nn.Linear(3, 4)}), "b": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 1)})}
+        {"a": nn.ModuleDict({"proj": nn.Linear(3, 4)}), "b": nn.ModuleDict({"proj": nn.ConvTranspose2d(3, 4, 1)})}
     )
-    with pytest.warns(UserWarning, match=r"'proj' names 'b.proj' \(Conv2d\) too, which is left out"):
+    with pytest.warns(UserWarning, match=r"'proj' names 'b.proj' \(ConvTranspose2d\) too, which is left out"):
         assert names(model, SVF(), ["proj"]) == ["a.proj"]
-    with pytest.raises(ValueError, match=r"'b.proj' matches no linear layer: 'b.proj' is a Conv2d"):
+    with pytest.raises(ValueError, match=r"'b.proj' matches no linear layer: 'b.proj' is a ConvTranspose2d"):
         names(model, SVF(), ["b.proj"])
 
 

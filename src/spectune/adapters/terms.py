@@ -21,6 +21,7 @@ from spectune.methods import Method
 from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 
+LINEAR = "linear"
 _TURNED = 0.1  # part of a basis that may come out otherwise elsewhere, beyond which it is stored with the adapter
 
 
@@ -159,6 +160,8 @@ class LayerUpdate:
         base_sketch: sketch of W, to know the base again.
         experts: how many experts have their weights in the tensor that W is a part of; 0 where it is a tensor itself.
         rows: which rows of a fused layer's weight W is, or None.
+        kind: "linear", or the name of another kind of layer (`spectune.layers.kinds`).
+        kernel: the axes of a convolution's kernel, which W has in its last.
     """
 
     shape: tuple[int, int]
@@ -168,6 +171,8 @@ class LayerUpdate:
     base_sketch: Tensor | None = field(default=None, repr=False)
     experts: int = 0
     rows: Rows | None = None
+    kind: str = LINEAR
+    kernel: tuple[int, ...] = ()
 
     @property
     def weight(self) -> Tensor | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from abc import ABC, ABCMeta
 from collections.abc import Mapping, Sequence
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -13,10 +11,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import blank, change_class, made_of
+from spectune.layers.classes import blank, made_of
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
@@ -25,7 +22,7 @@ from spectune.layers.linear import adapted_linear
 from spectune.layers.merged import merged_tensors
 from spectune.layers.mixtures import RowWeights, Weight, weight_at
 from spectune.layers.modules import children_of, effective_weight, stored_weight
-from spectune.layers.packed import is_packed, packed_product
+from spectune.layers.packed import packed_product
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
 from spectune.layers.reads import reader_of, watched
@@ -477,72 +474,3 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
     visit(model, "")
     return found
-
-
-@cache
-def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that adds updates to `kind`: a subclass of it, so that isinstance goes on holding.
-
-    Where the forward pass of `kind` goes around that of its superclass, as `super().forward(x) * 2` does, it goes
-    around the adapted one: W' in the place of W, and not an update beside the answer.
-    """
-    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D))
-    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
-    around = bool(own) and all(_goes_around(forward) for forward in own)
-    # behind the class itself where that calls super().forward and does something more with the answer; before it
-    # elsewhere, so that its own forward is the frozen layer's
-    under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Adapted, kind)
-    if isinstance(kind, ABCMeta):  # whose instances change their class only to one that is abstract first
-        under = (_Abstract, *under)
-    values = {
-        "__module__": kind.__module__,
-        "plain_class": kind,
-        "made_by": (adapted_class, kind),
-        "is_plain": around or not own,
-        "is_packed": False,
-        "is_transposed": plain is Conv1D,
-    }
-    return type(f"Adapted{kind.__name__}", under, values)
-
-
-class _Abstract(ABC):  # noqa: B024
-    pass
-
-
-def _goes_around(forward: Any) -> bool:
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return {"super", "forward"} <= set(names) and "weight" not in names
-
-
-def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
-    """Make a linear layer an adapted one, in place, without touching its parameters."""
-    packed = is_packed(layer)
-    # the class and not the module: names, tied weights, hooks, optimizers' references and isinstance stay what they
-    # are, and detaching is giving the class back
-    change_class(layer, adapted_class(type(layer)))
-    if packed:
-        layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
-    layer.adapted_as = name  # type: ignore[assignment]
-    layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
-    layer.selection = selection  # type: ignore[assignment]
-    layer.fused = None  # type: ignore[assignment]
-    layer.weight_values = WeightValues()  # type: ignore[assignment]
-    layer.prepared = None, []  # type: ignore[assignment]
-    selection.joined_by(layer, name)
-    if isinstance(layer, PartLinear):
-        layer.join()
-    return layer  # type: ignore[return-value]
-
-
-def give_back(layer: Adapted) -> None:
-    """Make an adapted layer the plain one it was."""
-    layer.selection.left_by(layer)
-    if layer.fused is not None:
-        layer.fused.end()
-    layer.weight_values.end()
-    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused, layer.weight_values
-    if layer.is_packed:
-        del layer.is_plain, layer.is_packed
-    change_class(layer, layer.plain_class)
-    if isinstance(layer, PartLinear):
-        layer.leave()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.layers.cores import Core, Identity
+from spectune.layers.kinds import Vectors
 from spectune.private import multiplies_bfloat16
 from spectune.speed.dense import linear
 
@@ -66,9 +67,10 @@ class Factors(NamedTuple):
     core: Core = Identity()
     scale: float = 1.0
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor | Vectors) -> Tensor:
         """Return x dW^T for x (..., in), in x's dtype."""
-        t = self.core.apply(F.linear(x, self.right.to(x.dtype)))
+        R = self.right.to(x.dtype)
+        t = self.core.apply(x.product(R) if isinstance(x, Vectors) else F.linear(x, R))
         if isinstance(self.scale, Tensor) or self.scale != 1.0:  # not to look at a tensor, which waits
             t = t * self.scale
         return F.linear(t, self.left.to(x.dtype))

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
-from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight
+from spectune.layers.modules import as_held, effective_weight, stored_weight
 from spectune.layers.packed import Packed
 
 
@@ -55,7 +55,7 @@ def merged_weight(
         total = update.trained()["H"].detach().to(weight.dtype, copy=True)  # to the last bit, so that tied ones stay so
     else:
         total = whole_weight(layer, parts)
-    return total.mT.contiguous() if is_stored_transposed(layer) else total
+    return as_held(layer, total)
 
 
 def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:

@@ -1,4 +1,4 @@
-"""The linear layers of a model: nn.Linear and transformers' Conv1D."""
+"""The layers of a model that multiply by a matrix: nn.Linear, transformers' Conv1D, and those of other kinds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.experts import expert_layers, find_expert
+from spectune.layers.kinds import kind_of
 from spectune.layers.packed import is_packed, packed_weight
 from spectune.layers.parts import PartLinear, tensor_of
 from spectune.layers.projections import projection_layers, projections
@@ -24,7 +25,7 @@ from spectune.layers.values import PLAIN
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is of a kind that can be adapted."""
+    """Whether a module is a linear layer."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
@@ -64,7 +65,7 @@ def is_stored_transposed(layer: nn.Module) -> bool:
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
-    """Return W (out x in) of a linear layer; a view, transposed for Conv1D, or a `Packed` one."""
+    """Return W (out x in) of a layer; a view, transposed for Conv1D, or a `Packed` one."""
     if isinstance(layer, PartLinear):
         return layer.own_weight()
     weight: Any = layer._parameters.get("weight")
@@ -78,7 +79,17 @@ def effective_weight(layer: nn.Module) -> Tensor:
         )
     if weight.is_meta and (hook := offloading(layer)) is not None:
         weight = hook.weights_map["weight"]
-    return weight.T if is_conv1d(layer) else weight
+    if is_linear(layer):
+        return weight.T if is_conv1d(layer) else weight
+    kind = kind_of(layer)
+    return weight if kind is None else kind.matrix(weight)
+
+
+def as_held(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return W (out x in) as a layer holds it."""
+    if (kind := kind_of(layer)) is not None:
+        return kind.held(weight, kind.kernel(layer)).contiguous()
+    return weight.mT.contiguous() if is_stored_transposed(layer) else weight
 
 
 def stored_weight(layer: nn.Module) -> Tensor | None:
@@ -194,7 +205,7 @@ def _find_part(model: nn.Module, name: str) -> PartLinear | None:
     return projection_layers(around, fused)[key] if key in projections(around, fused) else None
 
 
-def linear_layers(model: nn.Module, *, split: bool = False) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, *, split: bool = False, others: bool = False) -> dict[str, nn.Module]:
     """Return the linear layers of a model by name, in its order; each once, where several names are one layer's.
 
     Experts whose weights lie in one tensor have a layer each, `experts.3.down_proj`.
@@ -202,6 +213,7 @@ def linear_layers(model: nn.Module, *, split: bool = False) -> dict[str, nn.Modu
     Args:
         model: the model.
         split: give each projection in a fused layer a layer of its own, `c_attn.q_proj`, in the place of the fused one.
+        others: those too that multiply by a matrix and are no linear layers (`spectune.layers.kinds`).
     """
     found: dict[str, nn.Module] = {}
     parts: dict[nn.Module, Mapping[str, nn.Module]] = {}
@@ -212,7 +224,7 @@ def linear_layers(model: nn.Module, *, split: bool = False) -> dict[str, nn.Modu
             }
         if module in parts:
             found |= {f"{name}.{key}": part for key, part in parts[module].items()}
-        elif is_linear(module):
+        elif is_linear(module) or (others and kind_of(module) is not None):
             found[name] = module
         else:
             found |= {f"{name}.{inner}" if name else inner: layer for inner, layer in expert_layers(module)}
@@ -226,7 +238,7 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def find_linear(model: nn.Module, name: str) -> nn.Module:
-    """Return the linear layer of this name in a model.
+    """Return the layer of this name in a model: a linear one, or one of another kind.
 
     Raises:
         SpectuneError: there is none; the nearest names are listed.
@@ -235,7 +247,7 @@ def find_linear(model: nn.Module, name: str) -> nn.Module:
         found = model.get_submodule(name)
     except AttributeError:
         found = None
-    if found is None or not is_linear(found):
+    if found is None or not (is_linear(found) or kind_of(found) is not None):
         part = _find_part(model, name)
         if part is not None:
             return part

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors, Ratio
+from spectune.layers.kinds import Vectors
 from spectune.layers.updates import Update
 from spectune.spectral import SVD, OneSided, Request
 from spectune.speed.dropout import dropout
@@ -50,6 +51,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def initial(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
         """Return the trained tensors at the start, float32 on the CPU or on the basis' device."""
+
+    def initial_of_table(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
+        """Return the trained tensors at the start of an embedding, each of whose inputs picks a column of R."""
+        return self.initial(shapes, basis)
 
     @abc.abstractmethod
     def factors(self, t: Tensors) -> Factors:
@@ -102,8 +107,10 @@ class Method(abc.ABC):
         """The probability of dropping an input of the update in training."""
         return getattr(self, "dropout", 0.0)
 
-    def _dropped(self, x: Tensor, training: bool) -> Tensor:
-        return dropout(x, self.drop) if self.drop and training else x
+    def _dropped(self, x: Any, training: bool) -> Any:
+        if not self.drop or not training:
+            return x
+        return x.dropped(self.drop) if isinstance(x, Vectors) else dropout(x, self.drop)
 
     def delta(self, t: Tensors, weight: Tensor) -> Tensor:
         """Return W' - W (out x in), dense."""

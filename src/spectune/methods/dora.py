@@ -84,6 +84,10 @@ class DoRA(Method):
         inner = {name: shape for name, shape in shapes.items() if name != "magnitude"}
         return {"magnitude": basis["norms"].clone(), **self.inner.initial(inner, basis)}
 
+    def initial_of_table(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
+        inner = {name: shape for name, shape in shapes.items() if name != "magnitude"}
+        return {"magnitude": basis["norms"].clone(), **self.inner.initial_of_table(inner, basis)}
+
     @property
     def learns_from_zero(self) -> bool:
         """As the inner method does."""
@@ -194,11 +198,12 @@ class DoRA(Method):
         def exact() -> Tensor:
             sums = self._sums(t, base, everything)
             ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(sums.detach(), dim=1))
-            return F.linear(x, (ratio[:, None] * sums).to(x.dtype)).to(output.dtype) - output
+            return (F.linear(x, (ratio[:, None] * sums).to(x.dtype)).to(output.dtype) - output).contiguous()
 
         def usual() -> Tensor:
             ratio = _ratio(t["magnitude"], norms)
-            return (ratio - 1).to(output.dtype) * output + (ratio.to(output.dtype) * inner).to(output.dtype)
+            whole = (ratio - 1).to(output.dtype) * output + (ratio.to(output.dtype) * inner).to(output.dtype)
+            return whole.contiguous()  # both are to have the same strides
 
         return torch.cond(little.any(), exact, usual)
 

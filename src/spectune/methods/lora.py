@@ -59,5 +59,9 @@ class LoRA(Method):
         bound = 1 / math.sqrt(shapes["A"][1])  # kaiming_uniform with a = sqrt 5
         return {"A": torch.empty(shapes["A"]).uniform_(-bound, bound), "B": torch.zeros(shapes["B"])}
 
+    def initial_of_table(self, shapes: Shapes, basis: Tensors) -> dict[str, Tensor]:
+        # as PEFT: what no batch holds keeps its row
+        return {"A": torch.zeros(shapes["A"]), "B": torch.randn(shapes["B"])}
+
     def factors(self, t: Tensors) -> Factors:
         return Factors(left=t["B"], right=t["A"], scale=self.scale)

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.terms import Term, WholeTerm, unchecked
+from spectune.adapters.terms import LINEAR, Term, WholeTerm, unchecked
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
+from spectune.layers.kinds import kind_of
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
@@ -68,7 +69,7 @@ def adapt(
 
     Args:
         model: any nn.Module with nn.Linear or Conv1D layers, in fp32, bf16 or fp16, or packed in 4 or 8 bits by
-            bitsandbytes, torchao or quanto.
+            bitsandbytes, torchao or quanto.  Convolutions and embeddings are taken where targets name them.
         method: a method such as `PiSSA(rank=16)`, or its text, `"pissa:rank=16"`.
         targets: "all-linear" (all but the output embedding), suffixes of names or names of modules around layers, or a
             regex for the whole name; or a mapping of suffixes and regexes to methods, `{"q_proj|v_proj": SVF(), "mlp":
@@ -191,11 +192,19 @@ def prepare_attach(
                 f"the adapter's {layer_name!r} is other rows of the fused layer than the model's: {list(rows)} in the "
                 f"adapter, {list(getattr(layer, 'rows', []))} in the model"
             )
+        kind = kind_of(layer)
+        ours = (LINEAR, ()) if kind is None else (kind.name, kind.kernel(layer))
+        theirs = adapter.layers[layer_name].kind, adapter.layers[layer_name].kernel
+        if ours != theirs:
+            raise SpectuneError(
+                f"the adapter's {layer_name!r} is of another kind than the model's: {_as_words(*theirs)} in the "
+                f"adapter, {_as_words(*ours)} in the model"
+            )
     check_asked(model, layers)
     adapter.check_base({n: effective_weight(layer) for n, layer in layers.items()}, values=check)
     _check_labels(model, adapter)
     plan = {n: layer.terms if check else tuple(map(unchecked, layer.terms)) for n, layer in adapter.layers.items()}
-    linear, others = split_linear(model, adapter.modules)
+    linear, others = split_linear(model, adapter.modules, adapter.layers)
     plan |= {n: (*plan.get(n, ()), *terms) for n, terms in linear.items()}
     modules = {**(moved_statistics(model) if trainable else {}), **with_tied_rows(model, others)}
     trained_on = {n: layer.base_sketch for n, layer in adapter.layers.items()} if check else {}
@@ -208,6 +217,10 @@ def prepare_attach(
             selection.factored = factored
 
     return put_it
+
+
+def _as_words(kind: str, kernel: tuple[int, ...]) -> str:
+    return " ".join([kind, "x".join(map(str, kernel))]).rstrip()
 
 
 def trainable(model: M, names: str | Iterable[str] | None) -> M:

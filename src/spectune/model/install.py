@@ -14,11 +14,13 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.kinds import kind_of
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.layers.packed import Packed
 from spectune.layers.selection import Selection
+from spectune.layers.taking import take_over
 from spectune.layers.updates import Basis, Update
 from spectune.layers.values import PLAIN, Made, made_of
 from spectune.layers.whole import Part, parts_of
@@ -86,7 +88,9 @@ def prepared(
                 if weight.is_meta:
                     trained = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
                 else:
-                    trained = term.method.initial(shapes, _frozen(bases[layer_name], layer, term.method))
+                    table = (kind := kind_of(layer)) is not None and kind.looks_up
+                    start = term.method.initial_of_table if table else term.method.initial
+                    trained = start(shapes, _frozen(bases[layer_name], layer, term.method))
                     if term.method.replaces and weight.any():  # a layer that is zero could never learn beside another
                         trained = term.method.whole_layer(weight, layer.bias)  # type: ignore[arg-type]
             held = weight.dtype if dtype == "base" else dtype or master_dtype(weight)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
-from spectune.layers.adapted import Adapted, adapted_layers, give_back
+from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.experts import ExpertLinear
+from spectune.layers.kinds import kind_of
 from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight, unwrapped
 from spectune.layers.packed import Packed, keep_layout
 from spectune.layers.parts import PartLinear
 from spectune.layers.projections import ProjectionLinear
 from spectune.layers.shards import is_part, whole
+from spectune.layers.taking import give_back
 from spectune.layers.whole import Whole, give_back_whole, whole_modules
 from spectune.methods import Method
 from spectune.methods.bias import Bias
@@ -73,6 +75,8 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
             extracted = replace(extracted, experts=layer.count)
         if isinstance(layer, ProjectionLinear):
             extracted = replace(extracted, rows=layer.rows)
+        if (kind := kind_of(layer)) is not None:
+            extracted = replace(extracted, kind=kind.name, kernel=kind.kernel(layer))
         if not is_part(weight):
             own = stored_weight(layer)  # what is computed is nobody's, and is kept
             held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
@@ -101,7 +105,7 @@ def _seen(layer: Adapted, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
         return weight.lend
     if isinstance(layer, PartLinear):
         return layer.lender()
-    return None
+    return None if (kind := kind_of(layer)) is None else kind.matrix
 
 
 def _with_own_bias(method: Method, layer: Adapted, trained: dict[str, Tensor]) -> Method:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, adapted_layers, take_over
+from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.merged import active_adapters, merged_bias, merged_weight
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading, stored_weight
@@ -19,6 +19,7 @@ from spectune.layers.packed import is_packed, keep_layout, packed_again
 from spectune.layers.parts import Owner, PartLinear, put_together
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
+from spectune.layers.taking import take_over
 from spectune.layers.whole import Whole, parts_of, take_over_whole, whole_modules
 from spectune.model.fresh import FRESH, mark_loaded
 from spectune.model.install import selections
@@ -138,7 +139,7 @@ def merge(
     for name, layer in layers.items():
         if name in in_parts:
             continue
-        record = _Layer(name, layer.weight, layer.bias, parts[name], vars(layer).get(FRESH))
+        record = _Layer(name, layer.weight, layer._parameters.get("bias"), parts[name], vars(layer).get(FRESH))
         if name in merged:
             weight, bias = merged[name]
             if not isinstance(weight, nn.Parameter):
@@ -151,7 +152,7 @@ def merge(
                 layer.bias = nn.Parameter(bias, requires_grad=record.weight.requires_grad)
                 made.append(layer.bias)
         if keep:
-            record.merged, record.sums = (layer.weight, layer.bias), _sums(layer)
+            record.merged, record.sums = (layer.weight, layer._parameters.get("bias")), _sums(layer)
             vars(layer)[_RECORD] = record
     for name, module in modules.items():
         record = _Module(name, {}, {}, *own[name], vars(module).get(FRESH))
@@ -218,7 +219,11 @@ def unmerge(model: M) -> M:
     for layer, record in records.items():
         if isinstance(layer, Adapted):
             raise SpectuneError(f"{record.name!r} was adapted again after merging: detach the newer adapters first")
-        if layer.weight is not record.merged[0] or layer.bias is not record.merged[1] or _differ(layer, record.sums):
+        if (
+            layer.weight is not record.merged[0]
+            or layer._parameters.get("bias") is not record.merged[1]
+            or _differ(layer, record.sums)
+        ):
             raise SpectuneError(
                 f"the merged weight of {record.name!r} is another one now: load the base and attach the adapter instead"
             )
@@ -240,7 +245,8 @@ def unmerge(model: M) -> M:
         for name, held in (("weight", record.weight), ("bias", record.bias)):
             if held is not None:
                 held.data = held.data.to(now.device)
-            setattr(layer, name, held)
+            if name in layer._parameters:
+                setattr(layer, name, held)
         del vars(layer)[_RECORD]
         if record.fresh is not None:
             setattr(layer, FRESH, record.fresh)
@@ -321,7 +327,7 @@ def _sums(layer: Any) -> _Sums | None:
     """
     if is_packed(layer):
         return None
-    held = [p.detach() for p in (layer.weight, layer.bias) if p is not None and not p.is_meta]
+    held = [p.detach() for p in (layer.weight, layer._parameters.get("bias")) if p is not None and not p.is_meta]
     sums = [(p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64)) for p in held]
     return layer.weight.dtype, [(float(whole(a)), float(whole(b))) for a, b in sums]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
 
 import regex
@@ -28,9 +28,15 @@ class Precise(IntEnum):
 
 
 def matching(
-    patterns: Patterns, names: list[str], what: str, *, regex: bool = False, others: Mapping[str, str] | None = None
+    patterns: Patterns,
+    names: list[str],
+    what: str,
+    *,
+    regex: bool = False,
+    others: Mapping[str, str] | None = None,
+    alone: Collection[str] = (),
 ) -> list[str]:
-    """Return the names of linear layers that patterns match, in the patterns' order.
+    """Return the names of layers that patterns match, in the patterns' order.
 
     Args:
         patterns: see `found`.
@@ -38,6 +44,7 @@ def matching(
         what: the setting's name, for messages.
         regex: patterns in a list may be regexes too.
         others: names of modules that cannot be adapted, and what they are.
+        alone: names that the name of a module around does not stand for.
 
     Raises:
         SpectuneError: a pattern that matches none; the nearest names are listed.
@@ -45,7 +52,7 @@ def matching(
     one = isinstance(patterns, str)
     hits: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits |= dict.fromkeys(found(pattern, names, what, regex=one or regex, loose=regex, others=others))
+        hits |= dict.fromkeys(found(pattern, names, what, regex=one or regex, loose=regex, others=others, alone=alone))
     return list(hits)
 
 
@@ -57,8 +64,9 @@ def found(
     regex: bool,
     loose: bool,
     others: Mapping[str, str] | None = None,
+    alone: Collection[str] = (),
 ) -> dict[str, Precise]:
-    """Return the names of linear layers that a pattern matches, and how much of each it says.
+    """Return the names of layers that a pattern matches, and how much of each it says.
 
     It is the whole name or a suffix at a dot, else a regex, else the name of a module around layers.
 
@@ -69,6 +77,7 @@ def found(
         regex: whether it may be a regex of the whole name.
         loose: whether it may be a regex of the whole name or of what follows a dot in it, as PEFT's rank_pattern.
         others: names of modules that cannot be adapted, and what they are.
+        alone: names that the name of a module around does not stand for.
 
     Raises:
         SpectuneError: it matches none; the nearest names are listed.
@@ -84,9 +93,9 @@ def found(
             hits = hits or {n: Precise.REGEX for n in names if compiled.match(n, whole=True)}
         around = re.escape(pattern) if not loose else pattern
         inside = Regex(rf"(?:.*\.)?(?:{around})\..*", what, pattern)
-        hits = hits or {n: Precise.AROUND for n in names if inside.match(n, whole=True)}
+        hits = hits or {n: Precise.AROUND for n in names if n not in alone and inside.match(n, whole=True)}
     if not hits:
-        tails = [n.rpartition(".")[2] for n in names]
+        tails = [n.rpartition(".")[2] for n in sorted(names, key=lambda n: n in alone)]
         is_other = f": {next(iter(named))!r} is a {next(iter(named.values()))}" if named else ""
         raise SpectuneError(
             f"{what}: {pattern!r} matches no linear layer{is_other}{nearest(pattern, [*tails, *names])} "

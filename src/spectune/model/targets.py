@@ -1,4 +1,4 @@
-"""Which linear layers a method goes to."""
+"""Which layers a method goes to: linear ones, and those of other kinds that are named."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
+from spectune.layers.kinds import kind_of
 from spectune.layers.modules import (
     effective_weight,
     find_linear,
@@ -24,8 +25,8 @@ from spectune.layers.modules import (
     stored_weight,
 )
 from spectune.layers.parts import PartLinear
-from spectune.layers.projections import ProjectionLinear
 from spectune.layers.reads import replaced_forward
+from spectune.layers.taking import answers_otherwise
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
 from spectune.model.asked import read_by_the_model
@@ -71,6 +72,8 @@ def choose(
 ) -> dict[str, Method]:
     """Return the method that is wanted for each layer, in the model's order.
 
+    Layers of other kinds than linear ones (`spectune.layers.kinds`) are taken where they are named.
+
     A pattern is the whole name, a suffix of it at a dot, the name of a module around layers, or (one string) a regex
     that matches the whole name.  In `overrides`, and in `targets` that map patterns to methods, it may be a regex of
     what follows a dot as well; there one by whole name goes before one by regex, that before one by suffix, and that
@@ -82,37 +85,39 @@ def choose(
     """
     if split not in (None, "auto"):
         raise SpectuneError(f"split must be 'auto' or None, not {split!r}")
-    layers = linear_layers(model, split=split == "auto")
-    linears = list(layers)
-    if not linears:
-        raise SpectuneError("the model has no linear layer to adapt")
     others = _others(model)
-    dropped = set(matching(exclude, linears, "exclude")) if exclude else set()
+    every = linear_layers(model, split=split == "auto", others=True)
+    names = [name for name in every if name not in others]
+    layers = {name: every[name] for name in names if kind_of(every[name]) is None}
+    if not names:
+        raise SpectuneError("the model has no linear layer to adapt")
+    alone = frozenset(name for name in names if name not in layers)
+    dropped = set(matching(exclude, names, "exclude", alone=alone)) if exclude else set()
     if isinstance(targets, Mapping):
         if method is not None:
             raise SpectuneError("targets that map patterns to methods say each layer's: leave the method out")
-        chosen = _by_precedence(targets, linears, "targets", others)
+        chosen = _by_precedence(targets, names, "targets", others, alone)
     else:
         if method is None:
             raise SpectuneError("no method is given: say which, or map targets to methods")
         taken = _all_linear(model, layers, dropped) if targets == ALL_LINEAR else None
-        taken = matching(targets, linears, "targets", others=others) if taken is None else taken
+        taken = matching(targets, names, "targets", others=others, alone=alone) if taken is None else taken
         chosen = dict.fromkeys(taken, parse(method))
     kept = set(in_blocks(list(chosen), layers_to_transform, layers_pattern))
     methods: dict[str, Method | None] = {n: m for n, m in chosen.items() if n in kept and n not in dropped}
     whole = set(heads)
     methods |= {name: Head(bias=layers[name].bias is not None) for name in whole}
     dropped -= whole
-    methods |= _by_precedence(overrides or {}, linears, "overrides", others)
-    final = {name: m for name in linears if name not in dropped and (m := methods.get(name)) is not None}
+    methods |= _by_precedence(overrides or {}, names, "overrides", others, alone)
+    final = {name: m for name in names if name not in dropped and (m := methods.get(name)) is not None}
     if not final:
         why = "exclude and overrides take away every target"
         if targets == ALL_LINEAR and not exclude and not overrides:
-            why = f"every linear layer is an output embedding ({', '.join(linears[:3])}): name targets"
+            why = f"every linear layer is an output embedding ({', '.join([*layers][:3])}): name targets"
         raise SpectuneError(f"nothing is left to adapt: {why}")
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
-        names = [name for name, m in final.items() if not m.replaces]
-        for name, value in by_pattern(patterns or {}, names, f"{field}_pattern").items():
+        updated = [name for name, m in final.items() if not m.replaces]
+        for name, value in by_pattern(patterns or {}, updated, f"{field}_pattern").items():
             final[name] = _with_field(final[name], field, value, name)
     check_asked(model, final)
     return final
@@ -157,13 +162,17 @@ def say_what_is_covered(model: nn.Module) -> None:
 
 
 def _by_precedence(
-    patterns: Mapping[str, Method | str | None], names: list[str], what: str, others: Mapping[str, str]
+    patterns: Mapping[str, Method | str | None],
+    names: list[str],
+    what: str,
+    others: Mapping[str, str],
+    alone: Collection[str],
 ) -> dict[str, Method | None]:
     """Return the method, or None, of each layer that patterns name: the most precise one's, the first of equal ones."""
     levels: dict[int, dict[str, Method | None]] = {level: {} for level in sorted(Precise)}
     for pattern, replacement in patterns.items():
         method = None if replacement is None else parse(replacement)
-        for name, level in found(pattern, names, what, regex=True, loose=True, others=others).items():
+        for name, level in found(pattern, names, what, regex=True, loose=True, others=others, alone=alone).items():
             levels[level].setdefault(name, method)
     methods: dict[str, Method | None] = {}
     for level in levels.values():
@@ -182,12 +191,17 @@ def _with_field(method: Method, field: str, value: Any, name: str) -> Method:
 
 
 def _others(model: nn.Module) -> dict[str, str]:
-    """Return the modules that hold weights and are no linear layers, by name, with their class's."""
+    """Return the modules that hold weights and cannot be adapted, by name, with what they are."""
     found = {}
     for name, module in named_modules(model):
         ours = hasattr(module, "plain_class") or ".adapters." in name or ".bases." in name
-        if name and not ours and not is_linear(module) and any(p is not None for p in module._parameters.values()):
-            found[name] = type(module).__name__
+        if not name or ours or is_linear(module) or all(p is None for p in module._parameters.values()):
+            continue
+        refused = "" if (kind := kind_of(module)) is None else kind.refusal(module)
+        if refused is None and answers_otherwise(module):
+            refused = "that answers otherwise than its class does"
+        if refused is not None:
+            found[name] = f"{type(module).__name__} {refused}".rstrip()
     return found
 
 
@@ -198,9 +212,14 @@ def never_asked(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
 
     Args:
         model: the model.
-        names: layers of which those that are projections in such a layer are told of as well.
+        names: layers of which those that are projections in such a layer, or no linear ones, are told of as well.
     """
-    layers = {name: layer for name, layer in linear_layers(model).items() if not isinstance(layer, ProjectionLinear)}
+    wanted = set(names)
+    layers = {
+        name: layer
+        for name, layer in linear_layers(model, others=True).items()
+        if kind_of(layer) is None or name in wanted  # others are adapted where they are named, and tried then
+    }
     owners = {child: module for module in model.modules() for child in module.children()}
     past = {}
     for name, layer in layers.items():
@@ -208,11 +227,11 @@ def never_asked(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
             past[name] = "torch's own attention and encoder read its weight, at times, without calling the layer"
         elif not isinstance(layer, Adapted) and replaced_forward(_called(layer)):
             past[name] = "another function was put in the place of the layer's forward method"
-        elif not isinstance(layer, Adapted) and is_another_function(layer):
+        elif kind_of(layer) is None and not isinstance(layer, Adapted) and is_another_function(layer):
             past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"
     read = "the model reads its weight itself instead of calling the layer"
     past |= {name: read for name in read_by_the_model(model, layers) if name not in past}
-    return past | {name: past[fused] for name in names if (fused := name.rpartition(".")[0]) in past}
+    return past | {name: past[fused] for name in wanted if (fused := name.rpartition(".")[0]) in past}
 
 
 def _called(layer: nn.Module) -> nn.Module:

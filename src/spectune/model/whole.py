@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,9 +138,14 @@ def put(model: nn.Module, values: Mapping[str, Values], name: str, selection: Se
 
 
 def split_linear(
-    model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]
+    model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]], adapted: Collection[str] = ()
 ) -> tuple[dict[str, tuple[Term, ...]], dict[str, Sequence[WholeTerm]]]:
     """Return the terms of linear layers that an adapter brings whole, or whose bias it brings, and the other modules.
+
+    Args:
+        model: the model.
+        modules: what the adapter brings whole.
+        adapted: names of the layers that it adapts; of those that are no linear layers it may bring the bias.
 
     Raises:
         SpectuneError: a layer that is not there, or has no bias.
@@ -149,7 +154,9 @@ def split_linear(
     rest: dict[str, Sequence[WholeTerm]] = {}
     for name, parts in modules.items():
         module = _find(model, name)
-        terms = [_as_term(name, module, part) for part in parts] if is_head(model, name, parts[0].rows) else [None]
+        bias = name in adapted and all(part.tensors.keys() in ({"bias"}, {ADDED_BIAS}) for part in parts)
+        ours = bias or is_head(model, name, parts[0].rows)
+        terms = [_as_term(name, module, part) for part in parts] if ours else [None]
         if all(terms):
             found[name] = tuple(terms)  # type: ignore[arg-type]
         else:

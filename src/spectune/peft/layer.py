@@ -14,7 +14,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, give_back, take_over
+from spectune.layers.adapted import Adapted
 from spectune.layers.experts import ExpertLinear
 from spectune.layers.merged import merged_bias, merged_weight
 from spectune.layers.modules import effective_weight, is_linear, is_stored_transposed
@@ -22,6 +22,7 @@ from spectune.layers.packed import Packed
 from spectune.layers.parts import tensor_of
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
+from spectune.layers.taking import give_back, take_over
 from spectune.layers.updates import Update, digest
 from spectune.methods import Method
 from spectune.model.install import bases_for, check_layer

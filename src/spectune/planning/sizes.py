@@ -15,6 +15,7 @@ from spectune.adapters.formats.choose import contents
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.experts import ExpertLinear
+from spectune.layers.kinds import kind_of
 from spectune.layers.modules import effective_weight, find_linear, is_stored_transposed
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
@@ -95,7 +96,9 @@ def adapter_sizes(model: nn.Module, methods: Mapping[str, Method], base: str | N
         of_base = blank(*fingerprint.WEIGHT_SHAPE)
         count = layer.count if isinstance(layer, ExpertLinear) else 0
         shape = out_features, in_features
-        layers[name] = LayerUpdate(shape, (term,), is_stored_transposed(layer), None, of_base, count)
+        kind = kind_of(layer)
+        more = {} if kind is None else {"kind": kind.name, "kernel": kind.kernel(layer)}
+        layers[name] = LayerUpdate(shape, (term,), is_stored_transposed(layer), None, of_base, count, **more)
     heads = [name for name, method in methods.items() if method.replaces]
     planned = Adapter(
         layers,

@@ -12,7 +12,7 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import Source
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
-from spectune.adapters.terms import ADDED_BIAS
+from spectune.adapters.terms import ADDED_BIAS, LINEAR
 from spectune.methods.adalora import AdaLoRA
 from spectune.storage import Entry
 
@@ -72,7 +72,7 @@ def peft_type(adapter: Contents) -> str | None:
     kinds: set[str | None] = set()
     for layer in adapter.layers.values():
         (term, *more) = layer.terms
-        if more or term.weight != 1.0 or term.stays or layer.rows is not None:
+        if more or term.weight != 1.0 or term.stays or layer.rows is not None or layer.kind != LINEAR:
             return None
         if not layer.terms[0].method.replaces:
             kinds.add(type_of(layer.terms[0].method))

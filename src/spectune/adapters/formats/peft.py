@@ -27,9 +27,10 @@ from spectune.adapters.folder import (
     read_tensors,
     write_folder,
 )
-from spectune.adapters.formats import peft_experts
-from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
+from spectune.adapters.formats import peft_experts, peft_kinds
+from spectune.adapters.terms import ADDED_BIAS, LINEAR, LayerUpdate, Term, WholeTerm
 from spectune.errors import SpectuneError
+from spectune.layers.kinds import kind_named
 from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
@@ -44,6 +45,8 @@ _TENSORS = {
     "lora_magnitude_vector.weight": "magnitude",
     "lora_A": "A",
     "lora_B": "B",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
     "lora_E": "E",
     "ranknum": "ranknum",
     "base_layer.weight": "base",  # PEFT adds the weight of an adapted output embedding
@@ -139,10 +142,7 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
             continue
         lora = _lora(term.method)
         ranks[name], alphas[name] = lora.rank, lora.alpha
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = term.trained["A"]
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = term.trained["B"]
-        if "magnitude" in term.trained:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = term.trained["magnitude"]
+        tensors |= {f"{_PREFIX}{name}.{key}": t for key, t in peft_kinds.named(layer, term.trained).items()}
     rows: dict[str, list[int]] = {}
     biases: list[str] = []
     added = {name: parts[0].tensors[ADDED_BIAS] for name, parts in adapter.modules.items() if _adds(parts[0])}
@@ -256,11 +256,14 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
         parts[part.removeprefix(_OWN)] = tensor
     read = _adalora if kind == "ADALORA" else _plain
     expert_layers = _experts(grouped, entry, path)
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, parts in grouped.items():
+        grouped[name], *kinds[name] = peft_kinds.plain(name, parts)
     terms = {name: read(name, parts, entry, path) for name, parts in grouped.items() if parts.keys() & {"A", "B"}}
     conv1d = entry.flag("fan_in_fan_out")
     more = read_more(path)
     sketches = more.get("base", {})
-    layers = {n: _layer(t, grouped[n], conv1d, sketches.get(n)) for n, t in terms.items() if t is not None}
+    layers = {n: _layer(t, grouped[n], conv1d, sketches.get(n), *kinds[n]) for n, t in terms.items() if t is not None}
     layers |= {n: replace(layer, base_sketch=sketches.get(n)) for n, layer in expert_layers.items()}
     modules = {name: _whole_term(name, parts, listed, entry, path) for name, parts in rest.items()}
     for name, parts in grouped.items():
@@ -352,13 +355,17 @@ def _split(key: str, path: Source, whole: Any) -> tuple[str, str]:
     raise SpectuneError(f"{path / WEIGHTS} has the tensor {key!r}, which belongs to no linear layer's LoRA")
 
 
-def _layer(term: Term, parts: dict[str, Tensor], conv1d: bool, sketch: Tensor | None) -> LayerUpdate:
+def _layer(
+    term: Term, parts: dict[str, Tensor], conv1d: bool, sketch: Tensor | None, kind: str, kernel: tuple[int, ...]
+) -> LayerUpdate:
     shape = (term.trained["B"].shape[0], term.trained["A"].shape[1])
     weight = parts.get("base")
+    if weight is not None and kind != LINEAR and weight.dim() > 1:
+        weight = kind_named(kind).matrix(weight)
     if weight is not None and (tuple(weight.shape) != shape or not weight.is_floating_point()):
         raise SpectuneError(f"the base_layer.weight beside a LoRA of {shape} is {weight.dtype} {tuple(weight.shape)}")
     sketch = sketch if weight is None else fingerprint.sketch_weight(weight)
-    return LayerUpdate(shape, (term,), conv1d, base_sketch=sketch)
+    return LayerUpdate(shape, (term,), conv1d and kind == LINEAR, base_sketch=sketch, kind=kind, kernel=kernel)
 
 
 def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], config: Entry, path: Source) -> WholeTerm:

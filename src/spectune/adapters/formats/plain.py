@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
+from spectune.adapters.terms import LINEAR
 from spectune.errors import SpectuneError
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
@@ -44,6 +45,8 @@ def loras_of(adapter: Contents, program: str, *, dora: bool = False) -> dict[str
         inner: Any = method.inner if isinstance(method, DoRA) else method
         if layer.experts:
             raise SpectuneError(f"{program} takes no LoRA of the experts of {name!r}: merge it (--format merged)")
+        if layer.kind != LINEAR:
+            raise SpectuneError(f"{program} takes LoRA of linear layers alone, and {name!r} is another: merge it")
         if not isinstance(inner, LoRA) or (inner is not method and not dora):
             what = "is a layer that was trained whole" if method.replaces else f"has {method.name}"
             raise SpectuneError(f"{name!r} {what}, and {program} takes LoRA alone: merge it (--format merged)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -13,9 +14,10 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import CONFIG, WEIGHTS, Source, as_metadata, read_config, read_more, read_tensors
 from spectune.adapters.formats.bilingual import VERSION as BILINGUAL
 from spectune.adapters.formats.bilingual import in_peft_words, own_names, own_words
-from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
+from spectune.adapters.terms import LINEAR, LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base
+from spectune.layers.kinds import KINDS
 from spectune.layers.projections import Rows
 from spectune.methods import Method, from_fields
 from spectune.reading import SIDE
@@ -27,6 +29,7 @@ _EXPERTS = "experts"  # of a layer whose weight is a part of a tensor, where it 
 _ROWS = (
     "rows"  # of a layer whose weight is some rows of a fused layer's: where they start, how many, of how many, times
 )
+_KIND = "kind"  # of a layer that is no linear one, and the axes of its kernel, where it is
 _STAYS = "basis_stays"  # of a term whose basis was made of another weight than the base's, where it is
 _KEYS = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers")
 
@@ -58,6 +61,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
         layers[name] = {"shape": list(layer.shape), "conv1d": layer.conv1d, "terms": terms}
         layers[name] |= {_EXPERTS: layer.experts} if layer.experts else {}
         layers[name] |= {} if layer.rows is None else {_ROWS: list(layer.rows)}
+        layers[name] |= {} if layer.kind == LINEAR else {_KIND: [layer.kind, *layer.kernel]}
     modules = {}
     for name, parts in adapter.modules.items():
         modules[name] = [_describe_whole(term) for term in parts]
@@ -154,16 +158,18 @@ class _Described(NamedTuple):
     conv1d: bool
     experts: int
     rows: Rows | None
+    kind: tuple[str, tuple[int, ...]]
     terms: list[tuple[Method, float, bool]]
 
 
 def _described(entry: Entry, methods: list[Method]) -> _Described:
-    entry.check_keys("shape", "conv1d", "terms", *(key for key in (_EXPERTS, _ROWS) if key in entry.values))
+    entry.check_keys("shape", "conv1d", "terms", *(key for key in (_EXPERTS, _ROWS, _KIND) if key in entry.values))
     experts = entry.take(_EXPERTS, int) if _EXPERTS in entry.values else 0
     shape = entry.take("shape", list)
     if len(shape) != 2 or not all(type(n) is int and 0 < n <= SIDE for n in shape):
         raise SpectuneError(f"'shape' in {entry.where} is {shape!r:.60}, not [out, in]")
     rows = _rows(entry, shape[0]) if _ROWS in entry.values else None
+    kind = _kind(entry, shape[1]) if _KIND in entry.values else (LINEAR, ())
     terms = []
     for i, values in enumerate(entry.take("terms", list)):
         term = Entry(values, f"term {i} of {entry.where}")
@@ -175,7 +181,7 @@ def _described(entry: Entry, methods: list[Method]) -> _Described:
         terms.append((methods[index], float(term.number("weight")), stays))
     if not terms:
         raise SpectuneError(f"{entry.where} has no terms")
-    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, rows, terms)
+    return _Described((shape[0], shape[1]), entry.take("conv1d", bool), experts, rows, kind, terms)
 
 
 def _rows(entry: Entry, out_features: int) -> Rows:
@@ -186,6 +192,16 @@ def _rows(entry: Entry, out_features: int) -> Rows:
             return rows
     raise SpectuneError(
         f"'rows' in {entry.where} is {values!r:.60}, not rows of a fused layer that there are so many of"
+    )
+
+
+def _kind(entry: Entry, in_features: int) -> tuple[str, tuple[int, ...]]:
+    name, *kernel = entry.take(_KIND, list) or [None]
+    sizes = all(type(n) is int and 0 < n <= SIDE for n in kernel)
+    if name in [kind.name for kind in KINDS] and sizes and len(kernel) <= 3 and in_features % math.prod(kernel) == 0:
+        return name, tuple(kernel)
+    raise SpectuneError(
+        f"'kind' in {entry.where} is {[name, *kernel]!r:.60}, not a kind of layer that is known with a kernel that fits"
     )
 
 
@@ -204,7 +220,8 @@ def _layer(name: str, described: _Described, tensors: dict[str, Tensor], where: 
             raise SpectuneError(f"the stored basis of {prefix!r} in {where} does not fit the layer; get it again")
         terms.append(term)
     base = _take(tensors, f"{name}.base", fingerprint.WEIGHT_SHAPE, where, optional=True)
-    return LayerUpdate(described.shape, tuple(terms), described.conv1d, None, base, described.experts, described.rows)
+    more = described.experts, described.rows, *described.kind
+    return LayerUpdate(described.shape, tuple(terms), described.conv1d, None, base, *more)
 
 
 def _fits(term: Term, out_features: int, in_features: int) -> bool:

@@ -1,0 +1,23 @@
+"""Layers that multiply by a matrix and are no linear layers, one file for each kind."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from spectune.layers.kinds.base import Kind, Vectors
+from spectune.layers.kinds.convolution import Convolution
+from spectune.layers.kinds.embedding import Lookup
+
+KINDS: tuple[Kind, ...] = (Convolution(), Lookup())
+
+__all__ = ["KINDS", "Kind", "Vectors", "kind_named", "kind_of"]
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """Return the kind of a layer; None of a linear layer, and of what is no layer that multiplies by a matrix."""
+    return next((kind for kind in KINDS if isinstance(layer, kind.classes)), None)
+
+
+def kind_named(name: str) -> Kind:
+    """Return the kind of this name."""
+    return next(kind for kind in KINDS if kind.name == name)

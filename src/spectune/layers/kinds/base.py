@@ -1,0 +1,103 @@
+"""What a kind of layer says of itself, and its input in the place of vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectune.errors import SpectuneError
+
+
+class Kind(ABC):
+    """Layers whose answer is x W^T + b for vectors x (..., in) that are made of their input, and never laid out.
+
+    Attributes:
+        name: in the files of adapters.
+        classes: of the layers.
+        looks_up: each x is zero but in one place, where it is one.
+    """
+
+    name: ClassVar[str]
+    classes: ClassVar[tuple[type[nn.Module], ...]]
+    looks_up: ClassVar[bool] = False
+
+    @abstractmethod
+    def refusal(self, layer: Any) -> str | None:
+        """Return why a layer's answer is no x W^T + b, as words that follow its class, or None."""
+
+    @abstractmethod
+    def matrix(self, held: Tensor) -> Tensor:
+        """Return W (out x in) of the tensor that a layer holds."""
+
+    @abstractmethod
+    def held(self, matrix: Tensor, kernel: Sequence[int]) -> Tensor:
+        """Return the tensor that a layer holds of W (out x in); the inverse of `matrix`."""
+
+    def kernel(self, layer: Any) -> tuple[int, ...]:
+        """Return the axes that `matrix` has flattened into the last."""
+        return ()
+
+    @abstractmethod
+    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+        """Return x M^T (..., rows) for M (rows x in)."""
+
+    def features_last(self, layer: Any, answer: Tensor) -> Tensor:
+        """Return a layer's answer with the axis of W's rows as the last."""
+        return answer
+
+    def as_answered(self, layer: Any, y: Tensor) -> Tensor:
+        """Return y (..., out) as the layer answers; the inverse of `features_last`."""
+        return y
+
+    @abstractmethod
+    def dropped(self, input: Tensor, p: float) -> Tensor:
+        """Return an input with values dropped with probability p."""
+
+
+class Vectors:
+    """An input of a layer in the place of the vectors x (..., in) that its kind makes of it: it has their products.
+
+    Args:
+        kind: the kind.
+        layer: the layer.
+        input: what it was given.
+        shape: of x.
+        dtype: of x.
+    """
+
+    def __init__(self, kind: Kind, layer: nn.Module, input: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._kind, self._layer, self._input = kind, layer, input
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, input.device
+
+    def product(self, matrix: Tensor) -> Tensor:
+        """Return x M^T (..., rows) for M (rows x in)."""
+        return self._kind.product(self._layer, self._input, matrix)
+
+    @property
+    def input(self) -> Tensor:
+        """What the layer was given."""
+        return self._input
+
+    def dropped(self, p: float) -> Vectors:
+        """Return the vectors of an input with values dropped with probability p."""
+        return Vectors(self._kind, self._layer, self._kind.dropped(self._input, p), self.shape, self.dtype)
+
+    def __getitem__(self, rows: Tensor) -> Vectors:
+        shape = (len(rows), *self.shape[1:])
+        return Vectors(self._kind, self._layer, self._input[rows], shape, self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        # what a method of somebody else's does with x; those here ask `product`
+        named: Mapping[str, Any] = kwargs or {}
+        if func is F.linear and isinstance(args[0], Vectors):
+            y, bias = args[0].product(args[1]), args[2] if len(args) > 2 else named.get("bias")
+            return y if bias is None else y + bias
+        name = getattr(func, "__name__", str(func))
+        raise SpectuneError(f"a method that takes {name} of its input fits linear layers alone: exclude the others")

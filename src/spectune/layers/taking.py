@@ -1,0 +1,101 @@
+"""Linear layers, and those of other kinds, that become adapted ones in place, and the plain ones again."""
+
+from __future__ import annotations
+
+from abc import ABC, ABCMeta
+from functools import cache
+from typing import Any
+
+import torch.nn as nn
+from transformers.pytorch_utils import Conv1D
+
+from spectune.layers.adapted import Adapted
+from spectune.layers.classes import change_class
+from spectune.layers.kinds import KINDS
+from spectune.layers.packed import is_packed
+from spectune.layers.parts import PartLinear
+from spectune.layers.selection import Selection
+from spectune.layers.unfolded import Unfolded
+from spectune.layers.values import WeightValues
+
+_KIND_OF = {plain: kind for kind in KINDS for plain in kind.classes}
+
+
+@cache
+def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that adds updates to `kind`: a subclass of it, so that isinstance goes on holding.
+
+    Where the forward pass of `kind` goes around that of its superclass, as `super().forward(x) * 2` does, it goes
+    around the adapted one: W' in the place of W, and not an update beside the answer.
+    """
+    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _KIND_OF)
+    of_kind = _KIND_OF.get(plain)
+    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
+    around = bool(own) and all(_goes_around(forward) for forward in own)
+    # behind the class itself where that calls super().forward and does something more with the answer; before it
+    # elsewhere, so that its own forward is the frozen layer's
+    under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Unfolded if of_kind else Adapted, kind)
+    if isinstance(kind, ABCMeta):  # whose instances change their class only to one that is abstract first
+        under = (_Abstract, *under)
+    values = {
+        "__module__": kind.__module__,
+        "plain_class": kind,
+        "made_by": (adapted_class, kind),
+        "is_plain": of_kind is None and (around or not own),
+        "is_packed": False,
+        "is_transposed": plain is Conv1D,
+    }
+    if of_kind is not None:
+        values |= {"kind": of_kind, **({"bias": None} if plain is nn.Embedding else {})}
+    return type(f"Adapted{kind.__name__}", under, values)
+
+
+class _Abstract(ABC):  # noqa: B024
+    pass
+
+
+def answers_otherwise(layer: nn.Module) -> bool:
+    """Whether a layer that is no linear one has a forward method of its own that is more than its class's around it."""
+    kind = type(layer)
+    plain = next(c for c in kind.__mro__ if c in _KIND_OF)
+    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
+    return not all(_goes_around(forward) for forward in own)
+
+
+def _goes_around(forward: Any) -> bool:
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return {"super", "forward"} <= set(names) and "weight" not in names
+
+
+def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
+    """Make a layer an adapted one, in place, without touching its parameters."""
+    packed = is_packed(layer)
+    # the class and not the module: names, tied weights, hooks, optimizers' references and isinstance stay what they
+    # are, and detaching is giving the class back
+    change_class(layer, adapted_class(type(layer)))
+    if packed:
+        layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
+    layer.adapted_as = name  # type: ignore[assignment]
+    layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
+    layer.selection = selection  # type: ignore[assignment]
+    layer.fused = None  # type: ignore[assignment]
+    layer.weight_values = WeightValues()  # type: ignore[assignment]
+    layer.prepared = None, []  # type: ignore[assignment]
+    selection.joined_by(layer, name)
+    if isinstance(layer, PartLinear):
+        layer.join()
+    return layer  # type: ignore[return-value]
+
+
+def give_back(layer: Adapted) -> None:
+    """Make an adapted layer the plain one it was."""
+    layer.selection.left_by(layer)
+    if layer.fused is not None:
+        layer.fused.end()
+    layer.weight_values.end()
+    del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused, layer.weight_values
+    if layer.is_packed:
+        del layer.is_plain, layer.is_packed
+    change_class(layer, layer.plain_class)
+    if isinstance(layer, PartLinear):
+        layer.leave()
