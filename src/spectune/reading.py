@@ -34,6 +34,7 @@ SIDE = 1 << 24  # of a matrix that an adapter changes
 BASE_JSON_BYTES = 256 << 20  # of a config or a tokenizer of a base, which transformers reads
 DOCUMENT_BYTES = 1 << 30  # of records that are one document of JSON, unpacked
 RECORD_BYTES = 32 << 20  # of a line of JSON, or a field of a table
+RECORDS = 20_000_000  # of data
 TEXT_BYTES = 64 << 20  # of what is typed or piped in
 
 
@@ -299,5 +300,9 @@ def _check_tree(value: object, where: str, left: int = ITEMS) -> None:
 def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError:
-        raise SpectuneError(f"{where} has half a character (a lone surrogate), which no text can hold") from None
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise SpectuneError(
+            f"{where} has {half!a}, half a character (of a surrogate pair), which no text can hold: it was cut apart "
+            "where a text was shortened"
+        ) from None

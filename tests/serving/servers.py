@@ -16,7 +16,7 @@ import spectune
 from spectune.model.names import adapter_names
 from spectune.serving.batch import Row
 from spectune.serving.engine import Engine, Event, Job
-from spectune.serving.run import Settings, build
+from spectune.serving.run import Settings, build, http_config
 from spectune.serving.sampling import Sampler, Sampling
 from spectune.serving.shelf import Shelf
 from spectune.serving.text import TextStream, _byte_letters
@@ -156,9 +156,7 @@ def served(model: Any, tokenizer: Any, shelf: Shelf | None = None, two: Any = No
     """Serve a model on a port of this machine; yield an object with its `url`, `engine` and `shelf`."""
     shelf = shelf or Shelf(model, ["tiny"], auto=two is not None)
     app, engine = build(model, tokenizer, shelf, name="tiny", settings=Settings(**settings), two=two)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on")
-    )
+    server = uvicorn.Server(http_config(app, port=0, timeout_graceful_shutdown=5, lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:

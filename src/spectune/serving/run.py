@@ -151,10 +151,18 @@ def serve(
         say("anybody who reaches this address may ask, and load adapters: give --api-key")
     logging.getLogger("spectune.serving").addHandler(_log_handler())
     logging.getLogger("spectune.serving").setLevel(logging.INFO)
-    config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=30
-    )
+    config = http_config(app)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def http_config(app: Any, **others: Any) -> Any:
+    """Return uvicorn's configuration for an application; `others` are more of it."""
+    import uvicorn
+
+    # Clients keep a connection for 5 (httpx, openai) to 60 seconds (proxies).  A server that closes it sooner, or just
+    # then, resets the request that is on its way.
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
+    return uvicorn.Config(app, **{**quiet, "timeout_keep_alive": 75, "timeout_graceful_shutdown": 30, **others})
 
 
 def build(

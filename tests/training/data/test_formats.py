@@ -157,7 +157,7 @@ def test_preferences_as_published(tmp_path, row):
         ({"messages": [ASKED[0], assistant("two", weight=0)]}, "each has weight 0"),
         ({"messages": [ASKED[0], assistant([{"type": "image"}])]}, "a part of the type 'image'"),
         ({"messages": [ASKED[0], assistant(None)]}, "needs a role and a content"),
-        ('{"text": "one", "text": "two"}', "line 1: the key 'text' is there twice"),
+        ('{"text": "one", "text": "two"}', "line 1 has the key 'text' twice"),
         ({"question": "one"}, "line 1: has the keys 'question'; it needs"),
         ({"text": " "}, "holds no examples, for .*line 1 and all others have a text without content"),
     ],

@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_earlier_turns():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "one"', "line 2: not valid JSON"),
+        ('{"text": "one"', "line 2 is not valid JSON"),
         ("[1, 2]", "line 2: not a JSON object"),
         ({"question": "one"}, "line 2: has the keys 'question'; it needs 'messages'"),
         ({"messages": {}}, "line 2: messages must be a list"),

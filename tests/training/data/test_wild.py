@@ -91,7 +91,7 @@ def test_openais_preferences_are_pairs(tmp_path):
         ("a.xlsx", b"PK\x03\x04", "an Excel workbook: unpack it, or save it as CSV"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
         ("a.json", "<!DOCTYPE html>", "is a web page and not data"),
-        ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud83d cut"}', "line 2: has '\\ud83d', half of a surrogate pair"),
+        ("a.jsonl", '{"text": "ok"}\n{"text": "\\ud83d cut"}', "line 2 has '\\ud83d', half a character"),
         ("a.jsonl", '{"text": "hi", "role": "user"}', "line 1: has 'role', which would change what is learned"),
         (
             "a.jsonl",

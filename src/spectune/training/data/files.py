@@ -8,7 +8,6 @@ import csv
 import glob
 import gzip
 import io
-import json
 import lzma
 import os
 import re
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectune.errors import SpectuneError, nearest, need
-from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, check_file
+from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, RECORDS, check_file
+from spectune.training.data.json_rows import Rows, lines_of, list_of, object_of
 
 if TYPE_CHECKING:
     import datasets
@@ -47,8 +47,7 @@ _OTHERS = {  # what files under the name of data are instead
 _ARRAY = ("[{", "[\n", "[\r", "[ ")  # what an array begins with, whatever the file is named
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet", ".arrow")
-_AROUND = ("data", "train", "rows", "examples", "records", "instances")  # the key of a list of records
-Rows = Iterator[tuple[Any, str]]  # each with where it is, for messages
+_BATCH = 64  # rows of a table that are in memory, of which each may be large where few bytes stand for many
 
 
 def rows(source: str, config_name: str | None, split_name: str | None, say: Callable[[str], None]) -> Rows:
@@ -110,16 +109,17 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         begins = begin.decode(encoding, "ignore").lstrip()[:2]
         if suffix in _TABLES:
             yield from _separated(path, _table_lines(path, stream, encoding, say), "\t" if suffix == ".tsv" else None)
-        elif begins in _ARRAY or (suffix == ".json" and begins[:1] in ("[", "{")):
-            text = _whole_text(path, _all_of(stream, path), encoding)
-            yield from _json_lines(path, text.split("\n")) if _is_lines(text) else _array(path, text, say)
+        elif begins in _ARRAY or (suffix == ".json" and begins[:1] == "["):
+            yield from list_of(path, _reader(path, stream, encoding))
+        elif suffix == ".json" and begins[:1] == "{":
+            yield from object_of(path, _lines(path, stream, encoding, DOCUMENT_BYTES), say)
         elif begins and begins[0] not in "{[" and suffix not in (*_LINES, ".json"):
             raise SpectuneError(
                 f'{path} is plain text and holds no records: write each as a line of JSON, as {{"text": "..."}}, '
                 "in a file named .jsonl"
             )
         else:
-            yield from _json_lines(path, _lines(path, stream, encoding))
+            yield from lines_of(path, _lines(path, stream, encoding))
 
 
 def _begins(path: Path, magic: bytes) -> bool:
@@ -158,38 +158,31 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(unpacked)
 
 
-def _all_of(stream: io.BufferedReader, path: Path) -> bytes:
-    """Return all bytes of a file that is one document: a few packed ones may stand for gigabytes.
+def _reader(path: Path, stream: io.BufferedReader, encoding: str) -> Callable[[int], str]:
+    """Return what gives the next so many bytes of a stream as text."""
+    decoder, lines = codecs.getincrementaldecoder(encoding)(), 1
 
-    Raises:
-        SpectuneError: they are too many.
-    """
-    pieces: list[bytes] = []
-    while piece := stream.read(1 << 20):
-        pieces.append(piece)
-        if len(pieces) > DOCUMENT_BYTES >> 20:
-            raise SpectuneError(
-                f"{path} is one document of more than {DOCUMENT_BYTES:,} bytes: write each record as a line of JSON"
-            )
-    return b"".join(pieces)
+    def read(size: int) -> str:
+        nonlocal lines
+        piece = stream.read(size)
+        try:
+            text = decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            line = lines + piece[: error.start].count(b"\n")
+            raise SpectuneError(f"{path}, line {line}: not valid JSON, for it is not UTF-8 ({error})") from None
+        lines += text.count("\n")
+        return text
 
-
-def _whole_text(path: Path, content: bytes, encoding: str) -> str:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise SpectuneError(f"{path}, line {line}: not valid JSON, for it is not UTF-8 ({error})") from None
+    return read
 
 
-def _lines(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[str]:
+def _lines(path: Path, stream: io.BufferedReader, encoding: str, most: int = RECORD_BYTES) -> Iterator[str]:
     """Yield the lines of a file, of which newlines alone are the ends."""
     if encoding != _UTF8:
-        yield from _decoded(stream, encoding, "\n")
+        yield from _decoded(path, stream, encoding, "\n", most)
         return
-    for number, line in enumerate(iter(lambda: stream.readline(RECORD_BYTES + 1), b""), start=1):
-        if len(line) > RECORD_BYTES:
-            raise SpectuneError(f"{path}, line {number}: has more than {RECORD_BYTES:,} bytes, and no more are read")
+    for number, line in enumerate(iter(lambda: stream.readline(most + 1), b""), start=1):
+        _check_length(path, number, line, most)
         try:
             yield line.decode(encoding if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -213,13 +206,20 @@ def _table_lines(path: Path, stream: io.BufferedReader, encoding: str, say: Call
         if tried != _UTF8:
             say(f"{path} is not UTF-8, and was read as Windows-1252 (cp1252)")
         break
-    yield from _decoded(stream, encoding, "")
+    yield from _decoded(path, stream, encoding, "", RECORD_BYTES)
 
 
-def _decoded(stream: io.BufferedReader, encoding: str, newline: str) -> Iterator[str]:
+def _check_length(path: Path, number: int, line: bytes | str, most: int) -> None:
+    if len(line) > most:
+        raise SpectuneError(f"{path}, line {number}: has more than {most:,} bytes, and no more are read")
+
+
+def _decoded(path: Path, stream: io.BufferedReader, encoding: str, newline: str, most: int) -> Iterator[str]:
     text = io.TextIOWrapper(stream, encoding, newline=newline)
     try:
-        yield from text
+        for number, line in enumerate(iter(lambda: text.readline(most + 1), ""), start=1):
+            _check_length(path, number, line, most)
+            yield line
     finally:
         with suppress(ValueError):  # whoever opened the file has closed it already
             text.detach()
@@ -241,84 +241,6 @@ def _encoding(content: bytes) -> str:
 def _zstd(file: BinaryIO, path: Path) -> Any:
     pyarrow = need("pyarrow", f"reading {str(path)!r}")
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
-
-
-def _is_lines(text: str) -> bool:
-    """Whether a file of JSON holds one object a line, as many that are named .json do."""
-    lines = [line for line in text.split("\n", 2)[:2] if line.strip()]
-    if len(lines) < 2 or not lines[0].lstrip().startswith("{"):
-        return False
-    try:
-        return isinstance(json.loads(lines[0]), dict)
-    except ValueError:
-        return False
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _Twice(f"the key {twice!r} is there twice, and only one of them would be read")
-    return found
-
-
-class _Twice(ValueError):
-    """A key of an object is there twice."""
-
-
-def _json_lines(path: Path, lines: Iterable[str]) -> Rows:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.removesuffix("\n"), object_pairs_hook=_once)
-        except _Twice as error:
-            raise SpectuneError(f"{path}, line {number}: {error}") from None
-        except (ValueError, RecursionError) as error:
-            raise SpectuneError(f"{path}, line {number}: not valid JSON ({error})") from None
-        where = f"{path}, line {number}"
-        _check_pairs(line, record, where)
-        yield record, where
-
-
-def _array(path: Path, text: str, say: Callable[[str], None]) -> Rows:
-    try:
-        found = json.loads(text, object_pairs_hook=_once)
-    except _Twice as error:
-        raise SpectuneError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise SpectuneError(f"{path}: not valid JSON ({error})") from None
-    if isinstance(found, dict):  # one record, or an object around all of them
-        lists = [key for key, value in found.items() if _is_nested(value)]
-        key = next((key for key in _AROUND if key in lists), None)
-        if key is not None and len(lists) > 1:
-            others = ", ".join(map(repr, (name for name in lists if name != key)))
-            say(f"{path} was read from {key!r} alone; it has {others} too")
-        found = [found] if key is None else found[key]
-    for record, where in _numbered(found, str(path)):
-        _check_pairs(text, record, where)
-        yield record, where
-
-
-def _is_nested(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _check_pairs(text: str, record: object, where: str) -> None:
-    """Raise for half of a surrogate pair, which JSON can write and no tokenizer can read.
-
-    Raises:
-        SpectuneError: it is there.
-    """
-    if "\\ud" not in text and "\\uD" not in text:
-        return
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise SpectuneError(
-            f"{where}: has {error.object[error.start]!a}, half of a surrogate pair, which is no character: it was "
-            "cut apart where a text was shortened"
-        ) from None
 
 
 def _numbered(found: Iterable[object], name: str) -> Rows:
@@ -358,11 +280,18 @@ def _table(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
     datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
-        if suffix != ".arrow" and not need("pyarrow.parquet", "Parquet").ParquetFile(path).metadata.num_rows:
-            return iter(())  # which datasets stumbles over
         if suffix == ".arrow":
-            return _named(datasets.Dataset.from_file(str(path)))
-        return _named(datasets.load_dataset("parquet", data_files=str(path), split="train"))
+            yield from _named(datasets.Dataset.from_file(str(path)))
+            return
+        # not by datasets, which writes all of it to its cache first, however large what few bytes stand for
+        file = need("pyarrow.parquet", "Parquet").ParquetFile(path)
+        if file.metadata.num_rows > RECORDS:
+            raise SpectuneError(f"{path} has {file.metadata.num_rows:,} rows, and at most {RECORDS:,} are read")
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        batches = file.iter_batches(_BATCH)
+        yield from _with_names(features, (row for batch in batches for row in batch.to_pylist()))
+    except SpectuneError:
+        raise
     except Exception as error:  # whatever the readers raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise SpectuneError(f"cannot read the data {str(path)!r}: {reason[:200]}") from None
@@ -395,11 +324,15 @@ def _data_set(source: str, config_name: str | None, split_name: str | None) -> R
 
 
 def _named(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    yield from _with_names(table.features, map(dict, table))
+
+
+def _with_names(features: datasets.Features, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     import datasets
 
-    names = {k: f for k, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    several = {k: inner for k, f in table.features.items() if isinstance(inner := _inside(f), datasets.ClassLabel)}
-    for row in map(dict, table):  # what has no label has -1
+    names = {k: f for k, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    several = {k: inner for k, f in features.items() if isinstance(inner := _inside(f), datasets.ClassLabel)}
+    for row in rows:  # what has no label has -1
         row |= {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}
         yield row | {k: [f.int2str(n) for n in row[k]] for k, f in several.items() if row[k] is not None}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from spectune.errors import SpectuneError
+from spectune.reading import parse_json
 from spectune.training.data.common import in_common
 
 Values = Mapping[str, Any]
@@ -88,14 +89,18 @@ def unread(converted: Converted, record: Values) -> tuple[set[str], set[str]]:
 
 
 def _parsed(key: str, value: object) -> Any:
-    """Return a list or an object for its JSON, as tables hold it that know no lists."""
-    if key in _LISTS and isinstance(value, str) and value.lstrip()[:2] in ("[{", "[[", "[\n", "[ ", "[]"):
-        try:
-            found = json.loads(value)
-        except ValueError:
+    """Return a list for its JSON, as tables hold it that know no lists."""
+    if key not in _LISTS or not isinstance(value, str) or value.lstrip()[:2] not in ("[{", "[[", "[\n", "[ ", "[]"):
+        return value
+    may_be_text = key in ("chosen", "rejected", "prompt")
+    try:
+        found = parse_json(value, repr(key))
+    except SpectuneError:
+        if may_be_text:
             return value
-        return found if isinstance(found, list) else value
-    return value
+        raise
+    spoken = all(isinstance(each, Mapping) and each.keys() & {"role", "from"} for each in found)
+    return value if may_be_text and not (found and spoken) else found
 
 
 def _message(message: object) -> Any:
@@ -110,7 +115,7 @@ def _message(message: object) -> Any:
     role = said.get("role")
     if role == "function_call":  # ShareGPT with tools: the call is JSON, and the assistant's
         try:
-            call = json.loads(said["content"])
+            call = parse_json(said["content"], "the call")
             calls = call if isinstance(call, list) else [call]
             wrapped = [{"type": "function", "function": each} for each in calls]
             return {"role": "assistant", "content": "", "tool_calls": wrapped}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from spectune.errors import SpectuneError, nearest
+from spectune.reading import RECORDS
 from spectune.training.data.files import rows
 from spectune.training.data.formats import convert, unread
 from spectune.training.data.rows import OF_TASKS, Record, Row, of, same
@@ -79,19 +80,21 @@ def read(
             read(given, task, *own, say, kept, 1.0 if isinstance(part, str) else part.weight)
             say(f"{given}: {len(kept) - already} records")
         return records
-    formats, fields, blank, empty = Counter[str](), Counter[str](), list[str](), list[str]()
-    for values, where in rows(str(source), config_name, split_name, say):
+    formats, fields, blank, empty = Counter[str](), Counter[str](), _Places(), _Places()
+    for number, (values, where) in enumerate(rows(str(source), config_name, split_name, say)):
+        if number >= RECORDS:
+            raise SpectuneError(f"{where}: at most {RECORDS:,} records are read: give a part of them")
         if not isinstance(values, dict):
             raise SpectuneError(f"{where}: not a JSON object with {task.forms}")
         with of(values, where):
             values = _renamed(values, task)
-        converted = convert(values, task.config.task)
+            converted = convert(values, task.config.task)
         judged = task.config.task == "sft" and converted.format.startswith("unpaired")
         if judged and not converted.values.pop("label"):
             formats["left out, for their label is false"] += 1
             continue
         if _is_blank(converted.values, task):
-            blank.append(where)
+            blank.add(where)
             continue
         problem = task.problem(converted.values)
         if problem is not None:
@@ -107,25 +110,38 @@ def read(
                 )
             fields.update(others)
             if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
-                empty.append(where)
+                empty.add(where)
         elif task.config.task == "classify":
             fields.update(values.keys() - OF_TASKS - {""})
         row = Row(converted.values, where, converted.plain)
         row.weight = weight
         kept.append(row)
     if len(kept) == before:
-        why = f", for {blank[0]} and all others have a text without content" if blank else ""
+        why = f", for {blank.first} and all others have a text without content" if blank.count else ""
         raise SpectuneError(f"{source} holds no examples{why}; each record needs {task.forms}")
     _tell(formats, fields, blank, str(source), say)
-    if empty:
-        say(f"{source}: {len(empty)} records have an empty answer, of which a stop is learned, the first in {empty[0]}")
+    if empty.count:
+        say(
+            f"{source}: {empty.count} records have an empty answer, of which a stop is learned, the first in "
+            f"{empty.first}"
+        )
     return records
+
+
+class _Places:
+    """How many records are of a kind, and where the first is."""
+
+    def __init__(self) -> None:
+        self.count, self.first = 0, ""
+
+    def add(self, where: str) -> None:
+        self.count, self.first = self.count + 1, self.first or where
 
 
 def _tell(
     formats: Counter[str],
     fields: Counter[str],
-    blank: Sequence[str],
+    blank: _Places,
     source: str,
     say: Callable[[str], None],
 ) -> None:
@@ -134,8 +150,10 @@ def _tell(
         say(f"{source} was read as " + ", ".join(f"{name} ({count})" for name, count in known.items()))
     if fields:
         say(f"{source} has fields that are not used: {', '.join(sorted(fields))}")
-    if blank:
-        say(f"{source}: {len(blank)} records have a text without content and were left out, the first in {blank[0]}")
+    if blank.count:
+        say(
+            f"{source}: {blank.count} records have a text without content and were left out, the first in {blank.first}"
+        )
 
 
 def _shape(values: Record) -> str:

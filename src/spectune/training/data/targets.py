@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 from spectune.adapters.labels import NUMBER, ONE, SEVERAL
 from spectune.errors import SpectuneError
+from spectune.reading import parse_json
 from spectune.training.data.records import Record, of
 
 _FEW = 50  # numbers as labels, which may be classes; more are told of
@@ -52,8 +52,8 @@ def _listed(label: object) -> list[str] | None:
     """Return a list of names, which may be JSON text, as tables hold it."""
     if isinstance(label, str) and label.lstrip().startswith("["):
         try:
-            label = json.loads(label)
-        except ValueError:
+            label = parse_json(label, "the label")
+        except SpectuneError:
             return None
     return [name_of(each) for each in label] if isinstance(label, list) else None
 

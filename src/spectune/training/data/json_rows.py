@@ -1,0 +1,132 @@
+"""Rows of JSON: a record a line, a list of records, or an object around one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+from spectune.errors import SpectuneError
+from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, parse_json
+
+Rows = Iterator[tuple[Any, str]]  # each with where it is, for messages
+_AROUND = ("data", "train", "rows", "examples", "records", "instances")  # the key of a list of records
+_EMPTY_LINES, _EMPTY_TEXT = 100_000, 1 << 20  # in a row: a small packed file may hold billions of them
+_CHUNK = 1 << 18
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+
+def lines_of(path: Path, lines: Iterable[str]) -> Rows:
+    """Yield the records of lines, an object each; empty lines are none.
+
+    Raises:
+        SpectuneError: a line is no JSON, has a key twice, or is too deep.
+    """
+    empty = 0
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if line.isspace() or not line:
+            empty += 1
+            if empty > _EMPTY_LINES:
+                raise SpectuneError(f"{where}: it and {_EMPTY_LINES:,} lines before it are empty")
+            continue
+        empty = 0
+        yield parse_json(line.removesuffix("\n"), where), where
+
+
+def object_of(path: Path, lines: Iterator[str], say: Callable[[str], None]) -> Rows:
+    """Yield the records of a file that begins with an object: one a line, one alone, or those of a list in it.
+
+    Args:
+        path: of the file, for messages.
+        lines: of it.
+        say: told of lists that are not read.
+
+    Raises:
+        SpectuneError: as `lines_of`; or the object is too large.
+    """
+    filled = (line for line in lines if line.strip())
+    begin = [*islice(filled, 2)]
+    if len(begin) == 2 and _is_object(begin[0]):
+        yield from lines_of(path, chain(begin, lines))
+        return
+    pieces, size = [], 0
+    for line in chain(begin, lines):
+        size += len(line)
+        if size > DOCUMENT_BYTES:
+            raise SpectuneError(
+                f"{path} is one document of more than {DOCUMENT_BYTES:,} bytes: write each record as a line of JSON"
+            )
+        pieces.append(line)
+    found = parse_json("".join(pieces), str(path), DOCUMENT_BYTES)
+    lists = [key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    key = next((key for key in _AROUND if key in lists), None)
+    if key is not None and len(lists) > 1:
+        others = ", ".join(map(repr, (name for name in lists if name != key)))
+        say(f"{path} was read from {key!r} alone; it has {others} too")
+    for number, record in enumerate([found] if key is None else found[key], start=1):
+        yield record, f"{path}, row {number}"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def list_of(path: Path, read: Callable[[int], str]) -> Rows:
+    """Yield the items of a list, of which no more is in memory than one and what was read with it.
+
+    Args:
+        path: of the file, for messages.
+        read: returns the next so many characters of it, fewer at its end.
+
+    Raises:
+        SpectuneError: it is no JSON, or an item is too large, too deep, or has a key twice.
+    """
+    text, at, lines = read(_CHUNK), 0, 1
+    at = text.index("[") + 1
+    for number in count(1):
+        where, chunk = f"{path}, row {number}", _CHUNK
+        while True:
+            begin = _skipped(text, at)
+            if number == 1 and text[begin : begin + 1] == "]":
+                end, last = begin, True
+                break
+            try:
+                _, end = _DECODER.raw_decode(text, begin)
+                end, problem = _skipped(text, end), "Expecting ',' delimiter"
+            except (ValueError, RecursionError) as error:
+                end, problem = len(text), getattr(error, "msg", "too deep")
+            if end < len(text):  # else the item may go on
+                last = text[end] == "]"
+                if last or text[end] == ",":
+                    break
+            more = read(chunk) if end - begin <= RECORD_BYTES else ""
+            if not more:
+                if end - begin > RECORD_BYTES:
+                    problem = f"it has more than {RECORD_BYTES:,} bytes: {problem}"
+                line = lines + text.count("\n", 0, begin)
+                raise SpectuneError(f"{where}, which begins in line {line}, is not valid JSON: {problem}")
+            lines += text.count("\n", 0, at)
+            text, at, chunk = text[at:] + more, 0, 2 * chunk
+        if end > begin or not last:
+            yield parse_json(text[begin:end], where), where
+        at = end + 1
+        if last:
+            break
+    while rest := text[at:] or read(_CHUNK):
+        if rest.strip():
+            raise SpectuneError(f"{path} is not valid JSON: there is more behind the list")
+        text, at = "", 0
+
+
+def _skipped(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()
