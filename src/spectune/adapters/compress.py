@@ -16,6 +16,7 @@ from spectune.layers.cores import Diagonal
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
 from spectune.spectral import singular_values, svd
+from spectune.spectral._eigh import eigh
 
 LOSSY = 0.1  # relative error above which a LoRA does not stand for the adapter that it was made of
 _NOISE = 1e-13  # relative size of an eigenvalue of a float64 Gram matrix that is rounding error
@@ -156,13 +157,13 @@ def _truncate(products: list[_Product], rank: int) -> list[_Part]:
     # this step their eigenvalues lie further apart than float64 has digits. A column or row of zeros is left out
     balance = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 0.0)
     inverse = torch.where(balance > 0, 1 / balance, 0.0)
-    D, V = torch.linalg.eigh(balance[:, :, None] * left_gram * balance[:, None])
+    D, V = eigh(balance[:, :, None] * left_gram * balance[:, None])
     # factors that are linearly dependent (two adapters of one origin, added) have eigenvalues of zero, which come out
     # as rounding and would be divided by below
     D = torch.where(_NOISE * D[:, -1:] < D, D, 0.0)
     root = D.sqrt()
     to_right = root[:, :, None] * V.mT * inverse[:, None]  # D^1/2 V^T, for R as it was
-    squares, Y = torch.linalg.eigh(to_right @ right_gram @ to_right.mT)
+    squares, Y = eigh(to_right @ right_gram @ to_right.mT)
     squares, kept = squares.clamp_min(0), Y[..., -rank:]
     to_left = balance[:, :, None] * V @ (torch.where(root > 0, 1 / root, 0.0)[:, :, None] * kept)
     singular = squares[:, -rank:].sqrt()

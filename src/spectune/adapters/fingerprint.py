@@ -26,6 +26,7 @@ _CHUNK = 1 << 20  # elements of a weight held in float64 at once: 8 MiB
 # Largest relative differences of two sketches that stand for one thing.
 SAME_WEIGHT = 1e-5  # a weight in one dtype: only the order of summation differs
 BOTH_ROUNDED = 5e-3  # its bf16 beside its fp16 values, which no longer know each other
+SAME_PACKED = 4e-3  # a weight of 4 bits, whose scales some processors round to bf16 once it has answered
 SAME_BASIS = 2e-2  # an update over singular vectors of one weight, in 16 bits at worst
 ROUNDED_BASIS = 0.2  # the same where W has fewer bits here than there: 0.5 to 8% is usual, another basis gives 100%
 
@@ -173,7 +174,8 @@ def check_weight(name: str, weight: Tensor, expected: Tensor) -> None:
     Raises:
         SpectuneError: it has not.
     """
-    if _near(_sketch(weight, None), expected[0], SAME_WEIGHT) or same_weight(sketch_weight(weight), expected):
+    tolerance = SAME_PACKED if isinstance(weight, Packed) and weight.rounds_scales else SAME_WEIGHT
+    if _near(_sketch(weight, None), expected[0], tolerance) or same_weight(sketch_weight(weight), expected):
         return
     raise SpectuneError(
         f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on; a "

@@ -16,6 +16,7 @@ from torch import Tensor
 from spectune.layers.kernels import kernels
 from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
+from spectune.speed.pieces import counted, pieces
 
 _DENSE = 100  # places of a sparse core for each entry, up to which a product with all of them is faster
 _FEW = 16  # rows, for which a band's blocks take longer to be filled than its entries to be multiplied one by one
@@ -234,7 +235,8 @@ def sparse_entries(grad: Tensor, t: Tensor, to: Tensor, of: Tensor) -> Tensor:
         return matmul(g, s.mT)[to, of]
     held = _CHUNK if t.device.type in ("cpu", "meta") else _CHUNK * _FAR
     step = max(1, held // max(1, s.shape[1]))
-    return torch.cat([(g[i] * s[j]).sum(-1) for i, j in zip(to.split(step), of.split(step), strict=True)])
+    found = torch.cat([(g[to[some]] * s[of[some]]).sum(-1) for some in pieces(len(to), step)])
+    return found if counted.get() is None else found.new_empty(len(to))
 
 
 sparse_product.register_autograd(_sparse_backward, setup_context=_save_sparse)

@@ -53,6 +53,11 @@ class Packed(Tensor):
         return self.values(self.held).detach().to(self.dtype)
 
     @property
+    def rounds_scales(self) -> bool:
+        """Whether some processors round the weight's scales to bf16 when its layer first answers."""
+        return self.values is _of_4_bits
+
+    @property
     def lend(self) -> Callable[[Tensor], Tensor]:
         """Make of the parameter this tensor again, without holding the parameter."""
         return partial(_again, self.values, self.shape, self.dtype)

@@ -85,13 +85,13 @@ def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str
         layers: its linear layers by name.
     """
     key = tuple(layers)
-    known = _found.get(model)
-    if known is None or known[0] != key:
+    known = _found.setdefault(model, {})  # a model that is shortened for a time is known in each of its lengths
+    if key not in known:
         watch = _Watch(layers)
         for part in _transformers_models(model):
             _try(part, watch)
-        _found[model] = known = key, frozenset(watch.read_past(tied_parameters(model)))
-    return set(known[1])
+        known[key] = frozenset(watch.read_past(tied_parameters(model)))
+    return set(known[key])
 
 
 class _Watch(TorchFunctionMode):

@@ -18,7 +18,7 @@ from spectune.layers.adapted import Adapted
 from spectune.layers.experts import ExpertLinear
 from spectune.layers.merged import merged_bias, merged_weight
 from spectune.layers.modules import effective_weight, is_linear, is_stored_transposed
-from spectune.layers.packed import Packed
+from spectune.layers.packed import Packed, keep_layout
 from spectune.layers.parts import tensor_of
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
@@ -363,6 +363,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             del layer.adapters[name]
         if not layer.adapters:
             give_back(layer)
+            keep_layout(layer, False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of an adapter, in W's dtype and as the layer holds W."""

@@ -21,6 +21,7 @@ from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
 from spectune.layers.experts import ExpertLinear, called_for, expert_layer, keys_of
 from spectune.layers.modules import is_stored_transposed, named_modules
+from spectune.layers.packed import keep_layout
 from spectune.layers.parts import tensor_of
 from spectune.layers.updates import Update
 from spectune.methods import Method
@@ -135,6 +136,7 @@ class SpectuneTuner(BaseTuner):
     @classmethod
     def fill(cls, model: nn.Module, adapter: str, config: Any) -> None:
         """Decompose the weights of all layers that have a new adapter at once, and give it its first values."""
+        keep_layout(model, True)
         layers = {m.adapted.adapted_as: m for m in cls._tuned(model) if m.method_of(adapter) is not None}
         methods: dict[str, Any] = {name: layer.method_of(adapter) for name, layer in layers.items()}
         inner = {name: layer.adapted for name, layer in layers.items()}

@@ -21,7 +21,6 @@ from spectune.reading import read_json
 from spectune.spectral import Request
 from spectune.storage import write_atomically
 
-_SIDE = 64  # of a layer to time the registration of a method's tensors with
 _DRAWN = 1.5e8  # random numbers a second
 # seconds for 10^9 of out * in * min(out, in) on one core of the machine of the committed benchmarks
 _STORED = {"one_sided": 0.24, "full": 0.34, "top": 0.1, "bottom": 0.15}
@@ -133,17 +132,11 @@ class Machine:
         """Return the seconds that adapting `count` weights (out x into) takes, without the cache of decompositions."""
         request = method.request()
         values = method.parameter_count(out_features, in_features)
-        seconds = self._layer(method) + values / _DRAWN + 4 * out_features * in_features / self.bandwidth
+        seconds = self.layer + values / _DRAWN + 4 * out_features * in_features / self.bandwidth
         if request is not None:
             seconds += self._decomposition(request, out_features, in_features) / self.threads
         first, each = self._basis(method, out_features, in_features)
         return count * (seconds + each) + first
-
-    def _layer(self, method: Method) -> float:
-        """Return the seconds of a layer's class and tensors, timed where a method needs no decomposition."""
-        if not self.measured or method.request() is not None or method.fit(_SIDE, _SIDE) != method:
-            return self.layer
-        return self._timed(f"layer {method!r}", lambda: probe.layer(method, _SIDE))
 
     def _decomposition(self, request: Request, out_features: int, in_features: int) -> float:
         if not self.measured:

@@ -118,9 +118,9 @@ def plan(
             if methods or "cannot take" not in str(error):
                 raise
             planner.notes.append(f"{method} is left out: {error}")
+        keep(machine)  # what has been timed by now, so that a plan that is broken off is quicker the next time
         if progress is not None:
             progress(i + 1, len(asked))
-    keep(machine)
     if limit is not None and not any(row["budget"] for row in rows):
         least = min(rows, key=lambda row: row["smallest"])
         raise SpectuneError(

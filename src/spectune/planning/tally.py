@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from spectune.planning.machine import Machine
+from spectune.speed.pieces import counted
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _ONEDNN = "mkldnn::_linear_pointwise"
@@ -42,8 +44,26 @@ class Tally(TorchDispatchMode):
         self.machine = machine
         self.seconds = self.flops = 0.0
         self.held = self.peak = self.most = 0
+        self._times = 1
         self._seen: dict[int, tuple[object, int]] = {}
         self._forgotten: dict[int, int] = {}
+
+    def __enter__(self) -> Tally:
+        self._token = counted.set(self._repeated)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        counted.reset(self._token)
+
+    @contextmanager
+    def _repeated(self, times: int) -> Iterator[None]:
+        """Count what is done within the context that many times."""
+        before, self._times = self._times, self._times * times
+        try:
+            yield
+        finally:
+            self._times = before
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,10 +80,10 @@ class Tally(TorchDispatchMode):
             self._hold(tensor.untyped_storage())
         if new or func._schema.is_mutable:  # the rest are views
             flops = _flops(func, args, kwargs, out)
-            self.flops += flops
-            self._charge(func, args, given, made, flops)
+            self.flops += flops * self._times
+            self.seconds += self._charge(func, args, given, made, flops) * self._times
         else:
-            self.seconds += self.machine.overhead
+            self.seconds += self.machine.overhead * self._times
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -76,7 +96,7 @@ class Tally(TorchDispatchMode):
         self.held += size
         self.peak = max(self.peak, self.held)
         self.most = max(self.most, self.held + sum(self._forgotten.values()))
-        self.seconds += (size if size > _MAPPED else 0) / self.machine.fresh
+        self.seconds += (size if size > _MAPPED else 0) / self.machine.fresh * self._times
 
     def _release(self, key: int) -> None:
         size = self._seen.pop(key)[1]
@@ -93,35 +113,35 @@ class Tally(TorchDispatchMode):
 
     def _charge(
         self, func: OpOverload, args: tuple[Any, ...], given: list[Tensor], made: list[Tensor], flops: float
-    ) -> None:
+    ) -> float:
+        """Return the seconds of an operation."""
         name, dtype = func._schema.name.removeprefix("aten::"), given[0].dtype if given else torch.float32
         if name == _ONEDNN:
             a, b = given[0], given[1].mT
             sides = (1, a.numel() // a.shape[-1], a.shape[-1], b.shape[-1])
-            self.seconds += self.machine.product(dtype, sides, (_transposed(a), _transposed(b)), onednn=True)
-        elif name.rstrip("_") in _PRODUCTS:
+            return self.machine.product(dtype, sides, (_transposed(a), _transposed(b)), onednn=True)
+        if name.rstrip("_") in _PRODUCTS:
             a, b = given[-2:]
             sides = (math.prod(a.shape[:-2]), a.shape[-2], a.shape[-1], b.shape[-1])
-            self.seconds += self.machine.product(dtype, sides, (_transposed(a), _transposed(b)))
-        elif "scaled_dot_product" in name:
+            return self.machine.product(dtype, sides, (_transposed(a), _transposed(b)))
+        if "scaled_dot_product" in name:
             backward = name.endswith("backward")
             query, key = given[1:3] if backward else given[:2]
             sides = (math.prod(query.shape[:2]), query.shape[2], key.shape[2], query.shape[3])
             causal = any(a is True for a in args)
-            self.seconds += self.machine.attention(dtype, sides, causal, backward)
-        elif name.startswith("spectune::"):
+            return self.machine.attention(dtype, sides, causal, backward)
+        if name.startswith("spectune::"):
             entries = max((t.numel() for t in (*given, *made) if t.dim() == 1), default=0)
-            self.seconds += self.machine.operation(func, args, entries)
-        else:
-            moved = sum(_bytes(t) for t in given) + sum(_bytes(t) for t in made)
-            if "empty" in name:
-                moved = 0
-            elif name.rstrip("_") in _PICKING:
-                moved = 3 * min(_bytes(t) for t in (*given, *made))
-            slow = max(t.numel() for t in given) if name.rstrip("_") in _SLOW else 0
-            rate = {"bernoulli": self.machine.drawn, "random": self.machine.words}.get(name.rstrip("_"))
-            arithmetic = flops / self.machine.fp32 + (made[0].numel() / rate if rate else 0.0)
-            self.seconds += max(self.machine.passing(moved, slow), arithmetic)
+            return self.machine.operation(func, args, entries)
+        moved = sum(_bytes(t) for t in given) + sum(_bytes(t) for t in made)
+        if "empty" in name:
+            moved = 0
+        elif name.rstrip("_") in _PICKING:
+            moved = 3 * min(_bytes(t) for t in (*given, *made))
+        slow = max(t.numel() for t in given) if name.rstrip("_") in _SLOW else 0
+        rate = {"bernoulli": self.machine.drawn, "random": self.machine.words}.get(name.rstrip("_"))
+        arithmetic = flops / self.machine.fp32 + (made[0].numel() / rate if rate else 0.0)
+        return max(self.machine.passing(moved, slow), arithmetic)
 
 
 def _on_meta(values: Iterable[object]) -> Iterator[Tensor]:

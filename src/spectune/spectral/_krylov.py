@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectune.spectral._eigh import eigh
+
 Product = Callable[[Tensor], Tensor]
 Measure = Callable[[Tensor], tuple[float, float]]
 
@@ -110,7 +112,7 @@ def block_krylov(
             # the first looks cost eigenvalues alone; vectors are computed once, when the trend says that it is over
             if len(seen) < 3 or to_come(seen) > tol * scale:
                 continue
-        values, vectors = torch.linalg.eigh(T[:dim, :dim])
+        values, vectors = eigh(T[:dim, :dim])
         values, vectors = values[-rank:], vectors[:, -rank:]
         residuals = torch.linalg.vector_norm(R @ vectors[old:], dim=0)
         if (measure is not None and not dry) or bool((residuals <= tol * values).all()):
@@ -137,7 +139,7 @@ def to_come(seen: list[tuple[int, float]]) -> float:
 def polish(right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate orthonormal rows V (r x n) and A V (r x m) so that the rows of the second are orthogonal, descending."""
     double = left.double()
-    rotation = torch.linalg.eigh(double @ double.mT)[1].flip(1).mT
+    rotation = eigh(double @ double.mT)[1].flip(1).mT
     return (rotation @ right.double()).to(right.dtype), (rotation @ double).to(left.dtype)
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from spectune.speed.autograd import Context
 from spectune.speed.dense import linear, matmul
+from spectune.speed.pieces import pieces
 from spectune.speed.shapes import IGNORE, STEP, switched_off
 
 if TYPE_CHECKING:
@@ -117,15 +118,14 @@ class _Chunked(torch.autograd.Function):
         held, block = (_HELD, _BLOCK) if near else (_HELD * _FAR[0], _BLOCK * _FAR[1])
         step = _even(len(hidden), held // (len(weight) * hidden.element_size()))
         at_once = max(1, block // len(weight))
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
+        for rows in pieces(len(hidden), step):
             part, target = hidden[rows], targets[rows, None]
             count = len(part)
             # oneDNN makes a kernel for each number of rows it meets: few different ones, or the first epochs are
             # compilation
             logits = linear(F.pad(part, (0, 0, 0, -count % STEP)), weight)
-            for some, wanted in zip(logits[:count].split(at_once), target.split(at_once), strict=True):
-                total += _to_gradient(some, wanted)
+            for few in pieces(count, at_once):
+                total += _to_gradient(logits[few], target[few])
             # the gradient with respect to the hidden states, before it is known what the loss is multiplied by: that is
             # one number, and the logits need not be there a second time
             if grad is not None:
