@@ -105,9 +105,9 @@ class Alone(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias) * scale
 
 
-class Bent(nn.Linear):
-    def forward(self, x):
-        return torch.relu(nn.functional.linear(x, self.weight, self.bias))
+def bent(around):
+    """Return a linear layer's class that does something else around x W^T + b, given as a function of that and x."""
+    return type("Bent", (nn.Linear,), {"forward": lambda self, x: around(lambda x: nn.Linear.forward(self, x), x)})
 
 
 def test_layers_with_a_forward_method_of_their_own():
@@ -123,8 +123,26 @@ def test_layers_with_a_forward_method_of_their_own():
     with pytest.raises(SpectuneError, match="called with scale"):
         model[0](x, 3.0)
     assert spectune.activate(model, None)[0](x, 3.0).shape == (3, 6)
-    with pytest.raises(SpectuneError, match="Bent answers otherwise"):
-        network(layer=Bent(8, 6))
+    for around in (
+        lambda linear, x: linear(x).relu(),
+        lambda linear, x: 1.05 * linear(x),
+        lambda linear, x: linear(x.clamp(-1, 1)),  # the same at small inputs
+        lambda linear, x: linear(x).clamp(-3, 3),
+    ):
+        with pytest.raises(SpectuneError, match="Bent answers otherwise"):
+            network(layer=bent(around)(8, 6))
+    rounds = bent(lambda linear, x: linear(x.to(torch.float8_e4m3fn).to(x.dtype)))  # as classes of few bits do
+    assert network(layer=rounds(8, 6))(x).shape == (3, 6)
+
+
+def test_who_wrapped_a_layer_s_forward_method_reaches_the_plain_one_when_it_is_given_back():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(3, 4)
+    before = model(x)
+    spectune.adapt(model, "lora:rank=2", modules_to_save=["1"])
+    for part in model:
+        part.forward = lambda x, inner=part.forward: inner(x)
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(spectune.detach(model)(x), before)
 
 
 def test_weights_that_are_not_there_yet():

@@ -66,3 +66,39 @@ def test_a_copy_or_a_part_that_went_is_no_loss():
     gc.collect()
     assert len(spectune.extract(copied).layers) == 2
     assert copied(torch.zeros(1, 4)).shape == (1, 4)
+
+
+def two(build=lambda: nn.Linear(4, 4), **options):
+    return spectune.adapt(nn.ModuleDict({"a": nn.Linear(4, 4), "b": build()}), "lora:rank=2", **options)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("loss", ["replaced", "swapped", "dropped"])
+def test_a_layer_that_is_still_held_elsewhere_is_missed_all_the_same(loss, copied):
+    model = copy.deepcopy(two()) if copied else two()
+    held = model["a"]
+    if loss == "replaced":
+        model["a"] = nn.Linear(4, 4)
+    elif loss == "swapped":
+        model["a"], model["b"] = model["b"], model["a"]
+    else:
+        del model["a"]
+    for ask in (spectune.extract, spectune.merge, lambda model: spectune.activate(model, None)):
+        with pytest.raises(SpectuneError, match="'a' was replaced after it was adapted"):
+            ask(model)
+    assert held is not spectune.detach(model)._modules.get("a")
+
+
+def test_a_module_that_is_brought_whole_is_missed_as_well():
+    model = two(lambda: nn.LayerNorm(4), modules_to_save=["b"])
+    assert set(spectune.extract(model).modules) == {"b"}
+    model["b"] = nn.LayerNorm(4)
+    with pytest.raises(SpectuneError, match="'b' was replaced after it was adapted"):
+        spectune.extract(model)
+
+
+def test_parts_of_a_model_and_a_model_around_it_give_what_they_have():
+    model = two()
+    around = nn.ModuleDict({"inner": model, "other": nn.Linear(4, 4)})
+    assert set(spectune.extract(around).layers) == {"inner.a", "inner.b"}
+    assert set(spectune.extract(nn.ModuleDict({"c": model["b"]})).layers) == {"c"}

@@ -204,3 +204,9 @@ def test_a_pattern_that_would_never_end_is_given_up(setting, monkeypatch):
     options |= {"layers_to_transform": 0} if setting == "layers_pattern" else {}
     with pytest.raises(SpectuneError, match="takes too long to match: write it more simply"):
         spectune.adapt(model, "lora:rank=1", **options)
+
+
+def test_a_weight_that_is_computed_is_covered(caplog):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    spectune.adapt(model, "lora:rank=2")
+    assert not [r for r in caplog.records if "covers" in r.message]

@@ -49,3 +49,17 @@ def test_a_seed_draws_the_same_and_the_next_call_another():
     torch.manual_seed(3)
     assert torch.equal(dropout(x, 0.5), first)
     assert not torch.equal(first, second)
+
+
+def test_gradients_of_gradients_and_transforms():
+    x = torch.randn(5, 7, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x, 0.4)
+    mask = (y / x).detach()
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(again, 6 * mask**3 * x.detach())
+    with torch.no_grad():
+        value, slope = torch.func.jvp(lambda x: dropout(x, 0.4), (x.detach(),), (torch.ones(5, 7),))
+    torch.testing.assert_close(value, slope * x.detach())
+    assert 0 < (value == 0).sum() < value.numel()

@@ -97,11 +97,17 @@ class Adapted(Stored):
             return self._called(*(() if input is None else (input,)), *more, **named)
         if torch.compiler.is_compiling():
             return self._compiled(input)
-        if self.fused is not None:
+        try:
+            fused = self.fused
+        except AttributeError:  # who wrapped this method while the layer was adapted calls it for the plain one too
+            if isinstance(self, Adapted):
+                raise
+            return type(self).forward(self, input)  # type: ignore[unreachable]
+        if fused is not None:
             scope = self.selection.scope()
             apart = isinstance(scope.choice, Rows) and not scope.choice.alike
             apart = apart or (learns() and not torch.is_grad_enabled())
-            y = self.fused.answer(scope, None if apart else self.parts(scope), input)
+            y = fused.answer(scope, None if apart else self.parts(scope), input)
             if y is not None:
                 return y
         if torch.is_grad_enabled():
@@ -436,6 +442,10 @@ class Adapted(Stored):
         replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
         replica.fused, replica.weight_values = None, WeightValues()
         return replica
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.selection.note(self, self.adapted_as)  # which knows of no part when it is a copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from

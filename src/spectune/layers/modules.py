@@ -23,6 +23,9 @@ from spectune.layers.parts import PartLinear, tensor_of
 from spectune.layers.projections import projection_layers, projections
 from spectune.layers.values import PLAIN
 
+OF_ADAPTERS = ("adapters", "bases")  # what an adapted layer or module holds beside its own
+_LARGE = 64.0  # times what a layer is tried with
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer."""
@@ -31,7 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_another_function(layer: nn.Module) -> bool:
-    """Whether a layer whose class has a forward method of its own answers otherwise than x W^T + b, as two x show.
+    """Whether a layer whose class has a forward method of its own answers otherwise than x W^T + b, as some x show.
 
     Args:
         layer: one that `is_linear`, and not adapted.
@@ -42,16 +45,21 @@ def is_another_function(layer: nn.Module) -> bool:
         return False
     weight, bias = effective_weight(layer), layer._parameters.get("bias")
     x = torch.linspace(-1, 1, 2 * weight.shape[1]).reshape(2, -1).to(weight.device, weight.dtype)
-    try:
-        answer, expected = layer.forward(x), F.linear(x, weight, bias)
-    except TypeError:
-        return False  # it takes more than an input
-    except (RuntimeError, ValueError):
-        return True
-    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
-        return True
-    off = (answer - expected).abs().max().nan_to_num()
-    return bool(off > 0.1 * expected.abs().max())
+    for size in (1, _LARGE):  # what is cut off shows at large ones alone
+        try:
+            answer, expected = layer.forward(size * x), F.linear(size * x, weight, bias)
+        except TypeError:
+            return False  # it takes more than an input
+        except (RuntimeError, ValueError):
+            return True
+        if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+            return True
+        answer, expected = answer.double().nan_to_num(), expected.double().nan_to_num()
+        # classes that compute in few bits are off by some percent here and there, and not all the same way
+        along, length = (answer * expected).sum(), expected.square().sum()
+        if (answer - expected).abs().max() > 0.1 * expected.abs().max() or (along - length).abs() > 0.03 * length:
+            return True
+    return False
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -139,14 +147,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module's children with their names in the base, in which wrappers have no part.
 
-    What lies in a wrapper beside the module that it wraps, PEFT's own factors among it, is passed over.
+    What lies in a wrapper beside the module that it wraps, PEFT's own factors among it, is passed over, and so is what
+    adapters have in a layer or module.
     """
     wrapped = wrapped_in(module)
     if wrapped is not None:
         yield name, module._modules[wrapped]  # type: ignore[misc]
         return
+    adapted = "adapted_as" in vars(module)
     for key, child in module._modules.items():
-        if child is not None:
+        if child is not None and not (adapted and key in OF_ADAPTERS):
             yield f"{name}.{key}" if name else key, child
 
 

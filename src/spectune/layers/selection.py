@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock, current_thread
@@ -208,17 +208,39 @@ class Selection:
     def joined_by(self, layer: nn.Module, name: str) -> None:
         """Take note of a layer that shares it."""
         self.users += 1
-        self._layers[id(layer), name] = ref(layer), _shape(layer)
+        self.note(layer, name)
+
+    def note(self, part: nn.Module, name: str, *, shaped: bool = True) -> None:
+        """Remember a part of the model by its name, so that it is missed when another takes its place.
+
+        Args:
+            part: a layer, or a module that adapters bring whole.
+            name: its name.
+            shaped: its weight is to keep its shape.
+        """
+        self._layers[id(part), name] = ref(part), _shape(part) if shaped else None
 
     def left_by(self, layer: nn.Module) -> None:
         """Forget a layer, which is plain again."""
         self.users -= 1
-        self._layers.pop((id(layer), vars(layer)["adapted_as"]), None)
+        self.forget(layer)
 
-    def lost(self) -> list[str]:
-        """Return the names of layers that something else took the place of, or whose W has another shape now."""
-        there = [(name, layer(), shape) for (_, name), (layer, shape) in self._layers.items()]
-        return [name for name, layer, shape in there if layer is None or _shape(layer) not in (shape, None)]
+    def forget(self, part: nn.Module) -> None:
+        """Miss a part no more."""
+        self._layers.pop((id(part), vars(part)["adapted_as"]), None)
+
+    def lost(self, there: Mapping[str, Any] | None = None) -> list[str]:
+        """Return the names of parts that something else took the place of, or whose W has another shape now.
+
+        Args:
+            there: the parts that a model has, by their names in it; None looks at the parts alone.
+        """
+        known = [(name, part(), shape) for (_, name), (part, shape) in self._layers.items()]
+        found = [n for n, part, shape in known if part is None or (shape and _shape(part) not in (shape, None))]
+        # of a part of the model, and of a model around it, nobody knows what should be there
+        if there is not None and {vars(part)["adapted_as"] for part in there.values()} == there.keys():
+            found += [n for n, part, _ in known if part is not None and there.get(n) is not part]
+        return found
 
     def forget_lost(self) -> None:
         """Forget the layers that are gone."""

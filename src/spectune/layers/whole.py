@@ -61,8 +61,11 @@ class Whole(Stored):
     adapters: nn.ModuleDict
     selection: Selection
     plain_class: type[nn.Module]
+    adapted_as: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Whole):  # who wrapped this method while it was one calls it for the plain module too
+            return type(self).forward(self, *args, **kwargs)  # type: ignore[unreachable]
         learning = torch.is_grad_enabled()
         scope = self.selection.scope_with_gradients() if learning else self.selection.scope()
         y = self._chosen(scope.choice, args, kwargs)
@@ -177,6 +180,10 @@ class Whole(Stored):
         replica.selection = self.selection.of_this_thread()  # in a thread without the caller's context
         return replica
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.selection.note(self, self.adapted_as, shaped=False)  # which knows of no part when it is a copy
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
         return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
@@ -227,10 +234,8 @@ def _visit(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple
     seen.add(module)
     if isinstance(module, Whole):
         yield name, module
-    adapters = module._modules.get("adapters") if hasattr(module, "plain_class") else None
     for inner, child in children_of(module, name):
-        if child is not adapters:
-            yield from _visit(child, inner, seen)
+        yield from _visit(child, inner, seen)
 
 
 @cache
@@ -242,17 +247,20 @@ def whole_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(name, (Whole, kind), members)
 
 
-def take_over_whole(module: nn.Module, selection: Selection) -> Whole:
+def take_over_whole(module: nn.Module, name: str, selection: Selection) -> Whole:
     """Make a module one that adapters may bring whole, in place, without touching its tensors."""
     change_class(module, whole_class(type(module)))
     module.adapters = nn.ModuleDict()
     module.selection = selection  # type: ignore[assignment]
+    module.adapted_as = name  # type: ignore[assignment]
+    selection.note(module, name, shaped=False)
     return module  # type: ignore[return-value]
 
 
 def give_back_whole(module: Whole) -> None:
     """Make a module the plain one it was."""
-    del module.adapters, module.selection
+    module.selection.forget(module)
+    del module.adapters, module.selection, module.adapted_as
     change_class(module, without(type(module), whole_class))
 
 

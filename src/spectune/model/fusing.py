@@ -22,6 +22,7 @@ from spectune.layers.fused import Fused, InPlace, whole_weight
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
 from spectune.layers.shards import is_part
+from spectune.layers.whole import parts_of
 from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
 
@@ -51,7 +52,7 @@ def fused(model: M, *, where: str = "beside") -> Iterator[M]:
     if where not in _PLACES:
         raise SpectuneError(f"where must be 'beside' or 'inplace', not {where!r}")
     layers = adapted_layers(model)
-    check_some_adapter(layers)
+    check_some_adapter(parts_of(model))
     if any(layer.training for layer in layers.values()):
         raise SpectuneError(
             "fused answers as the model does when it is asked, and it is in training mode: eval() first"

@@ -21,7 +21,7 @@ from spectune.layers.parts import PartLinear
 from spectune.layers.projections import ProjectionLinear
 from spectune.layers.shards import is_part, whole
 from spectune.layers.taking import give_back
-from spectune.layers.whole import Whole, give_back_whole, whole_modules
+from spectune.layers.whole import Whole, give_back_whole, parts_of, whole_modules
 from spectune.methods import Method
 from spectune.methods.bias import Bias
 from spectune.methods.head import Head
@@ -46,7 +46,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     """
     check_known_on(model, name)
     check_own_weights(adapted_layers(model))
-    check_not_replaced(adapted_layers(model))
+    check_not_replaced(parts_of(model))
     layers: dict[str, LayerUpdate] = {}
     modules: dict[str, WholeTerm] = {}
     for layer_name, layer in adapted_layers(model).items():

@@ -97,7 +97,7 @@ def merge(
         SpectuneError: no such adapter is on the model, or a layer's weight cannot hold the sum; nothing is changed.
     """
     layers, modules = adapted_layers(model), whole_modules(model)
-    check_some_adapter(layers)
+    check_some_adapter({**layers, **modules})
     check_own_weights(layers)
     if names is not None and not isinstance(names, (str, Mapping)):
         names = dict.fromkeys(names, 1.0)
@@ -259,7 +259,7 @@ def unmerge(model: M) -> M:
         del vars(module)[_RECORD]
         if record.fresh is not None:
             setattr(module, FRESH, record.fresh)
-        take_over_whole(module, record.selection).adapters = record.adapters
+        take_over_whole(module, record.name, record.selection).adapters = record.adapters
     keep_layout(model, True)
     watch_saving(model)
     for part in transformers_models(model):

@@ -38,16 +38,20 @@ def names_on(layers: Mapping[str, Part]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
 
 
-def check_some_adapter(layers: Mapping[str, Part]) -> None:
-    if not layers:
+def check_some_adapter(parts: Mapping[str, Part]) -> None:
+    if not parts:
         raise SpectuneError("the model has no adapter: call spectune.adapt or spectune.attach first")
-    check_not_replaced(layers)
+    check_not_replaced(parts)
 
 
-def check_not_replaced(layers: Mapping[str, Part]) -> None:
-    """Raise where a layer that was adapted is gone, as the output embedding is after resize_token_embeddings."""
-    for selection in {layer.selection for layer in layers.values()}:
-        for name in selection.lost():
+def check_not_replaced(parts: Mapping[str, Part]) -> None:
+    """Raise where a part that was adapted is gone, as the output embedding is after resize_token_embeddings.
+
+    Args:
+        parts: all of a model's, by name.
+    """
+    for selection in {part.selection for part in parts.values()}:
+        for name in selection.lost(parts):
             raise SpectuneError(replaced(name))
 
 

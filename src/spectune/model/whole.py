@@ -132,7 +132,7 @@ def put(model: nn.Module, values: Mapping[str, Values], name: str, selection: Se
     """Put an adapter's own versions of modules on a model."""
     for module_name, own in values.items():
         module = find_module(model, module_name)
-        taken = module if isinstance(module, Whole) else take_over_whole(module, selection)
+        taken = module if isinstance(module, Whole) else take_over_whole(module, module_name, selection)
         taken.adapters[name] = own.train(module.training)
     _tie(model, name)
 
@@ -260,7 +260,7 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:
     brought = set(names)
     found: list[str] = []
     for name, module in named_modules(model):
-        inside = {n for n in _owners(name, module) if ".adapters." not in f".{n}."}
+        inside = set(_owners(name, module))
         if name and inside and inside <= brought and not any(name.startswith(f"{outer}.") for outer in found):
             found.append(name)
     return found
@@ -390,8 +390,8 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], regex: bool) -> li
 
 def _owners(name: str, module: nn.Module) -> list[str]:
     """Return the modules at and below one that own parameters or statistics."""
-    inner = [(n, m) for n, m in module.named_modules() if any(p is not None for p in m._parameters.values())]
-    return [".".join(filter(None, (name, n))) for n, _ in inner]
+    inner = [n for n, m in named_modules(module) if any(p is not None for p in m._parameters.values())]
+    return [".".join(filter(None, (name, n))) for n in inner]
 
 
 def _rows(name: str, module: nn.Module, rows: Sequence[int]) -> list[int]:

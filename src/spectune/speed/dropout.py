@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from spectune.private import is_transformed
 from spectune.speed.autograd import Context
 from spectune.speed.recompute_cache import current_cache
 
@@ -22,7 +22,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         x: of any shape.
         p: from 0 to 1.
     """
-    if x.device.type not in ("cpu", "meta") or p >= 1 or torch.compiler.is_compiling():
+    if x.device.type not in ("cpu", "meta") or p >= 1 or torch.compiler.is_compiling() or is_transformed():
         return F.dropout(x, p)
     if (cache := current_cache()) is not None:
         cache.materialize()
@@ -44,7 +44,6 @@ class _Dropout(torch.autograd.Function):
         return _masked(x, kept, ctx.scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: _DropoutContext, *grads: Tensor) -> tuple[Tensor, None]:
         return _masked(grads[0], ctx.saved_tensors[0], ctx.scale), None
 

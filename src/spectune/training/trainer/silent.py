@@ -73,8 +73,8 @@ def check_gradients(model: nn.Module, calls: Calls | None = None, on_silent: OnS
         SpectuneError: the step gave a gradient to no layer; a layer was replaced after it was adapted; or it was never
             called, or never with gradients, and nothing like it was.
     """
-    check_not_replaced(adapted_layers(model))
-    parts = {name: part for name, part in parts_of(model).items() if _trained(part)}
+    check_not_replaced(there := parts_of(model))
+    parts = {name: part for name, part in there.items() if _trained(part)}
     silent = [name for name, part in parts.items() if any(p.grad is None for p in _trained(part))]
     if not silent:
         return
