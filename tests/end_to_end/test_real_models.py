@@ -14,7 +14,7 @@ from spectune.bases import sources
 from spectune.cli import app
 from spectune.layers.adapted import adapted_layers
 
-METHODS = [("svf", "2e-2"), ("pissa:rank=16", "2e-3")]
+METHODS = [("svf", "2e-2"), pytest.param("pissa:rank=16", "2e-3", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("method", "lr"), METHODS)
