@@ -14,7 +14,8 @@ class SpectuneError(ValueError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` for the known names closest to `name`, or the empty string."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.4)
+    names = {each.casefold(): each for each in known}
+    close = [names[each] for each in difflib.get_close_matches(name.casefold(), names, n=count, cutoff=0.4)]
     return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
+from spectune.reading import reason
 from spectune.serving.answers import Answer, ChatAnswer, CompletionAnswer, failure
 from spectune.serving.asking import Asked, Reader, weights_of
 from spectune.serving.engine import Busy, Closing, Engine, Event, Job, TooSlow
@@ -156,11 +157,14 @@ class Service:
         shelf.check_name(name)
         if not body.load_inplace:
             shelf.check_free(name)
-        if not Path(body.lora_path).is_dir():
+        if not os.path.isdir(body.lora_path):  # Path's raises where a name is too long, or a folder closed
             raise Refused(f"there is no adapter's folder {body.lora_path[:200]!r} on the server", "lora_path")
         read = partial(Adapter.load, body.lora_path)
         version = Version(name, body.lora_path, read)
-        await asyncio.wrap_future(self.engine.load(version, read, replace=body.load_inplace))
+        try:
+            await asyncio.wrap_future(self.engine.load(version, read, replace=body.load_inplace))
+        except OSError as error:
+            raise Refused(f"the adapter {name!r} cannot be read: {reason(error)}", "lora_path") from None
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:

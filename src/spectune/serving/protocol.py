@@ -227,6 +227,8 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
                 raise Refused(f"{where} has a part without text", "messages")
         if content is not None and not isinstance(content, (str, list)):
             raise Refused(f"the content of {where} must be a text or a list of parts", "messages")
+        if content is None and message["role"] != "assistant":
+            raise Refused(f"{where} has no content", "messages")
         role = "system" if message["role"] == "developer" else message["role"]
         found.append({**message, "role": role})
     return found

@@ -123,7 +123,7 @@ class Shelf:
         if not _NAME.fullmatch(name) or name in (*self.base_names, AUTO):
             raise SpectuneError(
                 f"{name[:80]!r} cannot be an adapter's name here; use letters, digits, '-', '_', '.' and '/', and no "
-                f"name that means the base ({', '.join(self.base_names)}) or {AUTO!r}"
+                f"name that means the base ({', '.join(dict.fromkeys(self.base_names))}) or {AUTO!r}"
             )
 
     def check_free(self, name: str) -> None:
@@ -299,6 +299,8 @@ class Shelf:
         found: dict[str, float] = {}
         for part in model.split("+"):
             name, colon, weight = part.strip().partition(":")
+            if not name:
+                raise SpectuneError(f"{model[:200]!r} lacks a name; a mixture is written pirate:0.7+chef:0.3")
             if name in found:
                 raise SpectuneError(f"{name[:80]!r} is named twice in {model[:200]!r}; give it one weight")
             if name not in known and name not in self.base_names:
@@ -307,14 +309,18 @@ class Shelf:
         return {name: weight for name, weight in found.items() if name not in self.base_names}
 
 
+_NUMBER = re.compile(r"\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?\s*")  # float() takes 1_0 and other digits too
+
+
 def weight_of(name: str, value: Any) -> float:
     """Return an adapter's weight.
 
     Raises:
         SpectuneError: it is no finite number.
     """
+    plain = not isinstance(value, bool) and (not isinstance(value, str) or _NUMBER.fullmatch(value))
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)
+        weight = float(value) if plain else math.nan
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not math.isfinite(weight) or abs(weight) > 1e6:
