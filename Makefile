@@ -64,11 +64,13 @@ test-ecosystem: .venv/installed
 # every method's adapter through vLLM, in an environment of its own: needs a package registry
 test-vllm: .venv/installed
 	$(BIN)/python tests/vllm_plugin/suite/run.py --many 2000
+	$(BIN)/python -W ignore tests/engines/engines_page.py
 
 # exported adapters in llama.cpp and mlx_lm, each in an environment of its own: needs a package registry
 test-engines: .venv/installed
 	$(BIN)/python -W ignore tests/engines/run_llama_cpp.py
 	$(BIN)/python -W ignore tests/engines/run_mlx.py
+	$(BIN)/python -W ignore tests/engines/engines_page.py
 
 test-portable: .venv/installed
 	$(BIN)/python tests/portable.py

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -51,40 +50,9 @@ def main() -> None:
     command = [args.python or str(environment()), "-W", "ignore", str(HERE / "serve.py"), *others]
     code = subprocess.run(command, env={**os.environ, **settings}).returncode
     if not code and table.exists():
-        (ROOT / "docs" / "engines.md").write_text(page(json.loads(table.read_text(encoding="utf-8"))), encoding="utf-8")
+        found = {**json.loads(table.read_text(encoding="utf-8")), "vllm": VLLM}
+        table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.exit(code)
-
-
-def page(table: dict[str, Any]) -> str:
-    """Return docs/engines.md."""
-    ways = {"core": "as it is: a core over one basis", "lora": "as the LoRA that it is"}
-    rows = []
-    for name, told in table["served"].items():
-        if name == "base":
-            continue
-        way = ways["core" if table["core_only"].get(name) else "lora"]
-        said = f"{way}; equal tokens" if told == "equal" else told.replace("SpectuneError: ", "")
-        rows.append(f"| `{table['methods'][name]}` | {said} |")
-    many = table.get("many")
-    lines = [
-        "# Engines",
-        "",
-        "What the adapter of each method is in other engines. Written by `make test-vllm` from what was answered:",
-        "greedy tokens of a random Llama in float32, all adapters and the base in one batch, beside `generate` "
-        f"({VLLM.replace('==', ' ')}).",
-        "",
-        "| method | vLLM with [the plug-in](vllm.md) |",
-        "|---|---|",
-        *rows,
-    ]
-    if many:
-        lines += [
-            "",
-            f"{many['loaded']:,} SVF adapters were loaded at once, {many['values_an_adapter']:,} values each, at "
-            f"{many['bytes_an_adapter']:,} bytes of memory each; those that were asked answered as `generate` does.",
-        ]
-    lines += ["", "DoRA and whole modules go as a merged model (`spectune export --format merged`) everywhere.", ""]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
