@@ -143,13 +143,13 @@ def page(methods: Iterable[str] = METHODS) -> str:
     ]
     if many := vllm.get("many"):
         lines += [
-            f"{many['loaded']:,} SVF adapters were loaded into vLLM at once, {many['values_an_adapter']:,} values each,",
+            f"{many['loaded']:,} SVF adapters were loaded into vLLM, {many['values_an_adapter']:,} values each,",
             f"at {many['bytes_an_adapter']:,} bytes of memory each; those that were asked answered as `generate` does.",
             "",
         ]
     lines += [
-        "vLLM takes ranks of up to 512, so an exact LoRA of SVF or SVFT fits layers of up to that width there. Every",
-        "method, and modules that are trained whole, go everywhere as a merged model: `spectune export --format merged`.",
+        "vLLM takes ranks of up to 512: an exact LoRA of SVF or SVFT fits layers of up to that width there. Every",
+        "method, and modules trained whole, go everywhere as a merged model: `spectune export --format merged`.",
         "",
     ]
     return "\n".join(lines)
