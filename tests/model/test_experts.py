@@ -10,7 +10,7 @@ import transformers as tf
 
 import spectune
 import tiny
-from spectune import Adapter, LoRA
+from spectune import SVF, Adapter, LoRA
 from spectune.layers.adapted import adapted_layers
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.speed.checkpointing import checkpoint_activations
@@ -286,3 +286,9 @@ def test_what_is_not_known_of_experts_is_refused_by_name():
         spectune.adapt(torch.nn.ModuleDict({"e": unknown, "l": torch.nn.Linear(2, 2)}), "lora:rank=2", ["up_proj"])
     with pytest.raises(ValueError, match="would be adapted and have rows or tensors of its own"):
         spectune.adapt(made("mixtral"), "lora:rank=2", modules_to_save=["model.layers.0.mlp.experts"])
+
+
+def test_the_name_of_a_module_of_experts_stands_for_them():
+    model = spectune.adapt(tiny.mixtral(), targets={"experts": LoRA(1), "q_proj": SVF()})
+    names = list(adapted_layers(model))
+    assert sum(".experts." in name for name in names) == len(names) - len(model.model.layers)

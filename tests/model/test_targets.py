@@ -77,12 +77,11 @@ def test_what_is_excluded_stays_out_of_overrides(model):
     assert chosen["model.layers.1.self_attn.q_proj"] == LoRA()
 
 
-def test_layers_that_torch_may_read_without_calling_are_left_out():
+def test_torchs_own_attention_and_encoders_are_linear_layers_too():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.MultiheadAttention(8, 2), nn.Linear(8, 2))
-    with pytest.warns(UserWarning, match=r"left out of 'all-linear': '0.self_attn.out_proj'|'\*.self_attn"):
-        assert names(model, SVF()) == ["2"]
-    with pytest.raises(ValueError, match=r"no effect on .*out_proj', because torch's own attention"):
-        names(model, SVF(), ["out_proj"])
+    inside = ["0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1", "0.linear2", "1.in_proj", "1.out_proj", "2"]
+    assert names(model, SVF()) == inside
+    assert names(model, SVF(), ["self_attn"]) == inside[:2]
 
 
 class Grouped(nn.Linear):

@@ -9,6 +9,7 @@ import torch
 from spectune.adapters.contents import Contents
 from spectune.adapters.terms import LayerUpdate, lora_term
 from spectune.errors import SpectuneError
+from spectune.layers.attention import IN
 from spectune.methods.lora import LoRA
 
 
@@ -41,7 +42,7 @@ def _one(parts: dict[str, LayerUpdate]) -> LayerUpdate:
         (term,) = layer.terms
         rows, method = layer.rows, term.method
         assert rows is not None
-        if not isinstance(method, LoRA):
+        if not isinstance(method, LoRA) or layer.kind == IN:
             raise SpectuneError(
                 f"{name!r} is a part of a fused layer, which formats of others know as one, and has {method.name}: "
                 "save it with adapter.save(folder), or merge it into the model"

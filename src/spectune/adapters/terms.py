@@ -15,13 +15,13 @@ from torch.utils.weak import TensorWeakRef
 from spectune.adapters import fingerprint
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base
+from spectune.layers.kinds import LINEAR
 from spectune.layers.projections import Rows
 from spectune.layers.shards import whole
 from spectune.methods import Method
 from spectune.methods.head import Head
 from spectune.methods.lora import LoRA
 
-LINEAR = "linear"
 _TURNED = 0.1  # part of a basis that may come out otherwise elsewhere, beyond which it is stored with the adapter
 
 

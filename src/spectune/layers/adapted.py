@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import blank, made_of
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
 from spectune.layers.fused import Fused
@@ -446,10 +445,6 @@ class Adapted(Stored):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.selection.note(self, self.adapted_as)  # which knows of no part when it is a copy
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: copies and pickles name the one that it was made from
-        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 
 
 _FORWARD = Adapted.forward.__code__

@@ -53,3 +53,10 @@ def _made(makers: Sequence[Maker], kind: Kind) -> Kind:
     for maker in reversed(makers):
         kind = maker(kind)
     return kind
+
+
+class Remade:
+    """Mixed into classes that are made at run time: copies and pickles name the one that a class was made from."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]

@@ -16,16 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.parts import Owner, PartLinear, be_owner, be_plain, tensor_of
+from spectune.layers.parts import KIND, Owner, PartLinear, be_owner, be_plain, tensor_of
 from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
 _GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__)
-_KIND = (
-    *("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "size", "dim", "stride", "numel"),
-    *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point", "__len__"),
-)  # what is asked of a tensor without a look at its values
 
 
 class ExpertLinear(PartLinear):
@@ -212,7 +208,7 @@ class StandIn:
         self._experts, self._key, self._index, self._flipped = experts, key, index, flipped
 
     def __getattr__(self, name: str) -> Any:
-        if name in _KIND:
+        if name in KIND:
             held = tensor_of(self._experts, self._key)
             held = held if self._index is None else held[self._index]
             return getattr(held.mT if self._flipped else held, name)

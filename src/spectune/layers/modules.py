@@ -16,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.attention import IN, InProjection, find_in_projection, in_projections
 from spectune.layers.experts import expert_layers, find_expert
-from spectune.layers.kinds import kind_of
+from spectune.layers.kinds import LINEAR, kind_of
 from spectune.layers.packed import is_packed, packed_weight
 from spectune.layers.parts import PartLinear, tensor_of
 from spectune.layers.projections import projection_layers, projections
@@ -65,6 +66,13 @@ def is_another_function(layer: nn.Module) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a layer is a Conv1D, whose weight is stored (in x out)."""
     return isinstance(module, Conv1D)
+
+
+def described(layer: nn.Module) -> tuple[str, tuple[int, ...]]:
+    """Return the name of a layer's kind, and the axes of its kernel, as adapters' files have them."""
+    if (kind := kind_of(layer)) is not None:
+        return kind.name, kind.kernel(layer)
+    return (IN if isinstance(layer, InProjection) else LINEAR), ()
 
 
 def is_stored_transposed(layer: nn.Module) -> bool:
@@ -208,9 +216,12 @@ def _find_part(model: nn.Module, name: str) -> PartLinear | None:
         return expert
     fused, _, key = name.rpartition(".")
     try:
-        around = unwrapped(modules_around(model, fused)[-1])
-    except (AttributeError, IndexError):
+        around = unwrapped(modules_around(model, fused)[-1] if fused else model)
+        owner = _child(around, fused.rpartition(".")[2]) if fused else around
+    except AttributeError:
         return None
+    if (projection := find_in_projection(unwrapped(owner), key)) is not None or not fused:
+        return projection
     fused = fused.rpartition(".")[2]
     return projection_layers(around, fused)[key] if key in projections(around, fused) else None
 
@@ -237,7 +248,8 @@ def linear_layers(model: nn.Module, *, split: bool = False, others: bool = False
         elif is_linear(module) or (others and kind_of(module) is not None):
             found[name] = module
         else:
-            found |= {f"{name}.{inner}" if name else inner: layer for inner, layer in expert_layers(module)}
+            inside = [*in_projections(module, split=split).items(), *expert_layers(module)]
+            found |= {f"{name}.{inner}" if name else inner: layer for inner, layer in inside}
     return found
 
 

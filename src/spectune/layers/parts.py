@@ -9,8 +9,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from spectune.layers.classes import blank, change_class, made_of, without
+from spectune.layers.classes import change_class, without
 from spectune.layers.stored import Stored
+
+KIND = (
+    *("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "size", "dim", "stride", "numel"),
+    *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point", "__len__"),
+)  # what is asked of a tensor without a look at its values
 
 
 class PartLinear(nn.Linear):
@@ -95,10 +100,6 @@ class Owner(Stored):
 
     def adapters_keys(self, prefix: str) -> list[str]:
         return [key for inner, layer in self.adapted_parts() for key in layer.adapters_keys(f"{prefix}{inner}.")]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: copies and pickles name the one that it was made from
-        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
 
 
 def be_owner(module: nn.Module, maker: Any) -> None:

@@ -58,16 +58,15 @@ class ProjectionLinear(PartLinear):
         fused: the fused layer, its owner.
         name: of the projection in it.
         rows: of the fused W that are its own.
+        key: the name of that W.
     """
 
     name: Any
     rows: Any
 
-    def __init__(self, fused: nn.Module, name: str, rows: Rows) -> None:
+    def __init__(self, fused: nn.Module, name: str, rows: Rows, key: str = "weight") -> None:
         conv1d = isinstance(fused, Conv1D)
-        super().__init__(
-            fused, "weight", (rows.size * rows.groups, tensor_of(fused, "weight").shape[0 if conv1d else 1])
-        )
+        super().__init__(fused, key, (rows.size * rows.groups, tensor_of(fused, key).shape[0 if conv1d else 1]))
         vars(self).update(name=name, rows=rows)
 
     @property
@@ -107,23 +106,23 @@ class FusedLinear(Owner):
         if more or named or not (torch.compiler.is_compiling() or self.asked()):
             return super().forward(input, *more, **named)
         adapted = dict(self.adapted_parts())
-        places = _places(part.rows for part in adapted.values())
-        groups = places[0].groups
+        there = places(part.rows for part in adapted.values())
+        groups = there[0].groups
         plain = tensor_of(self, "weight")
         plain = plain.mT if isinstance(self, Conv1D) else plain
         answers = []
-        for rows in places:
+        for rows in there:
             layer = next((part for part in adapted.values() if part.rows == rows), None)
             answers.append(F.linear(input, rows.of(plain)) if layer is None else layer(input))
         if groups > 1:
-            answers = [y.unflatten(-1, (groups, rows.size)) for y, rows in zip(answers, places, strict=True)]
+            answers = [y.unflatten(-1, (groups, rows.size)) for y, rows in zip(answers, there, strict=True)]
         y = torch.cat(answers, -1)
         y = y.flatten(-2) if groups > 1 else y
         bias: Any = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
 
-def _places(adapted: Iterable[Rows]) -> list[Rows]:
+def places(adapted: Iterable[Rows]) -> list[Rows]:
     """Return all rows of a fused layer in order, given those of adapted parts: these, and what lies between them."""
     own = sorted(adapted)
     period, groups = own[0].period, own[0].groups

@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.classes import Remade
 from spectune.layers.shards import is_part
 
 MARK = "adapters.merged"  # the tensor beside a weight that says that it is W' here
@@ -29,7 +30,7 @@ Form = Literal["beside", "merged", "both"]
 _wanted: ContextVar[Form | None] = ContextVar("spectune_state", default=None)
 
 
-class Stored(nn.Module):
+class Stored(Remade, nn.Module):
     """Mixed into adapted layers and modules that adapters bring whole."""
 
     def merged(self, name: str) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
-from spectune.layers.classes import blank, change_class, made_of, without
+from spectune.layers.attention import reads_children
+from spectune.layers.classes import change_class, without
 from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import children_of, is_linear
@@ -141,7 +142,7 @@ class Whole(Stored):
         children = {
             key: child.version(kept) if (kept := tuple((n, w) for n, w in weights if n in child.adapters)) else child
             for key, child in self._modules.items()
-            if isinstance(child, Whole) and _reads_children(self)
+            if isinstance(child, Whole) and reads_children(self)
         }
         return shallow(self, self.plain_class, self.mixed(weights), modules=children)
 
@@ -183,10 +184,6 @@ class Whole(Stored):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.selection.note(self, self.adapted_as, shaped=False)  # which knows of no part when it is a copy
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: copies and pickles name the one that it was made from
-        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 
 
 def held_by(module: nn.Module, key: str) -> Tensor | None:
@@ -262,11 +259,6 @@ def give_back_whole(module: Whole) -> None:
     module.selection.forget(module)
     del module.adapters, module.selection, module.adapted_as
     change_class(module, without(type(module), whole_class))
-
-
-def _reads_children(module: nn.Module) -> bool:
-    """Whether a module reads the weights of its children without calling them."""
-    return isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
 
 
 def _is_one(weight: Any) -> bool:

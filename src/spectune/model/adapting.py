@@ -11,11 +11,10 @@ import torch
 import torch.nn as nn
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.terms import LINEAR, Term, WholeTerm, unchecked
+from spectune.adapters.terms import Term, WholeTerm, unchecked
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.layers.kinds import kind_of
-from spectune.layers.modules import effective_weight, find_linear
+from spectune.layers.modules import described, effective_weight, find_linear
 from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
@@ -192,8 +191,7 @@ def prepare_attach(
                 f"the adapter's {layer_name!r} is other rows of the fused layer than the model's: {list(rows)} in the "
                 f"adapter, {list(getattr(layer, 'rows', []))} in the model"
             )
-        kind = kind_of(layer)
-        ours = (LINEAR, ()) if kind is None else (kind.name, kind.kernel(layer))
+        ours = described(layer)
         theirs = adapter.layers[layer_name].kind, adapter.layers[layer_name].kernel
         if ours != theirs:
             raise SpectuneError(

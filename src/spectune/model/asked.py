@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from spectune.layers.attention import reads_children
 from spectune.layers.modules import stored_weight, tied_parameters
 from spectune.layers.packed import kept_layout
 from spectune.layers.reads import reader_of, takes_values
@@ -131,7 +132,7 @@ class _Watch(TorchFunctionMode):
                     reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
                     if reader is None:
                         self.asked.add(name)
-                    elif all(held is not weight for held in reader._parameters.values()):
+                    elif not reads_children(reader) and all(held is not weight for held in reader._parameters.values()):
                         self.past.add(name)
         return result
 

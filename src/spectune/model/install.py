@@ -15,6 +15,7 @@ from spectune.adapters import fingerprint
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.attention import see_to_attention
 from spectune.layers.kinds import kind_of
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
@@ -118,6 +119,7 @@ def put_on(model: nn.Module, ready: Prepared) -> None:
         for key, basis in ready.bases[layer_name].items():
             adapted.bases[key] = basis
         adapted.adapters[ready.name] = nn.ModuleList(updates).train(layer.training)
+    see_to_attention(model)
     choose(adapted_layers(model).values(), {ready.name: 1.0})
 
 

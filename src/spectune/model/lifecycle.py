@@ -13,9 +13,10 @@ from torch import Tensor
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Lent, Term, WholeTerm
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.attention import see_to_attention
 from spectune.layers.experts import ExpertLinear
 from spectune.layers.kinds import kind_of
-from spectune.layers.modules import effective_weight, is_stored_transposed, stored_weight, unwrapped
+from spectune.layers.modules import described, effective_weight, is_stored_transposed, stored_weight, unwrapped
 from spectune.layers.packed import Packed, keep_layout
 from spectune.layers.parts import PartLinear
 from spectune.layers.projections import ProjectionLinear
@@ -73,10 +74,10 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
         extracted = LayerUpdate(shape, tuple(terms), transposed, weight).sealed()
         if isinstance(layer, ExpertLinear):
             extracted = replace(extracted, experts=layer.count)
-        if isinstance(layer, ProjectionLinear):
+        if isinstance(layer, ProjectionLinear) and layer.rows.size < layer.rows.period:
             extracted = replace(extracted, rows=layer.rows)
-        if (kind := kind_of(layer)) is not None:
-            extracted = replace(extracted, kind=kind.name, kernel=kind.kernel(layer))
+        name_of_kind, kernel = described(layer)
+        extracted = replace(extracted, kind=name_of_kind, kernel=kernel)
         if not is_part(weight):
             own = stored_weight(layer)  # what is computed is nobody's, and is kept
             held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
@@ -157,6 +158,7 @@ def detach(model: M, name: str | None = None) -> M:
             del module.adapters[gone]
         if not module.adapters:
             give_back_whole(module)
+    see_to_attention(model)
     leave_saving(model)
     left = adapted_layers(model).values()
     if not left:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
+from spectune.layers.attention import see_to_attention
 from spectune.layers.merged import active_adapters, merged_bias, merged_weight
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, offloading, stored_weight
@@ -260,6 +261,7 @@ def unmerge(model: M) -> M:
         if record.fresh is not None:
             setattr(module, FRESH, record.fresh)
         take_over_whole(module, record.name, record.selection).adapters = record.adapters
+    see_to_attention(model)
     keep_layout(model, True)
     watch_saving(model)
     for part in transformers_models(model):

@@ -14,6 +14,8 @@ import torch.nn as nn
 
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
+from spectune.layers.attention import in_projections
+from spectune.layers.experts import keys_of
 from spectune.layers.kinds import kind_of
 from spectune.layers.modules import (
     effective_weight,
@@ -199,6 +201,8 @@ def _others(model: nn.Module) -> dict[str, str]:
         ours = hasattr(module, "plain_class")
         if not name or ours or is_linear(module) or all(p is None for p in module._parameters.values()):
             continue
+        if in_projections(module) or keys_of(module):  # which stand for the layers in them
+            continue
         refused = "" if (kind := kind_of(module)) is None else kind.refusal(module)
         if refused is None and answers_otherwise(module):
             refused = "that answers otherwise than its class does"
@@ -222,12 +226,9 @@ def never_asked(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
         for name, layer in linear_layers(model, others=True).items()
         if kind_of(layer) is None or name in wanted  # others are adapted where they are named, and tried then
     }
-    owners = {child: module for module in model.modules() for child in module.children()}
     past = {}
     for name, layer in layers.items():
-        if isinstance(owners.get(layer), (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            past[name] = "torch's own attention and encoder read its weight, at times, without calling the layer"
-        elif not isinstance(layer, Adapted) and replaced_forward(_called(layer)):
+        if not isinstance(layer, Adapted) and replaced_forward(_called(layer)):
             past[name] = "another function was put in the place of the layer's forward method"
         elif kind_of(layer) is None and not isinstance(layer, Adapted) and is_another_function(layer):
             past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"

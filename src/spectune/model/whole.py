@@ -15,9 +15,10 @@ from spectune.adapters.labels import PROBLEMS, Labels
 from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
+from spectune.layers.attention import IN, InProjection, reads_children
 from spectune.layers.modules import find_module, is_conv1d, is_linear, named_modules
 from spectune.layers.parts import Owner, PartLinear
-from spectune.layers.projections import FusedLinear, ProjectionLinear
+from spectune.layers.projections import KEY, QUERY, VALUE, FusedLinear, ProjectionLinear
 from spectune.layers.selection import Selection
 from spectune.layers.shards import whole
 from spectune.layers.whole import Values, Whole, take_over_whole
@@ -83,11 +84,7 @@ def with_tied_rows(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]])
 def is_head(model: nn.Module, name: str, rows: Sequence[int] | None) -> bool:
     """Whether a module is a linear layer to be trained whole, which `Head` does."""
     owner = find_module(model, name.rpartition(".")[0])
-    return (
-        rows is None
-        and is_linear(find_module(model, name))
-        and not isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-    )
+    return rows is None and is_linear(find_module(model, name)) and not reads_children(owner)
 
 
 def check_apart(model: nn.Module, layers: Iterable[str], modules: Iterable[str]) -> None:
@@ -104,7 +101,15 @@ def check_apart(model: nn.Module, layers: Iterable[str], modules: Iterable[str])
                 raise SpectuneError(_two_ways(fused, name))
         elif isinstance(layer, FusedLinear):
             raise SpectuneError(_two_ways(name, f"{name}.{next(layer.adapted_parts())[0]}"))
+        if isinstance(layer, InProjection) and layer.name == IN:
+            others = [n for n in found if n.rpartition(".")[0] == fused] + list(layer.owner._modules)
+            if parts := {QUERY, KEY, VALUE} & {n.rpartition(".")[2] for n in others}:
+                raise SpectuneError(_two_ways(name, f"{fused}.{min(parts)}"))
+        elif isinstance(layer, InProjection) and IN in layer.owner._modules:
+            raise SpectuneError(_two_ways(f"{fused}.{IN}", name))
     around = {n.removesuffix(f".{layer.place}") if isinstance(layer, PartLinear) else n for n, layer in found.items()}
+    owners = {n.rpartition(".")[0] for n, layer in found.items() if not isinstance(layer, PartLinear)}
+    around |= {n for n in owners if isinstance(_find(model, n), nn.MultiheadAttention)}  # which reads its out_proj
     for name in [*(n for n in around if isinstance(_find(model, n), Whole)), *modules]:
         if isinstance(_find(model, name), (Adapted, Owner)) or name in around:
             raise SpectuneError(

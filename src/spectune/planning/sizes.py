@@ -15,8 +15,7 @@ from spectune.adapters.formats.choose import contents
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.experts import ExpertLinear
-from spectune.layers.kinds import kind_of
-from spectune.layers.modules import effective_weight, find_linear, is_stored_transposed
+from spectune.layers.modules import described, effective_weight, find_linear, is_stored_transposed
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
 from spectune.model.whole import groups_of, labels_of
@@ -96,9 +95,10 @@ def adapter_sizes(model: nn.Module, methods: Mapping[str, Method], base: str | N
         of_base = blank(*fingerprint.WEIGHT_SHAPE)
         count = layer.count if isinstance(layer, ExpertLinear) else 0
         shape = out_features, in_features
-        kind = kind_of(layer)
-        more = {} if kind is None else {"kind": kind.name, "kernel": kind.kernel(layer)}
-        layers[name] = LayerUpdate(shape, (term,), is_stored_transposed(layer), None, of_base, count, **more)
+        kind, kernel = described(layer)
+        layers[name] = LayerUpdate(
+            shape, (term,), is_stored_transposed(layer), None, of_base, count, kind=kind, kernel=kernel
+        )
     heads = [name for name, method in methods.items() if method.replaces]
     planned = Adapter(
         layers,

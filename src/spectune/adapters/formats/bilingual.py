@@ -12,7 +12,8 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import Source
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
-from spectune.adapters.terms import ADDED_BIAS, LINEAR
+from spectune.adapters.terms import ADDED_BIAS
+from spectune.layers.kinds import LINEAR
 from spectune.methods.adalora import AdaLoRA
 from spectune.storage import Entry
 

@@ -28,9 +28,10 @@ from spectune.adapters.folder import (
     write_folder,
 )
 from spectune.adapters.formats import peft_experts, peft_kinds
-from spectune.adapters.terms import ADDED_BIAS, LINEAR, LayerUpdate, Term, WholeTerm
+from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
 from spectune.errors import SpectuneError
-from spectune.layers.kinds import kind_named
+from spectune.layers.attention import IN
+from spectune.layers.kinds import LINEAR, kind_named
 from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
@@ -100,7 +101,7 @@ def _obstacle(adapter: Contents) -> str | None:
             return f"a part of {name!r}"
     if any(layer.rows is not None for layer in adapter.layers.values()):
         return "parts of a fused layer"
-    return peft_experts.obstacle(adapter)
+    return peft_experts.obstacle(adapter) or peft_kinds.obstacle(adapter.layers)
 
 
 def _is_lora(method: Method) -> bool:
@@ -255,15 +256,26 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
             raise SpectuneError(f"{path / WEIGHTS} has two tensors for one part of {name!r}, the second {key!r}")
         parts[part.removeprefix(_OWN)] = tensor
     read = _adalora if kind == "ADALORA" else _plain
+    ours = peft_kinds.ours(grouped)
     expert_layers = _experts(grouped, entry, path)
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, parts in grouped.items():
-        grouped[name], *kinds[name] = peft_kinds.plain(name, parts)
-    terms = {name: read(name, parts, entry, path) for name, parts in grouped.items() if parts.keys() & {"A", "B"}}
+        grouped[name], of_kind, kernel = peft_kinds.plain(name, parts)
+        kinds[name] = of_kind, kernel
+    terms = {
+        name: read(peft_kinds.module_of(name), parts, entry, path)
+        for name, parts in grouped.items()
+        if parts.keys() & {"A", "B"}
+    }
     conv1d = entry.flag("fan_in_fan_out")
     more = read_more(path)
     sketches = more.get("base", {})
-    layers = {n: _layer(t, grouped[n], conv1d, sketches.get(n), *kinds[n]) for n, t in terms.items() if t is not None}
+    layers = {}
+    for name, term in terms.items():
+        own, of_kind = ours.get(name, (name, kinds[name][0]))
+        if term is not None:
+            term = term.scaled(peft_kinds.factor(name, config.get("peft_version"), str(path / CONFIG)))
+            layers[own] = _layer(term, grouped[name], conv1d, sketches.get(own), of_kind, kinds[name][1])
     layers |= {n: replace(layer, base_sketch=sketches.get(n)) for n, layer in expert_layers.items()}
     modules = {name: _whole_term(name, parts, listed, entry, path) for name, parts in rest.items()}
     for name, parts in grouped.items():
@@ -360,7 +372,7 @@ def _layer(
 ) -> LayerUpdate:
     shape = (term.trained["B"].shape[0], term.trained["A"].shape[1])
     weight = parts.get("base")
-    if weight is not None and kind != LINEAR and weight.dim() > 1:
+    if weight is not None and kind not in (LINEAR, IN) and weight.dim() > 1:
         weight = kind_named(kind).matrix(weight)
     if weight is not None and (tuple(weight.shape) != shape or not weight.is_floating_point()):
         raise SpectuneError(f"the base_layer.weight beside a LoRA of {shape} is {weight.dtype} {tuple(weight.shape)}")

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
-from spectune.adapters.terms import LINEAR
 from spectune.errors import SpectuneError
+from spectune.layers.kinds import LINEAR
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
 

@@ -14,10 +14,11 @@ from spectune.adapters.contents import Contents
 from spectune.adapters.folder import CONFIG, WEIGHTS, Source, as_metadata, read_config, read_more, read_tensors
 from spectune.adapters.formats.bilingual import VERSION as BILINGUAL
 from spectune.adapters.formats.bilingual import in_peft_words, own_names, own_words
-from spectune.adapters.terms import LINEAR, LayerUpdate, Term, WholeTerm, needs_basis
+from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.attention import IN
 from spectune.layers.factors import Base
-from spectune.layers.kinds import KINDS
+from spectune.layers.kinds import KINDS, LINEAR
 from spectune.layers.projections import Rows
 from spectune.methods import Method, from_fields
 from spectune.reading import SIDE
@@ -196,12 +197,14 @@ def _rows(entry: Entry, out_features: int) -> Rows:
 
 
 def _kind(entry: Entry, in_features: int) -> tuple[str, tuple[int, ...]]:
-    name, *kernel = entry.take(_KIND, list) or [None]
-    sizes = all(type(n) is int and 0 < n <= SIDE for n in kernel)
-    if name in [kind.name for kind in KINDS] and sizes and len(kernel) <= 3 and in_features % math.prod(kernel) == 0:
-        return name, tuple(kernel)
+    values = entry.take(_KIND, list)
+    name, kernel = values[0] if values else None, values[1:]
+    known = name in [IN, *(kind.name for kind in KINDS)]
+    sizes = len(kernel) <= 3 and all(type(n) is int and 0 < n <= SIDE for n in kernel)
+    if known and sizes and in_features % math.prod(kernel) == 0:
+        return str(name), tuple(kernel)
     raise SpectuneError(
-        f"'kind' in {entry.where} is {[name, *kernel]!r:.60}, not a kind of layer that is known with a kernel that fits"
+        f"'kind' in {entry.where} is {values!r:.60}, not a kind of layer that is known with a kernel that fits"
     )
 
 

@@ -8,9 +8,10 @@ from spectune.layers.kinds.base import Kind, Vectors
 from spectune.layers.kinds.convolution import Convolution
 from spectune.layers.kinds.embedding import Lookup
 
+LINEAR = "linear"
 KINDS: tuple[Kind, ...] = (Convolution(), Lookup())
 
-__all__ = ["KINDS", "Kind", "Vectors", "kind_named", "kind_of"]
+__all__ = ["KINDS", "LINEAR", "Kind", "Vectors", "kind_named", "kind_of"]
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
