@@ -14,6 +14,7 @@ from spectune.layers.modules import effective_weight
 from spectune.layers.values import Watched, unwatch, watch
 
 Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
+_MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
 _PATIENCE = 4  # passes that a change lasts before W' is made anew
 
 
@@ -94,7 +95,9 @@ class Fused:
         self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
         if not self._watch(parts):
             return False
-        self._weight, self._bias = whole_weight(self._layer, parts), whole_bias(self._layer, parts)
+        quick = _quick_weight(self._layer, parts)
+        self._weight = whole_weight(self._layer, parts) if quick is None else quick
+        self._bias = whole_bias(self._layer, parts)
         return True
 
     def _watch(self, parts: Sequence[Weighted]) -> bool:
@@ -179,6 +182,25 @@ def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | Non
         else:
             total.add_(method.delta(tensors, start), alpha=factor * update.weight)
     return total.to(dtype or weight.dtype)
+
+
+def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
+    """Return W' where W is in bfloat16 and the updates' factors are many: the one product that it takes, in bfloat16.
+
+    The factors are rounded as they are beside W without W', by 2^-8 of dW; the sum with W is rounded once.
+    """
+    weight = effective_weight(layer).detach()
+    if weight.dtype != torch.bfloat16 or not all(u.method.additive and not u.method.replaces for u, _ in parts):
+        return None
+    lefts, rights = [], []
+    for update, factor in parts:
+        f = update.method.factors({k: v.detach() for k, v in layer.tensors(update).items()})
+        lefts.append((f.core.transposed(f.left) * (f.scale * factor * update.weight)).to(weight.dtype))
+        rights.append(f.right.to(weight.dtype))
+    right = torch.cat(rights) if len(rights) > 1 else rights[0]
+    if len(right) <= _MANY:
+        return None
+    return torch.addmm(weight, torch.cat(lefts, 1) if len(lefts) > 1 else lefts[0], right)
 
 
 def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
