@@ -11,6 +11,7 @@ import pytest
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
 from spectune.training.data import Encoder
+from spectune.training.data.messages import is_learned
 from spectune.training.data.records import read
 from spectune.training.run import train
 from spectune.training.tasks import make_task
@@ -155,6 +156,23 @@ def test_preferences_as_published(tmp_path, row):
         ({"messages": ASKED, "weight": 0.5}, "has 'weight'"),
         ({"messages": [ASKED[0], assistant("two", weight=0.5)]}, "weight must be 0 or 1, not 0.5 .message 2"),
         ({"messages": [ASKED[0], assistant("two", weight=0)]}, "each has weight 0"),
+        ({"messages": [ASKED[0], assistant("two", loss=False)]}, "each has weight 0"),
+        ({"messages": [ASKED[0], assistant("two", training=0)]}, "each has weight 0"),
+        ({"messages": [ASKED[0], assistant("two", mask=True)]}, "has 'mask', which would change what is learned"),
+        ({"messages": [{**ASKED[0], "train": True}, assistant("two")]}, "a message of the user has train=True"),
+        ({"messages": [ASKED[0], assistant("", tool_calls="f()")]}, "line 1: 'tool_calls' is not valid JSON"),
+        ({"messages": [ASKED[0], assistant("", tool_calls=["f"])]}, "tool_calls must be a list of calls"),
+        ({"messages": [{"role": "system", "content": "a"}, *ASKED], "system": "b"}, "and another one in 'system'"),
+        ({"messages": ASKED, "documents": [{"text": "a"}]}, "has 'documents', which would change"),
+        ({"messages": ASKED, "enable_thinking": False}, "or put it into chat_template_kwargs"),
+        ({"messages": ASKED, "chat_template_kwargs": "thinking"}, "'chat_template_kwargs' is not valid JSON"),
+        ({"messages": ASKED, "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
+        ({"instruction": "one", "output": "two", "history": "three"}, "'history' must be a list of pairs of texts"),
+        ({"instruction": "one", "output": "two", "history": ["a", "b"]}, "'history' must be a list of pairs of texts"),
+        ({"instruction": "one", "output": ["two"]}, "'output' must be a text, as 'instruction' is"),
+        ({"question": "one", "answer": 2}, "'answer' must be a text, as 'question' is, and is 2"),
+        ({"question": "one", "options": ["a"], "answer": "A"}, "has 'options', which would change"),
+        ({"prompt": "one", "completion": "two", "suffix": "three"}, "has 'suffix', which would change"),
         ({"messages": [ASKED[0], assistant([{"type": "image"}])]}, "a part of the type 'image'"),
         ({"messages": [ASKED[0], assistant(None)]}, "needs a role and a content"),
         ('{"text": "one", "text": "two"}', "line 1 has the key 'text' twice"),
@@ -167,6 +185,34 @@ def test_what_is_not_understood_is_named(tmp_path, row, message):
     path.write_text(row if isinstance(row, str) else json.dumps(row))
     with pytest.raises(SpectuneError, match=message):
         both(path)
+
+
+def test_what_a_form_does_not_learn_from_is_named(tmp_path):
+    beside = {"prompt": "other", "text": "whole", "chosen": "a", "rejected": "b"}
+    _, said = both(lines(tmp_path / "d.jsonl", {"messages": ASKED, **beside}))
+    assert "fields that are not used: chosen, prompt, rejected, text" in said
+    _, said = both(lines(tmp_path / "d.jsonl", {"messages": ASKED, "prompt": ASKED[0]["content"]}))
+    assert "not used" not in said
+
+
+def test_flags_and_calls_under_other_names(tmp_path):
+    called = json.dumps([{"function": {"name": "f", "arguments": {"a": 1}}}])
+    rows = [
+        {"messages": [ASKED[0], assistant("no", loss=0), ASKED[0], assistant("yes", training=True)]},
+        {"messages": [ASKED[0], assistant("", tool_calls=called), {"role": "tool", "content": "2"}, assistant("yes")]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "tool_call", "value": '{"name": "f"}'}]},
+        {"instruction": "one", "output": "two", "history": ASKED},
+        {"messages": ASKED, "chat_template_kwargs": '{"enable_thinking": false}'},
+        {"messages": ASKED, "label": False},
+    ]
+    records, said = both(lines(tmp_path / "d.jsonl", *rows))
+    assert [is_learned(m) for m in records[0]["messages"]] == [False, False, False, True]
+    assert records[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert records[2]["messages"][1]["tool_calls"] == [{"type": "function", "function": {"name": "f"}}]
+    assert records[3]["prompt"] == [*ASKED, {"role": "user", "content": "one"}]
+    assert records[4]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert len(records) == 5  # the answer with the label false is not learned
+    assert "left out, for their label is false (1)" in said
 
 
 def test_fields_that_nothing_reads_are_named_once(tmp_path):

@@ -28,7 +28,7 @@ from spectune.bases.prompts import (
     uses,
 )
 from spectune.errors import SpectuneError
-from spectune.training.data.messages import check_calls, is_learned, other_fields
+from spectune.training.data.messages import FLAGS, check_calls, is_learned, other_fields
 from spectune.training.data.records import Record, form, of
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ class Encoder:
         whole = render(tokenizer, chat, **options)
         if everything:
             prompt_text(tokenizer, chat, **options)  # which checks that no message is left out
+            if any(message.get(flag) in (0, False) for message in chat for flag in FLAGS):
+                raise SpectuneError("a message is not to be learned, and completion_only: false learns every token")
             stop = ending(tokenizer, self.ends).stop
             tokens = [*(yield whole)]
             tokens += [] if stop is None or stop in tokens[-3:] else [stop]

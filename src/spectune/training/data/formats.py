@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spectune.errors import SpectuneError
 from spectune.reading import parse_json
 from spectune.training.data.common import in_common
+from spectune.training.data.messages import as_messages, without_nulls
 
 Values = Mapping[str, Any]
-_ROLES = {
-    **dict.fromkeys(("human", "user", "prompter", "question"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt", "bing", "bard", "answer"), "assistant"),
-    **dict.fromkeys(("chatbot", "ai"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
-    **{"system": "system", "developer": "developer"},
-}
 _ASKED = ("instruction", "question", "query", "inputs", "input")
 _ANSWERED = ("output", "response", "answer", "completion", "targets", "target")
 _CONTEXT = ("context", "input")
@@ -36,8 +30,11 @@ _MEANT = {
     "train",
     "mask",
     "loss_mask",
+    "documents",
+    "enable_thinking",
 }
 _AROUND = {"tools", "functions", "system", "system_prompt", "instruction", "input", "context", "history"}
+_AROUND |= {"options", "choices", "prefix", "suffix"}
 
 
 class Converted(NamedTuple):
@@ -64,6 +61,11 @@ def convert(record: Values, task: str) -> Converted:
         task: sft, classify, dpo, kto or reinforce.
     """
     values = {key: _parsed(key, value) for key, value in record.items()}
+    options = values.get("chat_template_kwargs")
+    if isinstance(options, str) and options.strip():  # as tables hold it
+        options = values["chat_template_kwargs"] = parse_json(options, "'chat_template_kwargs'")
+    if options and not isinstance(options, Mapping):
+        raise SpectuneError(f"'chat_template_kwargs' must be an object, and is {options!r:.40}")
     if task == "classify":
         return Converted(values, "")
     there = {key: value for key, value in values.items() if value is not None}
@@ -75,10 +77,17 @@ def convert(record: Values, task: str) -> Converted:
     return Converted(values, "text" if "text" in there else "")
 
 
-def unread(converted: Converted, record: Values) -> tuple[set[str], set[str]]:
-    """Return the fields that nothing reads of a record, of which the second would change what is learned."""
-    own = {"messages", "prompt", "completion", "text", "chosen", "rejected", "tools", "chat_template_kwargs"}
-    rest = {key for key, value in record.items() if value not in (None, "", [], {})} - own - set(converted.read)
+def unread(converted: Converted, record: Values, form: Collection[str]) -> tuple[set[str], set[str]]:
+    """Return the fields that nothing reads of a record, of which the second would change what is learned.
+
+    Args:
+        converted: the record as a task takes it.
+        record: as it was read.
+        form: the fields of it that are learned from.
+    """
+    own = {*form, "tools", "chat_template_kwargs", *converted.read}
+    own |= {"prompt"} if _says(converted.values.get("messages"), record.get("prompt")) else set()
+    rest = {key for key, value in record.items() if value not in (None, "", [], {})} - own
     values = converted.values
     if "messages" not in values and not isinstance(values.get("prompt"), list) and record.get("tools"):
         rest |= {"tools"}
@@ -86,6 +95,12 @@ def unread(converted: Converted, record: Values) -> tuple[set[str], set[str]]:
     around = around if "messages" in values else {*around, "role"}  # one message of a conversation
     meant = {key for key in rest & (_MEANT | around) if not (key in ("weight", "train") and record[key] == 1)}
     return rest, meant
+
+
+def _says(messages: object, text: object) -> bool:
+    """Whether a text is the content of one of some messages."""
+    said = messages if isinstance(messages, list) else []
+    return any(isinstance(each, Mapping) and each.get("content") == text for each in said)
 
 
 def _parsed(key: str, value: object) -> Any:
@@ -103,50 +118,13 @@ def _parsed(key: str, value: object) -> Any:
     return value if may_be_text and not (found and spoken) else found
 
 
-def _message(message: object) -> Any:
-    """Return a message with role and content, whatever its format calls them."""
-    if not isinstance(message, Mapping):
-        return message
-    said = dict(message)
-    for ours, theirs in (("role", ("from", "speaker", "author")), ("content", ("value", "text", "message"))):
-        name = next((key for key in theirs if ours not in said and key in said), None)
-        if name is not None:
-            said[ours] = said.pop(name)
-    role = said.get("role")
-    if role == "function_call":  # ShareGPT with tools: the call is JSON, and the assistant's
-        try:
-            call = parse_json(said["content"], "the call")
-            calls = call if isinstance(call, list) else [call]
-            wrapped = [{"type": "function", "function": each} for each in calls]
-            return {"role": "assistant", "content": "", "tool_calls": wrapped}
-        except (ValueError, TypeError):
-            return {**said, "role": "assistant"}
-    if isinstance(role, str):
-        said["role"] = _ROLES.get(role.strip().lower(), role)
-    for key in ("tool_calls",):
-        if said.get(key):
-            said[key] = without_nulls(said[key])
-    return said
-
-
-def without_nulls(value: object) -> object:
-    """Return a value without the keys that a table adds to objects of another shape."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
-
-
-def _messages(value: object) -> list[Any] | None:
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        return None
-    return [_message(message) for message in value]
-
-
 def _with_system(messages: list[Any], there: Values) -> tuple[list[Any], tuple[str, ...]]:
     for key in ("system", "system_prompt"):
         system = there.get(key)
         if isinstance(system, str):
             begins = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+            if begins and system and messages[0].get("content") != system:
+                raise SpectuneError(f"has a system message and another one in {key!r}: keep one of them")
             return ([{"role": "system", "content": system}, *messages] if system and not begins else messages), (key,)
     return messages, ()
 
@@ -170,7 +148,7 @@ def _conversation(there: Values, task: str) -> Converted | None:
         return None
     if key == "contents":
         return _contents(there, task)
-    messages = _messages(there[key])
+    messages = as_messages(there[key])
     if messages is None:
         return None
     raw = there[key]
@@ -207,8 +185,13 @@ def _pair(there: Values, task: str) -> Converted | None:
         return _prompted(there, task)
     asked = next((key for key in _ASKED if isinstance(there.get(key), str)), None)
     answered = next((key for key in _ANSWERED if isinstance(there.get(key), str) and key != asked), None)
-    if asked is None or task == "dpo" or (answered is None and task != "reinforce"):
+    if asked is None or task == "dpo":
         return None
+    if answered is None and task != "reinforce":
+        other = next((key for key in _ANSWERED if key in there and key != asked), None)
+        if other is None or "text" in there:
+            return None
+        raise SpectuneError(f"{other!r} must be a text, as {asked!r} is, and is {there[other]!r:.60}")
     context = next((k for k in _CONTEXT if k != asked and isinstance(there.get(k), str)), None)
     given = there[context].strip() if context is not None else ""
     question, answer = there[asked], there[answered] if answered is not None else ""
@@ -217,10 +200,13 @@ def _pair(there: Values, task: str) -> Converted | None:
         return None
     text = (f"{question}\n{given}" if asked == "instruction" else f"{given}\n\n{question}") if given else question
     turns: list[dict[str, str]] = []
-    history = there.get("history") if isinstance(there.get("history"), list) else []
-    for pair in history or ():
+    history = there.get("history") or []
+    turns += as_messages(history) or []
+    for pair in () if turns else history:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
-            return None
+            raise SpectuneError(
+                f"'history' must be a list of pairs of texts, a question and its answer: {history!r:.60}"
+            )
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     system_turns, system = _with_system([*turns, {"role": "user", "content": text}], there)
     name = "Alpaca" if alpaca else f"{asked} and {answered}"
@@ -249,7 +235,7 @@ def _alpaca(instruction: str, given: str) -> str:
 
 
 def _prompted(there: Values, task: str) -> Converted | None:
-    prompt = _messages(there["prompt"]) or there["prompt"]
+    prompt = as_messages(there["prompt"]) or there["prompt"]
     if task == "reinforce":
         tools, named = _tools(there) if isinstance(prompt, list) else ({}, ())
         prompt, system = _with_system(prompt, there) if isinstance(prompt, list) else (prompt, ())
@@ -257,7 +243,7 @@ def _prompted(there: Values, task: str) -> Converted | None:
     key = next((key for key in ("completion", "response", "answer", "output") if key in there), None)
     if key is None or task == "dpo":
         return None
-    completion = _messages(there[key]) or there[key]
+    completion = as_messages(there[key]) or there[key]
     if isinstance(prompt, list) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, list):
@@ -281,9 +267,9 @@ def _preference(there: Values, task: str) -> Converted | None:
         task == "sft" and there.keys() & {"messages", "completion", "text"}
     ):
         return None
-    chosen, rejected = (_messages(there[key]) or there[key] for key in ("chosen", "rejected"))
+    chosen, rejected = (as_messages(there[key]) or there[key] for key in ("chosen", "rejected"))
     asked = next((key for key in ("prompt", "question", "instruction") if key in there), None)
-    prompt = None if asked is None else _messages(there[asked]) or there[asked]
+    prompt = None if asked is None else as_messages(there[asked]) or there[asked]
     name, read = "preferences", tuple(key for key in ("chosen", "rejected", asked) if key)
     if isinstance(chosen, str) and isinstance(rejected, str) and chosen.startswith("\n\nHuman:") and prompt is None:
         spoken = _dialogue(chosen), _dialogue(rejected)
@@ -355,8 +341,8 @@ def _unpaired(there: Values, task: str) -> Converted | None:
     if key is None or task not in ("sft", "kto") or (task == "sft" and not isinstance(there[key], bool)):
         return None
     found = _prompted(there, task) if {"prompt", "completion"} <= there.keys() else None
-    if found is None and task == "kto":
-        found = _conversation(there, task) or _pair(there, task)
+    if found is None:
+        found = _conversation(there, task) or (_pair(there, task) if task == "kto" else None)
     if found is None:
         return None
     values = dict(found.values)

@@ -3,12 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from spectune.bases.prompts import Message
 from spectune.errors import SpectuneError
+from spectune.reading import parse_json
 
-FLAGS = ("weight", "train")  # of a message: whether it is learned
+_ROLES = {
+    **dict.fromkeys(("human", "user", "prompter", "question"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt", "bing", "bard", "answer"), "assistant"),
+    **dict.fromkeys(("chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response", "function"), "tool"),
+    **{"system": "system", "developer": "developer"},
+}
+FLAGS = ("weight", "train", "training", "loss")  # of a message, as several tools call it: whether it is learned
+_NO_FLAGS = ("mask", "masked", "loss_mask", "loss_weight", "train_detail", "training_detail", "train_on_turn")
 _KNOWN = {"role", "content", *FLAGS}
+
+
+def as_messages(value: object) -> list[Any] | None:
+    """Return messages with role and content, whatever their format calls these; None where they are no messages."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return None
+    return [_as_message(message) for message in value]
+
+
+def _as_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    said = dict(message)
+    for ours, theirs in (("role", ("from", "speaker", "author")), ("content", ("value", "text", "message"))):
+        name = next((key for key in theirs if ours not in said and key in said), None)
+        if name is not None:
+            said[ours] = said.pop(name)
+    role = said.get("role")
+    if role in ("function_call", "tool_call"):  # ShareGPT with tools: the call is JSON, and the assistant's
+        try:
+            call = parse_json(said["content"], "the call")
+        except (SpectuneError, KeyError, TypeError):
+            return {**said, "role": "assistant"}
+        calls = call if isinstance(call, list) else [call]
+        wrapped = [{"type": "function", "function": each} for each in calls]
+        return {**said, "role": "assistant", "content": "", "tool_calls": wrapped}
+    if isinstance(role, str):
+        said["role"] = _ROLES.get(role.strip().lower(), role)
+    if isinstance(said.get("tool_calls"), str) and said["tool_calls"].strip():  # as tables hold it
+        said["tool_calls"] = parse_json(said["tool_calls"], "'tool_calls'")
+    if said.get("tool_calls"):
+        said["tool_calls"] = without_nulls(said["tool_calls"])
+    return said
+
+
+def without_nulls(value: object) -> object:
+    """Return a value without the keys that a table adds to objects of another shape."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def is_conversation(value: object) -> bool:
@@ -32,6 +80,14 @@ def message_fault(message: object) -> str | None:
     for flag in FLAGS:
         if message.get(flag) not in (None, 0, 1):
             return f"a message's {flag} must be 0 or 1, not {message[flag]!r}"
+        if flag != "weight" and message.get(flag) == 1 and message["role"] != "assistant":  # all may have a weight
+            return f"a message of the {message['role']} has {flag}={message[flag]!r}, and the assistant's are learned"
+    other = next((flag for flag in _NO_FLAGS if message.get(flag) is not None), None)
+    if other is not None:
+        return f"a message has {other!r}, which would change what is learned: say it by 'weight', 0 or 1"
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return f"a message's tool_calls must be a list of calls, not {calls!r:.40}"
     return None
 
 

@@ -101,12 +101,13 @@ def read(
             raise SpectuneError(f"{where}: {problem}")
         formats[converted.format] += 1
         if task.config.task != "classify" and task.config.task != "reinforce":
-            others, meant = unread(converted, values)
+            others, meant = unread(converted, values, _learned_from(converted.values, task.config.task))
             if meant:
                 name = min(meant)
+                place = "chat_template_kwargs" if name == "enable_thinking" else "messages"
                 raise SpectuneError(
                     f"{where}: has {name!r}, which would change what is learned, and nothing reads it beside "
-                    f"{_shape(converted.values)}: take it out, or put it into messages"
+                    f"{_shape(converted.values)}: take it out, or put it into {place}"
                 )
             fields.update(others)
             if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
@@ -154,6 +155,13 @@ def _tell(
         say(
             f"{source}: {blank.count} records have a text without content and were left out, the first in {blank.first}"
         )
+
+
+def _learned_from(values: Record, task: str) -> tuple[str, ...]:
+    """Return the fields that a task learns from, of a record that may have those of others too."""
+    if task == "dpo":
+        return ("prompt", "chosen", "rejected")
+    return {"messages": ("messages",), "text": ("text",)}.get(form(values) or "", ("prompt", "completion"))
 
 
 def _shape(values: Record) -> str:
