@@ -97,6 +97,32 @@ def test_the_first_pass_tells_where_nothing_could_be_tried(wrapped):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_code_that_reads_a_weight_is_told_of_and_what_looks_at_its_kind_is_not(gradients):
+    class Looks(Reads):
+        def forward(self, x):
+            return self.read(self.called(x).to(self.read.weight.dtype)).view(-1, self.read.weight.shape[0])
+
+    x, name = torch.randn(3, 6), "read"
+    with torch.set_grad_enabled(gradients):
+        for read in (Reads(), nn.ModuleList([Reads()])[0]):
+            compiled = torch.compile(spectune.adapt(read, "lora:rank=2"), backend="aot_eager", fullgraph=True)
+            with pytest.raises(spectune.SpectuneError, match=f"reads the weight of '{name}' itself"):
+                compiled(x)
+        looks = spectune.adapt(Looks(), "lora:rank=2")
+        looks.read.adapters["default"][0].B.data.normal_()
+        torch.testing.assert_close(torch.compile(looks, backend="aot_eager", fullgraph=True)(x), looks(x))
+    torch._dynamo.reset()
+
+
+def test_what_a_trial_saw_called_is_compiled_by_any_backend():
+    model = spectune.adapt(tiny.t5(), "lora:rank=2")  # which looks at its weights' dtype
+    ids = torch.tensor([[3, 4, 5]])
+    compiled = torch.compile(model, backend="eager")(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(compiled, model(input_ids=ids, decoder_input_ids=ids).logits)
+    torch._dynamo.reset()
+
+
 def test_what_looks_at_a_weight_from_outside_finds_the_parameter():
     model = spectune.adapt(Reads(), "lora:rank=2", exclude=["read"])
     layer, norms = model.called, []

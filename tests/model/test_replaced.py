@@ -97,6 +97,18 @@ def test_a_module_that_is_brought_whole_is_missed_as_well():
         spectune.extract(model)
 
 
+def test_an_embedding_that_grew_in_place_is_missed_where_it_is_brought_whole():
+    def grown(modules):
+        model = tiny.mixtral()  # of which transformers lengthens the embedding itself
+        spectune.adapt(model, "lora:rank=2", targets=["q_proj"], modules_to_save=modules)
+        model.resize_token_embeddings(120)
+        return model
+
+    with pytest.raises(SpectuneError, match=r"'model.embed_tokens' was replaced after it was adapted"):
+        spectune.extract(grown(["embed_tokens"]))
+    assert spectune.extract(grown({"embed_tokens": [3, 5]})).modules["model.embed_tokens"][0].rows == (3, 5)
+
+
 def test_parts_of_a_model_and_a_model_around_it_give_what_they_have():
     model = two()
     around = nn.ModuleDict({"inner": model, "other": nn.Linear(4, 4)})

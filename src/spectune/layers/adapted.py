@@ -24,7 +24,7 @@ from spectune.layers.modules import children_of, effective_weight, stored_weight
 from spectune.layers.packed import packed_product
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
-from spectune.layers.reads import reader_of, watched
+from spectune.layers.reads import CALLED, read_outside, reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
@@ -62,7 +62,11 @@ class Adapted(Stored):
         elif weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
             weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            return weight
+            # the layer's own product, where it is a plain one, does not come by here
+            if not self.is_plain or getattr(self, CALLED, False) or not isinstance(weight, nn.Parameter):
+                return weight
+            asked = bool(self.prepared[1]) or bool(self.selection.contexts)
+            return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight
         frame = sys._getframe(1)
         if frame.f_back is not None and frame.f_back.f_code is _FORWARD:
             return weight
@@ -314,6 +318,8 @@ class Adapted(Stored):
 
     def _own(self, x: Tensor) -> Tensor:
         """Return the answer of the layer's own class."""
+        if torch.compiler.is_compiling() and self.is_plain and self._parameters.get("weight") is not None:
+            return F.linear(x, effective_weight(self), self.bias)
         if not self.is_packed or not x.requires_grad or not torch.is_grad_enabled():
             return super().forward(x)
         if torch.compiler.is_compiling() or is_transformed() or (self.bias is not None and self.bias.requires_grad):

@@ -16,6 +16,7 @@ _CALL, _APPLY = nn.Module._call_impl.__code__, nn.Module._apply.__code__
 # what takes of a tensor its kind alone, and no value
 _OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _FROM_FIRST = ("to", "type_as")  # of which the first argument gives its values
+CALLED = "spectune_called"  # an attribute of a layer that a trial of its model saw called, and not read past
 
 
 def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType | None) -> nn.Module | None:
@@ -114,3 +115,17 @@ def bypassed(name: str) -> str:
         f"the model reads the weight of {name!r} itself instead of calling the layer, so that an adapter there has no "
         f"effect and gets no gradient: leave it out with exclude=[{name!r}]"
     )
+
+
+@torch.library.custom_op("spectune::read_outside", mutates_args=())
+def read_outside(weight: Tensor, layer_name: str) -> Tensor:
+    """Return a weight that compiled code reads outside of the layer, as `watched` does: who takes values of it raises.
+
+    What is only looked at (dtype, device, shape) is known when the code is compiled, and the operation is left out.
+    """
+    raise SpectuneError(bypassed(layer_name))
+
+
+@read_outside.register_fake
+def _(weight: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(weight)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from spectune.layers.attention import reads_children
 from spectune.layers.modules import stored_weight, tied_parameters
 from spectune.layers.packed import kept_layout
-from spectune.layers.reads import reader_of, takes_values
+from spectune.layers.reads import CALLED, reader_of, takes_values
 from spectune.layers.shards import is_part
 from spectune.model.routing import base_alone
 
@@ -92,6 +92,8 @@ def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str
         for part in _transformers_models(model):
             _try(part, watch)
         known[key] = frozenset(watch.read_past(tied_parameters(model)))
+        for name in watch.asked - known[key]:
+            setattr(layers[name], CALLED, True)
     return set(known[key])
 
 

@@ -139,6 +139,8 @@ def put(model: nn.Module, values: Mapping[str, Values], name: str, selection: Se
         module = find_module(model, module_name)
         taken = module if isinstance(module, Whole) else take_over_whole(module, module_name, selection)
         taken.adapters[name] = own.train(module.training)
+        if own.rows is None:  # rows of an embedding are what they are in a longer one
+            selection.note(taken, module_name)
     _tie(model, name)
 
 
