@@ -103,7 +103,9 @@ def open_checkpoint(
     if not stored:
         raise SpectuneError(f"nothing in {path} can be read: {next(iter(skipped.values()), 'it is empty')}")
     folder = path if path.is_dir() else path.parent
-    matrices, problems = _choose(dequantized(stored), targets, exclude, _conv1d(folder))
+    config = _config(folder)
+    conv1d = config.get("model_type") in tuple(_CONV1D)
+    matrices, problems = _choose(dequantized(stored, config), targets, exclude, conv1d)
     return Checkpoint(model, folder, format, _fingerprint(files), matrices, skipped | problems)
 
 
@@ -253,12 +255,10 @@ def _bin(file: Path) -> Iterator[Stored]:
             yield Stored(name, tuple(tensor.shape), dtype, dtype in _FLOATING, partial(read, tensor.detach()))
 
 
-def _conv1d(folder: Path) -> bool:
+def _config(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
-    if not config.exists():
-        return False
-    found = read_json(config)
-    return isinstance(found, dict) and found.get("model_type") in tuple(_CONV1D)
+    found = read_json(config) if config.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _fingerprint(files: list[Path]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectune.spectrum.integers import awq, compressed, gptq, mlx
 from spectune.spectrum.stored import Stored
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -15,14 +17,16 @@ _BLOCK = 128  # rows and columns that share a scale, the last ones of which may 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def dequantized(stored: Sequence[Stored]) -> list[Stored]:
+def dequantized(stored: Sequence[Stored], config: Mapping[str, Any] | None = None) -> list[Stored]:
     """Return the tensors of a checkpoint with those that are packed, and whose packing is known, as their values.
 
     Known are 8-bit floats with a scale for each block (`weight_scale_inv`), 8-bit floats and integers with one for each
-    row or for all (`weight_scale`), and MXFP4 (`_blocks` and `_scales`).  Scales are no tensors of their own then.
+    row or for all (`weight_scale`), MXFP4 (`_blocks` and `_scales`), and what `spectune.spectrum.integers` knows.
+    Scales are no tensors of their own then.
 
     Args:
         stored: every tensor of the checkpoint.
+        config: its config.json.
     """
     by_name = {tensor.name: tensor for tensor in stored}
     found: dict[str, Stored] = {}
@@ -33,6 +37,12 @@ def dequantized(stored: Sequence[Stored]) -> list[Stored]:
             if made is not None:
                 found[tensor.name], used = made
                 scales.add(used)
+                break
+        for unpack in (gptq, awq, compressed, mlx):
+            unpacked = unpack(tensor, by_name, config or {})
+            if unpacked is not None:
+                found[tensor.name] = unpacked.stored
+                scales.update(unpacked.used)
                 break
     return [found.get(tensor.name, tensor) for tensor in stored if tensor.name not in scales]
 
