@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, nearest
 from spectune.reading import MOST_TENSORS, check_file, check_memory, check_tensors_file, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
@@ -145,8 +145,14 @@ def read_config(path: Source) -> dict[str, Any]:
     if isinstance(path, Unwritten):
         return parse_json(path.text, str(path / CONFIG))  # type: ignore[no-any-return]
     if not path.is_dir():
-        raise SpectuneError(f"there is no adapter folder {str(path)!r}")
+        beside = [place.name for place in path.parent.iterdir() if place.is_dir()] if path.parent.is_dir() else []
+        raise SpectuneError(f"there is no adapter folder {str(path)!r}{nearest(path.name, beside)}")
     if not (path / CONFIG).exists() and _finished_config(path) is None:
+        if (path / "config.yaml").is_file():
+            raise SpectuneError(
+                f"{path} holds no adapter yet: its run has not ended; go on with `spectune train "
+                f"{path / 'config.yaml'} resume=true`"
+            )
         raise SpectuneError(f"{str(path)!r} is not an adapter: it has no {CONFIG}")
     return _parsed(_finished_config(path) or path / CONFIG)
 

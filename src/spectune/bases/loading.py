@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from spectune.adapters.folder import CONFIG
 from spectune.bases.classifiers import load_classifier
 from spectune.bases.quantizing import quantization
 from spectune.errors import SpectuneError, nearest, need
@@ -155,7 +156,7 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
         return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
     if Path(text).is_dir():
         _check_folder(Path(text))
-        return text
+        return os.path.abspath(text)  # an adapter remembers it, and is asked for it from anywhere
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         parent = Path(text).parent
         beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
@@ -166,7 +167,9 @@ def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32)
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise for files that transformers would not end reading, and for shards outside of the folder."""
+    """Raise for an adapter, for files that transformers would not end reading, and for shards outside of the folder."""
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise SpectuneError(f"{folder} holds an adapter and no model: name its base here, and the adapter beside it")
     try:
         for file in folder.glob("*.json"):
             check_file(file, BASE_JSON_BYTES)

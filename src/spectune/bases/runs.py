@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectune.adapters.adapter import Adapter
-from spectune.adapters.folder import CONFIG
+from spectune.adapters.folder import CONFIG, read_config
 from spectune.errors import SpectuneError
 from spectune.reading import read_yaml
 
@@ -19,10 +19,21 @@ class Named(NamedTuple):
     Args:
         base: the model.
         adapter: the folder of an adapter on it, or None.
+        quantize: what the run packed the base into, where the name is a run's folder.
     """
 
     base: str
     adapter: str | None
+    quantize: str | None = None
+
+
+def settings_of(name: str) -> dict[str, object] | None:
+    """Return the settings of a run where a name is its folder, ended or not, and None where it is anything else."""
+    folder = Path(name)
+    if (folder / "config.json").is_file() or not (folder / SETTINGS).is_file():
+        return None
+    settings = read_yaml(folder / SETTINGS)
+    return settings if isinstance(settings, dict) and "model" in settings else None
 
 
 def named(name: str) -> Named:
@@ -32,19 +43,17 @@ def named(name: str) -> Named:
         SpectuneError: the folder is of an adapter that does not say which base it belongs to, or of a run that has
             not ended.
     """
-    folder = Path(name)
-    is_adapter, is_run = (folder / CONFIG).is_file(), (folder / SETTINGS).is_file()
-    if (folder / "config.json").is_file() or not (is_adapter or is_run):
+    folder, settings = Path(name), settings_of(name)
+    is_adapter = (folder / CONFIG).is_file()
+    if (folder / "config.json").is_file() or not (is_adapter or settings):
         return Named(name, None)
-    base = None
-    if is_run:
-        settings = read_yaml(folder / SETTINGS)
-        base = settings.get("model") if isinstance(settings, dict) else None
-        if not is_adapter and base is not None:
-            raise SpectuneError(f"{name} holds no adapter yet: its run has not ended; go on with resume=true")
-    base = base or Adapter.load(folder).base_model
+    if not is_adapter:
+        read_config(folder)  # which says what is missing
+    settings = settings or {}
+    base = settings.get("model") or Adapter.load(folder).base_model
     if not isinstance(base, str):
         raise SpectuneError(
             f"the adapter in {name} does not say which base it belongs to: name the model, and the adapter with -a"
         )
-    return Named(base, name)
+    quantize = settings.get("quantize")
+    return Named(base, name, quantize if isinstance(quantize, str) else None)

@@ -9,7 +9,6 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
     CHECK,
@@ -17,6 +16,7 @@ from spectune.cli.shared import (
     DTYPE,
     FUSED,
     LIBRARY,
+    MODEL,
     QUANTIZE,
     REMOTE_CODE,
     SHOTS,
@@ -25,6 +25,7 @@ from spectune.cli.shared import (
     load_with_adapters,
     need_library,
     read_stdin,
+    say_export,
 )
 from spectune.errors import SpectuneError
 
@@ -32,9 +33,7 @@ _SESSION = 1000  # tokens that a talk is taken to have
 
 
 def chat(
-    model: str = typer.Argument(
-        autocompletion=completion.models, help="Embedded name (smollm2-135m), local folder, hub id, or a run's folder."
-    ),
+    model: str = MODEL,
     adapter: list[str] = ADAPTER,
     library: Path | None = LIBRARY,
     strategy: str | None = STRATEGY,
@@ -81,8 +80,9 @@ def chat(
                 console.print("[bold]you>[/] ", end="")
             line = read_stdin(line=True)
             if not line or line.strip() in ("/quit", "/exit"):
-                return
+                break
             try:
                 talk.hear(line.strip())
             except SpectuneError as error:
                 console.print(f"{error}; or begin anew with /reset", style="yellow", markup=False)
+    say_export(model)

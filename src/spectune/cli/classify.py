@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
     CHECK,
     DEVICE,
     DTYPE,
     JSON,
+    MODEL,
     QUANTIZE,
     REMOTE_CODE,
     load_with_adapters,
     print_json,
     read_stdin,
+    say_export,
 )
 from spectune.errors import SpectuneError
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
 
 def classify(
-    model: str = typer.Argument(
-        autocompletion=completion.models, help="Embedded name (minilm-l6), local folder or hub id."
-    ),
+    model: str = MODEL,
     texts: list[str] = typer.Argument(None, metavar="[TEXT]...", help="Texts; the lines of stdin if none is given."),
     adapter: list[str] = ADAPTER,
     pair: list[str] = typer.Option([], help="A second text, for each text one."),
@@ -57,6 +56,7 @@ def classify(
         return
     for text, one in zip(asked, found, strict=True):
         typer.echo(f"{spoken(one)}\t{text}")
+    say_export(model)
 
 
 def spoken(one: Prediction) -> str:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from spectune.cli import completion
-from spectune.cli.shared import JSON, print_json, say_error
+from spectune.cli.shared import JSON, print_json, say_command, say_error
 from spectune.cli.train import file_and_pairs, keys
 from spectune.compare.config import CompareConfig
 from spectune.compare.report.model import Document
@@ -65,6 +65,8 @@ def compare(
         print_json(document.model_dump())
         return
     _show(document, config)
+    if document.train_command is not None:
+        say_command(document.train_command)
 
 
 def _show(document: Document, config: CompareConfig) -> None:

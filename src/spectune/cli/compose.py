@@ -7,12 +7,14 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import ALLOW_LOSS, JSON, OVERWRITE, print_json, weighted
+from spectune.cli.shared import ALLOW_LOSS, JSON, OVERWRITE, print_json, say_chat, weighted
 
 
 def compose(
     out: Path = typer.Argument(help="Folder for the sum."),
-    terms: list[str] = typer.Argument(metavar="FOLDER[:WEIGHT]...", help="Adapters with weights, negative ones too."),
+    terms: list[str] = typer.Argument(
+        metavar="FOLDER[:WEIGHT]...", help="Adapters' or runs' folders with weights, negative ones too."
+    ),
     rank: int | None = typer.Option(None, help="Compress the sum to the best LoRA of this rank."),
     base: str | None = typer.Option(
         None, help="The base model, where a basis is needed; the adapters' own by default."
@@ -50,3 +52,4 @@ def compose(
         return
     error = f", relative error {total.error:.2e}" if rank is not None else ""
     Console().print(f"saved {total!r} in {out}{error}", highlight=False, soft_wrap=True, markup=False)
+    say_chat(out)

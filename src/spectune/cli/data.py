@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from spectune.cli.shared import JSON, REMOTE_CODE, print_json
+from spectune.cli.shared import JSON, REMOTE_CODE, print_json, say_next
 from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
 
 
@@ -38,6 +38,7 @@ def data(
         print_json(document)
         return
     _show(document, out)
+    say_next("spectune", "init", Path(file) if Path(file).exists() else file, "-m", model)
 
 
 def _show(document: dict[str, Any], out: Path | None) -> None:

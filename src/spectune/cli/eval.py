@@ -47,7 +47,7 @@ def eval_(
         return
     _show(document, html)
     command = "classify" if document["task"] == "classify" else "chat"
-    say_next("spectune", command, run.resolve())
+    say_next("spectune", command, run)
 
 
 def _show(document: dict[str, Any], html: Path | None) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json
+from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json, say_chat, say_next
 from spectune.errors import SpectuneError
 
 _MODELFILE = """# the base model as a GGUF file, of the weights that the adapter was trained on
 FROM ./base.gguf
 ADAPTER ./adapter.gguf
 """
+_VLLM_RANKS = (32, 64, 128, 256, 320, 512)  # that it takes above 16
 
 
 class Format(str, Enum):
@@ -42,7 +43,7 @@ class To(str, Enum):
 
 
 def export(
-    adapter: Path = typer.Argument(help="The adapter's folder."),
+    adapter: Path = typer.Argument(help="A run's or an adapter's folder."),
     out: Path = typer.Argument(help="Folder for the result."),
     format: Format | None = typer.Option(
         None,
@@ -123,3 +124,38 @@ def export(
         return
     note = "" if merged else f", relative error {error:.2e}"
     Console().print(f"saved {out}{note}", highlight=False, soft_wrap=True, markup=False)
+    if to is not None:
+        words = _next_there(to, out.resolve(), base or loaded.base_model)
+        if words:
+            say_next(*words)
+    elif merged:
+        say_next("spectune", "classify" if loaded.labels else "chat", out)
+    elif format is Format.peft:
+        say_chat(out)
+
+
+def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:
+    """Return the command of the program that an adapter went to, as it takes it; nothing where it has none."""
+    from spectune.bases.loading import EMBEDDED, model_path
+
+    model = Path(model_path(base)) if base in EMBEDDED or Path(base or "").is_dir() else base or "BASE"
+    named = f"{out.name}={out}"
+    commands: dict[To, tuple[str | Path, ...]] = {
+        To.vllm: ("vllm", "serve", model, "--enable-lora", *_vllm_rank(out), "--lora-modules", named),
+        To.sglang: ("python", "-m", "sglang.launch_server", "--model-path", model, "--lora-paths", named),
+        To.tgi: ("text-generation-launcher", "--model-id", model, "--lora-adapters", named),
+        To.lorax: ("lorax-launcher", "--model-id", model, "--adapter-id", out, "--adapter-source", "local"),
+        To.llama_cpp: ("llama-cli", "-m", "base.gguf", "--lora", out / "adapter.gguf"),
+        To.ollama: ("ollama", "create", out.name, "-f", out / "Modelfile"),
+        To.mlx: ("mlx_lm.generate", "--model", model, "--adapter-path", out, "--prompt", "Hello"),
+    }
+    return commands.get(to, ())
+
+
+def _vllm_rank(out: Path) -> tuple[str, ...]:
+    """Return the option without which vLLM takes no rank above 16, where a LoRA has one."""
+    from spectune.adapters.folder import read_config
+
+    config = read_config(out)
+    most = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return () if most <= 16 else ("--max-lora-rank", str(next(rank for rank in _VLLM_RANKS if rank >= most)))

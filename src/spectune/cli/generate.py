@@ -7,7 +7,6 @@ from typing import Any
 
 import typer
 
-from spectune.cli import completion
 from spectune.cli.shared import (
     ADAPTER,
     CHECK,
@@ -16,6 +15,7 @@ from spectune.cli.shared import (
     FUSED,
     JSON,
     LIBRARY,
+    MODEL,
     QUANTIZE,
     REMOTE_CODE,
     SHOTS,
@@ -26,14 +26,13 @@ from spectune.cli.shared import (
     need_library,
     print_json,
     read_stdin,
+    say_export,
 )
 from spectune.errors import SpectuneError
 
 
 def generate(
-    model: str = typer.Argument(
-        autocompletion=completion.models, help="Embedded name (smollm2-135m), local folder or hub id."
-    ),
+    model: str = MODEL,
     prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one on stdin if none is given."),
     adapter: list[str] = ADAPTER,
     library: Path | None = LIBRARY,
@@ -80,6 +79,7 @@ def generate(
         print_json([{"prompt": p, **_fields(reply)} for p, reply in zip(asked, replies, strict=True)])
         return
     typer.echo("\n\n".join(reply.text for reply in replies))
+    say_export(model)
 
 
 def _fields(reply: Any) -> dict[str, Any]:

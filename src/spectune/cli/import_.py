@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from spectune.cli.shared import JSON, OVERWRITE, print_json
+from spectune.cli.shared import JSON, OVERWRITE, print_json, say_chat
 
 
 def import_(
@@ -32,3 +32,4 @@ def import_(
         print_json({"output": str(out), "layers": len(adapter.layers), "parameters": adapter.parameter_count()})
         return
     Console().print(f"saved {adapter!r} in {out}", highlight=False, soft_wrap=True, markup=False)
+    say_chat(out)

@@ -50,4 +50,4 @@ def init(
         shown = "-" if value is None else value
         console.print(f"  {key:<{wide}}  {shown}{why}", markup=False, soft_wrap=True)
     console.print(f"wrote {out}", markup=False, soft_wrap=True)
-    say_next("spectune", "train", out.resolve())
+    say_next("spectune", "train", out)

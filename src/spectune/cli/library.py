@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spectune.cli.shared import DEVICE, DTYPE, JSON, OVERWRITE, REMOTE_CODE, print_json
+from spectune.cli.shared import DEVICE, DTYPE, JSON, OVERWRITE, REMOTE_CODE, print_json, say_chat, say_next
 
 app = typer.Typer(help="Libraries of adapters that answer the prompts they suit.", no_args_is_help=True)
 LIBRARY = typer.Argument(help="The library's folder.")
@@ -42,7 +42,7 @@ class Search(str, Enum):
 @app.command()
 def add(
     library: Path = LIBRARY,
-    adapter: Path = typer.Argument(help="The adapter's folder."),
+    adapter: Path = typer.Argument(help="A run's or an adapter's folder."),
     name: str | None = typer.Option(None, help="Its name in the library; the folder's if not given."),
     description: str = typer.Option("", help="What it is for; the prompt strategy tells the model."),
     prompts: Path | None = typer.Option(
@@ -51,12 +51,16 @@ def add(
     base: str | None = typer.Option(None, help="Load this base and check the adapter against its weights."),
     json: bool = JSON,
 ) -> None:
-    """Copy an adapter into a library, which is made if need be."""
+    """Copy an adapter into a library, which is made if need be.
+
+    spectune library add skills runs/pirate --prompts chats.jsonl
+    """
     from spectune.bases.loading import load_base
+    from spectune.bases.runs import named
     from spectune.transformer2.library import Library
     from spectune.transformer2.prompts import read_prompts
 
-    model = None if base is None else load_base(base)[0]
+    model = None if base is None else load_base(named(base).base)[0]
     read = read_prompts(prompts) if prompts is not None else []
     opened = Library(library)
     record = opened.add(name or adapter.resolve().name, adapter, description, read, model)
@@ -66,6 +70,10 @@ def add(
     _say(f"added {record.name} to {library}: {len(opened)} adapters")
     if not opened.sketches():
         _say("its files do not say which weights it belongs to; with --base NAME the library knows and checks them")
+    if sum(each.prompts > 0 for each in opened.records) > 1:
+        say_next("spectune", "library", "train-classifier", library)
+    elif opened.base_model:
+        say_next("spectune", "chat", opened.base_model, "--library", library)
 
 
 @app.command()
@@ -110,7 +118,7 @@ def train_classifier(
     model: str | None = MODEL,
     kind: Kind = typer.Option(Kind.hidden, help="A regression on the base's hidden states, or a trained adapter."),
     none: Path | None = typer.Option(None, help="Prompts that are for no adapter, as for `add --prompts`."),
-    held: float = typer.Option(0.3, help="RowWeights of the prompts held out, to calibrate and to report."),
+    held: float = typer.Option(0.3, help="Share of the prompts held out, to calibrate and to report."),
     layer: int | None = typer.Option(
         None, min=0, help="For the regression: which hidden state; two thirds of the way up if not given."
     ),
@@ -152,6 +160,8 @@ def train_classifier(
         f"{report['accuracy']:.1%} of {report['held_out']} held-out prompts go to their adapter "
         f"({report['none']:.1%} to none, calibration error {report['calibration_error']:.3f})"
     )
+    if model or opened.base_model:
+        say_next("spectune", "chat", model or opened.base_model, "--library", library)
 
 
 @app.command()
@@ -208,6 +218,7 @@ def mix(
     Console().print(table)
     scored = "log-likelihood of the shots, a token:" if reward is None else "mean reward of the shots:"
     _say(f"{scored} {found.score:.3f}; saved in {out}")
+    say_chat(out)
 
 
 def _say(text: str) -> None:

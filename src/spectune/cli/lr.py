@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 from rich.console import Console
 
@@ -37,4 +39,4 @@ def lr(
     for rate, loss in found.tried:
         console.print(f"{rate:10.2g}  loss {loss:.4f}")
     console.print(f"lr {found.rate:.2g}: {found.reason}", markup=False, soft_wrap=True)
-    say_next("spectune", "train", *([] if file is None else [file]), *pairs, f"lr={found.rate:.2g}")
+    say_next("spectune", "train", *([] if file is None else [Path(file)]), *pairs, f"lr={found.rate:.2g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -9,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from spectune.cli import completion
-from spectune.cli.shared import JSON, REMOTE_CODE, print_json
+from spectune.cli.shared import JSON, REMOTE_CODE, print_json, say_next
 from spectune.errors import SpectuneError
 
 
 def plan(
     model: str = typer.Argument(
-        autocompletion=completion.models, help="A built-in or embedded name (llama-3-8b, smollm2-135m), or a folder."
+        autocompletion=completion.models,
+        help="A built-in or embedded name (llama-3-8b, smollm2-135m), a folder, or a run's, whose settings are taken.",
     ),
     method: list[str] = typer.Option(
         [],
@@ -27,11 +29,13 @@ def plan(
     targets: list[str] = typer.Option([], "--targets", help="Suffixes, or one regex; all-linear if not given."),
     exclude: list[str] = typer.Option([], help="Suffixes, or one regex, of layers to leave out."),
     override: list[str] = typer.Option([], metavar="PATTERN=METHOD", help="Another method, or null, for some layers."),
-    batch_size: int = typer.Option(8, min=1, help="Sequences on each device."),
-    length: int = typer.Option(512, min=1, help="Tokens of a sequence."),
-    supervised: float = typer.Option(1.0, help="RowWeights of the positions with a loss, in (0, 1]."),
-    gradient_checkpointing: str = typer.Option(
-        "selective", metavar="selective|true|false", help="What the backward pass computes again, as in train."
+    batch_size: int | None = typer.Option(None, min=1, help="Sequences on each device; 8 if not given."),
+    length: int | None = typer.Option(None, min=1, help="Tokens of a sequence; 512 if not given."),
+    supervised: float = typer.Option(1.0, help="Share of the positions with a loss, in (0, 1]."),
+    gradient_checkpointing: str | None = typer.Option(
+        None,
+        metavar="selective|true|false",
+        help="What the backward pass computes again, as in train; selective if not given.",
     ),
     precision: list[str] = typer.Option(
         [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."
@@ -46,24 +50,31 @@ def plan(
     """What each method trains, stores, holds and costs on a model, without its weights.
 
     spectune plan llama-3-8b --memory 24
+    spectune plan runs/chats -m lora -m dora
     """
-    from spectune.planning.plan import PRECISIONS, parse_devices
+    from spectune.adapters.folder import CONFIG
+    from spectune.bases.runs import SETTINGS, settings_of
+    from spectune.planning.of_run import settings_for
+    from spectune.planning.plan import parse_devices
     from spectune.planning.plan import plan as make
     from spectune.progress import Bar
 
-    again: Any = {"true": True, "false": False}.get(gradient_checkpointing, gradient_checkpointing)
+    again: Any = {"true": True, "false": False}.get(gradient_checkpointing or "", gradient_checkpointing)
+    given = {
+        "methods": method,
+        "targets": _patterns(targets),
+        "exclude": _patterns(exclude),
+        "overrides": dict(map(_override, override)),
+        "batch_size": batch_size,
+        "length": length,
+        "gradient_checkpointing": again,
+        "precisions": precision,
+    }
+    settings = {**settings_for(model), **{key: value for key, value in given.items() if value not in (None, [], {})}}
     with Bar(Console(stderr=True), "counting what each method takes") as bar:
         found = make(
-            model,
-            method,
-            targets=_patterns(targets) or "all-linear",
-            exclude=_patterns(exclude),
-            overrides=dict(map(_override, override)),
-            batch_size=batch_size,
-            length=length,
+            **settings,
             supervised=supervised,
-            gradient_checkpointing=again,
-            precisions=precision or PRECISIONS,
             devices=parse_devices(devices),
             memory=memory,
             budget=budget,
@@ -74,7 +85,14 @@ def plan(
     if json:
         print_json(found.to_dict())
         return
-    _show(found.to_dict(), precision[0] if precision else "bf16", memory)
+    _show(found.to_dict(), settings.get("precisions", ["bf16"])[0], memory)
+    if settings_of(model) is not None:
+        ended = (Path(model) / CONFIG).is_file()
+        say_next("spectune", *(("eval", Path(model)) if ended else ("train", Path(model, SETTINGS), "resume=true")))
+    elif Path(model).is_dir():
+        say_next("spectune", "init", "DATA", "-m", Path(model))
+    else:
+        say_next("spectune", "init", "DATA", "-m", model)
 
 
 def _patterns(given: list[str]) -> Any:

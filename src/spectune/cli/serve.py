@@ -8,12 +8,22 @@ from typing import Any
 
 import typer
 
-from spectune.cli.shared import DEVICE, DTYPE, LIBRARY, REMOTE_CODE, SHOTS, STRATEGY, load_transformer2, need_library
+from spectune.cli.shared import (
+    DEVICE,
+    DTYPE,
+    LIBRARY,
+    MODEL,
+    REMOTE_CODE,
+    SHOTS,
+    STRATEGY,
+    load_transformer2,
+    need_library,
+)
 from spectune.errors import SpectuneError, need
 
 
 def serve(
-    model: str = typer.Argument(help="Embedded name (smollm2-135m), local folder or hub id."),
+    model: str = MODEL,
     adapter: list[str] = typer.Option(
         [], "--adapter", "-a", metavar="NAME=ADAPTER", help="An adapter's folder, by a name; may be repeated."
     ),
@@ -45,16 +55,24 @@ def serve(
     device: str | None = DEVICE,
     trust_remote_code: bool = REMOTE_CODE,
 ) -> None:
-    """Serve a base with adapters over OpenAI's HTTP protocol, each request with the adapter or mixture it names."""
+    """Serve a base with adapters over OpenAI's HTTP protocol, each request with the adapter or mixture it names.
+
+    spectune serve smollm2-135m -a pirate=runs/pirate
+    spectune serve runs/chats
+    """
     for package in ("uvicorn", "fastapi", "prometheus_client"):
         need(package, "spectune serve", "'spectune[serve]'")
     from spectune.adapters.adapter import Adapter
     from spectune.bases.loading import default_device, load_base
+    from spectune.bases.runs import named
     from spectune.serving import run
     from spectune.serving.engine import Limits
 
     sources: dict[str, Any] = {}
-    for text in adapter:
+    base, own, packed = named(model)
+    if packed is not None:
+        raise SpectuneError(f"{model} was trained on a base in {packed}, and a server's base is whole: train it so")
+    for text in [*([own] if own is not None and library is None else []), *adapter]:
         name, folder = _named(text)
         if name in sources:
             raise SpectuneError(f"two adapters are to be called {name!r}: give each a name of its own")
@@ -86,8 +104,8 @@ def serve(
         else:
             need_library(strategy=strategy, shots=shots)
             options: Any = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
-            loaded, tokenizer = load_base(model, dtype, **options)
-        run.serve(loaded, tokenizer, sources, name=model, settings=settings, listening=listening, two=two)
+            loaded, tokenizer = load_base(base, dtype, **options)
+        run.serve(loaded, tokenizer, sources, name=base, settings=settings, listening=listening, two=two)
 
 
 def _named(text: str) -> tuple[str, str]:

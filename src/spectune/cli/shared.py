@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from spectune.cli import completion
 from spectune.errors import SpectuneError
 from spectune.reading import TEXT_BYTES
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from spectune.transformer2.strategies import Decision
     from spectune.transformer2.two_pass import Transformer2
 
+MODEL = typer.Argument(
+    autocompletion=completion.models,
+    help="Embedded name (smollm2-135m, minilm-l6), local folder or hub id; or a run's or an adapter's folder.",
+)
 ADAPTER = typer.Option(
     [],
     "--adapter",
@@ -68,8 +73,31 @@ def typed(*words: object) -> str:
 
 
 def say_next(*words: object) -> None:
-    """Say on stderr which command comes next, as it has to be typed, from anywhere."""
-    Console(stderr=True).print(f"next: {escape(typed(*words))}", highlight=False, soft_wrap=True)
+    """Say on stderr which command comes next, as it has to be typed, from anywhere: each `Path` in full."""
+    say_command(typed(*(word.resolve() if isinstance(word, Path) else word for word in words)))
+
+
+def say_command(line: str) -> None:
+    """Say on stderr which command comes next, given as a line for a shell."""
+    Console(stderr=True).print(f"next: {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def say_export(model: str) -> None:
+    """Say how to take a run's adapter elsewhere, where a model's name is its folder."""
+    from spectune.bases.runs import named
+
+    if named(model).adapter is not None:
+        run = Path(model).resolve()
+        say_next("spectune", "export", run, run.with_name(f"{run.name}-merged"), "--format", "merged")
+
+
+def say_chat(adapter: Path) -> None:
+    """Say how to talk to what an adapter's folder holds, or classify with it, where it names its base."""
+    from spectune.adapters.adapter import Adapter
+
+    found = Adapter.load(adapter)
+    if found.base_model:
+        say_next("spectune", "classify" if found.labels else "chat", adapter)
 
 
 def let_the_main_process_speak(seconds: float) -> None:
@@ -139,8 +167,8 @@ def load_with_adapters(
     from spectune.model.adapting import attach
     from spectune.model.routing import activate
 
-    name, own = named(name)
-    adapters = [*([own] if own is not None else []), *adapters]
+    name, own, packed = named(name)
+    adapters, quantize = [*([own] if own is not None else []), *adapters], quantize or packed
     loaded = [(Adapter.load(folder), weight, folder) for folder, weight in map(weighted, adapters)]
     labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
     if len(labels) > 1:
@@ -170,9 +198,15 @@ def load_library(
 ) -> tuple[Library, PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a library, and load its base, or the one that is named, with its tokenizer."""
     from spectune.bases.loading import default_device, load_base
+    from spectune.bases.runs import named
     from spectune.transformer2.library import Library
 
     library = Library.open(folder)
+    if name is not None and named(name).adapter is not None:
+        raise SpectuneError(
+            f"{name} is a model with an adapter, and the library has its own: name the base, or put the adapter into "
+            f"the library, `{typed('spectune', 'library', 'add', folder, name)}`"
+        )
     base = name or library.base_model
     if not base:
         raise SpectuneError(f"the library {str(folder)!r} does not say which base it belongs to; name it with --model")

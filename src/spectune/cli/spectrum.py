@@ -12,14 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from spectune.cli.shared import JSON, print_json, say_error
+from spectune.cli import completion
+from spectune.cli.shared import JSON, print_json, say_error, say_next
+from spectune.errors import SpectuneError
 
 if TYPE_CHECKING:
     from spectune.spectrum.model import Document
 
 
 def spectrum(
-    model: str = typer.Argument(help="Embedded name, local folder, hub id, or a .safetensors or .gguf file."),
+    model: str = typer.Argument(
+        autocompletion=completion.models,
+        help="Embedded name, local folder, hub id, a .safetensors or .gguf file; or a run's folder: -a and its base.",
+    ),
     out: Path = typer.Option(Path("runs/spectrum"), help="Folder for the report; a stopped run goes on from it."),
     range_: tuple[float, float] = typer.Option(
         (0.1, 1.1), "--range", metavar="LOW HIGH", help="The share of singular values within this is counted."
@@ -44,13 +49,19 @@ def spectrum(
     """Measure the singular values of a checkpoint, one matrix at a time: is there a big and a small group?
 
     spectune spectrum smollm2-135m --out runs/spectrum
+    spectune spectrum runs/chats
     """
+    from spectune.bases.runs import named
     from spectune.spectrum.run import report
+
+    base, own, _ = named(model)
+    if adapter is not None and own is not None:
+        raise SpectuneError(f"{model} is a model with an adapter: leave -a out, or give the base, {base}, with -a")
 
     bar = _Bar()
     try:
         document = report(
-            model,
+            base,
             out,
             targets=_one_or_more(targets),
             exclude=_one_or_more(exclude),
@@ -60,7 +71,7 @@ def spectrum(
             ranks=ranks,
             method=method,
             compare=compare,
-            adapter=adapter,
+            adapter=adapter or own,
             top=top,
             epsilon=epsilon,
             allow_bin=bin_,
@@ -76,6 +87,8 @@ def spectrum(
         print_json(document.model_dump(exclude_unset=True))
         return
     _show(document)
+    if "overrides" in document.files:
+        say_next("spectune", "train", Path(document.files["overrides"]), "data=DATA", "output=FOLDER")
 
 
 def _one_or_more(patterns: list[str]) -> str | list[str]:

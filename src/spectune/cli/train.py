@@ -73,7 +73,7 @@ def train(
     except Interrupted as interrupt:  # typer would end without a word
         let_the_main_process_speak(1)
         say_error(str(interrupt))
-        say_next("spectune", "train", *(each for each in settings or [] if "resume" not in each), "resume=true")
+        say_next("spectune", "train", Path(config.output, "config.yaml"), "resume=true")
         raise typer.Exit(130) from None
     main = processes.is_main()
     processes.finish()
@@ -98,7 +98,7 @@ def train(
         change = f"{result.before[name]:.3f} -> {result.after[name]:.3f}"
         console.print(f"held-out {spoken(name)} {change}", highlight=False)
     console.print(f"saved {result.adapter!r} in {config.output}", highlight=False)
-    say_next("spectune", "eval", Path(config.output).resolve())
+    say_next("spectune", "eval", Path(config.output))
 
 
 def file_and_pairs(arguments: list[str]) -> tuple[str | None, list[str]]:

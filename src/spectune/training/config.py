@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from spectune.training.registry import options_of, owner_of, task_keys
 if TYPE_CHECKING:
     from spectune.methods import Method
 
+PLACES = ("model", "data", "adapter", "eval_data")
 _NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
 # the data, unless `train` is given them
 FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_eval_samples", "max_length")
@@ -171,6 +173,14 @@ class TrainConfig(BaseModel):
     def _at_home(cls, value: object) -> object:
         """Return a path of the home folder in full, which a shell writes out only where it stands alone."""
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+    def in_full(self) -> dict[str, Any]:
+        """Return all settings, with the paths of files and folders that are there in full: true in every folder."""
+        from spectune.bases.loading import EMBEDDED  # with torch, which the command line's help does without
+
+        found = {**self.model_dump(), "output": os.path.abspath(self.output)}
+        kept = ("model",) if self.model in EMBEDDED else ()
+        return {key: in_full(value) if key in PLACES and key not in kept else value for key, value in found.items()}
 
     @field_validator("data")
     @classmethod
@@ -360,6 +370,16 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         if text is not None:
             parse(text)
     return config
+
+
+def in_full(value: Any) -> Any:
+    """Return paths of what is there in full; ids and all else stay as they are."""
+    if isinstance(value, list):
+        return [in_full(each) for each in value]
+    if isinstance(value, dict):  # one of several sources
+        return {**value, "path": in_full(value["path"])}
+    there = isinstance(value, str) and (os.path.exists(value) or glob.glob(value))
+    return os.path.abspath(value) if there else value
 
 
 def _place(data: str) -> str:

@@ -20,7 +20,7 @@ from spectune.reading import parsed, read_json, read_yaml
 from spectune.storage import write_atomically
 from spectune.training import processes
 from spectune.training.aliases import aliased
-from spectune.training.config import TrainConfig
+from spectune.training.config import PLACES, TrainConfig, in_full
 from spectune.training.data.records import Record
 from spectune.training.options import resumes
 
@@ -58,7 +58,7 @@ def write_run(config: TrainConfig, output: Path, parts: Sequence[Sequence[Record
         f"{f' --quantize {config.quantize}' if config.quantize else ''}\n"
     )
     files = {
-        "config.yaml": yaml.safe_dump(config.model_dump(), sort_keys=False),
+        "config.yaml": yaml.safe_dump(config.in_full(), sort_keys=False),
         "run.json": json.dumps(run, indent=2) + "\n",
         "README.md": card,
         **more,
@@ -101,7 +101,7 @@ class _Run(BaseModel):
 
 def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], list[str]]:
     """Return what changed and makes it another run, and what else did."""
-    now = {**config.model_dump(), "processes": processes.count()}
+    now = {**config.in_full(), "processes": processes.count()}
     examples = [math.prod(int(run.get(key) or 1) for key in _STEP) for run in (before, now)]
     of_task = config.options_type.model_fields if config.options_type is not None else {}
     meaning = (*_MEANING, *(key for key, field in of_task.items() if resumes(field) == "same"))
@@ -111,7 +111,9 @@ def changed(before: Mapping[str, Any], config: TrainConfig) -> tuple[list[str], 
     defaults = {key: field.get_default() for key, field in fields.items()}  # folders of earlier versions lack keys
     if set(before.get("group_lr") or ()) != set(config.group_lr):  # the optimizer has a group for each
         meaning += ("group_lr",)
-    keys = [key for key in now if key not in ignored and before.get(key, defaults.get(key)) != now[key]]
+    paths = {key: in_full(before[key]) for key in PLACES if key in before and before[key] != now[key]}
+    then = {**defaults, **before, **paths}
+    keys = [key for key in now if key not in ignored and then.get(key) != now[key]]
     named = {
         key: f"number of processes ({now[key]}, not {before.get(key)})" if key == "processes" else key for key in keys
     }
