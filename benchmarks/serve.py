@@ -39,7 +39,7 @@ from _machine import save
 from spectune.adapters.adapter import Adapter
 from spectune.bases.generation import generate
 from spectune.layers.adapted import adapted_layers
-from spectune.serving.engine import Limits
+from spectune.serving.jobs import Limits
 from spectune.serving.run import Settings, build
 from spectune.serving.shelf import Shelf
 

@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import spectune
 from spectune.model.names import adapter_names
 from spectune.serving.batch import Row
-from spectune.serving.engine import Engine, Event, Job
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Event, Job
 from spectune.serving.run import Settings, build, http_config
 from spectune.serving.sampling import Sampler, Sampling
 from spectune.serving.shelf import Shelf

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from serving.servers import greedy, served, settled, tiny, words
-from spectune.serving.engine import Limits
+from spectune.serving.jobs import Limits
 from spectune.serving.shelf import Shelf
 from spectune.serving.text import TextStream
 from transformer2.cases import adapter

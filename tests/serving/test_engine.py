@@ -9,7 +9,8 @@ import spectune
 from serving.servers import Asked, greedy, scripted, settled, shelf_of, tiny, words
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch, check_joining
-from spectune.serving.engine import Busy, Closing, Engine, Limits, TooSlow
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Busy, Closing, Limits, TooSlow
 from spectune.serving.sampling import Sampling
 from spectune.serving.shelf import Shelf, UnknownAdapter
 from tiny import gemma3, gpt2, mistral, t5

@@ -7,7 +7,8 @@ import spectune
 from serving.servers import Asked, greedy, settled, shelf_of, tiny, words
 from serving.test_engine import equal_to_generate
 from spectune.serving.batch import Batch
-from spectune.serving.engine import Engine, Limits
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Limits
 from spectune.serving.prefixes import BLOCK, Prefixes, mentions, origin_of
 from tiny import gemma3, gpt2
 from transformer2.cases import adapter

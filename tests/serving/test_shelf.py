@@ -10,7 +10,8 @@ from serving.servers import Asked, greedy, settled, tiny, words
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch
-from spectune.serving.engine import Engine, Limits
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Limits
 from spectune.serving.shelf import NameInUse, Shelf, UnknownAdapter, Unreadable, Version
 from transformer2.cases import adapter
 

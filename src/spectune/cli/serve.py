@@ -66,7 +66,7 @@ def serve(
     from spectune.bases.loading import default_device, load_base
     from spectune.bases.runs import named
     from spectune.serving import run
-    from spectune.serving.engine import Limits
+    from spectune.serving.jobs import Limits
 
     sources: dict[str, Any] = {}
     base, own, packed = named(model)

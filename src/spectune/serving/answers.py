@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectune.serving.engine import Event
+from spectune.serving.jobs import Event
 from spectune.serving.sampling import Logprobs
 from spectune.serving.text import token_bytes
 

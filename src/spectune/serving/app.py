@@ -23,7 +23,8 @@ from spectune.errors import SpectuneError
 from spectune.reading import reason
 from spectune.serving.answers import Answer, ChatAnswer, CompletionAnswer, failure
 from spectune.serving.asking import Asked, Reader, weights_of
-from spectune.serving.engine import Busy, Closing, Engine, Event, Job, TooSlow
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Busy, Closing, Event, Job, TooSlow
 from spectune.serving.metrics import Metrics
 from spectune.serving.protocol import (
     ChatRequest,

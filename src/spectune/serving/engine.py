@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from threading import Condition, Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch, Prompts, Row, unread
+from spectune.serving.jobs import Busy, Closing, Event, Job, Limits, TooSlow
 from spectune.serving.prefixes import mentions, origin_of
-from spectune.serving.sampling import Logprobs
 from spectune.serving.shelf import Shelf, Unreadable, Version
 
 T = TypeVar("T")
@@ -25,86 +23,6 @@ log = logging.getLogger("spectune.serving")
 _NOT_A_NUMBER = (
     "the model's answer is no number (NaN): the weights of the mixture may be too large, or the dtype too small"
 )
-
-
-class Busy(SpectuneError):
-    """More requests wait than may."""
-
-
-class Closing(SpectuneError):
-    """The server is being shut down."""
-
-
-class TooSlow(SpectuneError):
-    """A request took longer than it may."""
-
-
-class Event(NamedTuple):
-    """What came of a request since the last event.
-
-    Args:
-        row: which of the request's replies.
-        text: that is certain.
-        logprobs: of tokens, where asked for.
-        tokens: of the reply so far.
-        finish: why the reply ended: "stop" or "length".
-        error: why there is none; of the whole request.
-    """
-
-    row: int
-    text: str = ""
-    logprobs: Sequence[Logprobs] = ()
-    tokens: int = 0
-    finish: str | None = None
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """A request.
-
-    Args:
-        rows: its replies.
-        weights: of adapters by name; none is the base.
-        deliver: takes its events, in the engine's thread, and must not wait.
-        seconds: that it may take, None for any time.
-
-    Attributes:
-        mixture: what the names stood for when the request came.
-        left: rows that have not ended.
-        cancelled: nobody waits for it any more.
-    """
-
-    rows: list[Row]
-    weights: Mapping[str, Any]
-    deliver: Callable[[list[Event]], None]
-    seconds: float | None = None
-    mixture: dict[Version, Any] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
-    left: list[Row] = field(default_factory=list)
-    cancelled: bool = False
-
-    @property
-    def late(self) -> bool:
-        """Whether it took longer than it may."""
-        return self.seconds is not None and time.monotonic() - self.began > self.seconds
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine takes on.
-
-    Args:
-        rows: that are answered at once.
-        waiting: requests that wait for a row.
-        tokens: rows times the length of the longest, whose keys and values fit into memory; None is any.
-        columns: tokens of prompts that are read between two steps of the rows.
-    """
-
-    rows: int = 16
-    waiting: int = 1024
-    tokens: int | None = None
-    columns: int = 512
 
 
 class Engine:

@@ -18,7 +18,8 @@ from spectune.bases.generation import pad_token
 from spectune.errors import SpectuneError, need
 from spectune.serving.asking import Reader
 from spectune.serving.batch import Batch, check_joining
-from spectune.serving.engine import Engine, Limits
+from spectune.serving.engine import Engine
+from spectune.serving.jobs import Limits
 from spectune.serving.prefixes import Prefixes
 from spectune.serving.shelf import Shelf
 from spectune.transformer2.two_pass import Transformer2
