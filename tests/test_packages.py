@@ -8,7 +8,7 @@ import pytest
 from spectune.errors import SpectuneError, need
 
 # where a GPU is there is often little else: no data sets, no trainer of others, no configuration
-ABSENT = ["datasets", "trl", "gguf", "peft", "pydantic", "optuna", "ray", "sklearn", "matplotlib", "typer"]
+ABSENT = ["datasets", "trl", "gguf", "peft", "pydantic", "ray", "sklearn", "matplotlib", "typer"]
 
 
 def run(code, absent):
@@ -56,7 +56,7 @@ from spectune.training.config import load_config
 load_config(None, ["model=m", "data=d", "output=o"])
 print("worked")
 """
-    assert run(code, ["datasets", "trl", "gguf", "peft", "optuna", "ray", "sklearn"]).strip() == "worked"
+    assert run(code, ["datasets", "trl", "gguf", "peft", "ray", "sklearn"]).strip() == "worked"
 
 
 def test_what_is_missing_is_named_in_one_sentence(monkeypatch):

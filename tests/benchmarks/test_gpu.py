@@ -10,7 +10,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("correctness", "steps", "decompositions", "many", "job", "kernels")
-ABSENT = ("datasets", "trl", "gguf", "peft", "optuna", "ray")
+ABSENT = ("datasets", "trl", "gguf", "peft", "ray")
 
 
 @pytest.fixture(scope="module")

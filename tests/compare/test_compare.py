@@ -25,6 +25,11 @@ def folder(tmp_path_factory):
     return path
 
 
+def trials_of(ran):
+    """Return of what was told what says that a trial ended."""
+    return [last for last in ran if ": test " in last or ": validation " in last]
+
+
 def small(folder, output, **values):
     return config(folder, output, **{"methods": ["base", "lora", "svf"], "seeds": 2, "lrs": 1, **values})
 
@@ -33,6 +38,9 @@ def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
     seen = []
     document = compare(small(folder, tmp_path), lambda done, total, last: seen.append((done, total))).model_dump()
     assert seen[0][0] == 0
+    assert any(
+        "test records tell a difference of" in note and "by the runs of lora" in note for note in document["notes"]
+    )
     assert seen[-1][0] == seen[-1][1]
     assert {row["method"] for row in document["methods"]} == {"base", "lora", "svf"}
     assert all(row["seeds"] == [0, 1] for row in document["methods"])
@@ -102,11 +110,12 @@ def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
         small(folder, tmp_path, **values, retry=True), lambda done, total, last: ran.append(last)
     ).model_dump()
     assert again["failures"] == []
-    assert len([last for last in ran if last]) == 1
+    assert len(trials_of(ran)) == 1
     assert "retry" not in (tmp_path / "compare.yaml").read_text()
     (tmp_path / "trials" / ".base.seed1.attempts").write_bytes(b"...")
+    ran.clear()
     compare(small(folder, tmp_path, **values, overwrite=True), lambda done, total, last: ran.append(last))
-    assert len([last for last in ran if last]) == 3
+    assert len(trials_of(ran)) == 2
     assert not list((tmp_path / "trials").glob(".*.attempts"))
     assert "overwrite" not in (tmp_path / "compare.yaml").read_text()  # or the command to reproduce it would wipe it
 
@@ -181,7 +190,7 @@ def test_another_process_goes_on_where_one_ended(end, folder, tmp_path):
     assert [path.name for path in trials.glob(".*.attempts")] == [".base.seed1.attempts"] * (end == "kill")
     ran = []
     document = compare(chosen, lambda done, total, last: ran.append(last)).model_dump()
-    assert len([last for last in ran if last]) == 4  # base at seed 1; a learning rate of lora and its two seeds
+    assert len(trials_of(ran)) == 3  # base at seed 1, and two seeds of lora
     assert (trials / "base.seed0.json").stat().st_mtime_ns == before
     assert document["failures"] == []
     assert not list(trials.glob(".*.attempts"))

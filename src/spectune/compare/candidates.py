@@ -1,4 +1,4 @@
-"""The methods of a comparison: what each starts from, at which size, and which learning rates are tried."""
+"""The methods of a comparison: at which size each is compared, and the ladder of its learning rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 BASE, FULL = "base", "full"
 FULL_LR = 5e-5
-_EXTENSIONS = 2  # learning rates added where the best is at an end of those tried
 
 
 def candidates(config: CompareConfig, model: PreTrainedModel) -> tuple[list[str], list[str]]:
@@ -91,22 +90,12 @@ def baseline(config: CompareConfig, methods: Sequence[str], model: PreTrainedMod
     return of_kind[0] if of_kind else None
 
 
-def grid(config: CompareConfig, method: str) -> list[float]:
-    """Return the learning rates to try, the method's own first and then outwards; none for the base."""
+def rate(config: CompareConfig, method: str, place: int = 0) -> float | None:
+    """Return the learning rate at a place of a method's ladder, whose middle is the method's own; None for the base.
+
+    A step of the ladder is the root of `lr_factor`: the rates that are tried first are two steps apart.
+    """
     if method == BASE:
-        return []
-    centre = FULL_LR if method == FULL else parse(method).learning_rate
-    steps = sorted(range(-((config.lrs - 1) // 2), config.lrs // 2 + 1), key=abs)
-    return [_lr(centre, config.lr_factor, step) for step in steps]
-
-
-def further(config: CompareConfig, method: str, tried: Sequence[float], best: float) -> float | None:
-    """Return another learning rate to try where the best is the lowest or the highest so far, twice at most."""
-    ordered = sorted(tried)
-    if len(ordered) < 2 or len(ordered) >= config.lrs + _EXTENSIONS or best not in (ordered[0], ordered[-1]):
         return None
-    return _lr(best, config.lr_factor, 1 if best == ordered[-1] else -1)
-
-
-def _lr(centre: float, factor: float, steps: int) -> float:
-    return float(f"{centre * factor**steps:.2g}")
+    centre = FULL_LR if method == FULL else parse(method).learning_rate
+    return float(f"{centre * config.lr_factor ** (place / 2):.2g}")

@@ -26,7 +26,7 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "resume": "the same command goes on where it stopped",
     "best": "the last step counts",
     "patience": "the last step counts",
-    "eval_steps": "evaluations are at the rungs of the search",
+    "eval_steps": "evaluations are at the quarters of a run",
     "save_steps": "trials keep no checkpoints",
     "log_steps": "every step is logged",
     "report_to": "results are in output",
@@ -34,10 +34,12 @@ _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "streaming": "trials share data in memory",
 }
 # keys that say how much is compared or how it is run, and not what a trial is
-_EXTENT = ("output", "methods", "seeds", "lrs", "workers", "launcher", "address", "baseline")
+_EXTENT = ("output", "methods", "seeds", "lrs", "search", "workers", "launcher", "address", "baseline")
 ONCE = ("overwrite", "retry")  # keys that say what becomes of the results there are
 RECORDS = "records"  # of settings.json: the digest of the data
 LESS = ("loss", "mse", "mae")  # measures of which less is better
+SHARES = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")  # of which a point is a hundredth
+OF_RECORDS = ("accuracy", "exact_match")  # the share of records that are answered right
 METHODS = [
     *("base", "full", "lora", "svf", "svft", "svft:pattern=banded,width=8", "pissa", "milora", "lora_xs"),
     *("dora", "dora:inner=pissa", "dora:inner=svf", "adalora"),
@@ -63,9 +65,28 @@ class CompareConfig(TrainConfig):
         "(dpo, kto)",
     )
     seeds: int = Field(3, ge=1, description="runs of each method at its best learning rate, each in its own data order")
-    lrs: int = Field(5, ge=1, description="learning rates tried for each method, a factor of lr_factor apart")
-    lr_factor: float = Field(10**0.5, gt=1, description="between learning rates that are neighbours")
-    validation: float = Field(0.15, gt=0, lt=1, description="share of the data on which learning rates are chosen")
+    detect: float | None = Field(
+        None,
+        gt=0,
+        description="a difference to find, in points (of a loss, in its own unit): more seeds by what the baseline's "
+        "runs show, and a larger test",
+    )
+    lrs: int = Field(
+        5, ge=1, description="learning rates tried first, a factor of lr_factor apart; 1: each method's own, unsearched"
+    )
+    lr_factor: float = Field(10**0.5, gt=1, description="between learning rates that are tried first")
+    search: float = Field(8.0, ge=1, description="whole runs that the search for a method's learning rate may take")
+    until: Literal["steps", "plateau"] = Field(
+        "steps",
+        description="plateau: a run ends once its held-out loss, over a quarter of them, falls by less than 1% of what "
+        "it has fallen so far",
+    )
+    equal: Literal["steps", "time"] = Field(
+        "steps", description="what every method has as much of; time: as the baseline takes for its steps"
+    )
+    validation: float = Field(
+        0.15, gt=0, lt=1, description="share of the data on which a run is looked at; up to 5 such parts take turns"
+    )
     test: float = Field(0.25, gt=0, lt=1, description="share of the data for the result, which chooses nothing")
     test_data: str | None = Field(None, description="data for the result, instead of a share")
     budget: str | None = Field(None, description="trained parameters, as 100k: sets each method's rank or width")
@@ -83,8 +104,8 @@ class CompareConfig(TrainConfig):
         """Raise for keys that do not go together.
 
         Raises:
-            SpectuneError: a key that a comparison sets itself, a task or metric that it does not know, no or repeated
-                methods, or what `spectune train` would refuse.
+            SpectuneError: a key that a comparison sets itself, a task or metric that it does not know, two rules for
+                the end of a run, or what `spectune train` would refuse.
         """
         for key, instead in _CHOSEN.items():
             if key in self.model_fields_set:
@@ -100,6 +121,8 @@ class CompareConfig(TrainConfig):
                 f"metric: {self.metric} does not fit task: {self.task}{nearest(self.metric, known)} "
                 f"(known: {', '.join(known)})"
             )
+        if self.until == "plateau" and self.equal == "time":
+            raise SpectuneError("equal: time says how long a run goes on, and until: plateau lets its loss say: give one")
         if self.test_data is None and self.test + self.validation >= 1:
             raise SpectuneError(f"validation={self.validation} and test={self.test} leave nothing to train on")
         super().check()
@@ -115,6 +138,11 @@ class CompareConfig(TrainConfig):
         return self.measure not in LESS
 
     @property
+    def difference(self) -> float | None:
+        """The difference to detect, in the metric's own unit."""
+        return self.detect if self.detect is None or self.measure not in SHARES else self.detect / 100
+
+    @property
     def searched_by(self) -> str:
         """The measure of validation data that learning rates are chosen by: the metric, but replies take too long."""
         return "loss" if self.measure == "exact_match" else self.measure
@@ -124,6 +152,8 @@ class CompareConfig(TrainConfig):
         keys = [*TrainConfig.model_fields, *options_of(self.task).model_fields]
         own: dict[str, Any] = {key: getattr(self, key) for key in keys if key not in _CHOSEN}
         own |= {"seed": seed, "max_steps": steps, "eval_steps": eval_steps, "lr": lr}
+        if self.until == "plateau" and "schedule" not in self.model_fields_set:
+            own["schedule"] = "constant"  # one that falls towards the last step would end where it is still high
         own |= {} if method in ("base", "full") else {"method": method}
         return TrainConfig(**own)
 

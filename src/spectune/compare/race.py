@@ -62,6 +62,11 @@ class Run:
     ended: bool = False
 
     @property
+    def start(self) -> float:
+        """Before any step; minus infinity of a run that failed, or where nothing can be said of the model yet."""
+        return self.looks[0].value if self.looks and math.isfinite(self.looks[0].value) else -math.inf
+
+    @property
     def value(self) -> float:
         """At the last look; minus infinity of a run that failed."""
         last = self.looks[-1].value if self.looks else -math.inf
@@ -200,7 +205,7 @@ class Seen:
         ended = [run.value for run in runs.values() if run.ended]
         known = [value for value in ended if math.isfinite(value)]
         self.top = max(known, default=-math.inf)
-        starts = [run.looks[0].value for run in runs.values() if run.looks]
+        starts = [run.start for run in runs.values() if math.isfinite(run.start)]
         self.start = float(np.median(starts)) if starts else -math.inf
         self.gain = self.top - self.start if known and starts else 0.0
         self.keys = list(runs) if known else []

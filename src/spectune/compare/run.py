@@ -52,7 +52,7 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     _check_packages(config)  # before what imports them
     from spectune.compare.report.document import document
     from spectune.compare.report.files import write_report
-    from spectune.compare.study import Study
+    from spectune.compare.study import Study, beforehand
 
     check_folder(config)
     too_large = check_room(config)
@@ -61,10 +61,12 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if too_large:
         config = config.model_copy(update={"methods": [m for m in config.methods if m not in too_large]})
     bench = Bench(config)
-    records = record.digest([{name: part} for name, part in bench.records.items()])
+    records = record.digest([{name: part} for name, part in bench.parts.records.items()])
     check_folder(config, records)
     methods, notes = candidates(config, bench.model)
     against = baseline(config, methods, bench.model)
+    if against is not None:  # what can be told is told by its runs
+        methods = [against, *(method for method in methods if method != against)]
     notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
     settings = config.settings()
     folder = Path(config.output)
@@ -76,18 +78,27 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
     study = Study(config, methods, results)
 
+    can_tell: list[str] = []
+
     def told(last: str = "") -> None:
         done, total = study.count()
         tell(done, total, last)
+        if not can_tell and (sentence := study.told()) is not None:
+            can_tell.append(sentence)
+            tell(done, total, sentence)
 
+    warnings = beforehand(config, len(bench.parts.test))
+    for sentence in warnings:
+        tell(*study.count(), sentence)
     _run(config, methods, study, bench, told)
+    notes += can_tell or warnings
     finals, searches = [], []
     for method in methods:
         searches += [result for _, result in study.searches(method) if result is not None]
         finals += _finals(study, method)
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
-    made = document(_header(config, bench, methods, against, notes), finals, searches)
+    made = document(_header(config, bench, methods, against, notes, study.seeds()), finals, searches)
     given: str = made.config
     write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
@@ -97,14 +108,14 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
 def _finals(study: Study, method: str) -> list[Result]:
     done = [result for _, result in study.finals(method) if result is not None]
     if not done:  # no learning rate ran to its end
-        failed = [r for _, r in study.searches(method) if r is not None and r["error"] is not None]
-        return [{**failed[0], "kind": "final"}] if failed else []
+        tried = [*study.timed(method), *study.searches(method)]
+        failed = [r for _, r in tried if r is not None and r["error"] is not None]
+        return [{**failed[0], "kind": "final", "method": method}] if failed else []
     return done
 
 
 def _check_packages(config: CompareConfig) -> None:
-    optuna, _ = (need(package, "compare", "'spectune[compare]'") for package in ("optuna", "scipy"))
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    need("scipy", "compare", "'spectune[compare]'")
     if config.launcher == "ray":
         need("ray", "launcher: ray", "'spectune[ray]'")
 
@@ -136,6 +147,8 @@ def _said(result: Result, config: CompareConfig) -> str:
     lr = "" if result["lr"] is None else f" at {result['lr']:g}"
     if result["error"] is not None:
         return f"{result['method']}{lr}: {result['error']}"
+    if result["kind"] == "time":
+        return f"{result['method']}: {result['step_seconds']:.3g} s a step"
     if result["kind"] == "final":
         return f"{result['method']}{lr}: test {config.measure} {result['test'][config.measure]:.4f}"
     key = config.searched_by
@@ -188,19 +201,19 @@ def worker(values: dict[str, Any], methods: list[str], settings: str, threads: i
 
 
 def _header(
-    config: CompareConfig, bench: Bench, methods: list[str], against: str | None, notes: list[str]
+    config: CompareConfig, bench: Bench, methods: list[str], against: str | None, notes: list[str], seeds: int
 ) -> dict[str, object]:
     about: dict[str, Any] = describe()
     kept = (config.model_fields_set | {"methods"}) - set(ONCE)
     given = {k: v for k, v in config.model_dump().items() if k in kept}
-    notes += bench.notes
-    for name, count in bench.cut.items():
+    notes += bench.parts.notes
+    for name, count in bench.parts.cut.items():
         if count:
             notes.append(f"{count} records of {name} were cut to {config.max_length} tokens")
-    for name, count in bench.dropped.items():
+    for name, count in bench.parts.dropped.items():
         if count:
             notes.append(f"{count} records of {name} had nothing to learn from and were left out")
-    if config.seeds > 1 and BASE in methods and not bench.has_new_head:
+    if seeds > 1 and BASE in methods and not bench.has_new_head:
         notes.append("the base as it is has nothing to train: its runs are the same")
     return {
         "label": f"{config.model} on {Path(str(config.data)).stem}",
@@ -210,10 +223,14 @@ def _header(
         "metric": config.measure,
         "greater_is_better": config.greater_is_better,
         "baseline": against,
-        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "seeds": list(range(config.seed, config.seed + seeds)),
         "steps": bench.steps,
+        "until": config.until,
+        "equal": config.equal,
+        "searched_by": config.searched_by,
         "batch_size": config.batch_size * config.gradient_accumulation_steps,
-        "split": {name: len(part) for name, part in bench.records.items()},
+        "split": {name: len(part) for name, part in bench.parts.records.items()},
+        "folds": len(bench.parts.folds),
         "budget": config.budget,
         "general": config.general,
         "versions": {"python": about["python"], **about.pop("versions")},

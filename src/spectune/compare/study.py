@@ -1,130 +1,219 @@
-"""The order of trials: a learning rate for each method by successive halving, then its runs over seeds."""
+"""The order of trials: a race for each method's learning rate, then its runs over seeds."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.trial import TrialState, create_trial
+from typing import NamedTuple
 
 from spectune.compare.bench import Bench
-from spectune.compare.candidates import further, grid
-from spectune.compare.config import LESS, CompareConfig
+from spectune.compare.candidates import BASE, rate
+from spectune.compare.config import OF_RECORDS, SHARES, CompareConfig
+from spectune.compare.looks import Report
+from spectune.compare.parts import FOLDS
+from spectune.compare.power import MOST_SEEDS, Spread, seeds_for, spread, told
+from spectune.compare.race import Key, Look, Race, Run, Runs
 from spectune.compare.trial import Result, Results, Trial
 from spectune.errors import SpectuneError
 
 _WAIT = 0.5  # seconds between looks at what other workers have done
 _SEARCH_SEED = 10**6  # from the comparison's own: another order of the data than those that are judged, however many
+_EDGE = 10  # steps of the ladder from a method's own rate: a factor of 300, as far as a search goes
+_TOLD = 0.02  # of a share: the difference whose price is said where none is asked for
 Tell = Callable[[Result], None]
 
 
+class Round(NamedTuple):
+    """Runs of a race that were chosen together; none where it is over.
+
+    Args:
+        before: all that were chosen earlier.
+        trials: of this round, by their place on the ladder and the number of their seed.
+    """
+
+    before: Runs
+    trials: dict[Key, Trial]
+
+
 class Study:
-    """Which trials there are, given the results so far.
+    """Which trials there are, given the results so far: the same whoever ran them, and in whatever order they ended.
 
     Args:
         config: the comparison.
-        methods: what is compared.
+        methods: what is compared; the first that trains is the pilot, by whose runs `detect` is answered, and whose
+            steps set the time where that is `equal`.
         results: where results are.
     """
 
     def __init__(self, config: CompareConfig, methods: list[str], results: Results) -> None:
         self.config, self.methods, self.results = config, methods, results
+        self.race = Race(config.lrs, config.search, config.warmup, -_EDGE, _EDGE, FOLDS)
+        self.pilot = next((method for method in methods if method != BASE), None)
+        self._raced: dict[str, list[Round]] = {}  # of which only the last may lack results
+        self._chosen: dict[str, float | None] = {}
 
     def pending(self) -> list[Trial]:
         """Return the trials that can run now and have no result, in order; none when all is done."""
         return [trial for method in self.methods for trial in self._pending(method)]
 
     def _pending(self, method: str) -> list[Trial]:
-        searches = self.searches(method)
-        missing = [trial for trial, result in searches if result is None]
-        if missing:
-            return missing
-        return [trial for trial, result in self.finals(method) if result is None]
-
-    def searches(self, method: str) -> list[tuple[Trial, Result | None]]:
-        """Return the trials of a method's learning rates, with their results."""
-        tried: dict[float, Result | None] = {}
-        wanted = grid(self.config, method)
-        while wanted:
-            tried |= {lr: self.results.get(self._search(method, lr)) for lr in wanted}
-            best = None if None in tried.values() else best_lr(tried, self.config)
-            more = None if best is None else further(self.config, method, list(tried), best)
-            wanted = [] if more is None else [more]
-        return [(self._search(method, lr), result) for lr, result in tried.items()]
-
-    def finals(self, method: str) -> list[tuple[Trial, Result | None]]:
-        """Return a method's runs over seeds, with their results; none before its learning rate is known."""
-        lr = None
-        if grid(self.config, method):
-            tried = {trial.lr: result for trial, result in self.searches(method)}
-            if None in tried.values():
-                return []
-            lr = best_lr(tried, self.config)
-            if lr is None:
-                return []
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        trials = [Trial(method, lr, seed, "final") for seed in seeds]
-        return [(trial, self.results.get(trial)) for trial in trials]
+        for stage in (self.timed, self.searches, self.finals):
+            missing = [trial for trial, result in stage(method) if result is None]
+            if missing:
+                return missing
+        return []
 
     def count(self) -> tuple[int, int]:
         """Return how many trials are done, and how many there will be as far as one can see."""
         done = total = 0
         for method in self.methods:
-            searches, finals = self.searches(method), self.finals(method)
-            done += sum(result is not None for _, result in [*searches, *finals])
-            total += len(searches) + (len(finals) or self.config.seeds)
+            finals = self.finals(method)
+            known = [*self.timed(method), *self.searches(method), *finals]
+            done += sum(result is not None for _, result in known)
+            total += len(known) + (0 if finals else self.seeds())
         return done, total
 
-    def _search(self, method: str, lr: float) -> Trial:
-        return Trial(method, lr, self.config.seed + _SEARCH_SEED, "search")
+    def _with_results(self, trials: Iterable[Trial]) -> list[tuple[Trial, Result | None]]:
+        return [(trial, self.results.get(trial)) for trial in trials]
 
-    def pruner(self, trial: Trial) -> Callable[[int, Mapping[str, float]], bool]:
-        """Return what says at each rung whether a learning rate's loss falls behind those already tried."""
-        study = optuna.create_study(
-            direction="minimize",  # the loss, which says something of early rungs, where a metric has not moved
-            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-        )
-        space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-12, 1e6, log=True)}
-        for other, result in self.searches(trial.method):
-            if result is not None and result["error"] is None and other != trial:
-                study.add_trial(
-                    create_trial(
-                        state=TrialState.PRUNED if result["pruned"] else TrialState.COMPLETE,
-                        value=result["validation"]["loss"],
-                        params={"lr": other.lr},
-                        distributions=space,
-                        intermediate_values={int(rung): v for rung, v in result["rungs"].items()},
-                        system_attrs=result["optuna"],
-                    )
-                )
-        study.enqueue_trial({"lr": trial.lr})
-        own = study.ask(space)
+    # the time of a step, where time is what is equal
 
-        def stop(rung: int, measures: Mapping[str, float]) -> bool:
-            own.report(measures["loss"], rung)
-            return own.should_prune()
+    def timed(self, method: str) -> list[tuple[Trial, Result | None]]:
+        """Return the runs that say how long a step of the pilot and of a method takes, where that matters."""
+        if self.config.equal != "time" or method == BASE:
+            return []
+        both = dict.fromkeys((self.pilot or method, method))
+        return self._with_results(Trial(m, rate(self.config, m), self.config.seed, "time") for m in both)
 
-        self._asked = own
-        return stop
+    def _is_timed(self, method: str) -> bool:
+        return all(result is not None and result["error"] is None for _, result in self.timed(method))
 
-    def reported(self) -> Result:
-        """Return what the pruner needs to know of the trial that was asked for last."""
-        frozen = self._asked.study.trials[self._asked.number]
-        attributes = {k: v for k, v in frozen.system_attrs.items() if k.startswith("completed_rung")}
-        return {"rungs": {str(k): v for k, v in frozen.intermediate_values.items()}, "optuna": attributes}
+    def _steps(self, method: str) -> int | None:
+        """Return in how many steps a method takes the pilot's time; None for the comparison's own number."""
+        found = [result for _, result in self.timed(method) if result is not None]
+        if not found:
+            return None
+        return max(1, round(found[0]["whole"] * found[0]["step_seconds"] / found[-1]["step_seconds"]))
+
+    # the race for a learning rate
+
+    def searches(self, method: str) -> list[tuple[Trial, Result | None]]:
+        """Return the trials of a method's learning rates, with their results."""
+        return self._with_results(trial for one in self._rounds(method) for trial in one.trials.values())
+
+    def _rounds(self, method: str) -> list[Round]:
+        """Return the rounds of a method's race as far as the results go."""
+        if method == BASE or self.config.lrs == 1 or not self._is_timed(method):
+            return []
+        rounds = self._raced.setdefault(method, [])
+        seen: Runs = {}
+        while not rounds or rounds[-1].trials:
+            if rounds:
+                ended = {key: self.results.get(trial) for key, trial in rounds[-1].trials.items()}
+                if None in ended.values():
+                    break
+                seen = {**rounds[-1].before, **{key: run_of(result) for key, result in ended.items() if result}}
+            rounds.append(Round(seen, {key: self._search(method, *key) for key in self.race.next(seen)}))
+        return rounds
+
+    def _search(self, method: str, place: int, seed: int) -> Trial:
+        lr = rate(self.config, method, place)
+        return Trial(method, lr, self.config.seed + _SEARCH_SEED + seed, "search", self._steps(method))
+
+    def stops(self, trial: Trial) -> Report:
+        """Return what says at each look whether a run of a race is over, by the runs that were chosen before it."""
+        for one in self._rounds(trial.method):
+            for key, other in one.trials.items():
+                if other == trial:
+                    return partial(self.race.stops, one.before, key)
+        return lambda looks: False
+
+    def best_rate(self, method: str) -> float | None:
+        """Return the learning rate of a method that trains: what its race chose, or its own where none is searched.
+
+        None where the search is not over, or no rate ran to its end.
+        """
+        if self.config.lrs == 1:
+            return rate(self.config, method) if self._is_timed(method) else None
+        rounds = self._rounds(method)
+        if method not in self._chosen and rounds and not rounds[-1].trials:
+            best = self.race.best(rounds[-1].before)
+            self._chosen[method] = None if best is None else rate(self.config, method, best)
+        return self._chosen.get(method)
+
+    # the runs that count
+
+    def finals(self, method: str) -> list[tuple[Trial, Result | None]]:
+        """Return a method's runs over seeds, with their results; none before its learning rate is known."""
+        return self._judged(method, self.seeds())
+
+    def _judged(self, method: str, count: int) -> list[tuple[Trial, Result | None]]:
+        lr = None if method == BASE else self.best_rate(method)
+        if lr is None and method != BASE:
+            return []
+        seeds = range(self.config.seed, self.config.seed + count)
+        return self._with_results(Trial(method, lr, seed, "final", self._steps(method)) for seed in seeds)
+
+    def _asked_for(self) -> int:
+        """Return the seeds that were asked for; two at least where they are to say how many more there must be."""
+        return self.config.seeds if self.config.detect is None else max(2, self.config.seeds)
+
+    def seeds(self) -> int:
+        """Return how many seeds each method runs with: more than asked for where the difference to detect needs it."""
+        asked, difference = self._asked_for(), self.config.difference
+        if difference is None or not (runs := self._piloted()):
+            return asked
+        needed = seeds_for(self._spread(runs), difference, runs[0]["records"])
+        return max(asked, min(needed or MOST_SEEDS, MOST_SEEDS))
+
+    def told(self) -> str | None:
+        """Return in a sentence what can be told by the pilot's runs; None before they ended, or where they failed."""
+        runs, percent = self._piloted(), self.config.measure in SHARES
+        if not runs:
+            return None
+        wanted = self.config.difference or (_TOLD if percent else math.inf)
+        return told(self._spread(runs), self.seeds(), runs[0]["records"], wanted, percent=percent, pilot=self.pilot)
+
+    def _piloted(self) -> list[Result]:
+        """Return the pilot's runs over the seeds that were asked for, once all ended; none where fewer than two did."""
+        if self.pilot is None:
+            return []
+        runs = [result for _, result in self._judged(self.pilot, self._asked_for())]
+        ended = [result for result in runs if result is not None and result["error"] is None]
+        return [] if None in runs or len(ended) < 2 else ended
+
+    def _spread(self, runs: Sequence[Result]) -> Spread:
+        right = [run["right"] for run in runs] if self.config.measure in OF_RECORDS else None
+        return spread([run["test"][self.config.measure] for run in runs], right)
 
 
-def best_lr(tried: Mapping[Any, Result | None], config: CompareConfig) -> float | None:
-    """Return the learning rate with the best metric at the end, the lower loss deciding ties; None where none ended."""
-    sound = {lr: r for lr, r in tried.items() if r is not None and r["error"] is None and not r["pruned"]}
-    if not sound:
-        return None
-    key, sign = config.searched_by, 1 if config.searched_by in LESS else -1
-    return min(sound, key=lambda lr: (sign * sound[lr]["validation"][key], sound[lr]["validation"]["loss"]))
+def beforehand(config: CompareConfig, records: int) -> list[str]:
+    """Return in sentences what a comparison cannot tell, as far as that is known before any run.
+
+    Args:
+        config: the comparison.
+        records: of the test.
+    """
+    said = []
+    if config.seeds == 1 and config.detect is None:
+        said.append("seeds=1 says nothing of what other seeds would do: give 3 or more")
+    if config.measure in OF_RECORDS:
+        said.append(told(Spread(), config.seeds, records, config.difference or _TOLD, percent=True))
+    return said
+
+
+def run_of(result: Result) -> Run:
+    """Return what a race is told of a result."""
+    if result["error"] is not None:
+        return Run()
+    looks = tuple(
+        Look(look["step"], look["value"], None if look["right"] is None else [int(digit) for digit in look["right"]])
+        for look in result["looks"]
+    )
+    return Run(looks, ended=not result["pruned"])
 
 
 def work(
@@ -163,11 +252,7 @@ def _run(study: Study, bench: Bench, trial: Trial) -> Result:
     error = "the process that ran it was killed each time: was there too little memory? `spectune plan` says what fits"
     if study.results.attempt(trial):
         try:
-            if trial.kind == "final":
-                result = {**about, **bench.run(trial)}
-            else:
-                stop = study.pruner(trial)
-                result = {**about, **bench.run(trial, stop), **study.reported()}
+            result = {**about, **bench.run(trial, study.stops(trial))}
             study.results.done(trial)
             return result
         except (SpectuneError, RuntimeError, MemoryError, ValueError) as failed:

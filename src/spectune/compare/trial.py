@@ -30,20 +30,23 @@ class Trial:
         method: as `spectune train` takes it, or "full" or "base".
         lr: learning rate; None where nothing of the method's own is trained.
         seed: of the order of the data and of the method's start.
-        kind: "search" for the learning rate, or "final".
+        kind: "search" for the learning rate, "final" for what counts, or "time" for how long a step takes.
+        steps: at most; the comparison's own if not given.
     """
 
     method: str
     lr: float | None
     seed: int
-    kind: Literal["search", "final"]
+    kind: Literal["search", "final", "time"]
+    steps: int | None = None
 
     @property
     def name(self) -> str:
         """The name of its file."""
         method = re.sub(r"[^\w.=-]+", "-", self.method)
         lr = "" if self.lr is None else f".lr{self.lr:g}"
-        return f"{method}{lr}.{'search.' if self.kind == 'search' else ''}seed{self.seed}"
+        steps = "" if self.steps is None else f".{self.steps}steps"
+        return f"{method}{lr}{steps}.{'' if self.kind == 'final' else f'{self.kind}.'}seed{self.seed}"
 
 
 class Results:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-_PACKAGES = ("spectune", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "optuna")
+_PACKAGES = ("spectune", "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "scipy")
 
 
 def describe() -> dict[str, object]:

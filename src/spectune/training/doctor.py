@@ -27,7 +27,7 @@ _PACKAGES = ("spectune", "torch", "transformers", "accelerate", "datasets", "trl
 _EXTRAS = {
     "demo": ("sentencepiece", "google.protobuf"),
     "rl": ("reasoning_gym",),
-    "compare": ("optuna", "scipy"),
+    "compare": ("scipy",),
     "ray": ("ray",),
     "serve": ("fastapi", "uvicorn"),
     "peft": ("peft",),

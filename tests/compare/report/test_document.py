@@ -1,10 +1,8 @@
 """What the document says of results: numbers against a computation by hand, and the verdict in every case."""
 
-import importlib
 import json
 import math
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -294,11 +292,3 @@ def test_names_that_would_be_the_same_are_told_apart():
     assert {row["label"] for row in found["methods"]} == {
         "svft:width=8", "svft:pattern=8", "LoRA rank=4", "full fine-tuning"
     }  # fmt: skip
-
-
-def test_the_report_needs_no_optuna(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    for name in [name for name in sys.modules if name.startswith("spectune.compare.")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("document", "page"):
-        importlib.import_module(f"spectune.compare.report.{name}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spectune.compare.config import LESS
+from spectune.compare.config import LESS, SHARES
 from spectune.compare.report.command import train_command
 from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Sensitivity, Trial
 from spectune.compare.report.soundness import fell_apart, uncounted, width
@@ -25,7 +25,6 @@ from spectune.compare.report.verdict import adapts, answer, cheapest, resolution
 from spectune.compare.trial import Result
 from spectune.methods import METHODS
 
-PERCENT = ("accuracy", "macro_f1", "exact_match", "reward_accuracy")
 SIGNIFICANT = 0.05
 _NAMES = {"full": "full fine-tuning", "lora_xs": "LoRA-XS"}
 _MEDIANS = ("trainable_parameters", "adapter_bytes", "setup_seconds", "step_seconds", "peak_bytes", "tokens_per_second")
@@ -84,7 +83,7 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
     made = Document(
         **{
             **header,
-            "percent": metric in PERCENT,
+            "percent": metric in SHARES,
             "gap_of": gap_of,
             "searched_by": searched_by,
             "start": start,
@@ -141,7 +140,7 @@ def _uncounted(made: Document) -> Any:
     rows = [row for row in made.ran if adapts(row)]
     if not rows:
         return None
-    share, greater = made.metric in PERCENT, made.greater_is_better
+    share, greater = made.metric in SHARES, made.greater_is_better
     return uncounted(rows[0].value.mean, made.start, resolution(made), greater=greater, share=share)
 
 
@@ -149,7 +148,7 @@ def _sensitivity(tried: Sequence[Result], key: str, start: float | None) -> Sens
     """Return the width of the good rates by the runs that came to their end."""
     ended = [(r["lr"], _at(r, "validation", key)) for r in tried if not r.get("error") and not r.get("pruned")]
     points = [(lr, value) for lr, value in ended if lr is not None and value is not None]
-    found = width(points, start, greater=key not in LESS, share=key in PERCENT)
+    found = width(points, start, greater=key not in LESS, share=key in SHARES)
     return None if found is None else Sensitivity(**found._asdict())
 
 

@@ -183,6 +183,7 @@ class Document(BaseModel):
     seeds: list[int] = []
     steps: int | None = None
     until: Literal["steps", "plateau"] = "steps"
+    equal: Literal["steps", "time"] = "steps"
     batch_size: int | None = None
     split: dict[str, int] = {}
     budget: str | None = None

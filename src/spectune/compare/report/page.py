@@ -249,8 +249,11 @@ def _how(document: Document) -> str:
     span = f"for {steps} steps"
     if document.until == "plateau":
         span = (
-            f"until its validation loss had fallen by less than 1% over a quarter of {steps} steps, or for all of them,"
+            f"until its validation loss, over a quarter of {steps} steps, fell by less than 1% of all it had fallen, "
+            "or for all of them,"
         )
+    if document.equal == "time":
+        span = f"for as long as the baseline takes for {steps} steps,"
     return page.paragraphs(
         [
             f"Records: {parts}. Every method saw the same ones in the same order at the same seed, {span} "
