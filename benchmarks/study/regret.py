@@ -1,6 +1,7 @@
 """How far from the best rate a search ends: the race and the search before it, replayed on the grid.
 
     python benchmarks/study/regret.py
+    python benchmarks/study/regret.py --drawn       on surfaces that are drawn (drawn.py), where no grid is needed
 
 The truth of a rate is the mean of the test over all seeds of the grid.  Regret is the truth of the best rate less that
 of the rate that a search chose, in points (hundredths of a nat where the metric is a loss).  Each grid is searched once
@@ -9,6 +10,7 @@ for each seed that may come first.  Methods whose grid is not whole yet are left
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,8 +45,8 @@ class Surface(NamedTuple):
     def turned(self, by: int) -> Surface:
         """Return it with another seed first."""
         own = {key: (key[0], (key[1] + by) % self.seeds) for key in self.runs}
-        runs, losses = ({key: held[there] for key, there in own.items()} for held in (self.runs, self.losses))
-        return Surface(runs, losses, self.truth, self.seeds)
+        runs = {key: self.runs[there] for key, there in own.items()}
+        return Surface(runs, {key: self.losses[there] for key, there in own.items()}, self.truth, self.seeds)
 
 
 def metric_of(plan: Plan) -> str:
@@ -165,8 +167,28 @@ def told(rows: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
+def drawn(plan: Plan, count: int = 100) -> dict[str, Surface]:
+    """Return surfaces that look as grids do, where rates above the best fall apart at some seeds."""
+    from drawn import surface
+
+    rng, found = np.random.default_rng(7), {}
+    for i in range(count):
+        every, true = surface(rng, plan.seeds)
+        runs = {key: run for key, run in every.items() if key[0] in plan.places}
+        losses = {key: [1 - look.value for look in run.looks] for key, run in runs.items()}
+        found[str(i)] = Surface(runs, losses, {place: true[place] for place in plan.places}, plan.seeds)
+    return found
+
+
 def main() -> None:
     """Write what the searches come to, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drawn", action="store_true")
+    if parser.parse_args().drawn:
+        held = drawn(PLANS["question-types"]).values()
+        for name, search in SEARCHES.items():
+            print(name, told([row for surface in held for row in regrets(surface, search)]))
+        return
     found: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in SEARCHES}
     whole = {}
     for task, plan in PLANS.items():

@@ -128,7 +128,7 @@ def main() -> None:
         for picture in ("pareto.png", "curves.png"):
             if (Path(config.output) / picture).is_file():
                 shutil.copy(Path(config.output) / picture, results)
-        print(json.dumps({"task": name, "answer": document["answer"]}, indent=1))
+        print(json.dumps({"task": name, "answer": document.answer}, indent=1))
     for script in (HERE / "claims.py", HERE.parent.parent / "docs/figures.py"):
         subprocess.run([sys.executable, script], check=True)
 

@@ -80,7 +80,7 @@ def test_halving_drops_the_worse_half_and_goes_on_where_an_end_is_best(study):
     losses = {(p, 0): [1.0, *[1 - v] * 4] for p, v in values.items()}
     place, cost = regret.halving(regret.Surface(runs, losses, values, 1))
     assert place == 2
-    assert cost == pytest.approx(1 + 1 / 4 + 1 + 1 / 4)  # 0 and 2 to their ends; -2 and 4 to the first rung
+    assert cost == pytest.approx(1 + 1 / 4 + 1 + 1 / 2)  # 0 and 2 to their ends; -2 and 4 to the first and second rung
 
 
 def test_a_rate_between_two_of_the_grid_is_judged_by_both(study):

@@ -7,6 +7,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from compare.fake_bench import FakeBench, good_at
 from compare.tiny_bench import config, write_data, write_encoder
 from spectune import SpectuneError
 from spectune.cli import app
@@ -25,6 +26,13 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """Let no trial train, where what is looked at is what becomes of results."""
+    fake = FakeBench(good_at(1e-2))
+    monkeypatch.setattr(Bench, "run", lambda bench, *given: fake.run(*given))
+
+
 def trials_of(ran):
     """Return of what was told what says that a trial ended."""
     return [last for last in ran if ": test " in last or ": validation " in last]
@@ -34,7 +42,7 @@ def small(folder, output, **values):
     return config(folder, output, **{"methods": ["base", "lora", "svf"], "seeds": 2, "lrs": 1, **values})
 
 
-def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path):
+def test_a_report_is_written_and_a_second_run_repeats_nothing(folder, tmp_path, untrained):
     seen = []
     document = compare(small(folder, tmp_path), lambda done, total, last: seen.append((done, total))).model_dump()
     assert seen[0][0] == 0
@@ -62,8 +70,9 @@ def test_two_processes_find_what_one_does(folder, tmp_path):
         assert a["metric"]["mean"] == pytest.approx(b["metric"]["mean"], abs=0.02)
 
 
-def test_workers_on_a_cluster(folder, tmp_path):
+def test_workers_on_a_cluster(folder, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or they wait for whatever else the machine does
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         document = compare(small(folder, tmp_path, workers=2, launcher="ray", seeds=1)).model_dump()
@@ -90,7 +99,7 @@ def test_a_method_that_fails_is_in_the_report(folder, tmp_path, monkeypatch):
     assert {failure["error"] for failure in document["failures"]} == {"no layer here takes it"}
 
 
-def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
+def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch, untrained):
     values = {"methods": ["base"], "seeds": 2}
     run = Bench.run
 
@@ -120,7 +129,7 @@ def test_what_failed_runs_again_when_asked_to(folder, tmp_path, monkeypatch):
     assert "overwrite" not in (tmp_path / "compare.yaml").read_text()  # or the command to reproduce it would wipe it
 
 
-def test_another_data_set_is_another_comparison(folder, tmp_path):
+def test_another_data_set_is_another_comparison(folder, tmp_path, untrained):
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     for row in rows:
         row["other"] = row["text"].split()[-1]
@@ -196,7 +205,7 @@ def test_another_process_goes_on_where_one_ended(end, folder, tmp_path):
     assert not list(trials.glob(".*.attempts"))
 
 
-def test_the_command(folder, tmp_path):
+def test_the_command(folder, tmp_path, untrained):
     settings = [f"{key}={value}" for key, value in small(folder, tmp_path).model_dump(exclude_unset=True).items()]
     result = CliRunner().invoke(app, ["compare", *settings])
     assert result.exit_code == 0, result.output

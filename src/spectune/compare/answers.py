@@ -23,12 +23,9 @@ _AT_ONCE = 32  # prompts
 @contextmanager
 def labels_chosen(model: nn.Module, chosen: list[int]) -> Iterator[None]:
     """Within the context, add the labels that a classifier chooses outside training to a list."""
-
-    def add(module: nn.Module, inputs: object, out: object) -> None:
-        if not module.training:
-            chosen.extend(out.logits.argmax(-1).tolist())
-
-    watch = model.register_forward_hook(add)
+    watch = model.register_forward_hook(
+        lambda module, inputs, out: None if module.training else chosen.extend(out.logits.argmax(-1).tolist())
+    )
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ class CompareConfig(TrainConfig):
                 f"(known: {', '.join(known)})"
             )
         if self.until == "plateau" and self.equal == "time":
-            raise SpectuneError("equal: time says how long a run goes on, and until: plateau lets its loss say: give one")
+            raise SpectuneError("equal: time says how long a run is, and until: plateau lets its loss say: give one")
         if self.test_data is None and self.test + self.validation >= 1:
             raise SpectuneError(f"validation={self.validation} and test={self.test} leave nothing to train on")
         super().check()

@@ -22,6 +22,7 @@ _QUICK: dict[str, Any] = {
     "max_length": 64,
     "seeds": 3,
     "lrs": 3,
+    "search": 4,
     "validation": 0.2,
     "test": 0.25,
     "workers": 2,
