@@ -189,7 +189,7 @@ def _rates(document: Document) -> str:
     pictures = []
     for i, row in enumerate(searched(document)):
         svg = as_svg(lambda figure, row=row: draw_rates(figure.subplots(), document, row), (2.2, 1.75), f"r{i}")
-        tried = ", ".join(f"{point.lr:g}" for point in row.search)
+        tried = ", ".join(dict.fromkeys(f"{point.lr:g}" for point in row.search))
         pictures.append((svg, f"{row.label}: learning rates {tried}; {row.lr} was chosen", ""))
     if not pictures:
         return ""
@@ -247,6 +247,9 @@ def _how(document: Document) -> str:
     split, steps = document.split, document.steps
     parts = ", ".join(f"{size:,} for {name}" for name, size in split.items())
     span = f"for {steps} steps"
+    rates = f"A learning rate was searched for each by validation {spoken(document.searched_by)}"
+    if not any(row.search for row in document.methods):
+        rates = "Each ran at its own learning rate"
     if document.until == "plateau":
         span = (
             f"until its validation loss, over a quarter of {steps} steps, fell by less than 1% of all it had fallen, "
@@ -257,8 +260,7 @@ def _how(document: Document) -> str:
     return page.paragraphs(
         [
             f"Records: {parts}. Every method saw the same ones in the same order at the same seed, {span} "
-            f"of {document.batch_size}. A learning rate was searched for each by "
-            f"validation {spoken(document.searched_by)}; the test chose nothing.",
+            f"of {document.batch_size}. {rates}; the test chose nothing.",
             "Where the metric is of single records, intervals are over seeds and test records together (crossed random "
             "effects), else over seeds (Student's t). Differences are paired, and their p-values corrected by Holm's "
             "procedure for the number of methods; a star marks those below 0.05. Where there is one seed a paired "
