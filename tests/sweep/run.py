@@ -94,13 +94,18 @@ def page(found: dict[str, Verdict]) -> str:
     ]
     for kind, v in sorted(built.items(), key=lambda item: (item[1].whole == RIGHT, item[0])):
         task, cls = known[kind]
-        why = v.why.replace("|", "\\|")
+        why = _plain(v.why)
         lines.append(f"| {kind} | {cls} | {task} | {v.layers} | {v.idle or ''} | {v.whole} | {v.rows} | {why} |")
     lines += ["", "## Not built", "", "| type | class | why |", "|---|---|---|"]
     for kind, v in sorted(found.items()):
         if v.whole == SKIPPED:
-            lines.append(f"| {kind} | {known[kind][1]} | {v.why.replace('|', '/')} |")
+            lines.append(f"| {kind} | {known[kind][1]} | {_plain(v.why)} |")
     return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Return a text that stands in a table of Markdown as it is."""
+    return text.replace("|", "\\|").replace("[", "\\[")
 
 
 def main() -> None:
