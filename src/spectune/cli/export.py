@@ -138,7 +138,9 @@ def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:
     """Return the command of the program that an adapter went to, as it takes it; nothing where it has none."""
     from spectune.bases.loading import EMBEDDED, model_path
 
-    model = Path(model_path(base)) if base in EMBEDDED or Path(base or "").is_dir() else base or "BASE"
+    model: str | Path = base or "BASE"
+    if base is not None and (base in EMBEDDED or Path(base).is_dir()):
+        model = Path(model_path(base))
     named = f"{out.name}={out}"
     commands: dict[To, tuple[str | Path, ...]] = {
         To.vllm: ("vllm", "serve", model, "--enable-lora", *_vllm_rank(out), "--lora-modules", named),

@@ -86,7 +86,9 @@ def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str
         layers: its linear layers by name.
     """
     key = tuple(layers)
-    known = _found.setdefault(model, {})  # a model that is shortened for a time is known in each of its lengths
+    known = _found.get(model)
+    if known is None:
+        known = _found[model] = {}  # a model that is shortened for a time is known in each of its lengths
     if key not in known:
         watch = _Watch(layers)
         for part in _transformers_models(model):
