@@ -212,6 +212,7 @@ def test_classify_says_labels_and_probabilities(model, monkeypatch, capsys, tmp_
     shown = run("classify", model, "-a", out, stdin="say two\n\nsay one\n").stdout
     assert [line.split("\t")[0] for line in shown.splitlines()] == ["two", "one"]
     assert "does not generate text" in fails(monkeypatch, capsys, "generate", model, "say", "-a", out)
+    assert "does not generate text" in fails(monkeypatch, capsys, "chat", out)  # before anything is typed
     assert "is not a classifier of texts" in fails(monkeypatch, capsys, "classify", model, "say")
     run("export", out, str(tmp_path / "merged"), "--format", "merged", "--base", model)
     merged = json.loads(run("classify", str(tmp_path / "merged"), "say one", "--json").stdout)

@@ -98,6 +98,16 @@ def test_a_norm_that_learns_or_does_not_answer_to_autograd_is_the_models_own():
         assert type(module(x).grad_fn).__name__ != "_NormBackward"
 
 
+def test_a_norm_that_is_adapted_within_learns():
+    model = make_model()
+    ids = torch.randint(3, 20, (1, 8))
+    with fused_norms(model):
+        spectune.adapt(model, "lora:rank=2", modules_to_save=["norm", "input_layernorm"])
+        model(ids, labels=ids).loss.backward()
+        norms = [model.model.norm, *(layer.input_layernorm for layer in model.model.layers)]
+        assert all(float(own.adapters.default.weight.grad.norm()) > 0 for own in norms)
+
+
 @pytest.mark.parametrize("how", [False, "selective", True])
 def test_a_model_learns_the_same(how):
     model = spectune.adapt(make_model(), "lora:rank=2").train()

@@ -59,7 +59,7 @@ CHANGES = {
     "save_steps": ["save_steps=1"],
     "log_steps": ["log_steps=3"],
     "dtype": ["dtype=bf16"],
-    "quantize": ["quantize=nf4", "targets=[nothing]"],
+    "quantize": ["quantize=nf4"],
     "device": ["device=nothing"],
     "fsdp": ["fsdp=true"],
     "report_to": ["report_to=nothing"],

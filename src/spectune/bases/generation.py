@@ -44,6 +44,16 @@ def last_logits(model: Any, count: int = 1) -> dict[str, Tensor]:
     return {"logits_to_keep": torch.arange(-count, 0, device=model.device)} if takes else {}
 
 
+def check_generates(model: Any) -> None:
+    """Raise unless a model goes on with a text.
+
+    Raises:
+        SpectuneError: it does not.
+    """
+    if not model.can_generate():
+        raise SpectuneError(f"{type(model).__name__} does not generate text; a classifier answers `spectune classify`")
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -75,8 +85,7 @@ def generate(
     Raises:
         SpectuneError: a prompt longer than the model's context.
     """
-    if not model.can_generate():
-        raise SpectuneError(f"{type(model).__name__} does not generate text; a classifier answers `spectune classify`")
+    check_generates(model)
     rows = [prompt_tokens(tokenizer, prompt, raw=raw) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None)
     for row in rows:

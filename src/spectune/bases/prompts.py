@@ -236,8 +236,10 @@ def _rendered(
             failed = failed or error
             if not any(message.get("tool_calls") for message in messages):
                 break
-    roles = ", ".join(str(message.get("role")) for message in messages)
-    raise SpectuneError(f"the chat template refuses the messages ({roles}): {failed}") from None
+    roles = ", ".join([str(message.get("role")) for message in messages[:9]] + ["..."] * (len(messages) > 9))
+    systems = any(message.get("role") == "system" for message in messages)
+    remedy = "; if it knows no system message, put its text into the first user's" if systems else ""
+    raise SpectuneError(f"the chat template refuses the messages ({roles}): {failed}{remedy}") from None
 
 
 def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

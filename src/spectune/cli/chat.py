@@ -54,6 +54,7 @@ def chat(
 
     spectune chat runs/chats
     """
+    from spectune.bases.generation import check_generates
     from spectune.cli.talk import Talk
     from spectune.model.fusing import fused_where_it_pays
 
@@ -68,6 +69,7 @@ def chat(
     else:
         need_library(strategy=strategy, shots=shots)
         loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
+    check_generates(loaded)
     settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "fused": fused}
     console = Console(stderr=True, highlight=False)

@@ -82,7 +82,7 @@ class _Forward:
     """Takes the place of a norm's forward method."""
 
     def __init__(self, module: nn.Module, formula: _Formula) -> None:
-        self._module, self._formula = module, formula
+        self._module, self._formula, self._kind = module, formula, type(module)
 
     def __call__(self, *args: Tensor, **kwargs: object) -> Tensor:
         weight = self._module._parameters.get("weight")
@@ -95,6 +95,8 @@ class _Forward:
             return self._formula(args[0], weight)
 
     def _applies(self, x: Tensor, weight: nn.Parameter) -> bool:
+        if type(self._module) is not self._kind:  # it was adapted since, and trains a weight of its own
+            return False
         learns = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
         return learns and type(weight) is nn.Parameter and weight.dtype == x.dtype and not torch.compiler.is_compiling()
 
