@@ -170,3 +170,20 @@ def test_a_tied_output_embedding_is_asked_though_the_input_embedding_reads_its_w
     spectune.adapt(model, "lora:rank=2", ["lm_head"])
     model(**tiny.batch("llama")).loss.backward()
     assert model.lm_head.adapters["default"][0].B.grad is not None
+
+
+def test_an_embedding_in_whose_place_another_is_called_is_refused():
+    with pytest.raises(spectune.SpectuneError, match=r"on 'shared'.*calls 'encoder\.embed_tokens'.* same weight"):
+        spectune.adapt(tiny.t5(), "lora:rank=2", ["shared", "q"])
+    model = spectune.adapt(tiny.t5(), "lora:rank=2", ["encoder.embed_tokens", "decoder.embed_tokens"])
+    ids = torch.tensor([[3, 4, 5]])
+    model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_fused_layer_whose_projections_are_adapted_is_told_as_what_it_is():
+    model = spectune.adapt(tiny.gpt2(), "lora:rank=2", ["c_attn"], split="auto")
+    for p in model.parameters():
+        p.data += 0.1 if p.requires_grad else 0
+    with pytest.raises(spectune.SpectuneError, match="would be adapted as one layer"):
+        spectune.adapt(model, "lora:rank=2", ["c_attn"], name="other")

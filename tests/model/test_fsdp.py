@@ -12,6 +12,9 @@ import tiny
 
 METHODS = ["svf", "lora:rank=4", "dora:inner=pissa,rank=4", "svft:pattern=random,width=2,gate=true"]
 METHODS += ["adalora:rank=2,total_steps=3,interval=1,gamma=9"]
+BESIDE = [{}] * len(METHODS)
+METHODS += ["lora:rank=2"] * 4
+BESIDE += [{"modules_to_save": m} for m in (["norm"], ["embed_tokens"], {"embed_tokens": [3, 7]})] + [{"bias": "all"}]
 
 
 def trained(model):
@@ -31,9 +34,9 @@ def compare(rank, folder):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for method in METHODS:
+    for method, beside in zip(METHODS, BESIDE, strict=True):
         torch.manual_seed(0)
-        alone = spectune.adapt(tiny.llama().bfloat16(), method)
+        alone = spectune.adapt(tiny.llama().bfloat16(), method, **beside)
         sharded = copy.deepcopy(alone)
         mesh = dist.init_device_mesh("cpu", (2,))
         for layer in sharded.model.layers:
@@ -45,6 +48,13 @@ def compare(rank, folder):
         for name, parameter in trained(sharded).items():
             torch.testing.assert_close(parameter.full_tensor(), trained(alone)[name], rtol=1e-3, atol=1e-4)
         assert any((p - start[n]).abs().max() > 1e-3 for n, p in trained(alone).items())
+        extracted, expected = spectune.extract(sharded), spectune.extract(alone)
+        assert extracted.modules.keys() == expected.modules.keys()
+        for name, (term,) in extracted.modules.items():
+            torch.testing.assert_close(term.tensors, expected.modules[name][0].tensors, rtol=1e-3, atol=1e-4)
+        if "embed_tokens" in beside.get("modules_to_save", ()) and isinstance(beside["modules_to_save"], dict):
+            with pytest.raises(spectune.SpectuneError, match="rows of the sharded embedding"):
+                spectune.merge(sharded)
     dist.destroy_process_group()
     (folder / f"done-{rank}").touch()
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import spectune
 from spectune import SpectuneError
 from spectune.layers import stored
-from tiny import BERT, TEXT, bert, tf
+from tiny import BERT, TEXT, bert, llama, tf
 
 IDS = torch.randint(3, 90, (4, 8), generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -139,3 +139,20 @@ def test_whose_parameters_are_tied_is_found_out_once_for_a_save(monkeypatch, tmp
     save_model(model, str(tmp_path / "model.safetensors"))
     assert asked == [model]
     assert "asked" not in vars(stored._latest)  # and nothing holds the model afterwards
+
+
+def test_a_saver_that_is_not_known_gets_w_and_adapters_beside_and_w_alone_once_merged():
+    model = llama()
+    keys, base = model.state_dict().keys(), {k: t.clone() for k, t in model.state_dict().items()}
+    spectune.adapt(model, "lora:rank=2")
+    for p in model.parameters():
+        p.data += 0.1 if p.requires_grad else 0
+    state = model.state_dict()
+    assert state.keys() > keys
+    assert all(torch.equal(state[k], base[k]) for k in keys)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*adapters"):
+        llama().load_state_dict(state)
+    state = {k: t.clone() for k, t in spectune.merge(model).state_dict().items()}
+    assert state.keys() == keys
+    assert not torch.equal(state["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    assert spectune.unmerge(model).state_dict().keys() > keys

@@ -29,7 +29,7 @@ def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType | None) -
     """
     while frame is not None:
         code = frame.f_code
-        if code is own:
+        if code is own and frame.f_locals.get(code.co_varnames[0]) is layer:
             return None
         if code is _APPLY and frame.f_locals.get("self") is layer:  # moved, in a forward pass as well
             return None

@@ -19,6 +19,7 @@ from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import children_of, is_linear
 from spectune.layers.selection import Rows, Selection
+from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
 
 Weights = tuple[tuple[str, Any], ...]  # of the adapters that have a part, by name
@@ -171,6 +172,11 @@ class Whole(Stored):
             for tensor, w, rows in of:
                 if rows is None:
                     total = total + w * (tensor - plain.detach())
+                elif is_part(plain):
+                    raise SpectuneError(
+                        f"rows of the sharded embedding {self.adapted_as!r} cannot be merged: save the adapter with "
+                        "spectune.extract(model).save(folder), and merge it into a base that is not sharded"
+                    )
                 else:
                     total = total.index_add(0, rows, w * (tensor - plain.detach()[rows]))
             found[key] = total.to(plain.dtype)

@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from spectune.layers.attention import reads_children
-from spectune.layers.modules import stored_weight, tied_parameters
+from spectune.layers.kinds import kind_of
+from spectune.layers.modules import named_modules, stored_weight, tied_parameters
 from spectune.layers.packed import kept_layout
 from spectune.layers.reads import CALLED, reader_of, takes_values
 from spectune.layers.shards import is_part
@@ -35,6 +36,7 @@ _TOKENS = 4
 _SAMPLES = 8000  # half a second of sound
 _SMALL = 1 << 28  # parameters of a model that is passed through sooner with its weights than on the meta device
 _LARGEST = 1 << 31  # and of one that is at all
+_READ = "the model reads its weight itself instead of calling the layer"
 _found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models, and what a trial of each has found
 
 
@@ -74,8 +76,10 @@ def trial_inputs(model: PreTrainedModel, rows: int = 1) -> Iterator[dict[str, Te
         yield {"input_features": made["input_features"].mT.contiguous()} | decoder
 
 
-def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
-    """Return the names of linear layers whose weights a model takes for its own products, past the layers.
+def past_layers(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Return the layers that a model goes past, by name, with what it does instead.
+
+    It takes their weights for its own products, or calls another module that has the weight of an embedding as well.
 
     Each transformers model in it is passed through once, and a large one on the meta device, where nothing is
     computed.  What no inputs can be made for is not tried: there `spectune.layers.reads` tells in the first forward
@@ -83,7 +87,7 @@ def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str
 
     Args:
         model: the model.
-        layers: its linear layers by name.
+        layers: its layers by name.
     """
     key = tuple(layers)
     known = _found.get(model)
@@ -93,10 +97,16 @@ def read_by_the_model(model: nn.Module, layers: dict[str, nn.Module]) -> set[str
         watch = _Watch(layers)
         for part in _transformers_models(model):
             _try(part, watch)
-        known[key] = frozenset(watch.read_past(tied_parameters(model)))
-        for name in watch.asked - known[key]:
+        names = {id(module): name for name, module in named_modules(model)}
+        known[key] = {
+            n: f"the model calls {names.get(id(module), 'another module')!r}, which has the same weight, in its place"
+            for n, module in watch.instead.items()
+            if n not in watch.asked
+        }
+        known[key] |= dict.fromkeys(watch.read_past(tied_parameters(model)), _READ)
+        for name in watch.asked - known[key].keys():
             setattr(layers[name], CALLED, True)
-    return set(known[key])
+    return dict(known[key])
 
 
 class _Watch(TorchFunctionMode):
@@ -108,6 +118,7 @@ class _Watch(TorchFunctionMode):
         self.stand_ins: dict[int, list[str]] = {}  # names by the id of the tensor that stands for a weight
         self.asked: set[str] = set()
         self.past: set[str] = set()
+        self.instead: dict[str, nn.Module] = {}  # who answered with an embedding's weight
 
     def stand_for(self, weights: dict[int, Tensor]) -> None:
         """Take tensors for weights, by the ids of the weights."""
@@ -136,7 +147,10 @@ class _Watch(TorchFunctionMode):
                     reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
                     if reader is None:
                         self.asked.add(name)
-                    elif not reads_children(reader) and all(held is not weight for held in reader._parameters.values()):
+                    elif any(held is weight for held in reader._parameters.values()):
+                        if kind_of(layer) is not None:  # a linear layer may wait for other inputs
+                            self.instead.setdefault(name, reader)
+                    elif not reads_children(reader):
                         self.past.add(name)
         return result
 

@@ -26,12 +26,12 @@ from spectune.layers.modules import (
     named_modules,
     stored_weight,
 )
-from spectune.layers.parts import PartLinear
+from spectune.layers.parts import Owner, PartLinear
 from spectune.layers.reads import replaced_forward
 from spectune.layers.taking import answers_otherwise
 from spectune.methods import Method, parse
 from spectune.methods.head import Head
-from spectune.model.asked import read_by_the_model
+from spectune.model.asked import past_layers
 from spectune.model.patterns import Patterns, Precise, by_pattern, found, in_blocks, matching
 
 Targets = Patterns | Mapping[str, Method | str | None]
@@ -230,10 +230,9 @@ def never_asked(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
     for name, layer in layers.items():
         if not isinstance(layer, Adapted) and replaced_forward(_called(layer)):
             past[name] = "another function was put in the place of the layer's forward method"
-        elif kind_of(layer) is None and not isinstance(layer, Adapted) and is_another_function(layer):
+        elif kind_of(layer) is None and not isinstance(layer, (Adapted, Owner)) and is_another_function(layer):
             past[name] = f"{type(layer).__name__} answers otherwise than with x W^T + b"
-    read = "the model reads its weight itself instead of calling the layer"
-    past |= {name: read for name in read_by_the_model(model, layers) if name not in past}
+    past = past_layers(model, layers) | past
     return past | {name: past[fused] for name in wanted if (fused := name.rpartition(".")[0]) in past}
 
 
