@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import spectune
 from spectune import SVF, SVFT, AdaLoRA, Adapter, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA, SpectuneError
 from spectune.layers.modules import effective_weight
-from spectune.layers.packed import Packed
+from spectune.layers.packed import Packed, beside_class, put_beside
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -44,7 +44,13 @@ def eight_bits(out_features, in_features, dtype=torch.float32, bias=True):
     return layer
 
 
-KINDS = {"nf4": four_bits, "int8": eight_bits}
+def low_rank_beside(out_features, in_features, dtype=torch.float32, bias=True):
+    layer = four_bits(out_features, in_features, dtype, bias)
+    put_beside(layer, torch.randn(out_features, 3, dtype=dtype) / 9, torch.randn(3, in_features, dtype=dtype) / 9)
+    return layer
+
+
+KINDS = {"nf4": four_bits, "int8": eight_bits, "beside": low_rank_beside}
 
 
 def model_of(kind):
@@ -104,14 +110,14 @@ def test_every_method_is_that_over_the_dequantized_weight(kind, method, tmp_path
     expected.backward(towards.double())
     assert off(y, expected) < EPS
     assert off(x.grad, exact.grad) < EPS
-    rounding = EPS if kind is four_bits else ROUNDED
+    rounding = ROUNDED if kind is eight_bits else EPS
     model.eval()
     with torch.no_grad():
         assert off(model(x), expected) < rounding
     adapter.save(tmp_path / "adapter")
     spectune.detach(model)
     assert same_state(model, before)
-    assert type(model[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    assert type(model[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, beside_class(bnb.nn.Linear4bit))
     spectune.attach(model, Adapter.load(tmp_path / "adapter"))
     with torch.no_grad():
         assert off(model(x), expected) < rounding
@@ -158,7 +164,7 @@ def test_rows_mixtures_and_activation(kind):
         adapter = spectune.extract(model, name)
         deltas[name] = {layer: adapter.delta(layer).double() for layer in weights}
     model.eval()
-    rounding = EPS if kind is four_bits else ROUNDED
+    rounding = ROUNDED if kind is eight_bits else EPS
     x = torch.randn(3, 64)
     nothing = {layer: torch.zeros_like(w) for layer, w in weights.items()}
     mixed = {layer: 0.5 * deltas["a"][layer] + 0.25 * deltas["c"][layer] for layer in weights}
@@ -185,10 +191,10 @@ def test_merging_packs_again_where_it_is_asked_to(kind):
     adapter = spectune.extract(model)
     wanted = {name: w + adapter.delta(name).double() for name, w in weights.items()}
     spectune.merge(model, requantize=True)
-    assert type(model[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    assert type(model[0]) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, beside_class(bnb.nn.Linear4bit))
     for name, weight in wanted.items():
         rounded = effective_weight(model.get_submodule(name)).dense()
-        assert 1e-4 < off(rounded, weight) < (0.12 if kind is four_bits else 0.012)
+        assert 1e-4 < off(rounded, weight) < (0.012 if kind is eight_bits else 0.12)
     model.eval()
     with torch.no_grad():
         model(torch.randn(2, 64))
@@ -199,7 +205,7 @@ def test_merging_packs_again_where_it_is_asked_to(kind):
 
 def test_another_packing_is_another_base(kind):
     adapter = spectune.extract(trained(spectune.adapt(model_of(kind), SVF())))
-    other = model_of(eight_bits if kind is four_bits else four_bits)
+    other = model_of(four_bits if kind is eight_bits else eight_bits)
     with pytest.raises(SpectuneError, match="belongs to another base: the weight of '0'"):
         spectune.attach(other, adapter)
     spectune.attach(model_of(kind), adapter)  # packed again, and alike

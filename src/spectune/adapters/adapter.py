@@ -50,6 +50,7 @@ class Adapter(Contents):
         """Return the adapter with these contents."""
         adapter = cls(contents.layers, contents.base_model, contents.error, contents.labels, contents.modules)
         adapter.architecture, adapter.groups = contents.architecture, contents.groups
+        adapter.quantize = contents.quantize
         return adapter
 
     def __repr__(self) -> str:
@@ -61,7 +62,7 @@ class Adapter(Contents):
 
     def _with(self, **changes: object) -> Adapter:
         """Return the adapter with other contents."""
-        kept = ("layers", "base_model", "error", "labels", "modules", "architecture", "groups")
+        kept = ("layers", "base_model", "error", "labels", "modules", "architecture", "groups", "quantize")
         return Adapter(**{**{key: getattr(self, key) for key in kept}, **changes})
 
     def bind(self, model: torch.nn.Module, *, check: bool = True) -> Adapter:

@@ -110,9 +110,8 @@ def to_scale_one(adapter: Contents, rank: int | None = None) -> Contents:
 
 def _as(adapter: Contents, layers: dict[str, LayerUpdate], error: float = 0.0) -> Contents:
     """Return the contents of an adapter with other layers."""
-    return Contents(
-        layers, adapter.base_model, error, adapter.labels, adapter.modules, adapter.architecture, adapter.groups
-    )
+    kept = adapter.labels, adapter.modules, adapter.architecture, adapter.groups, adapter.quantize
+    return Contents(layers, adapter.base_model, error, *kept)
 
 
 def _heads(adapter: Contents) -> dict[str, LayerUpdate]:

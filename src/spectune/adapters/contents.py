@@ -33,6 +33,7 @@ class Contents:
         modules: module name -> sum of terms, of the modules other than linear layers that the adapter brings whole.
         architecture: class of the model that it was trained on, and the module that the class is in.
         groups: modules all of whose tensors the adapter brings, by the name of the outermost.
+        quantize: how `load_base` packed the base that it was trained on; None where it was not packed, or not by that.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Contents:
         modules: Mapping[str, Sequence[WholeTerm]] | None = None,
         architecture: tuple[str, str] | None = None,
         groups: Sequence[str] = (),
+        quantize: str | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.base_model = base_model
         self.error = error
         self.labels = labels if labels is None or isinstance(labels, Labels) else Labels(labels)
-        self.architecture, self.groups = architecture, tuple(groups)
+        self.architecture, self.groups, self.quantize = architecture, tuple(groups), quantize
         self.modules = {name: tuple(terms) for name, terms in (modules or {}).items()}
 
     def parameter_count(self) -> int:
@@ -150,4 +152,4 @@ class Contents:
         for name in list(self.layers) if values else ():
             sketch = self.base_sketch(name)
             if sketch is not None:
-                fingerprint.check_weight(name, weights[name], sketch)
+                fingerprint.check_weight(name, weights[name], sketch, self.quantize)

@@ -168,8 +168,14 @@ def check_shape(name: str, weight: Tensor, shape: tuple[int, int]) -> None:
         )
 
 
-def check_weight(name: str, weight: Tensor, expected: Tensor) -> None:
+def check_weight(name: str, weight: Tensor, expected: Tensor, quantize: str | None = None) -> None:
     """Raise unless a weight (out x in) has the sketch of the one that an adapter's layer was trained on.
+
+    Args:
+        name: the layer.
+        weight: the weight.
+        expected: the sketch.
+        quantize: how the base was packed there, as far as it is known, for the message.
 
     Raises:
         SpectuneError: it has not.
@@ -177,9 +183,10 @@ def check_weight(name: str, weight: Tensor, expected: Tensor) -> None:
     tolerance = SAME_PACKED if isinstance(weight, Packed) and weight.rounds_scales else SAME_WEIGHT
     if _near(_sketch(weight, None), expected[0], tolerance) or same_weight(sketch_weight(weight), expected):
         return
+    there = "a base that was quantized there" if quantize is None else f"its base had quantize={quantize}, and"
     raise SpectuneError(
-        f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on; a "
-        "base that was quantized there is the same only if it is loaded with the same quantize"
+        f"the adapter belongs to another base: the weight of {name!r} differs from the one it was trained on; {there} "
+        "is the same only if it is loaded with the same quantize"
     )
 
 

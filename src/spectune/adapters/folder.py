@@ -26,7 +26,7 @@ from spectune.storage import alone_in, collect_temporaries, flush, save_tensors,
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 # in the metadata of the weights: PEFT's format has no place for them
-_MORE = ("labels", "problem_type", "architecture", "base")
+_MORE = ("labels", "problem_type", "architecture", "base", "quantize")
 _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers", "modules")
@@ -236,8 +236,8 @@ def _finite(tensor: Tensor) -> bool:
 def read_more(path: Source) -> dict[str, Any]:
     """Return what is stored with an adapter's weights besides the tensors, as far as it is there.
 
-    Labels of a classifier's head and how they are read, the model's class and its module, and the sketches of the
-    base's weights by layer.
+    Labels of a classifier's head and how they are read, the model's class and its module, the sketches of the base's
+    weights by layer, and how the base was packed.
     """
     if isinstance(path, Unwritten):
         metadata = path.more
@@ -247,7 +247,8 @@ def read_more(path: Source) -> dict[str, Any]:
     else:
         return {}
     found = {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
-    problem = found.pop("problem_type", [None])
+    problem, packed = found.pop("problem_type", [None]), found.pop("quantize", None)
+    found |= {"quantize": packed[0]} if packed else {}
     if "labels" in found:
         found["labels"] = Labels(found["labels"], problem[0] if problem and problem[0] in PROBLEMS else None)
     return found
@@ -271,10 +272,14 @@ def _sketch(code: str) -> Tensor:
 
 
 def as_metadata(
-    labels: Sequence[str] | None, architecture: Sequence[str] | None, base: Mapping[str, Tensor]
+    labels: Sequence[str] | None,
+    architecture: Sequence[str] | None,
+    base: Mapping[str, Tensor],
+    quantize: str | None = None,
 ) -> dict[str, str]:
     """Return what `read_more` reads, as texts."""
     found: dict[str, Any] = {"labels": labels, "architecture": architecture}
+    found["quantize"] = None if quantize is None else [quantize]
     if isinstance(labels, Labels) and labels.problem == SEVERAL:  # the others are known by the number of labels
         found["problem_type"] = [labels.problem]
     codes = {}

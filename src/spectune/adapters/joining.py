@@ -32,7 +32,7 @@ def joined(adapter: Contents) -> Contents:
     if not parts:
         return adapter
     layers |= {fused: _one(own) for fused, own in parts.items()}
-    kept = adapter.labels, adapter.modules, adapter.architecture, adapter.groups
+    kept = adapter.labels, adapter.modules, adapter.architecture, adapter.groups, adapter.quantize
     return Contents(layers, adapter.base_model, adapter.error, *kept)
 
 

@@ -17,9 +17,10 @@ import torch
 
 from spectune.adapters.folder import CONFIG
 from spectune.bases.classifiers import load_classifier
-from spectune.bases.quantizing import quantization
+from spectune.bases.quantizing import pack_the_rest, quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
+from spectune.model.lifecycle import QUANTIZE
 from spectune.reading import BASE_JSON_BYTES, check_file, check_tensors_file, read_json
 from spectune.spectral import weight_map
 
@@ -273,6 +274,7 @@ def load_base(
         new_head: with labels, a head of their own where the checkpoint has one for as many labels by other names.
         quantize: "nf4" (4 bits, with doubly quantized scales) or "int8": pack the linear layers by bitsandbytes, all
             but the output embedding, as they are loaded. `dtype` is what the rest is held in, and computed in.
+            "nf4:rank=16,refine=5" holds a part of each weight of that rank beside what is packed (`pack_the_rest`).
         trust_remote_code: run code that comes with the checkpoint.
         allow_bin: read pickled weights where there are no others, with torch's loader for weights only; so does
             $SPECTUNE_BIN=1.
@@ -300,7 +302,7 @@ def load_base(
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             check_config(config, name)
             options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **packed, **kwargs}
-            if packed and (own := getattr(config, "quantization_config", None)) is not None:
+            if quantize is not None and (own := getattr(config, "quantization_config", None)) is not None:
                 raise SpectuneError(f"{os.fspath(name)!r} is quantized already ({_kind(own)}): leave quantize out")
             if labels is not None:
                 model = load_classifier(path, config, tokenizer, labels, options, new_head)
@@ -313,6 +315,9 @@ def load_base(
     if os.fspath(name) in EMBEDDED:
         model.config._name_or_path = os.fspath(name)
     model.eval()
+    pack_the_rest(model, quantize, wanted, device)
+    if quantize is not None:
+        setattr(model, QUANTIZE, quantize)
     return (model if device is None or packed else cast(Any, model).to(device)), tokenizer
 
 

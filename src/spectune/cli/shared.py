@@ -50,7 +50,9 @@ FUSED = typer.Option(
     help="Answer from merged weights beside the base's, where that is faster and memory allows.",
 )
 DTYPE = typer.Option(None, help="fp32, bf16 or fp16; the faster of the first two if not given.")
-QUANTIZE = typer.Option(None, help="nf4 or int8: the base in 4 or 8 bits, by bitsandbytes, as the adapter was trained.")
+QUANTIZE = typer.Option(
+    None, help="nf4 or int8: the base in 4 or 8 bits, by bitsandbytes; as the adapter was trained if not given."
+)
 DEVICE = typer.Option(None, help="cpu, cuda, mps, ...; the accelerator if there is one.")
 STRATEGIES = ("prompt", "classifier", "few-shot")
 JSON = typer.Option(False, "--json", help="One JSON document on stdout, and nothing else.")
@@ -173,6 +175,9 @@ def load_with_adapters(
     labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
     if len(labels) > 1:
         raise SpectuneError(f"the adapters have different labels: {'; '.join(', '.join(each) for each in labels)}")
+    packed = {adapter.quantize for adapter, _, _ in loaded}
+    if quantize is None and check and len(packed) == 1:  # as their base was where they were trained
+        (quantize,) = packed
     model, tokenizer = load_base(
         name,
         dtype,

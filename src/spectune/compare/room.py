@@ -33,7 +33,7 @@ def check_room(config: CompareConfig, free: int | None = None) -> list[str]:
         return []
     dtype = resolve_dtype(config.dtype, device)
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    weights = weights_of(built, "4bit" if config.quantize == "nf4" else precision).total
+    weights = weights_of(built, "4bit" if (config.quantize or "").startswith("nf4") else precision).total
     if free is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if weights * config.workers > free:

@@ -10,15 +10,17 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from spectune.errors import SpectuneError
+from spectune.layers.classes import Remade, change_class
 
 _SUBCLASSES = ("torchao", "optimum")  # whose weights are tensors that know how to dequantize themselves
 _REPACKING = "support_avx512bf16_for_cpu"  # lets bitsandbytes lay a weight out anew, and round its scales
@@ -95,6 +97,14 @@ def packed_weight(layer: nn.Module) -> Packed | None:
     Raises:
         SpectuneError: it is one of bitsandbytes' that is not packed yet.
     """
+    packed = _packed_alone(layer)
+    if packed is None or not isinstance(layer, Beside):
+        return packed
+    values = partial(_with_low_rank, layer.left, layer.right, packed.values)
+    return Packed(packed.held, values, packed.shape, packed.dtype)
+
+
+def _packed_alone(layer: nn.Module) -> Packed | None:
     weight: Any = layer._parameters.get("weight")
     if weight is None or type(weight) is nn.Parameter:
         return None
@@ -114,6 +124,37 @@ def packed_weight(layer: nn.Module) -> Packed | None:
     if kind.__module__.partition(".")[0] in _SUBCLASSES and hasattr(kind, "dequantize"):
         return Packed(weight, kind.dequantize, weight.shape, weight.dtype)
     return None
+
+
+class Beside(Remade):
+    """Mixed into the class of a packed layer: its W is what is packed and L R, which is held as it is."""
+
+    left: Tensor
+    right: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
+        return super().forward(x) + more  # type: ignore[misc]
+
+
+@cache
+def beside_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of packed layers with a low-rank part of W beside: a subclass, so that isinstance holds."""
+    members = {"__module__": kind.__module__, "made_by": (beside_class, kind)}
+    return type(f"LowRank{kind.__name__}", (Beside, kind), members)
+
+
+def put_beside(layer: nn.Module, left: Tensor, right: Tensor) -> None:
+    """Add L (out x r) R (r x in) to the W of a packed layer, in place."""
+    change_class(layer, beside_class(type(layer)))
+    layer.register_buffer("left", left)
+    layer.register_buffer("right", right)
+
+
+def _with_low_rank(left: Tensor, right: Tensor, values: Callable[[Any], Tensor], held: Any) -> Tensor:
+    dense = values(held)
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    return torch.addmm(dense.to(wide), left.to(wide), right.to(wide)).to(dense.dtype)
 
 
 def _unpacked(layer: nn.Module) -> SpectuneError:
@@ -177,6 +218,8 @@ def packed_again(layer: Any, weight: Tensor) -> nn.Parameter:
         SpectuneError: how it was packed is not known here.
     """
     held, kind = layer._parameters["weight"], type(layer._parameters["weight"])
+    if isinstance(layer, Beside):
+        weight = weight - (layer.left.to(weight.dtype) @ layer.right.to(weight.dtype))
     if kind.__name__ == "Params4bit":
         options = {key: getattr(held, key) for key in ("blocksize", "compress_statistics", "quant_type")}
         own = held.quant_state

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+QUANTIZE = "spectune_quantize"  # an attribute of models that `load_base` packed: how
+
+
 def extract(model: nn.Module, name: str = "default") -> Adapter:
     """Return an adapter that is on a model as an `Adapter` of its own, on the CPU.
 
@@ -95,6 +98,7 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     adapter = Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
     adapter.modules = {n: (term,) for n, term in modules.items()}
     adapter.groups = tuple(groups_of(model, [*brought, *(n for n, term in modules.items() if term.complete)]))
+    adapter.quantize = vars(unwrapped(model)).get(QUANTIZE)
     if hasattr(inner := unwrapped(model), "save_pretrained"):
         adapter.architecture = type(inner).__name__, type(inner).__module__
     return adapter

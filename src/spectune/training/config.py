@@ -133,8 +133,10 @@ class TrainConfig(BaseModel):
     dtype: str | None = Field(
         None, description="of the base: fp32, bf16, fp16; the faster of the first two if not given"
     )
-    quantize: Literal["nf4", "int8"] | None = Field(
-        None, description="pack the base in 4 or 8 bits (nf4, int8) by bitsandbytes; adapters train over it"
+    quantize: str | None = Field(
+        None,
+        description="pack the base in 4 or 8 bits (nf4, int8) by bitsandbytes; adapters train over it. nf4:rank=16 "
+        "holds a part of each weight of that rank beside",
     )
     device: str | None = Field(None, description="cpu, cuda, mps, ...; the accelerator if there is one")
     fsdp: bool = Field(False, description="shard the frozen base over the processes that torchrun started (FSDP2)")

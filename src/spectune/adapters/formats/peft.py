@@ -194,7 +194,7 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor],
         "use_rslora": _lora(method).rslora,
     }
     sketches = {name: sketch for name in updated if (sketch := adapter.base_sketch(name)) is not None}
-    return config, tensors, as_metadata(adapter.labels, adapter.architecture, sketches)
+    return config, tensors, as_metadata(adapter.labels, adapter.architecture, sketches, adapter.quantize)
 
 
 def _adds(term: WholeTerm) -> bool:
@@ -291,7 +291,8 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
     names: Any = more.get("architecture") or [mapping.get("base_model_class"), mapping.get("parent_library")]
     architecture: Any = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
     labels, held = more.get("labels"), {name: (term,) for name, term in modules.items()}
-    return Contents(layers, base, labels=labels, modules=held, architecture=architecture, groups=listed)
+    known = {"architecture": architecture, "groups": listed, "quantize": more.get("quantize")}
+    return Contents(layers, base, labels=labels, modules=held, **known)
 
 
 def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Source) -> dict[str, LayerUpdate]:

@@ -76,7 +76,9 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
         "layers": layers,
         **({_WHOLE: modules} if modules else {}),
     }
-    return *in_peft_words(config, tensors, adapter), as_metadata(adapter.labels, adapter.architecture, {})
+    return *in_peft_words(config, tensors, adapter), as_metadata(
+        adapter.labels, adapter.architecture, {}, adapter.quantize
+    )
 
 
 def _describe_whole(term: WholeTerm) -> dict[str, Any]:
@@ -115,7 +117,8 @@ def load(path: Source) -> Contents:
     if tensors:
         raise SpectuneError(f"{path / WEIGHTS} has a tensor that its config does not speak of: {min(tensors)!r}")
     more = read_more(path)
-    return Contents(layers, base, error, more.get("labels"), modules, tuple(more.get("architecture") or ()) or None)
+    architecture = tuple(more.get("architecture") or ()) or None
+    return Contents(layers, base, error, more.get("labels"), modules, architecture, quantize=more.get("quantize"))
 
 
 def _whole_terms(
