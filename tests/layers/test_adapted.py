@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import spectune
+from spectune.layers import adapted
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.modules import find_linear, is_linear
 from spectune.layers.taking import adapted_class
@@ -110,3 +111,19 @@ def test_nothing_chosen_costs_nothing_and_changes_nothing():
     assert not y.requires_grad
     spectune.detach(model)
     assert torch.equal(y, model(x))
+
+
+def test_a_routed_answer_asks_each_row_once(monkeypatch):
+    """Every layer is asked for every token: all rows times all adapters would be most of the time."""
+    model, names = nn.Sequential(nn.Linear(6, 6)), [f"a{i}" for i in range(24)]
+    for name in names:
+        spectune.adapt(model, "lora:rank=2", name=name)
+    asked = []
+    own = adapted.weight_at
+    monkeypatch.setattr(adapted, "weight_at", lambda *where: asked.append(where) or own(*where))
+    with torch.no_grad(), spectune.route(model, names):
+        model(torch.randn(24, 6))
+        assert len(asked) <= 24
+        del asked[:]
+        assert model[0].weight is not None  # read by somebody else, who is told
+        assert len(asked) <= 24

@@ -87,8 +87,13 @@ class Adapted(Stored):
         choice = (scope := self.selection.scope()).choice
         if not isinstance(choice, Rows):
             return bool(self.parts(scope))
-        weights = [weight_at(mixture, name, self) for mixture in choice.mixtures for name in self.adapters]
-        return any(isinstance(weight, Tensor) or weight for weight in weights)
+        # the first row answers, as a rule: all rows times all adapters are too many for every layer and token
+        return any(
+            isinstance(weight := weight_at(mixture, name, self), Tensor) or bool(weight)
+            for mixture in choice.mixtures
+            for name in mixture
+            if name in self.adapters
+        )
 
     def is_asked(self) -> bool:
         """Whether an adapter may have a part in the layer's answer."""
