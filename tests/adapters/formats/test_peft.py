@@ -465,3 +465,15 @@ def test_moving_to_zero_is_no_update(tmp_path):
     assert {layer.terms[0].method.rank for layer in exported.layers.values()} == {1}
     torch.testing.assert_close(logits(in_peft(tiny.llama(), tmp_path)), logits(tiny.llama()), rtol=0, atol=0)
     assert moved(spectune.attach(tiny.llama(), Adapter.load(tmp_path)))
+
+
+def test_modules_to_save_are_ends_of_names_at_a_dot_or_not(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])  # and every input_layernorm
+    theirs = shaken(peft_model(tiny.llama(), config))
+    theirs.save_pretrained(tmp_path)
+    read = assert_we_answer_like(tmp_path, tiny.llama, theirs)
+    assert {name.rpartition(".")[2] for name in read.modules} == {"norm", "input_layernorm", "post_attention_layernorm"}
+    theirs = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(theirs | {"modules_to_save": ["lm_head"]}))
+    with pytest.raises(SpectuneError, match="belongs to no linear layer's LoRA"):
+        Adapter.load(tmp_path)

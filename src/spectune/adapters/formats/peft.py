@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -392,7 +393,7 @@ def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], conf
             raise SpectuneError(f"{path / WEIGHTS} has {len(values)} rows of {name!r}, and the config {len(rows)}")
         order = sorted(range(len(rows)), key=lambda i: rows[i])
         return WholeTerm({"weight": values[order]}, rows=tuple(rows[i] for i in order))
-    if not any(f".{n}." in f".{name}." for n in listed) and "weight" in parts and parts["weight"].dim() != 2:
+    if not _is_listed(name, listed) and "weight" in parts and parts["weight"].dim() != 2:
         raise SpectuneError(
             f"{path / WEIGHTS} has the tensor '{_PREFIX}{name}.weight', which belongs to no linear layer's LoRA"
         )
@@ -400,6 +401,13 @@ def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], conf
         raise SpectuneError(f"{path / WEIGHTS} lacks the weight of {name!r}, which the config says is whole")
     held = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in parts.items()}
     return WholeTerm(held, complete=parts.keys() != {"bias"})
+
+
+def _is_listed(name: str, listed: Sequence[str]) -> bool:
+    """Whether a module is one of `modules_to_save`, or in one: PEFT takes them for ends of names, at a dot or not."""
+    around = accumulate(name.split("."), lambda outer, key: f"{outer}.{key}")
+    ends = tuple(str(end) for end in listed)
+    return any(module.endswith(ends) for module in around)
 
 
 def rows_of(name: str, config: Entry, path: Source) -> list[int]:
