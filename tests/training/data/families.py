@@ -96,6 +96,30 @@ TEMPLATES = {
     "alpaca": _ROLE + "{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n{% elif m.role == 'assistant' %}"
     "### Response:\n{{ m.content }}{{ eos_token }}\n\n{% else %}{{ m.content }}\n\n{% endif %}" + _END
     + _if("### Response:\n"),
+    "command-r": "{{ bos_token }}"
+    + _ROLE
+    + "<|START_OF_TURN_TOKEN|><|{{ 'CHATBOT' if m.role == 'assistant' else m.role | upper }}_TOKEN|>"
+    "{{ m.content | trim }}<|END_OF_TURN_TOKEN|>" + _END + _if("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"),
+    "granite": _ROLE
+    + "<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}</s>\n"
+    + _END
+    + _if("<|start_of_role|>assistant<|end_of_role|>"),
+    "olmo": "{{ eos_token }}" + _ROLE + "<|{{ m.role }}|>\n{{ m.content }}{% if m.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}" + _END + _if("<|assistant|>"),
+    "falcon": _ROLE + "{% if not loop.first %}\n{% endif %}{% if m.role == 'system' %}{{ m.content }}{% else %}"
+    "{{ m.role | title }}: {{ m.content }}{% endif %}" + _END + _if("\nAssistant:"),
+    "minicpm": _ROLE + "{% if m.role == 'assistant' %}{{ m.content | trim }}{% else %}<user>{{ m.content | trim }}<AI>"
+    "{% endif %}" + _END,
+    "nemotron": "{{ '<extra_id_0>System' }}" + _ROLE + "{% if m.role == 'system' %}\n{{ m.content | trim }}{% endif %}"
+    + _END + "{{ '\n\n' }}" + _ROLE + "{% if m.role != 'system' %}<extra_id_1>{{ m.role | title }}\n"
+    "{{ m.content | trim }}\n{% endif %}" + _END + _if("<extra_id_1>Assistant\n"),
+    "deepseek-v3.1": "{{ bos_token }}" + _ROLE + "{% if m.role == 'assistant' %}<|Assistant|></think>"
+    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% elif m.role == 'user' %}<|User|>{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}" + _END + _if("<|Assistant|></think>"),
+    "gemma3": _SYSTEM_IN_FIRST + "{{ bos_token }}" + _ALTERNATE + _ROLE
+    + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{% if loop.first and system %}"
+    "{{ system }}\n\n{% endif %}{% if m.content is string %}{{ m.content | trim }}{% else %}{% for part in m.content %}"
+    "{{ part.text | trim }}{% endfor %}{% endif %}<end_of_turn>\n" + _END + _if("<start_of_turn>model\n"),
     "space": _ROLE + "{% if m.role == 'user' %}Question: {{ m.content }}\nAnswer: {% else %}{{ m.content }}"
     "{{ eos_token }}\n{% endif %}" + _END,
     "header-always": _ROLE + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + _END,
@@ -108,7 +132,9 @@ TEMPLATES = {
 SPECIALS = (
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>"),
-    *("<|User|>", "<|Assistant|>"),
+    *("<|User|>", "<|Assistant|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<AI>"),
+    *("<|USER_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|start_of_role|>", "<|end_of_role|>", "<user>"),
+    *("<extra_id_0>", "<extra_id_1>"),
 )
 _CORPUS = [
     "what is two plus two the answer is four Yes No hello world and so on",
