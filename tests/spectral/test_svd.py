@@ -266,6 +266,20 @@ def test_zero_tolerance_is_exact():
         assert torch.equal(found.Vh, full.Vh[part])
 
 
+@pytest.mark.parametrize(("rank", "which"), [(1, "bottom"), (2, "bottom"), (3, "bottom"), (3, "top"), (4, "top")])
+@pytest.mark.parametrize("size", [(7, 4), (300, 260)])
+def test_vectors_of_singular_values_of_zero_are_orthonormal(size, rank, which):
+    W = torch.randn(*size, generator=torch.Generator().manual_seed(0))
+    W[:, 0] = 0
+    W[:, 2] = 0
+    U, S, Vh = svd(W, rank, which)
+    for side in (U.mT, Vh):
+        assert torch.allclose(side @ side.mT, torch.eye(rank), atol=1e-5)
+    values = torch.linalg.svdvals(W)
+    wanted = values[:rank] if which == "top" else values[-rank:]
+    assert torch.allclose(S, wanted, rtol=5e-3, atol=1e-4)
+
+
 def test_equal_singular_values_span_their_space():
     V = orthonormal(300, 6)
     W = (torch.eye(300, dtype=torch.float64) + 4 * V @ V.mT).float()

@@ -64,6 +64,18 @@ def test_another_checkpoint_is_not_mistaken_for_this_one(folder, tmp_path):
     np.testing.assert_allclose(second[name], 2 * first[name], rtol=1e-6)
 
 
+def test_a_ledger_of_holes_is_not_held_in_memory(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.jsonl"
+    book = Ledger(path, {"format": 1})
+    book.add("a", {"values": [1]})
+    sound = path.stat().st_size
+    with path.open("ab") as file:
+        file.truncate(3 << 30)
+    monkeypatch.setattr("pathlib.Path.read_bytes", None)
+    assert list(Ledger(path, {"format": 1}).done) == ["a"]
+    assert path.stat().st_size == sound
+
+
 def test_a_file_under_another_header_is_begun_anew(tmp_path):
     path = tmp_path / "x.jsonl"
     Ledger(path, {"format": 1}).add("a", {"values": 1})

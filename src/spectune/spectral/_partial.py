@@ -32,8 +32,9 @@ def top(T: Tensor, rank: int, tol: float, certify: Certify, seed: int) -> Rows:
 
         wanted = measure if certify == "span" else None
         found = block_krylov(lambda X: linear(X, T), lambda Y: matmul(Y, T), (m, k), rank, tol, wanted, T, seed)
-        if found is not None:
-            return _normalized(*polish(*found))
+        rows = None if found is None else _normalized(*polish(*found))
+        if rows is not None:
+            return rows
     return _quick(T, slice(0, rank), tol) or exact(T, slice(0, rank))
 
 
@@ -76,16 +77,21 @@ def _quick(T: Tensor, part: slice, tol: float) -> Rows | None:
     """Return part of the decomposition from a Gram matrix in float32, where its residuals pass."""
     if T.dtype == torch.float64:
         return None
-    U, S, V = _normalized(*gram_part(T, part))
+    rows = _normalized(*gram_part(T, part))
+    if rows is None:
+        return None
+    U, S, V = rows
     # float32 squares away all below 1e-3 of the largest value; whether that is what was asked for is told by the
     # residual
     residuals = torch.linalg.vector_norm(U @ T - S[:, None] * V, dim=1)
     return (U, S, V) if bool((residuals <= tol * S).all()) else None
 
 
-def _normalized(right: Tensor, left: Tensor) -> Rows:
+def _normalized(right: Tensor, left: Tensor) -> Rows | None:
+    """Return triplets of right vectors v and T v, or None where one is zero, whose left vector T v does not tell."""
     S = torch.linalg.vector_norm(left, dim=1)
-    return left / S[:, None].clamp_min(torch.finfo(S.dtype).tiny), S, right
+    tiny = torch.finfo(S.dtype).tiny
+    return (left / S[:, None], S, right) if bool((tiny <= S).all()) else None
 
 
 class Inverse(NamedTuple):

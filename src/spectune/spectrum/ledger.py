@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from spectune.reading import check_file
+from spectune.reading import RECORD_BYTES, check_file
 from spectune.storage import open_itself
 
 LEDGER_BYTES = 4 << 30
@@ -34,24 +35,31 @@ class Ledger:
         head = json.dumps(header, sort_keys=True).encode() + b"\n"
         try:
             check_file(path, LEDGER_BYTES)
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                sound = self._read(file, head)
+                more = bool(sound) and sound < file.seek(0, os.SEEK_END)
         except FileNotFoundError:
-            data = b""
-        sound = len(head) if data.startswith(head) else 0
-        if sound:
-            for line in data[sound:].splitlines(keepends=True):
-                entry = _entry(line)
-                if entry is None:
-                    break
-                self.done[entry["name"]] = entry
-                sound += len(line)
-        else:
+            sound, more = 0, False
+        if not sound:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open_itself(path, "wb") as file:
                 file.write(head)
-        if sound and sound < len(data):
+        if more:
             with open_itself(path, "r+b") as file:
                 file.truncate(sound)
+
+    def _read(self, file: BinaryIO, head: bytes) -> int:
+        """Read a file's results, line by line, and return how many of its bytes are sound."""
+        if file.read(len(head)) != head:
+            return 0
+        sound = len(head)
+        for line in iter(lambda: file.readline(RECORD_BYTES), b""):
+            entry = _entry(line)
+            if entry is None:
+                break
+            self.done[entry["name"]] = entry
+            sound += len(line)
+        return sound
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         """Write one result."""
