@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -139,8 +140,7 @@ def pack_the_rest(model: nn.Module, quantize: str | None, dtype: torch.dtype, de
 
 def _nearest(weight: Tensor, how: Quantization, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor]:
     """Return Q packed, L and R with Q + L R near W."""
-    import bitsandbytes as bnb
-
+    bnb: Any = import_module("bitsandbytes")
     weight, rank = weight.float(), min(how.rank, *weight.shape)
     rest, packed, found = weight, None, []
     for _ in range(how.refine + 1):

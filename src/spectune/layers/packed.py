@@ -218,8 +218,9 @@ def packed_again(layer: Any, weight: Tensor) -> nn.Parameter:
         SpectuneError: how it was packed is not known here.
     """
     held, kind = layer._parameters["weight"], type(layer._parameters["weight"])
-    if isinstance(layer, Beside):
-        weight = weight - (layer.left.to(weight.dtype) @ layer.right.to(weight.dtype))
+    module: nn.Module = layer
+    if isinstance(module, Beside):
+        weight = weight - (module.left.to(weight.dtype) @ module.right.to(weight.dtype))
     if kind.__name__ == "Params4bit":
         options = {key: getattr(held, key) for key in ("blocksize", "compress_statistics", "quant_type")}
         own = held.quant_state
