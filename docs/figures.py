@@ -111,19 +111,64 @@ def study(method: type[Method]) -> str:
     return "\n".join(["| task | method | lr | measure | mean (95% interval) |", "|---|---|---|---|---|", *lines])
 
 
+def choice() -> str:
+    """Return what the study found of all methods, on the tasks that count."""
+    sys.path.insert(0, str(BENCHMARKS / "study"))
+    from claims import apart, reports, why_not
+
+    counted = [report for report in reports().values() if why_not(report) is None]
+    rows: dict[str, dict[str, Any]] = {}
+    for report in counted:
+        for entry in report["methods"]:
+            if entry["ran"] and entry["method"] != "base":
+                rows.setdefault(entry["method"], {})[report["label"]] = (
+                    entry,
+                    report,
+                    bool(apart(report, entry["method"])),
+                )
+    measures = [f"{r['label']}: {r['metric']}{', %' if r['percent'] else ', less is better'} (lr)" for r in counted]
+    lines = [f"| method | trained values | {' | '.join(measures)} |", f"|---|---|{'---|' * len(counted)}"]
+    for method, found in sorted(rows.items(), key=lambda row: -_trained(row[1])):
+        values = " / ".join(f"{entry['trainable_parameters']:,.0f}" for entry, _, _ in found.values())
+        cells = [_measured(*found[report["label"]]) if report["label"] in found else "" for report in counted]
+        lines.append(f"| `{method}` | {values} | {' | '.join(cells)} |")
+    labels = ", ".join(report["label"] for report in counted)
+    note = (
+        f"Trained values for each task in turn ({labels}). In brackets the learning rate. *fell apart*: at some seed."
+    )
+    return "\n".join([*lines, "", textwrap.fill(note, 120)])
+
+
+def _trained(found: dict[str, Any]) -> float:
+    return max(entry["trainable_parameters"] for entry, _, _ in found.values())
+
+
+def _measured(entry: Any, report: Any, apart: bool) -> str:
+    mean = entry["metric"]["mean"]
+    shown = f"{100 * mean:.1f}" if report["percent"] else f"{mean:.3f}"
+    return f"{shown} ({entry['lr']:g}){', *fell apart*' if apart else ''}"
+
+
 def filled(text: str, method: type[Method]) -> str:
-    """Return a page with its marked places written anew."""
+    """Return a page of a method with its marked places written anew."""
     for name, make in (("options", options), ("figures", figures), ("study", study)):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
-        made = make(method)
-        text = pattern.sub(lambda m, made=made: f"{m[1]}\n{made}\n\n{m[2]}" if made else f"{m[1]}{m[2]}", text)
+        text = put(text, name, make(method))
     return text
+
+
+def put(text: str, name: str, made: str) -> str:
+    """Return a text in which something stands at a marked place."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
+    return pattern.sub(lambda m: f"{m[1]}\n{made}\n\n{m[2]}" if made else f"{m[1]}{m[2]}", text)
 
 
 def main() -> None:
     for name, method in METHODS.items():
         path = DOCS / "methods" / f"{name}.md"
         path.write_text(filled(path.read_text(encoding="utf-8"), method), encoding="utf-8")
+    for name, mark, make in (("choosing.md", "choice", choice),):
+        path = DOCS / name
+        path.write_text(put(path.read_text(encoding="utf-8"), mark, make()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,3 +55,19 @@ def test_the_study_is_read(figures, monkeypatch):
     monkeypatch.setitem(sys.modules, "claims", SimpleNamespace(reports=lambda: {"reviews": report}))
     assert figures.study(METHODS["svf"]).endswith("| reviews | `svf` | 0.02 | accuracy, % | 75 (70 to 80) |")
     assert figures.study(METHODS["lora"]) == ""
+
+
+def test_the_choice_of_a_method_goes_by_the_study(figures, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    others = {name: sys.modules.pop(name, None) for name in ("claims", "run")}
+    try:
+        made = figures.choice()
+    finally:
+        for name, module in others.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    assert made in page, "python docs/figures.py"
+    assert "| `svf` | 97,920 / " in made
+    assert figures.put("<!-- a -->\nold\n<!-- end -->", "a", "new") == "<!-- a -->\n\nnew\n\n<!-- end -->"
