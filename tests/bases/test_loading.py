@@ -85,3 +85,12 @@ def test_a_config_of_more_than_any_model_has_is_refused(tmp_path, key):
     (model / "config.json").write_text(json.dumps(config | {key: 2**31}))
     with pytest.raises(SpectuneError, match=f"its {key} is 2147483648"):
         spectune.load_base(model, "fp32")
+
+
+@pytest.mark.parametrize("changed", [{"model_max_length": {}}, {"model_max_length": "many"}])
+def test_a_tokenizer_that_loads_and_does_not_work_is_told_of(changed, tmp_path):
+    save_folder(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(SpectuneError, match="cannot be loaded as a model"):
+        spectune.load_base(tmp_path, "fp32")

@@ -233,7 +233,7 @@ def load_tokenizer(
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(path, trust_remote_code)
             check_config(config, name)
             try:
                 generation = transformers.GenerationConfig.from_pretrained(path)
@@ -244,6 +244,14 @@ def load_tokenizer(
     except Exception as error:  # whatever a broken folder makes of transformers
         raise _unloadable(name, error) from error
     return Outline(config, generation), tokenizer
+
+
+def _tokenizer(path: str | os.PathLike[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer("a")  # settings of another kind than they should be are found when they are used
+    return tokenizer
 
 
 def _unloadable(name: str | os.PathLike[str], error: Exception) -> SpectuneError:
@@ -299,7 +307,7 @@ def load_base(
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(path, trust_remote_code)
             check_config(config, name)
             options = {"dtype": wanted, "trust_remote_code": trust_remote_code, **packed, **kwargs}
             if quantize is not None and (own := getattr(config, "quantization_config", None)) is not None:
