@@ -264,3 +264,35 @@ def test_a_model_within_a_model_that_owns_a_tensor_is_brought_whole(first, tmp_p
     )
     spectune.detach(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+class Named(nn.Module):
+    """A module of one's own with the names that adapted ones use."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.adapters, self.bases = nn.ModuleDict({"one": nn.Linear(4, 4)}), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.bases(self.scale * self.adapters["one"](x))
+
+
+def test_modules_by_the_names_that_adapters_use_are_the_model_s_own():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"inner": Named(), "out": nn.Linear(4, 4)})
+    base = copy.deepcopy(model)
+    spectune.adapt(model, "lora:rank=2", ["out"], modules_to_save=["adapters.one"])
+    model["inner"].bases.weight.requires_grad_(True).data += 1
+    adapter = spectune.extract(model)
+    assert set(adapter.modules) == {"inner.bases"}
+    assert set(adapter.layers) == {"inner.adapters.one", "out"}
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(spectune.attach(base, adapter)["inner"](x), model["inner"](x))
+    with pytest.raises(SpectuneError, match=r"'inner' .Named. has 'adapters' of its own"):
+        spectune.adapt(spectune.detach(model), "lora:rank=2", ["out"], modules_to_save=["inner"])
+    layer = nn.Sequential(nn.Linear(4, 4))
+    layer[0].selection = 3
+    with pytest.raises(SpectuneError, match=r"'0' .Linear. has 'selection' of its own"):
+        spectune.adapt(layer, "lora:rank=2")
+    assert layer[0].selection == 3

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.nn as nn
 
+from spectune.errors import SpectuneError
+
 
 def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
     """Change a module's class, and what wrappers such as accelerate's hooks keep of its forward method."""
@@ -17,6 +19,28 @@ def change_class(layer: nn.Module, to: type[nn.Module]) -> None:
     for name, value in vars(layer).items():
         if getattr(value, "__self__", None) is layer and getattr(value, "__func__", None) is before:
             vars(layer)[name] = MethodType(to.forward, layer)
+
+
+def check_free(name: str, module: nn.Module, mixed_in: type) -> None:
+    """Raise where a module has attributes by the names that an adapted one keeps its own under.
+
+    Args:
+        name: the module's.
+        module: the module.
+        mixed_in: what is to be mixed into its class, which declares those names; nothing is said where it is by now.
+
+    Raises:
+        SpectuneError: there is such an attribute.
+    """
+    if isinstance(module, mixed_in):
+        return
+    own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    taken = sorted(own & (mixed_in.__annotations__.keys() - {"weight", "bias"}))
+    if taken:
+        raise SpectuneError(
+            f"{name!r} ({type(module).__name__}) has {taken[0]!r} of its own, where an adapter would be kept: "
+            "rename it, or leave the module out"
+        )
 
 
 Kind = type[nn.Module]

@@ -16,6 +16,7 @@ from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.attention import see_to_attention
+from spectune.layers.classes import check_free
 from spectune.layers.kinds import kind_of
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import effective_weight, find_linear
@@ -77,6 +78,7 @@ def prepared(
                 "without offloading this module, or exclude the layer"
             )
         check_layer(layer_name, layer)
+        check_free(layer_name, layer, Adapted)
     bases = bases_for(layers, plan, trained_on or {}, progress, dtype_of(model))
     ready: dict[str, list[Update]] = {}
     for layer_name, layer in layers.items():

@@ -16,6 +16,7 @@ from spectune.adapters.terms import ADDED_BIAS, Term, WholeTerm, as_head
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted
 from spectune.layers.attention import IN, InProjection, reads_children
+from spectune.layers.classes import check_free
 from spectune.layers.modules import find_module, is_conv1d, is_linear, named_modules
 from spectune.layers.parts import Owner, PartLinear
 from spectune.layers.projections import KEY, QUERY, VALUE, FusedLinear, ProjectionLinear
@@ -130,6 +131,8 @@ def prepare(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dic
     Raises:
         SpectuneError: a module that is not there, or has other tensors than the adapter's.
     """
+    for name in modules:
+        check_free(name, _find(model, name), Whole)
     return {name: _values(name, _find(model, name), terms) for name, terms in modules.items()}
 
 
@@ -218,10 +221,8 @@ def trained_beside(model: nn.Module) -> dict[str, WholeTerm]:
         SpectuneError: a tensor of a layer that an adapter is on, so that the two could not be told apart.
     """
     found = {}
-    of_adapters = {id(p) for n, p in model.named_parameters() if ".adapters." in f".{n}"}
     for name, module in named_modules(model):
         own = {k: p for k, p in module._parameters.items() if p is not None and p.requires_grad}
-        own = {k: p for k, p in own.items() if id(p) not in of_adapters}
         if not own:
             continue
         if (held := _held_by_peft(name)) is not None:
