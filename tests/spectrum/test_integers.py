@@ -170,12 +170,15 @@ def test_compressed_tensors_pack_quantized(tmp_path, options):
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_pack_quantized_is_that_of_the_library(tmp_path, bits, asymmetric):
     forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
-    pack = pytest.importorskip("compressed_tensors.compressors").pack_to_int32
+    pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers").pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs
+
+    args = QuantizationArgs(num_bits=bits, strategy="group", group_size=16, symmetric=not asymmetric)
     offset = 1 << (bits - 1)
     q = torch.from_numpy(numbers(20, 64, bits).astype(np.int16) - offset).to(torch.int8)
     zero = torch.from_numpy(numbers(20, 4, bits, 1).astype(np.int16) - offset).to(torch.int8) if asymmetric else None
     scale = torch.rand(20, 4).to(torch.bfloat16)
-    expected = forward.dequantize(q, scale, zero)
+    expected = forward.dequantize(q, scale, zero, args=args)
     tensors = {"packed": pack(q, bits), "scale": scale, "shape": torch.tensor([20, 64])}
     if zero is not None:
         tensors["zero_point"] = pack(zero, bits, packed_dim=0).contiguous()

@@ -54,9 +54,12 @@ def test_scales_of_rows(tmp_path, weight, shape):
 
 def test_scales_of_rows_are_those_of_compressed_tensors(tmp_path):
     forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    from compressed_tensors.quantization import QuantizationArgs
+
     weight, scale = fp8(6, 8), torch.rand(6, 1).to(torch.bfloat16)
     found, _ = matrices(tmp_path, {f"{Q}.weight": weight, f"{Q}.weight_scale": scale})
-    assert torch.equal(found[f"{Q}.weight"].read(), forward.dequantize(weight, scale))
+    args = QuantizationArgs(num_bits=8, type="float", strategy="channel")
+    assert torch.equal(found[f"{Q}.weight"].read(), forward.dequantize(weight, scale, args=args))
 
 
 def test_mxfp4_experts_are_transformers(tmp_path):
