@@ -149,6 +149,22 @@ def _measured(entry: Any, report: Any, apart: bool) -> str:
     return f"{shown} ({entry['lr']:g}){', *fell apart*' if apart else ''}"
 
 
+def first_hour() -> str:
+    """Return what came of ten data files with all defaults, where any of them has run."""
+    saved, _ = results()
+    lines = []
+    for where, run in saved("first_hour").items():
+        for name, file in run["files"].items():
+            cells = [name, file["what"], file["model"], str(file["max_steps"])]
+            if "refused" in file:
+                lines.append(f"| {' | '.join(cells)} | {file['refused']} | {where} |")
+                continue
+            moved = (f"{key} {file['before'][key]:.3f} to {file['after'][key]:.3f}" for key in file["before"])
+            lines.append(f"| {' | '.join(cells)} | {', '.join(moved)} | {where} |")
+    head = ["| file | holds | model | steps | held out, base to adapter | machine |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
+
+
 def filled(text: str, method: type[Method]) -> str:
     """Return a page of a method with its marked places written anew."""
     for name, make in (("options", options), ("figures", figures), ("study", study)):
@@ -166,7 +182,7 @@ def main() -> None:
     for name, method in METHODS.items():
         path = DOCS / "methods" / f"{name}.md"
         path.write_text(filled(path.read_text(encoding="utf-8"), method), encoding="utf-8")
-    for name, mark, make in (("choosing.md", "choice", choice),):
+    for name, mark, make in (("choosing.md", "choice", choice), ("training.md", "first hour", first_hour)):
         path = DOCS / name
         path.write_text(put(path.read_text(encoding="utf-8"), mark, make()), encoding="utf-8")
 

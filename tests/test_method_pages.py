@@ -71,3 +71,14 @@ def test_the_choice_of_a_method_goes_by_the_study(figures, monkeypatch):
     assert made in page, "python docs/figures.py"
     assert "| `svf` | 97,920 / " in made
     assert figures.put("<!-- a -->\nold\n<!-- end -->", "a", "new") == "<!-- a -->\n\nnew\n\n<!-- end -->"
+
+
+def test_what_came_of_the_ten_files_is_a_table(figures, monkeypatch):
+    file = {"what": "chats", "model": "tiny", "max_steps": 2, "before": {"loss": 2.0}, "after": {"loss": 1.0}}
+    other = {"what": "none", "model": "tiny", "max_steps": 2, "refused": "error: there is nothing"}
+    found = {"files": {"short": file, "empty": other}}
+    monkeypatch.setattr(figures, "results", lambda: (lambda name: {"cpu": found}, None))
+    assert "| short | chats | tiny | 2 | loss 2.000 to 1.000 | cpu |" in figures.first_hour()
+    assert "| empty | none | tiny | 2 | error: there is nothing | cpu |" in figures.first_hour()
+    monkeypatch.setattr(figures, "results", lambda: (lambda name: {}, None))
+    assert figures.first_hour() == ""
