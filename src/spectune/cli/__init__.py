@@ -6,6 +6,7 @@ What a command needs is imported in its function, so that `spectune --help` load
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from contextvars import ContextVar
@@ -98,6 +99,8 @@ def _options(
 def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # on processors with AVX-512 bitsandbytes recommends another package as it is imported, which PEFT does
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a console of one byte a character lacks most of what models say
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
