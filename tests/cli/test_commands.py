@@ -1,12 +1,14 @@
 """The commands as a user types them, on a tiny model."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import spectune
@@ -60,6 +62,20 @@ COMMANDS += ["plan", "spectrum", "library"]
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     assert "Usage" in run(*filter(None, [command]), "--help").output
+
+
+def test_every_help_has_an_example_that_its_command_takes():
+    def check(command, *names):
+        for name, inner in getattr(command, "commands", {}).items():
+            check(inner, *names, name)
+        if not hasattr(command, "commands"):
+            begin = " ".join(["spectune", *names])
+            assert begin in command.help
+            for line in command.help.splitlines():
+                if line.strip().startswith(begin):
+                    command.make_context(names[-1], shlex.split(line)[1 + len(names) :])
+
+    check(get_command(app))
 
 
 def test_help_of_train_names_every_key():

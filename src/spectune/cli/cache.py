@@ -15,7 +15,10 @@ app = typer.Typer(help="The cache of decompositions.", no_args_is_help=True)
 
 @app.command()
 def ls(json: bool = JSON) -> None:
-    """List the entries, the most recently used first, and their folder."""
+    """List the entries, the most recently used first, and their folder.
+
+    spectune cache ls
+    """
     from spectune.spectral import cache
 
     entries = cache.ls()
@@ -42,7 +45,10 @@ def prune(
     max_bytes: int | None = typer.Option(None, min=0, help="Bytes to keep; the cache's limit if not given."),
     json: bool = JSON,
 ) -> None:
-    """Delete the entries used longest ago until the rest fit."""
+    """Delete the entries used longest ago until the rest fit.
+
+    spectune cache prune --max-bytes 2000000000
+    """
     from spectune.spectral import cache
 
     _report("deleted", cache.prune(max_bytes), json)
@@ -50,7 +56,10 @@ def prune(
 
 @app.command()
 def verify(json: bool = JSON) -> None:
-    """Check every entry against its checksum, and delete the damaged ones; they are computed anew when needed."""
+    """Check every entry against its checksum, and delete the damaged ones; they are computed anew when needed.
+
+    spectune cache verify
+    """
     from spectune.spectral import cache
 
     _report("damaged", cache.verify(), json)

@@ -78,7 +78,10 @@ def add(
 
 @app.command()
 def ls(library: Path = LIBRARY, json: bool = JSON) -> None:
-    """List the adapters of a library."""
+    """List the adapters of a library.
+
+    spectune library ls skills
+    """
     from spectune.transformer2.library import Library
 
     opened = Library.open(library)
@@ -97,7 +100,10 @@ def ls(library: Path = LIBRARY, json: bool = JSON) -> None:
 def rm(
     library: Path = LIBRARY, names: list[str] = typer.Argument(help="Adapters to delete."), json: bool = JSON
 ) -> None:
-    """Delete adapters from a library."""
+    """Delete adapters from a library.
+
+    spectune library rm skills pirate
+    """
     from spectune.transformer2.library import Library
 
     opened = Library.open(library)
@@ -131,7 +137,10 @@ def train_classifier(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Train what tells from a prompt which adapter it is for, on the adapters' example prompts."""
+    """Train what tells from a prompt which adapter it is for, on the adapters' example prompts.
+
+    spectune library train-classifier skills
+    """
     from spectune.cli.shared import load_library
     from spectune.transformer2.pool import Pool
     from spectune.transformer2.prompts import read_prompts
@@ -184,7 +193,10 @@ def mix(
     trust_remote_code: bool = REMOTE_CODE,
     json: bool = JSON,
 ) -> None:
-    """Find the mixture of a library's adapters that suits a few examples best, and save it as an adapter."""
+    """Find the mixture of a library's adapters that suits a few examples best, and save it as an adapter.
+
+    spectune library mix skills shots.jsonl runs/mix
+    """
     from spectune.adapters.destination import check_destination
     from spectune.cli.shared import load_library, search_progress
     from spectune.storage import telling_of_full_disks
