@@ -24,7 +24,7 @@ from spectune.layers.modules import children_of, effective_weight, stored_weight
 from spectune.layers.packed import packed_product
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
-from spectune.layers.reads import CALLED, read_outside, reader_of, watched
+from spectune.layers.reads import read_outside, reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
@@ -47,6 +47,7 @@ class Adapted(Stored):
     is_transposed: bool  # W is held (in x out), as Conv1D does
     is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
     is_packed: bool  # and by the library that holds W packed
+    is_called: bool = False  # a trial of the model saw it called, and not read past
     adapted_as: str
     bias: nn.Parameter | None
     fused: Fused | None  # W', within `spectune.fused`
@@ -63,7 +64,7 @@ class Adapted(Stored):
             weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
         if torch.compiler.is_compiling():
             # the layer's own product, where it is a plain one, does not come by here
-            if not self.is_plain or getattr(self, CALLED, False) or not isinstance(weight, nn.Parameter):
+            if not self.is_plain or self.is_called or not isinstance(weight, nn.Parameter):
                 return weight
             asked = bool(self.prepared[1]) or bool(self.selection.contexts)
             return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ _CALL, _APPLY = nn.Module._call_impl.__code__, nn.Module._apply.__code__
 # what takes of a tensor its kind alone, and no value
 _OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
 _FROM_FIRST = ("to", "type_as")  # of which the first argument gives its values
-CALLED = "spectune_called"  # an attribute of a layer that a trial of its model saw called, and not read past
+called: WeakSet[nn.Module] = WeakSet()  # layers that a trial of their model saw called, and not read past
 
 
 def reader_of(layer: nn.Module, frame: FrameType | None, own: CodeType | None) -> nn.Module | None:

@@ -14,6 +14,7 @@ from spectune.layers.classes import change_class
 from spectune.layers.kinds import KINDS
 from spectune.layers.packed import is_packed
 from spectune.layers.parts import PartLinear
+from spectune.layers.reads import called
 from spectune.layers.selection import Selection
 from spectune.layers.unfolded import Unfolded
 from spectune.layers.values import WeightValues
@@ -81,6 +82,7 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     layer.fused = None  # type: ignore[assignment]
     layer.weight_values = WeightValues()  # type: ignore[assignment]
     layer.prepared = None, []  # type: ignore[assignment]
+    layer.is_called = layer in called  # type: ignore[assignment]
     selection.joined_by(layer, name)
     if isinstance(layer, PartLinear):
         layer.join()
@@ -94,6 +96,7 @@ def give_back(layer: Adapted) -> None:
         layer.fused.end()
     layer.weight_values.end()
     del layer.adapters, layer.bases, layer.selection, layer.prepared, layer.adapted_as, layer.fused, layer.weight_values
+    vars(layer).pop("is_called", None)
     if layer.is_packed:
         del layer.is_plain, layer.is_packed
     change_class(layer, layer.plain_class)

@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
+from spectune.layers.adapted import Adapted
 from spectune.layers.attention import reads_children
 from spectune.layers.kinds import kind_of
 from spectune.layers.modules import named_modules, stored_weight, tied_parameters
 from spectune.layers.packed import kept_layout
-from spectune.layers.reads import CALLED, reader_of, takes_values
+from spectune.layers.reads import called, reader_of, takes_values
 from spectune.layers.shards import is_part
 from spectune.model.routing import base_alone
 
@@ -105,7 +106,9 @@ def past_layers(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str
         }
         known[key] |= dict.fromkeys(watch.read_past(tied_parameters(model)), _READ)
         for name in watch.asked - known[key].keys():
-            setattr(layers[name], CALLED, True)
+            called.add(layers[name])
+            if isinstance(layers[name], Adapted):
+                vars(layers[name])["is_called"] = True
     return dict(known[key])
 
 
