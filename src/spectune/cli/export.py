@@ -142,8 +142,9 @@ def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:
     if base is not None and (base in EMBEDDED or Path(base).is_dir()):
         model = Path(model_path(base))
     named = f"{out.name}={out}"
+    if to is To.vllm:
+        return "vllm", "serve", model, "--enable-lora", *_vllm_rank(out), "--lora-modules", named
     commands: dict[To, tuple[str | Path, ...]] = {
-        To.vllm: ("vllm", "serve", model, "--enable-lora", *_vllm_rank(out), "--lora-modules", named),
         To.sglang: ("python", "-m", "sglang.launch_server", "--model-path", model, "--lora-paths", named),
         To.tgi: ("text-generation-launcher", "--model-id", model, "--lora-adapters", named),
         To.lorax: ("lorax-launcher", "--model-id", model, "--adapter-id", out, "--adapter-source", "local"),

@@ -110,6 +110,10 @@ def test_the_command_line_chooses_by_the_program(tmp_path):
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"adapter.gguf", "Modelfile"}
     assert run(tmp_path / "lora", tmp_path / "v", "--to", "vllm").exit_code == 0
     assert (tmp_path / "v" / "adapter_config.json").exists()
+    for program in ("sglang", "tgi", "lorax", "llama.cpp", "mlx"):
+        result = run(tmp_path / "lora", tmp_path / program, "--to", program)
+        assert result.exit_code == 0, result.exception
+        assert "next: " in result.output
     for arguments, said in (
         (("dora", "--to", "vllm"), "vllm takes no DoRA"),
         (("lora", "--to", "vllm", "--rank", "600"), "ranks of up to 512"),
