@@ -19,6 +19,13 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had, of the processor or of a device."""
+    # torch raises a plain RuntimeError for the processor's
+    asked = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return asked or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def need(package: str, what: str, install: str | None = None) -> ModuleType:
     """Return a package that not every installation has.
 

@@ -263,3 +263,15 @@ def test_the_cache_can_be_moved_and_switched_off(model, adapters, tmp_path, monk
     run("--cache", str(tmp_path / "elsewhere"), *generate)
     assert any((tmp_path / "elsewhere").iterdir())
     assert "the cache is off" in run("--cache", "off", "cache", "ls").stdout
+
+
+def test_memory_that_is_not_there(monkeypatch, capsys):
+    def allocate(*_, **__):
+        torch.empty(1 << 60)
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    for fail in (allocate, no_memory):
+        monkeypatch.setattr("spectune.planning.plan.plan", fail)
+        assert "there is not enough memory for this" in fails(monkeypatch, capsys, "plan", "minilm-l6")

@@ -36,7 +36,7 @@ from spectune.cli import (
     train,
 )
 from spectune.cli.shared import let_the_main_process_speak, say_error
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, is_out_of_memory
 from spectune.plugins import import_module_of_user
 
 _debug = ContextVar("debug", default=False)
@@ -133,6 +133,12 @@ def main() -> None:
     except Exception as error:
         if _debug.get():
             raise
+        if is_out_of_memory(error):
+            say_error(
+                "there is not enough memory for this: `spectune plan MODEL` says what fits; dtype=bf16, "
+                "quantize=nf4, smaller batches or a smaller model take less"
+            )
+            sys.exit(2)
         what = " ".join(str(error).split())[:200]
         say_error(
             f"this should not have happened ({type(error).__name__}: {what}); please report it, with what "

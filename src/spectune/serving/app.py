@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from spectune.adapters.adapter import Adapter
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, is_out_of_memory
 from spectune.reading import reason
 from spectune.serving.answers import Answer, ChatAnswer, CompletionAnswer, failure
 from spectune.serving.asking import Asked, Reader, weights_of
@@ -269,7 +269,7 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, HTTPException):
         status: int = error.status_code
         return status, failure(str(error.detail), bad)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return 503, failure("there is not enough memory for this now; ask for less, or again later", "server_error")
     return 500, failure(f"this should not have happened ({type(error).__name__}); the log says more", "server_error")
 
