@@ -126,3 +126,12 @@ def test_a_prompt_that_looks_like_json_is_text(text, tmp_path):
     assert records[0]["prompt"] == text
     rows = {"prompt": "a", "chosen": text, "rejected": "b"}
     assert found(tmp_path / "a.jsonl", json.dumps(rows), "dpo")[0][0]["chosen"] == text
+
+
+def test_a_line_behind_empty_ones_is_named_by_its_number(tmp_path):
+    path = tmp_path / "lines.json"
+    path.write_text('{"text": "a"}\n\n  \n{"text": "b"}\n\n{"text": \n')
+    read_so_far = rows(str(path), None, None, print)
+    assert [next(read_so_far)[1] for _ in range(2)] == [f"{path}, line 1", f"{path}, line 4"]
+    with pytest.raises(SpectuneError, match="line 6"):
+        next(read_so_far)

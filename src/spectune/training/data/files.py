@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from spectune.errors import SpectuneError, nearest, need
 from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, RECORDS, check_file
-from spectune.training.data.json_rows import Rows, lines_of, list_of, object_of
+from spectune.training.data.json_rows import Rows, lines_of, list_of, numbered, object_of
 
 if TYPE_CHECKING:
     import datasets
@@ -94,7 +94,7 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         raise SpectuneError(f"cannot read {path}: no such file{hint}")
     check_file(path)
     if suffix in (".parquet", ".arrow") or _begins(path, b"PAR1"):
-        yield from _numbered(_table(path, suffix), str(path))
+        yield from numbered(_table(path, suffix), str(path))
         return
     with _unpacking(path), _opened(path) as stream:
         begin = stream.peek(_PEEK)[:_PEEK]
@@ -243,11 +243,6 @@ def _zstd(file: BinaryIO, path: Path) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 
 
-def _numbered(found: Iterable[object], name: str) -> Rows:
-    for number, row in enumerate(found, start=1):
-        yield row, f"{name}, row {number}"
-
-
 def _separated(path: Path, lines: Iterator[str], delimiter: str | None) -> Rows:
     """Yield the rows of a table, every field as the text that it is: neither 007 nor None means anything else."""
     csv.field_size_limit(RECORD_BYTES)  # the default is 128 KiB
@@ -304,7 +299,7 @@ def _stored(path: Path) -> Rows:
         table = datasets.load_from_disk(str(path))
     except Exception as error:
         raise SpectuneError(f"cannot read the data {str(path)!r}: {' '.join(str(error).split())[:200]}") from None
-    yield from _numbered(_named(table), str(path))
+    yield from numbered(_named(table), str(path))
 
 
 def _data_set(source: str, config_name: str | None, split_name: str | None) -> Rows:
@@ -320,7 +315,7 @@ def _data_set(source: str, config_name: str | None, split_name: str | None) -> R
             parent = Path(source).parent
             hint = nearest(Path(source).name, [p.name for p in parent.iterdir()]) if parent.is_dir() else ""
         raise SpectuneError(f"cannot read the data {source!r}: {reason[:200]}{hint}") from None
-    yield from _numbered(_named(table), source)
+    yield from numbered(_named(table), source)
 
 
 def _named(table: datasets.Dataset) -> Iterator[dict[str, Any]]:

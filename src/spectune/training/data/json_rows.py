@@ -49,9 +49,14 @@ def object_of(path: Path, lines: Iterator[str], say: Callable[[str], None]) -> R
     Raises:
         SpectuneError: as `lines_of`; or the object is too large.
     """
-    filled = (line for line in lines if line.strip())
-    begin = [*islice(filled, 2)]
-    if len(begin) == 2 and _is_object(begin[0]):
+    begin: list[str] = []  # with its empty lines, which are counted where a line is named
+    filled: list[str] = []
+    for line in islice(lines, _EMPTY_LINES):
+        begin.append(line if line.strip() else "\n")
+        filled += [line] if line.strip() else []
+        if len(filled) == 2:
+            break
+    if len(filled) == 2 and _is_object(filled[0]):
         yield from lines_of(path, chain(begin, lines))
         return
     pieces, size = [], 0
@@ -68,8 +73,13 @@ def object_of(path: Path, lines: Iterator[str], say: Callable[[str], None]) -> R
     if key is not None and len(lists) > 1:
         others = ", ".join(map(repr, (name for name in lists if name != key)))
         say(f"{path} was read from {key!r} alone; it has {others} too")
-    for number, record in enumerate([found] if key is None else found[key], start=1):
-        yield record, f"{path}, row {number}"
+    yield from numbered([found] if key is None else found[key], str(path))
+
+
+def numbered(found: Iterable[object], name: str) -> Rows:
+    """Yield records with their numbers in what is called so."""
+    for number, row in enumerate(found, start=1):
+        yield row, f"{name}, row {number}"
 
 
 def _is_object(line: str) -> bool:
