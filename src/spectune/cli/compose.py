@@ -52,4 +52,4 @@ def compose(
         return
     error = f", relative error {total.error:.2e}" if rank is not None else ""
     Console().print(f"saved {total!r} in {out}{error}", highlight=False, soft_wrap=True, markup=False)
-    say_chat(out)
+    say_chat(out, total)

@@ -131,7 +131,7 @@ def export(
     elif merged:
         say_next("spectune", "classify" if loaded.labels else "chat", out)
     elif format is Format.peft:
-        say_chat(out)
+        say_chat(out, loaded)
 
 
 def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:

@@ -32,4 +32,4 @@ def import_(
         print_json({"output": str(out), "layers": len(adapter.layers), "parameters": adapter.parameter_count()})
         return
     Console().print(f"saved {adapter!r} in {out}", highlight=False, soft_wrap=True, markup=False)
-    say_chat(out)
+    say_chat(out, adapter)

@@ -220,7 +220,8 @@ def mix(
     with search_progress() as progress:
         found = wanted.find(Pool(loaded, opened), tokenizer, progress)
     with telling_of_full_disks(out, "what was there is as it was"):
-        found.adapter(opened).save(out)
+        mixed = found.adapter(opened)
+        mixed.save(out)
     if json:
         print_json({"output": str(out), **found.summary()})
         return
@@ -230,7 +231,7 @@ def mix(
     Console().print(table)
     scored = "log-likelihood of the shots, a token:" if reward is None else "mean reward of the shots:"
     _say(f"{scored} {found.score:.3f}; saved in {out}")
-    say_chat(out)
+    say_chat(out, mixed)
 
 
 def _say(text: str) -> None:

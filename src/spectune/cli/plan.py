@@ -89,10 +89,8 @@ def plan(
     if settings_of(model) is not None:
         ended = (Path(model) / CONFIG).is_file()
         say_next("spectune", *(("eval", Path(model)) if ended else ("train", Path(model, SETTINGS), "resume=true")))
-    elif Path(model).is_dir():
-        say_next("spectune", "init", "DATA", "-m", Path(model))
     else:
-        say_next("spectune", "init", "DATA", "-m", model)
+        say_next("spectune", "init", "DATA", "-m", Path(model) if Path(model).is_dir() else model)
 
 
 def _patterns(given: list[str]) -> Any:

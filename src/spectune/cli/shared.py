@@ -24,6 +24,7 @@ from spectune.reading import TEXT_BYTES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectune.adapters.adapter import Adapter
     from spectune.transformer2.library import Library
     from spectune.transformer2.strategies import Decision
     from spectune.transformer2.two_pass import Transformer2
@@ -93,13 +94,10 @@ def say_export(model: str) -> None:
         say_next("spectune", "export", run, run.with_name(f"{run.name}-merged"), "--format", "merged")
 
 
-def say_chat(adapter: Path) -> None:
-    """Say how to talk to what an adapter's folder holds, or classify with it, where it names its base."""
-    from spectune.adapters.adapter import Adapter
-
-    found = Adapter.load(adapter)
-    if found.base_model:
-        say_next("spectune", "classify" if found.labels else "chat", adapter)
+def say_chat(folder: Path, adapter: Adapter) -> None:
+    """Say how to talk to an adapter that was saved in a folder, or classify with it, where it names its base."""
+    if adapter.base_model:
+        say_next("spectune", "classify" if adapter.labels else "chat", folder)
 
 
 def let_the_main_process_speak(seconds: float) -> None:
@@ -175,9 +173,9 @@ def load_with_adapters(
     labels = list(dict.fromkeys(adapter.labels for adapter, _, _ in loaded if adapter.labels))
     if len(labels) > 1:
         raise SpectuneError(f"the adapters have different labels: {'; '.join(', '.join(each) for each in labels)}")
-    packed = {adapter.quantize for adapter, _, _ in loaded}
-    if quantize is None and check and len(packed) == 1:  # as their base was where they were trained
-        (quantize,) = packed
+    theirs = {adapter.quantize for adapter, _, _ in loaded}
+    if quantize is None and check and len(theirs) == 1:  # as their base was where they were trained
+        (quantize,) = theirs
     model, tokenizer = load_base(
         name,
         dtype,

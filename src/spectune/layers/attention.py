@@ -17,9 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.errors import SpectuneError
 from spectune.layers.classes import Remade, change_class, without
-from spectune.layers.parts import KIND, Owner, tensor_of
+from spectune.layers.parts import Owner, StandIn, tensor_of
 from spectune.layers.projections import KEY, QUERY, VALUE, ProjectionLinear, Rows, places
 
 IN = "in_proj"
@@ -83,10 +82,11 @@ class Attention(Owner):
         if not self.asked() and not of_out:
             return super().forward(*args, **kwargs)
         layers = [part for _, part in self.adapted_parts()]
-        stand_ins = {key: StandIn(self, key, [p for p in layers if p.key == key]) for key in {p.key for p in layers}}
+        keys = {part.key for part in layers}
+        stand_ins = {key: WeightStandIn(self, key, [part for part in layers if part.key == key]) for key in keys}
         modules = dict(self._modules)
         if of_out:  # whose layer adds its own bias
-            modules["out_proj"] = types.SimpleNamespace(weight=StandIn(out, "weight", [out]), bias=None)  # type: ignore[assignment]
+            modules["out_proj"] = types.SimpleNamespace(weight=WeightStandIn(out, "weight", [out]), bias=None)  # type: ignore[assignment]
         kind, copy = self.plain_class, object.__new__(self.plain_class)
         kept = {key: p for key, p in self._parameters.items() if key not in stand_ins}
         vars(copy).update({**vars(self), "_parameters": kept, "_modules": modules}, **stand_ins)
@@ -145,38 +145,37 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "is_asked")
 
 
-class StandIn:
-    """What a forward method finds in the place of a weight: it has the products of W', and no values.
+class WeightStandIn(StandIn):
+    """What stands in the place of a weight of attention.
 
     Args:
-        owner: the module that holds the weight.
-        key: its name there.
+        owner, key: as for `StandIn`.
         layers: the adapted layers whose W are rows of it.
         part: where its own rows begin and end; None for all.
     """
 
     def __init__(self, owner: nn.Module, key: str, layers: Sequence[Any], part: tuple[int, int] | None = None) -> None:
-        self._owner, self._key, self._layers = owner, key, layers
+        super().__init__(owner, key)
+        self._layers = layers
         self._part = part or (0, len(tensor_of(owner, key)))
 
     @property
     def _held(self) -> Tensor:
         return tensor_of(self._owner, self._key)[slice(*self._part)]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in KIND:
-            return getattr(self._held, name)
-        raise self._refused(name)
+    @property
+    def _remedy(self) -> str:
+        return "it out with exclude"
 
-    def split(self, sizes: Sequence[int]) -> list[StandIn]:
+    def split(self, sizes: Sequence[int]) -> list[WeightStandIn]:
         """Return stand-ins for rows one after another."""
         begin, found = self._part[0], []
         for size in sizes:
-            found.append(StandIn(self._owner, self._key, self._layers, (begin, begin + size)))
+            found.append(WeightStandIn(self._owner, self._key, self._layers, (begin, begin + size)))
             begin += size
         return found
 
-    def chunk(self, count: int) -> list[StandIn]:
+    def chunk(self, count: int) -> list[WeightStandIn]:
         """Return stand-ins for equal numbers of rows."""
         return self.split([(self._part[1] - self._part[0]) // count] * count)
 
@@ -205,12 +204,6 @@ class StandIn:
             return args[1].product(args[0], args[2] if len(args) > 2 else named.get("bias"))
         one = next(a for a in (*args, *named.values()) if isinstance(a, StandIn))
         raise one._refused(getattr(func, "__name__", str(func)))
-
-    def _refused(self, what: str) -> SpectuneError:
-        return SpectuneError(
-            f"{type(self._owner).__name__} uses its {self._key!r} in a way that is not known with adapters ({what}): "
-            "leave it out with exclude"
-        )
 
 
 def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:

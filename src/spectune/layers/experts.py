@@ -15,8 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.errors import SpectuneError
-from spectune.layers.parts import KIND, Owner, PartLinear, be_owner, be_plain, tensor_of
+from spectune.layers.parts import Owner, PartLinear, StandIn, be_owner, be_plain, tensor_of
 from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
@@ -167,7 +166,7 @@ class Experts(Owner):
         state["_parameters"] = {k: p for k, p in self._parameters.items() if k not in keys}
         if getattr(state.get("config"), "_experts_implementation", None) not in (None, "eager"):
             state["config"] = _Grouped(state["config"])
-        vars(copy).update(state, **{key: StandIn(self, key) for key in keys})
+        vars(copy).update(state, **{key: ExpertsStandIn(self, key) for key in keys})
         return kind.forward(copy, *args, **kwargs)
 
 
@@ -194,8 +193,8 @@ def experts_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{kind.__name__}", (Experts, kind), members)
 
 
-class StandIn:
-    """What a forward method finds in the place of a tensor of experts: it has the products of W', and no values.
+class ExpertsStandIn(StandIn):
+    """What stands in the place of a tensor of experts.
 
     Args:
         experts: the module.
@@ -205,37 +204,41 @@ class StandIn:
     """
 
     def __init__(self, experts: nn.Module, key: str, index: int | None = None, flipped: bool = False) -> None:
-        self._experts, self._key, self._index, self._flipped = experts, key, index, flipped
+        super().__init__(experts, key)
+        self._index, self._flipped = index, flipped
 
-    def __getattr__(self, name: str) -> Any:
-        if name in KIND:
-            held = tensor_of(self._experts, self._key)
-            held = held if self._index is None else held[self._index]
-            return getattr(held.mT if self._flipped else held, name)
-        raise self._refused(name)
+    @property
+    def _held(self) -> Tensor:
+        held = tensor_of(self._owner, self._key)
+        held = held if self._index is None else held[self._index]
+        return held.mT if self._flipped else held
 
-    def __getitem__(self, index: Any) -> StandIn:
+    @property
+    def _remedy(self) -> str:
+        return f"the experts out with exclude=[{self._key!r}]"
+
+    def __getitem__(self, index: Any) -> ExpertsStandIn:
         number = index.item() if isinstance(index, Tensor) and index.numel() == 1 else index
         if self._index is not None or not isinstance(number, int):
             raise self._refused(f"[{index!r:.40}]")
-        return StandIn(self._experts, self._key, number, self._flipped)
+        return ExpertsStandIn(self._owner, self._key, number, self._flipped)
 
-    def transpose(self, first: int, second: int) -> StandIn:
+    def transpose(self, first: int, second: int) -> ExpertsStandIn:
         """Return W'^T of each expert."""
         axes = {axis % (3 if self._index is None else 2) for axis in (first, second)}
         if axes != ({1, 2} if self._index is None else {0, 1}):
             raise self._refused("transpose")
-        return StandIn(self._experts, self._key, self._index, not self._flipped)
+        return ExpertsStandIn(self._owner, self._key, self._index, not self._flipped)
 
     @property
-    def mT(self) -> StandIn:
+    def mT(self) -> ExpertsStandIn:
         """W'^T of each expert."""
-        return StandIn(self._experts, self._key, self._index, not self._flipped)
+        return ExpertsStandIn(self._owner, self._key, self._index, not self._flipped)
 
     @property
     def _out_first(self) -> bool:
         """Whether each matrix is (out x in) as it stands."""
-        return is_transposed(self._experts) == self._flipped
+        return is_transposed(self._owner) == self._flipped
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -280,11 +283,5 @@ class StandIn:
         return torch.cat(parts)
 
     def _layer(self, index: int) -> Callable[[Tensor], Tensor]:
-        there = called_for(self._experts, self._key, index)
-        return expert_layer(self._experts, self._key, index) if there is None else there
-
-    def _refused(self, what: str) -> SpectuneError:
-        return SpectuneError(
-            f"{type(self._experts).__name__} uses its {self._key!r} in a way that is not known with adapters "
-            f"({what}): leave the experts out with exclude=[{self._key!r}]"
-        )
+        there = called_for(self._owner, self._key, index)
+        return expert_layer(self._owner, self._key, index) if there is None else there

@@ -9,13 +9,48 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from spectune.errors import SpectuneError
 from spectune.layers.classes import change_class, without
 from spectune.layers.stored import Stored
 
-KIND = (
+_KIND = (
     *("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "size", "dim", "stride", "numel"),
     *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point", "__len__"),
 )  # what is asked of a tensor without a look at its values
+
+
+class StandIn:
+    """What an owner's forward method finds in the place of its tensor: it tells its kind, has the products of W', and
+    no values.
+
+    Args:
+        owner: the module that holds the tensor.
+        key: its name there.
+    """
+
+    def __init__(self, owner: nn.Module, key: str) -> None:
+        self._owner, self._key = owner, key
+
+    @property
+    def _held(self) -> Tensor:
+        """What it stands for."""
+        raise NotImplementedError
+
+    @property
+    def _remedy(self) -> str:
+        """How to leave it out."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _KIND:
+            return getattr(self._held, name)
+        raise self._refused(name)
+
+    def _refused(self, what: str) -> SpectuneError:
+        return SpectuneError(
+            f"{type(self._owner).__name__} uses its {self._key!r} in a way that is not known with adapters ({what}): "
+            f"leave {self._remedy}"
+        )
 
 
 class PartLinear(nn.Linear):

@@ -29,9 +29,8 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     Where the forward pass of `kind` goes around that of its superclass, as `super().forward(x) * 2` does, it goes
     around the adapted one: W' in the place of W, and not an update beside the answer.
     """
-    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _KIND_OF)
+    plain, own = _own_forwards(kind)
     of_kind = _KIND_OF.get(plain)
-    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
     around = bool(own) and all(_goes_around(forward) for forward in own)
     # behind the class itself where that calls super().forward and does something more with the answer; before it
     # elsewhere, so that its own forward is the frozen layer's
@@ -57,10 +56,13 @@ class _Abstract(ABC):  # noqa: B024
 
 def answers_otherwise(layer: nn.Module) -> bool:
     """Whether a layer that is no linear one has a forward method of its own that is more than its class's around it."""
-    kind = type(layer)
-    plain = next(c for c in kind.__mro__ if c in _KIND_OF)
-    own = [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
-    return not all(_goes_around(forward) for forward in own)
+    return not all(map(_goes_around, _own_forwards(type(layer))[1]))
+
+
+def _own_forwards(kind: type[nn.Module]) -> tuple[type[nn.Module], list[Any]]:
+    """Return the known class that a layer's class is made from, and the forward methods that come before its own."""
+    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _KIND_OF)
+    return plain, [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
 
 
 def _goes_around(forward: Any) -> bool:

@@ -107,7 +107,7 @@ def past_layers(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str
         known[key] |= dict.fromkeys(watch.read_past(tied_parameters(model)), _READ)
         for name in watch.asked - known[key].keys():
             called.add(layers[name])
-            if isinstance(layers[name], Adapted):
+            if isinstance(layers[name], Adapted):  # as in `take_over`: compiled code sees attributes, and no sets
                 vars(layers[name])["is_called"] = True
     return dict(known[key])
 
