@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 
 import spectune
@@ -262,25 +263,101 @@ def test_experts_that_no_token_goes_to_wait_for_one(method):
     assert losses[-1] < losses[0]
 
 
+WAYS: dict[str, Any] = {
+    "einsum": lambda x, w: torch.einsum("ti,eoi->teo", x, w),
+    "float": lambda x, w: torch.stack([x.float() @ w[i].float().T for i in range(3)], 1),
+    "double": lambda x, w: (x.double() @ w.double().mT).movedim(0, 1),
+    "to": lambda x, w: (x.to(torch.float64) @ w.to(torch.float64).transpose(1, 2)).movedim(0, 1),
+    "type_as": lambda x, w: torch.stack([F.linear(x.double(), one.type_as(x.double())) for one in w], 1),
+    "T": lambda x, w: torch.stack([x @ w[i].T for i in range(3)], 1),
+    "t": lambda x, w: torch.stack([torch.mm(x, w[i].t()) for i in range(-3, 0)], 1),
+    "permute": lambda x, w: (x @ w.permute(0, 2, 1)).movedim(0, 1),
+    "weight first": lambda x, w: torch.stack([(w[i] @ x.T).T for i in range(3)], 1),
+    "slices": lambda x, w: torch.cat([x @ w[:, :2].mT, x @ w[:, 2:].mT], -1).movedim(0, 1),
+    "picked": lambda x, w: torch.einsum("ti,keoi->tkeo", x, w[torch.tensor([[2, 0, 1]])])[:, 0].roll(-1, 1),
+    "chunks": lambda x, w: torch.cat([x @ part.mT for part in torch.chunk(w, 2, dim=1)], -1).movedim(0, 1),
+    "views": lambda x, w: (x @ w.reshape(-1, w.shape[-1]).T).view(len(x), 3, -1),
+    "unbind": lambda x, w: torch.stack([F.linear(x, one) for one in w.unbind()], 1),
+    "cat": lambda x, w: (x @ torch.cat([w, -w])[: len(w)].mT).movedim(0, 1),
+    "scaled": lambda x, w: (x @ (2 * w / 2 - 0 * w).mT).movedim(0, 1),
+    "addmm": lambda x, w: torch.stack([torch.addmm(torch.zeros(5), x, w[i].T) for i in range(3)], 1),
+    "normed": lambda x, w: (x @ F.normalize(w, dim=-1).mT).movedim(0, 1),
+}
+
+
 class Strange(torch.nn.Module):
     """Experts that use their tensor in a way of their own."""
 
     is_transposed = False
 
-    def __init__(self) -> None:
+    def __init__(self, way: Any) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.up_proj = torch.nn.Parameter(torch.randn(3, 5, 4))
         self.down_proj = torch.nn.Parameter(torch.randn(3, 4, 5))
+        self.way = way
 
     def forward(self, x: Any) -> Any:
-        return torch.einsum("ti,eoi->teo", x, self.up_proj).sum()
+        return self.way(x, self.up_proj)
 
 
-def test_what_is_not_known_of_experts_is_refused_by_name():
-    model = spectune.adapt(torch.nn.ModuleDict({"experts": Strange()}), "lora:rank=2")
-    with pytest.raises(ValueError, match=r"Strange uses its 'up_proj' in a way that is not known .*einsum"):
-        model["experts"](torch.randn(2, 4))
-    unknown = Strange()
+@pytest.mark.parametrize("method", ["lora:rank=2", "dora:rank=2", "svf"])
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_is_done_with_experts_is_done_with_the_adapted_ones(way, method):
+    model = shaken(spectune.adapt(torch.nn.ModuleDict({"experts": Strange(WAYS[way])}), method, ["up_proj"]), 0.3)
+    plain = shaken(spectune.adapt(torch.nn.ModuleDict({"experts": Strange(WAYS["unbind"])}), method, ["up_proj"]), 0.3)
+    x = torch.randn(6, 4)
+    if way == "normed":
+        plain["experts"].way = lambda x, w: torch.einsum("ti,eoi->teo", x, F.normalize(torch.stack(list(w)), dim=-1))
+    answers = [m["experts"](x) for m in (model, plain)]
+    torch.testing.assert_close(answers[0].float(), answers[1], atol=1e-5, rtol=1e-5)
+    for answer in answers:
+        answer.float().square().sum().backward()
+    trained = [[p.grad for p in m.parameters() if p.requires_grad] for m in (model, plain)]
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    adapter = spectune.extract(model)
+    spectune.merge(model)
+    torch.testing.assert_close(model["experts"](x), answers[0], atol=1e-5, rtol=1e-5)
+    assert len(adapter.layers) == 3
+
+
+def test_casts_of_bfloat16_experts_keep_what_the_adapter_adds():
+    model = torch.nn.ModuleDict({"experts": Strange(WAYS["float"])}).to(torch.bfloat16)
+    shaken(spectune.adapt(model, "lora:rank=2", ["up_proj"]), 1e-2)
+    x = torch.randn(6, 4)
+    held, adapter = model["experts"].up_proj.double(), spectune.extract(model)
+    whole = torch.stack([held[i] + adapter.delta(f"experts.{i}.up_proj").double() for i in range(3)])
+    torch.testing.assert_close(model["experts"](x), torch.einsum("ti,eoi->teo", x.double(), whole).float())
+
+
+def test_what_has_no_right_answer_with_adapters_is_refused_by_name():
+    def made(way: Any, method: Any = "lora:rank=2", adapters: tuple[str, ...] = ("default",)) -> Any:
+        model = torch.nn.ModuleDict({"experts": Strange(way)})
+        for name in adapters:
+            shaken(spectune.adapt(model, method, ["up_proj"], name=name))
+        return model
+
+    x = torch.randn(2, 4)
+    refused = r"Strange uses its 'up_proj' in a way that is not known with adapters \({}.*leave the experts out"
+    for why, way in {
+        "mul_": lambda x, w: w.mul_(2),
+        "data": lambda x, w: w.data.mul_(2),
+        "writing": lambda x, w: w.__setitem__(0, x),
+        "relu_": lambda x, w: torch.relu_(w),
+        "add": lambda x, w: torch.add(w, w, out=torch.empty(3, 5, 4)),
+    }.items():
+        with torch.no_grad(), pytest.raises(ValueError, match=refused.format(why)):
+            made(way)["experts"](x)
+    with pytest.raises(ValueError, match=refused.format("with dropout")):
+        made(WAYS["einsum"], LoRA(2, dropout=0.5)).train()["experts"](x)
+    two = made(WAYS["einsum"], adapters=("a", "b"))
+    with spectune.route(two["experts"], ["a", "b"]), pytest.raises(ValueError, match=refused.format("rows of the")):
+        two["experts"](x)
+
+
+def test_experts_whose_layout_is_not_known_are_none():
+    unknown = Strange(WAYS["einsum"])
     unknown.is_transposed = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="'up_proj' matches no linear layer"):
         spectune.adapt(torch.nn.ModuleDict({"e": unknown, "l": torch.nn.Linear(2, 2)}), "lora:rank=2", ["up_proj"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.cores import mix
 from spectune.layers.factors import Base, Factors
-from spectune.layers.fused import Fused
+from spectune.layers.fused import Fused, has_bias
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
 from spectune.layers.merged import merged_tensors
@@ -438,6 +438,30 @@ class Adapted(Stored):
                 )
             update.unmade = not real
         return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
+
+    def made_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W' (out x in) of the adapters that answer here, with their gradients, in a dtype or in W's.
+
+        It is for whoever does something else with a weight than multiply vectors by it.
+
+        Raises:
+            SpectuneError: there is no one W', or it is not all that the adapters do.
+        """
+        scope = self.selection.scope_with_gradients() if torch.is_grad_enabled() else self.selection.scope()
+        if isinstance(scope.choice, Rows) and not scope.choice.same(self):
+            raise SpectuneError("rows of the batch have different adapters")
+        parts = self.parts(scope)
+        if any(update.drops and update.training for update, _ in parts):
+            raise SpectuneError("with dropout, which is of its products' inputs")
+        if any(has_bias(update) for update, _ in parts):
+            raise SpectuneError("an adapter brings a bias")
+        weight = effective_weight(self)
+        total = weight if dtype is None else weight.to(dtype)
+        for update, factor in parts:
+            total = total + update.method.delta(self.tensors(update), weight) * (factor * update.weight)
+        total = total.to(dtype or weight.dtype)
+        self.selection.in_graph(scope, total)
+        return total
 
     def merged(self, name: str) -> dict[str, Tensor]:
         # a part of a tensor is in the state of the tensor's owner

@@ -8,7 +8,7 @@ function.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -167,17 +167,22 @@ class WeightStandIn(StandIn):
     def _remedy(self) -> str:
         return "it out with exclude"
 
-    def split(self, sizes: Sequence[int]) -> list[WeightStandIn]:
+    def split(self, sizes: int | Sequence[int], dim: int = 0) -> Sequence[Any]:
         """Return stand-ins for rows one after another."""
+        rows = self._part[1] - self._part[0]
+        if isinstance(sizes, int):
+            sizes = [min(sizes, rows - begin) for begin in range(0, rows, sizes)]
+        if dim != 0 or sum(sizes) != rows:
+            return self._made().split(sizes, dim)
         begin, found = self._part[0], []
         for size in sizes:
             found.append(WeightStandIn(self._owner, self._key, self._layers, (begin, begin + size)))
             begin += size
         return found
 
-    def chunk(self, count: int) -> list[WeightStandIn]:
+    def chunk(self, count: int, dim: int = 0) -> Sequence[Any]:
         """Return stand-ins for equal numbers of rows."""
-        return self.split([(self._part[1] - self._part[0]) // count] * count)
+        return self._made().chunk(count, dim) if dim else self.split(-(-(self._part[1] - self._part[0]) // count))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W'^T + bias, each layer asked for its own rows."""
@@ -195,15 +200,21 @@ class WeightStandIn(StandIn):
         y = answers[0] if len(answers) == 1 else torch.cat(answers, -1)
         return y if bias is None else y + bias
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        named: Mapping[str, Any] = kwargs or {}
+    def _made(self, dtype: torch.dtype | None = None) -> Tensor:
+        held = tensor_of(self._owner, self._key)
+        own = {getattr(layer, "rows", Rows(0, len(held), len(held))): layer for layer in self._layers}
+        parts = [
+            self._layers_own(own[rows], dtype) if rows in own else rows.of(held).to(dtype or held.dtype)
+            for rows in places(own)
+        ]
+        return torch.cat(parts)[slice(*self._part)]
+
+    def _product(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         if func is F.multi_head_attention_forward:
-            return _attend(*args, **named)
-        if func is F.linear and isinstance(args[0], Tensor) and isinstance(args[1], StandIn):
-            return args[1].product(args[0], args[2] if len(args) > 2 else named.get("bias"))
-        one = next(a for a in (*args, *named.values()) if isinstance(a, StandIn))
-        raise one._refused(getattr(func, "__name__", str(func)))
+            return _attend(*args, **kwargs)
+        if func is F.linear and isinstance(args[0], Tensor) and len(args) > 1 and isinstance(args[1], StandIn):
+            return args[1].product(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))  # type: ignore[attr-defined]
+        return None
 
 
 def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:

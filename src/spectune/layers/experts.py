@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.layers.parts import Owner, PartLinear, StandIn, be_owner, be_plain, tensor_of
-from spectune.speed.recompute_cache import current_cache
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
 _GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
@@ -217,18 +216,28 @@ class ExpertsStandIn(StandIn):
     def _remedy(self) -> str:
         return f"the experts out with exclude=[{self._key!r}]"
 
-    def __getitem__(self, index: Any) -> ExpertsStandIn:
-        number = index.item() if isinstance(index, Tensor) and index.numel() == 1 else index
-        if self._index is not None or not isinstance(number, int):
-            raise self._refused(f"[{index!r:.40}]")
+    def __getitem__(self, index: Any) -> Any:
+        number = index.item() if isinstance(index, Tensor) and index.numel() == 1 and not index.dim() else index
+        if self._index is not None or not isinstance(number, int) or isinstance(number, bool):
+            return super().__getitem__(index)
+        number = range(self.shape[0])[number]  # which may count from the end
         return ExpertsStandIn(self._owner, self._key, number, self._flipped)
 
-    def transpose(self, first: int, second: int) -> ExpertsStandIn:
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._made() if self._index is not None else [self[i] for i in range(self.shape[0])])
+
+    def unbind(self, dim: int = 0) -> Sequence[Any]:
+        """Return each expert's."""
+        return tuple(self) if dim == 0 and self._index is None else self._made().unbind(dim)
+
+    def transpose(self, first: int, second: int) -> Any:
         """Return W'^T of each expert."""
         axes = {axis % (3 if self._index is None else 2) for axis in (first, second)}
         if axes != ({1, 2} if self._index is None else {0, 1}):
-            raise self._refused("transpose")
-        return ExpertsStandIn(self._owner, self._key, self._index, not self._flipped)
+            return self._made().transpose(first, second)
+        return self.mT
+
+    swapaxes = swapdims = transpose
 
     @property
     def mT(self) -> ExpertsStandIn:
@@ -236,23 +245,32 @@ class ExpertsStandIn(StandIn):
         return ExpertsStandIn(self._owner, self._key, self._index, not self._flipped)
 
     @property
+    def T(self) -> Any:
+        """W'^T."""
+        return self._made().T if self._index is None else self.mT
+
+    def t(self) -> Any:
+        """Return W'^T."""
+        return self._made().t() if self._index is None else self.mT
+
+    def _made(self, dtype: torch.dtype | None = None) -> Tensor:
+        held = tensor_of(self._owner, self._key)
+        found = []
+        for i in range(len(held)) if self._index is None else (self._index,):
+            layer = called_for(self._owner, self._key, i)
+            if layer is not None and not isinstance(layer, ExpertLinear):
+                raise self._refused("which PEFT's layer around it has no answer to")
+            own = held[i].to(dtype or held.dtype) if layer is None else self._layers_own(layer, dtype)
+            found.append(own if layer is None or not layer.is_held_transposed else own.mT)
+        made = found[0] if self._index is not None else torch.stack(found)
+        return made.mT if self._flipped else made
+
+    @property
     def _out_first(self) -> bool:
         """Whether each matrix is (out x in) as it stands."""
         return is_transposed(self._owner) == self._flipped
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        one = next(a for a in (*args, *kwargs.values()) if isinstance(a, StandIn))
-        answer = one._answer(func, *args, **kwargs)
-        if (cache := current_cache()) is not None:  # whose mode does not see what is done in here
-            cache.hold_last()
-        if answer is None:
-            raise one._refused(getattr(func, "__name__", str(func)))
-        return answer
-
-    def _answer(self, func: Any, x: Any, weight: Any = None, *more: Any, **named: Any) -> Tensor | None:
-        """Return a product of x with W', or None where it is of a kind that is not known."""
+    def _product(self, func: Any, x: Any = None, weight: Any = None, *more: Any, **named: Any) -> Tensor | None:
         if weight is not self or not isinstance(x, Tensor):
             return None
         if func is F.linear and self._index is not None and self._out_first:

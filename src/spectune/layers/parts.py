@@ -12,16 +12,20 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.classes import change_class, without
 from spectune.layers.stored import Stored
+from spectune.speed.recompute_cache import current_cache
 
 _KIND = (
     *("dtype", "device", "shape", "ndim", "layout", "is_meta", "is_cuda", "size", "dim", "stride", "numel"),
-    *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point", "__len__"),
+    *("element_size", "is_contiguous", "data_ptr", "requires_grad", "is_floating_point"),
 )  # what is asked of a tensor without a look at its values
+_CASTS = ("to", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu", "contiguous")
+_WRITTEN = ("data", "grad", "storage", "untyped_storage")  # where whoever asks for them means to write to W
 
 
 class StandIn:
-    """What an owner's forward method finds in the place of its tensor: it tells its kind, has the products of W', and
-    no values.
+    """What an owner's forward method finds in the place of its tensor: it tells its kind, and has the products of W'.
+
+    Whatever else is done with it is done with W' itself, made then.
 
     Args:
         owner: the module that holds the tensor.
@@ -41,16 +45,99 @@ class StandIn:
         """How to leave it out."""
         raise NotImplementedError
 
+    def _made(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what stands in the tensor's place with the adapters that answer: W' of its parts, in a dtype."""
+        raise NotImplementedError
+
+    def _product(self, func: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return what a function of torch makes of it if that is a product of its layers', or None."""
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
         if name in _KIND:
             return getattr(self._held, name)
-        raise self._refused(name)
+        if name in _CASTS:
+            return lambda *args, **kwargs: self._cast(name, *args, **kwargs)
+        if name in _WRITTEN or _writes(name):
+            raise self._refused(name)
+        return getattr(self._made(), name)
 
-    def _refused(self, what: str) -> SpectuneError:
+    def _cast(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Return it, or W', in another dtype or on another device."""
+        held = self._held
+        like = getattr(held.new_empty(0), name)(*args, **kwargs)
+        if (like.dtype, like.device) == (held.dtype, held.device):
+            return self
+        return getattr(self._made(like.dtype), name)(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made()[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self._refused("writing to it")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ones = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, StandIn)]
+        answer = ones[0]._product(func, *args, **kwargs)
+        if answer is None:
+            name = getattr(func, "__name__", str(func))
+            if _writes(name) or kwargs.get("out") is not None:
+                raise ones[0]._refused(name)
+            answer = func(*_with_values(args), **_with_values(kwargs))
+        if (cache := current_cache()) is not None:  # whose mode does not see what is done in here
+            cache.hold_last()
+        return answer
+
+    def _layers_own(self, layer: Any, dtype: torch.dtype | None) -> Tensor:
+        """Return W' (out x in) of an adapted layer."""
+        try:
+            return layer.made_weight(dtype)
+        except SpectuneError as error:
+            raise self._refused(str(error)) from None
+
+    def _refused(self, why: str) -> SpectuneError:
+        kind = getattr(self._owner, "plain_class", type(self._owner)).__name__
         return SpectuneError(
-            f"{type(self._owner).__name__} uses its {self._key!r} in a way that is not known with adapters ({what}): "
-            f"leave {self._remedy}"
+            f"{kind} uses its {self._key!r} in a way that is not known with adapters ({why}): leave {self._remedy}"
         )
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: StandIn, *others: Any) -> Any:
+        return StandIn.__torch_function__(getattr(Tensor, name), (), (self, *others))
+
+    return operate
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "pow", "neg", "abs"),
+    *("lt", "gt", "le", "ge"),
+):
+    setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes to its tensor."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _with_values(tree: Any) -> Any:
+    """Return arguments with W' in the place of what stands for it."""
+    if isinstance(tree, StandIn):
+        return tree._made()
+    if type(tree) in (list, tuple):
+        return type(tree)(map(_with_values, tree))
+    return {key: _with_values(value) for key, value in tree.items()} if type(tree) is dict else tree
 
 
 class PartLinear(nn.Linear):

@@ -211,7 +211,7 @@ class DoRA(Method):
         t = _wide(t)
         dense = weight.to(t["magnitude"].dtype)
         updated = dense + self.inner.delta(t, dense)
-        ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(updated, dim=1))
+        ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(updated.detach(), dim=1))
         return (ratio[:, None] * updated - dense).to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -115,7 +115,11 @@ def choose(
     if not final:
         why = "exclude and overrides take away every target"
         if targets == ALL_LINEAR and not exclude and not overrides:
-            why = f"every linear layer is an output embedding ({', '.join([*layers][:3])}): name targets"
+            why = (
+                f"every linear layer is an output embedding ({', '.join([*layers][:3])}): name targets"
+                if layers
+                else f"the model has no linear layer; name layers of other kinds, such as {names[0]!r}, as targets"
+            )
         raise SpectuneError(f"nothing is left to adapt: {why}")
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         updated = [name for name, m in final.items() if not m.replaces]
@@ -276,6 +280,8 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
             found |= set(head.modules())
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, layer in layers.items():
-        if id(layer._parameters.get("weight")) in tables or {"lm_head", "lm_heads"} & set(name.split(".")[-2:]):
+        *around, last = name.split(".")
+        numbered = last.isdecimal() and around[-1:] == ["lm_heads"]
+        if id(layer._parameters.get("weight")) in tables or last in ("lm_head", "lm_heads") or numbered:
             found.add(layer)
     return found
