@@ -280,3 +280,21 @@ def test_blocks_are_chosen_among_all_linear_layers(new):
     model = get_peft_model(new(), sp.SVFConfig(layers_to_transform=[1], exclude_modules=["down_proj"]))
     expected = {n for n, m in new().named_modules() if isinstance(m, torch.nn.Linear) and ".1." in n}
     assert set(model.base_model.targeted_module_names) == {n for n in expected if "down_proj" not in n}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("TOKEN_CLS", "TokenClassification"), ("QUESTION_ANS", "QuestionAnswering")]
+)
+def test_heads_that_peft_trains_whole_are_no_targets(task, kind, tmp_path):
+    def bert():
+        torch.manual_seed(3)
+        return getattr(tf, f"BertFor{kind}")(tf.BertConfig(**tiny.BERT)).eval()
+
+    def answer(model):
+        with torch.no_grad():
+            return model(x)[0]
+
+    model = trained(bert(), sp.SVFConfig(task_type=task))
+    assert (answer(model) - answer(bert())).abs().max() > 1e-5
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(PeftModel.from_pretrained(bert(), tmp_path)), answer(model))

@@ -39,15 +39,19 @@ def sharded(folder, held):
     return folder, files
 
 
-def gguf(path, held):
-    """Write matrices as Q8_0, F16 and F32 in turn."""
-    from gguf import GGMLQuantizationType, GGUFWriter
+def gguf(path, held, kinds=("Q8_0", "F16", "F32")):
+    """Write matrices in these types in turn."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
     writer = GGUFWriter(path, "llama")
-    kinds = [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16, GGMLQuantizationType.F32]
     for i, (name, tensor) in enumerate(held.items()):
-        kind = kinds[i % 3]
+        kind = GGMLQuantizationType[kinds[i % len(kinds)]]
+        if kind in (GGMLQuantizationType.NVFP4, GGMLQuantizationType.Q1_0):  # of which gguf makes none: any bytes
+            size, taken = GGML_QUANT_SIZES[kind]
+            shape = (*tensor.shape[:-1], tensor.shape[-1] // size * taken)
+            writer.add_tensor(name, np.random.default_rng(i).integers(1, 100, shape, dtype=np.uint8), raw_dtype=kind)
+            continue
         writer.add_tensor(name, quantize(np.asarray(tensor, np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -116,6 +116,41 @@ def test_gguf_is_dequantized(tmp_path):
         open_checkpoint(str(tmp_path))
 
 
+def test_gguf_of_a_type_with_scales_of_whole_tensors(tmp_path):
+    held = {f"blk.0.{name}.weight": matrix(64, 64, i) for i, name in enumerate(("attn_q", "attn_k"))}
+    held["blk.0.ffn_up_exps.weight"] = torch.stack([matrix(64, 64, i) for i in (2, 3)])
+    bare = read_all(open_checkpoint(str(gguf(tmp_path / "bare.gguf", held, ["NVFP4", "MXFP4", "NVFP4"]))))
+    held |= {"blk.0.attn_q.scale": torch.tensor([3.0]), "blk.0.ffn_up_exps.scale": torch.tensor([0.5, 7.0])}
+    kinds = ["NVFP4", "MXFP4", "NVFP4", "F32", "F32"]
+    scaled = read_all(open_checkpoint(str(gguf(tmp_path / "scaled.gguf", held, kinds))))
+    factors = {"blk.0.attn_q.weight": 3.0, "blk.0.ffn_up_exps.weight[0]": 0.5, "blk.0.ffn_up_exps.weight[1]": 7.0}
+    assert same_names(scaled, bare)
+    for name, tensor in bare.items():
+        assert torch.equal(scaled[name], tensor * factors.get(name, 1.0))
+
+
+def same_names(a, b):
+    return a.keys() == b.keys() and len(a) == 4
+
+
+def test_gguf_in_a_type_that_nothing_here_reads(tmp_path):
+    held = {"blk.0.attn_q.weight": matrix(64, 128), "blk.0.attn_k.weight": matrix(64, 128)}
+    found = open_checkpoint(str(gguf(tmp_path / "model.gguf", held, ["F32", "Q1_0"])))
+    assert [m.name for m in found.matrices] == ["blk.0.attn_q.weight"]
+    assert "stored as Q1_0" in found.skipped["blk.0.attn_k.weight"]
+
+
+def test_gguf_in_several_files(tmp_path):
+    for number in (1, 2):
+        held = {f"blk.{number}.attn_q.weight": matrix(64, 32, number)}
+        gguf(tmp_path / f"model-{number:05}-of-00002.gguf", held)
+    named = str(tmp_path / "model-00001-of-00002.gguf")
+    assert len(open_checkpoint(named).matrices) == 2
+    (tmp_path / "model-00002-of-00002.gguf").unlink()
+    with pytest.raises(SpectuneError, match=r"one of 2 files, and model-00002-of-00002\.gguf is not beside it"):
+        open_checkpoint(named)
+
+
 def test_bin_only_when_allowed_and_never_code(tmp_path):
     held = tensors()
     torch.save(held, tmp_path / "pytorch_model.bin")

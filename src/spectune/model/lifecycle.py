@@ -95,7 +95,8 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     config: PreTrainedConfig | None = getattr(model, "config", None)
     brought = [n for n, layer in layers.items() if all(t.method.replaces for t in layer.terms)]
     labels = labels_of(model) if brought else None
-    adapter = Adapter(layers, getattr(config, "_name_or_path", None) or None, labels=labels)
+    base = getattr(config, "_name_or_path", None) or None  # diffusers keeps a Path that it was given
+    adapter = Adapter(layers, None if base is None else str(base), labels=labels)
     adapter.modules = {n: (term,) for n, term in modules.items()}
     adapter.groups = tuple(groups_of(model, [*brought, *(n for n, term in modules.items() if term.complete)]))
     adapter.quantize = vars(unwrapped(model)).get(QUANTIZE)

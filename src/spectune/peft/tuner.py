@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, TaskType
 from torch import Tensor
 
 from spectune.adapters.formats.dialect import PREFIX
@@ -31,6 +31,8 @@ from spectune.peft.config import Described, SpectuneConfig
 from spectune.peft.layer import PeftLayer
 
 _BASE = "__base__"  # PEFT's word for the base alone, among `adapter_names`
+# what PEFT trains whole by a task, and writes into `modules_to_save` when layers were adapted already
+_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
 
 class SpectuneTuner(BaseTuner):
@@ -58,6 +60,8 @@ class SpectuneTuner(BaseTuner):
                 by_end = copy.copy(peft_config)
                 by_end.target_modules = {name.rpartition(".")[2] for name in named}
                 named = {name for name in named if check_target_module_exists(by_end, name) is True}
+            heads = _HEADS.get(peft_config.task_type, ())
+            named = {name for name in named if not any(name.endswith(head) for head in heads)}
             peft_config.target_modules = named
         return peft_config
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -184,7 +185,7 @@ def _locate(model: str, allow_bin: bool) -> Path:
 
 def _files(path: Path, allow_bin: bool) -> tuple[list[Path], str]:
     if path.suffix == ".gguf":
-        return [path], "gguf"
+        return _gguf_parts(path), "gguf"
     if path.suffix in (".bin", ".pt", ".pth") or path.name.endswith(".bin.index.json"):
         return _allowed(path, allow_bin)
     if path.is_dir() and not any(path.glob("*.safetensors")):
@@ -217,20 +218,49 @@ def _safetensors(file: Path) -> Iterator[Stored]:
             yield Stored(name, tuple(piece.get_shape()), dtype, dtype in _FLOATING, partial(read, name))
 
 
+def _gguf_parts(path: Path) -> list[Path]:
+    """Return the files of a GGUF checkpoint of which one is named."""
+    part = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})", path.stem)
+    if part is None:
+        return [path]
+    stem, count = part[1], int(part[2])
+    files = [path.with_name(f"{stem}-{number:05}-of-{part[2]}.gguf") for number in range(1, count + 1)]
+    missing = next((file.name for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise SpectuneError(f"{str(path)!r} is one of {count} files, and {missing} is not beside it")
+    return files
+
+
 def _gguf(file: Path) -> Iterator[Stored]:
     gguf, quants = (need(name, f"reading {str(file)!r}", "gguf") for name in ("gguf", "gguf.quants"))
 
     def read(tensor: Any, index: int | None) -> Tensor:
         data = tensor.data if index is None else tensor.data[index]
-        return torch.from_numpy(quants.dequantize(data, tensor.tensor_type).copy())
+        values = data if data.dtype.kind == "f" else quants.dequantize(data, tensor.tensor_type)
+        values = torch.from_numpy(values.copy())
+        if (scale := scales.get(tensor.name.removesuffix(".weight"))) is not None:  # which llama.cpp multiplies W x by
+            factors = torch.from_numpy(scale.data.copy())
+            values *= factors if index is None or factors.numel() == 1 else factors[index]
+        return values
+
+    def is_known(tensor: Any) -> bool:
+        block = np.zeros(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1], np.uint8)
+        try:
+            return tensor.data.dtype.kind == "f" or quants.dequantize(block, tensor.tensor_type) is not None
+        except NotImplementedError:
+            return False
 
     check_file(file)
     size = file.stat().st_size
-    for tensor in gguf.GGUFReader(file).tensors:
+    tensors = gguf.GGUFReader(file).tensors
+    scales = {
+        t.name.removesuffix(".scale"): t for t in tensors if t.name.endswith(".scale") and t.data.dtype.kind == "f"
+    }
+    for tensor in tensors:
         shape = tuple(reversed(tensor.shape.tolist()))
         if int(tensor.n_bytes) > size or math.prod(shape) > _LEAST_BITS * int(tensor.n_bytes):
             raise SpectuneError(f"{tensor.name!r} in {file} is said to have {math.prod(shape):,} values, more than fit")
-        yield Stored(tensor.name, shape, tensor.tensor_type.name, True, partial(read, tensor))
+        yield Stored(tensor.name, shape, tensor.tensor_type.name, is_known(tensor), partial(read, tensor))
 
 
 def _bin(file: Path) -> Iterator[Stored]:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.spectrum.stored import Stored
+from spectune.spectrum.stored import Stored, Unpacked
 
 _WORD = 32
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight values lies
 _MODES = (None, "affine")  # of MLX: whole numbers with a scale and a bias for each group
-
-
-class Unpacked(NamedTuple):
-    """A tensor as its values, and the names of the tensors beside it that these are made of."""
-
-    stored: Stored
-    used: tuple[str, ...]
 
 
 def unpacked(words: Tensor, bits: int, count: int, dim: int, *, spill: bool = True) -> Tensor:
@@ -149,9 +142,7 @@ def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]
     scales, biases = (by_name.get(f"{layer}.{key}") for key in ("scales", "biases"))
     if layer == tensor.name or tensor.dtype != "U32" or not _are(scales, biases, 2, floating=True):
         return None
-    said = _of(config, "quantization") or _of(config, "quantization_config")
-    own = said.get(layer)
-    said = {**said, **own} if isinstance(own, dict) else said
+    said = mlx_says(config, layer)
     bits, size = said.get("bits"), said.get("group_size")
     if not (type(bits) is int and 2 <= bits <= 8 and type(size) is int and size > 0) or said.get("mode") not in _MODES:
         return None
@@ -168,6 +159,13 @@ def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]
     return Unpacked(
         Stored(tensor.name, (out, inputs), f"MLX{bits}", True, read), (f"{layer}.scales", f"{layer}.biases")
     )
+
+
+def mlx_says(config: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """Return what an MLX checkpoint's config says of a layer's packing."""
+    said = _of(config, "quantization") or _of(config, "quantization_config")
+    own = said.get(layer)
+    return {**said, **own} if isinstance(own, dict) else said
 
 
 def _groups(order: Stored | None, inputs: int, groups: int) -> Tensor:

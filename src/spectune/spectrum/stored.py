@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint, not yet read."""
+"""Tensors of a checkpoint, not yet read."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ class Stored(NamedTuple):
     dtype: str
     floating: bool
     read: Callable[[int | None], Tensor]
+
+
+class Unpacked(NamedTuple):
+    """A tensor as its values, and the names of the tensors beside it that these are made of."""
+
+    stored: Stored
+    used: tuple[str, ...]

@@ -29,6 +29,12 @@ FILES = {
     "seq_classifier": "test_seq_classifier.py",
     "auto": "test_auto.py",
 }
+MAKING_LORA = {  # files whose tests make a LoraConfig themselves
+    "initialization": "test_initialization.py",
+    "mixed": "test_mixed.py",
+    "low_level": "test_low_level_api.py",
+    "token_classification": "test_token_classification_qa.py",
+}
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[2] / "src"
 SETTINGS = "[pytest]\naddopts = -q -W ignore --tb=short\n"
@@ -37,6 +43,7 @@ _BERT = {**_SMALL, "intermediate_size": 37}
 _LLAMA = {**_BERT, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 1024, "n_positions": 256}
 _OPT = {**_SMALL, "ffn_dim": 37, "word_embed_proj_dim": 32, "max_position_embeddings": 256, "pad_token_id": 1}
+_CLIP = {**_BERT, "max_position_embeddings": 77}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
 _T5 |= {"decoder_start_token_id": 0}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 1024}
@@ -44,6 +51,8 @@ _BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 37, "decoder_ffn_dim"
 _GEMMA = {**_LLAMA, "head_dim": 8, "sliding_window": 8}
 MODELS = {  # by the name that the tests know: the config's class without "Config", the model's, and the sizes
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPT", "OPTForCausalLM", _OPT),
+    "peft-internal-testing/opt-125m": ("OPT", "OPTForCausalLM", _OPT),
+    "peft-internal-testing/tiny-clip-text-2": ("CLIPText", "CLIPTextModel", _CLIP),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2", "GPT2LMHeadModel", _GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJ", "GPTJForCausalLM", {**_GPT, "rotary_dim": 4}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("Llama", "LlamaForCausalLM", _LLAMA),
@@ -107,10 +116,9 @@ def fetch(release: str, into: Path) -> tuple[Path, list[str]]:
         archive.extractall(into, filter="data")
     tests = into / f"peft-{release}" / "tests"
     (tests / "__init__.py").touch()
-    if version("peft") == release:
-        return tests, []
     site = into / f"site-{release}"
-    _pip("install", "--quiet", "--no-deps", "--target", str(site), f"peft=={release}")
+    wanted = ["parameterized", *([] if version("peft") == release else [f"peft=={release}"])]
+    _pip("install", "--quiet", "--no-deps", "--target", str(site), *wanted)
     return tests, [str(site)]
 
 
@@ -162,8 +170,9 @@ def run(release: str, files: list[str], arguments: list[str], work: Path) -> tup
         "-p",
         "ours",
     ]
-    command += [*(f"tests/{FILES[name]}" for name in files), *arguments]
+    command += [*(f"tests/{(FILES | MAKING_LORA)[name]}" for name in files), *arguments]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet["IN_PLACE_OF_LORA"] = str(int(files[0] in MAKING_LORA))
     with subprocess.Popen(
         command, cwd=tests.parent, env={**os.environ, "PYTHONPATH": path, **quiet}, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -180,12 +189,17 @@ def main() -> None:
     """Run what was asked for, and end with a line for each release."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--release", action="append", help="a release of PEFT; several may be given")
-    parser.add_argument("--files", nargs="*", default=list(FILES), choices=list(FILES))
+    names = [*FILES, *MAKING_LORA]
+    parser.add_argument("--files", nargs="*", default=names, choices=names)
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     asked = parser.parse_args(given[:cut])
-    with tempfile.TemporaryDirectory(prefix="peft-tests-") as work:
-        outcomes = [run(r, asked.files, given[cut + 1 :], Path(work)) for r in asked.release or RELEASES]
+    parts = [part for kind in (FILES, MAKING_LORA) if (part := [name for name in asked.files if name in kind])]
+    outcomes = []
+    for release in asked.release or RELEASES:
+        for part in parts:  # each with tests of its own, in which nothing is left of the other's
+            with tempfile.TemporaryDirectory(prefix="peft-tests-") as work:
+                outcomes.append(run(release, part, given[cut + 1 :], Path(work)))
     print("\n" + "\n".join(line for line, _ in outcomes))
     sys.exit(max(code for _, code in outcomes))
 
