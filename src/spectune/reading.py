@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import yaml
+from safetensors import safe_open
 
 from spectune.errors import SpectuneError, nearest
 
@@ -264,6 +265,17 @@ def check_tensors_file(path: Path) -> None:
             f"{path} is damaged or no safetensors file: its header says {length:,} bytes, and at most "
             f"{HEADER_BYTES:,} are read"
         )
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file, which is how all of them are opened: a pipe in its place would be waited for for ever.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        SpectuneError: as `check_tensors_file`.
+    """
+    check_tensors_file(path)
+    return safe_open(path, framework="pt")
 
 
 def reason(error: BaseException) -> str:

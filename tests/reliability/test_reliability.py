@@ -46,7 +46,10 @@ def test_hostile_inputs_are_read_or_refused():
 
 
 @pytest.mark.parametrize("odd", hostile.ODD)
-@pytest.mark.parametrize("name", ["adapter svf", "library", "run.yaml", "JSONL", "safetensors", "results of compare"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter svf", "library", "run.yaml", "JSONL", "safetensors", "results of compare", "decompositions", "base"],
+)
 def test_what_is_no_file_is_read_by_nobody(name, odd, tmp_path):
     files = hostile.sound(name)
     for key, data in files.items():

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError, nearest
-from spectune.reading import MOST_TENSORS, check_file, check_memory, check_tensors_file, parse_json, read_json
+from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, read_json
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,8 +133,7 @@ def _finished_config(path: Path) -> Path | None:
 
 def _config_of_weights(weights: Path) -> str | None:
     try:
-        check_tensors_file(weights)
-        with safe_open(weights, framework="pt") as opened:
+        with open_tensors(weights) as opened:
             return (opened.metadata() or {}).get(_CONFIG_DIGEST)
     except (SpectuneError, SafetensorError, OSError, ValueError, RuntimeError):
         return None
@@ -175,9 +174,8 @@ def read_tensors(path: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
     if isinstance(path, Unwritten):
         return _checked(dict(path.tensors), where)
     try:
-        check_tensors_file(where)
         check_memory(where, "the adapter cannot be read")
-        with safe_open(where, framework="pt") as opened:
+        with open_tensors(where) as opened:
             if len(opened.keys()) > MOST_TENSORS:
                 raise SpectuneError(f"{where} has {len(opened.keys()):,} tensors; at most {MOST_TENSORS:,} are read")
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -242,7 +240,7 @@ def read_more(path: Source) -> dict[str, Any]:
     if isinstance(path, Unwritten):
         metadata = path.more
     elif (path / WEIGHTS).exists():
-        with safe_open(path / WEIGHTS, framework="pt") as opened:
+        with open_tensors(path / WEIGHTS) as opened:
             metadata = opened.metadata() or {}
     else:
         return {}

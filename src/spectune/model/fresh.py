@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from spectune.errors import SpectuneError
-from spectune.reading import read_json
+from spectune.reading import open_tensors, read_json
 
 FRESH = "spectune_fresh"  # an attribute of a module that the checkpoint did not have
 _LOADED = "_is_hf_initialized"  # transformers' attribute of a tensor that came from the checkpoint
@@ -120,9 +120,9 @@ def _keys(model: nn.Module) -> set[str] | None:
             index = _read_json(path)
             return set(index.get("weight_map") or ()) if index else None
         try:
-            with safe_open(path, framework="pt") as opened:
+            with open_tensors(path) as opened:
                 return set(opened.keys())
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError, SpectuneError):
             return None
     return None
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.reading import inside, read_json
+from spectune.reading import inside, open_tensors, read_json
 from spectune.spectral._many import decompose_many
 from spectune.spectral._types import SVD, OneSided, Request
 
@@ -58,7 +58,7 @@ def stream(
     request = Request("full") if request is None else request
     for path in shards(Path(checkpoint)):
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 for name in sorted(file.keys()):
                     piece = file.get_slice(name)
                     shape = tuple(piece.get_shape())

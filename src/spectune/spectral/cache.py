@@ -24,11 +24,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.home import cache_dir
+from spectune.reading import open_tensors
 from spectune.spectral._hash import tensors_digest
 from spectune.spectral._types import Request
 from spectune.storage import collect_temporaries, save_tensors, temporary_beside
@@ -143,7 +144,7 @@ def ls(folder: Path | None = None) -> list[Entry]:
     entries = []
     for path, status in sorted(_stats(folder), key=_recency, reverse=True):
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 about: dict[str, str] = file.metadata() or {}
             rows, columns = about["shape"].split()
             rank = int(about["rank"]) if about["rank"] else None
@@ -199,7 +200,7 @@ def _read(path: Path, used: bool = True) -> dict[str, Tensor] | None:
         used: whether someone needs it, so that the time is noted.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             about = file.metadata() or {}
         # the seal: a file that was cut short, copied over another name or changed by a bit is none, whatever

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from spectune.bases.loading import model_path
 from spectune.errors import SpectuneError, need
 from spectune.model.patterns import matching
-from spectune.reading import check_file, check_tensors_file, read_json
+from spectune.reading import check_file, open_tensors, read_json
 from spectune.spectral import shards, weight_map
 from spectune.spectrum.names import Place, is_embedding, places
 from spectune.spectrum.packing import dequantized
@@ -207,11 +206,10 @@ def _allowed(path: Path, allow_bin: bool) -> tuple[list[Path], str]:
 
 def _safetensors(file: Path) -> Iterator[Stored]:
     def read(name: str, index: int | None) -> Tensor:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
 
-    check_tensors_file(file)
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         for name in opened.keys():  # noqa: SIM118
             piece = opened.get_slice(name)
             dtype = piece.get_dtype()

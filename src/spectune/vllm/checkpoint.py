@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.terms import LayerUpdate, Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.methods import Method
+from spectune.reading import open_tensors
 from spectune.spectral import decompose_many
 
 
@@ -33,7 +33,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 self._files.update(dict.fromkeys(file.keys(), path))
         if not self._files:
             raise SpectuneError(
@@ -59,7 +59,7 @@ class Checkpoint:
                 f"the checkpoint {str(self.folder)!r} has no weight of {layer!r}: the adapter belongs to another base, "
                 "or the base is quantized, and then this plug-in cannot serve it; merge it, or export a LoRA"
             )
-        with safe_open(self._files[name], framework="pt") as file:
+        with open_tensors(self._files[name]) as file:
             weight = file.get_tensor(name)
         if weight.dim() != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise SpectuneError(

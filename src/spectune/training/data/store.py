@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spectune.home import cache_dir, temporary_file
+from spectune.reading import open_tensors
 from spectune.spectral import cache
 from spectune.storage import save_tensors, temporary_beside
 from spectune.training.data.encoding import Encoder, Example
@@ -114,7 +115,7 @@ class Store:
     def load(cls, path: Path) -> Store | None:
         """Return what a file holds, or None where there is none, or one that is damaged."""
         try:
-            with safe_open(path, framework="pt") as opened:
+            with open_tensors(path) as opened:
                 about = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}
             if about.get("checksum") != _checksum(tensors):
