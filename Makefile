@@ -42,7 +42,7 @@ sbom: .audit/installed .venv/installed
 	.audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o sbom.json
 
 audit: .audit/installed
-	.audit/bin/pip-audit -r requirements.lock --require-hashes --disable-pip
+	$(PYTHON) .ci/audit.py
 
 demo: .venv/installed
 	$(BIN)/spectune demo --method $(METHOD)

@@ -37,7 +37,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Shuffle where asked to."""
+    """Take a part and shuffle where asked to."""
+    if config.getoption("--share"):
+        config.hook.pytest_deselected(items=imitations.share(items, config.getoption("--share")))
     if config.getoption("--shuffle") is not None:
         imitations.shuffle(items, config.getoption("--shuffle"))
 

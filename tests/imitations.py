@@ -1,6 +1,7 @@
 """What a machine may do otherwise than the one at hand, imitated: options of pytest, all off unless they are given.
 
 --shuffle N         files in an order drawn by N, and the tests of a file too.
+--share K/N         the Kth of N parts, alike in size: whole files, dealt out in an order drawn once.
 --seeds N           other random numbers everywhere: every seed that a test or a run gives to PyTorch is moved by N.
 --other-sums        products of matrices by NumPy, whose sums are rounded otherwise than those of PyTorch.
 --standing-clock    the time of day stands still.
@@ -29,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Name the options."""
     group = parser.getgroup("imitations of other machines")
     group.addoption("--shuffle", type=int, metavar="N", help="order drawn by N")
+    group.addoption("--share", metavar="K/N", help="the Kth of N parts of the files")
     group.addoption("--seeds", type=int, default=0, metavar="N", help="random numbers drawn by N")
     group.addoption("--other-sums", action="store_true", help="products of matrices by NumPy's library")
     group.addoption("--standing-clock", action="store_true", help="the time of day stands still")
@@ -44,6 +46,17 @@ def begin(config: pytest.Config) -> None:
         now = time.time_ns()
         time.time_ns = lambda: now
         time.time = lambda: now / 10**9
+
+
+def share(items: list[pytest.Item], which: str) -> list[pytest.Item]:
+    """Return the tests that are not in a part "K/N", which every test is in for one K."""
+    k, n = map(int, which.split("/"))
+    files = sorted({item.path for item in items})
+    random.Random(0).shuffle(files)
+    ours = set(files[k - 1 :: n])
+    rest = [item for item in items if item.path not in ours]
+    items[:] = [item for item in items if item.path in ours]
+    return rest
 
 
 def shuffle(items: list[pytest.Item], seed: int) -> None:

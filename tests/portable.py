@@ -1,10 +1,11 @@
 """Run the tests as other machines would: other instruction sets, threads, orders, clocks and random numbers.
 
-    python tests/portable.py [VARIANT ...] [-- PYTEST ARGUMENTS]
+    python tests/portable.py [--share N] [VARIANT ...] [-- PYTEST ARGUMENTS]
 
 A variant sets what the libraries read when they start, or gives options of `imitations.py`; without a name all run, one
-after another, on as many processes as `make test` takes, each in another order.  What came of
-each is a line of a table at the end, and the exit code is 1 if any test failed.
+after another, on as many processes as `make test` takes, each in another order.  With `--share N` each variant runs an
+Nth of the files, the next one those that follow, so that N variants in a row run all.  What came of each is a line of a
+table at the end, and the exit code is 1 if any test failed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ VARIANTS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
-def run(name: str, arguments: list[str]) -> tuple[str, bool]:
+def run(name: str, arguments: list[str], share: int) -> tuple[str, bool]:
     """Return a line that says what came of a variant, and whether all tests passed."""
     environment, options = VARIANTS[name]
+    options = [*options, *(["--share", f"{list(VARIANTS).index(name) % share + 1}/{share}"] if share > 1 else [])]
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope", "-rf", "--tb", "short"]
     print(f"\n== {name}: {environment} {options}", flush=True)
     begin, said = time.monotonic(), []
@@ -52,12 +54,14 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool]:
 
 def main() -> None:
     """Run what was asked for."""
-    given = sys.argv[1:]
+    given, share = sys.argv[1:], 1
+    if given[:1] == ["--share"]:
+        share, given = int(given[1]), given[2:]
     cut = given.index("--") if "--" in given else len(given)
     names, arguments = given[:cut] or list(VARIANTS), given[cut + 1 :]
     if unknown := set(names) - VARIANTS.keys():
         sys.exit(f"there is no variant {min(unknown)!r}: there are {', '.join(VARIANTS)}")
-    outcomes = [run(name, arguments) for name in names]
+    outcomes = [run(name, arguments, share) for name in names]
     print("\n" + "\n".join(line for line, _ in outcomes))
     sys.exit(not all(passed for _, passed in outcomes))
 

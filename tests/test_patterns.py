@@ -47,7 +47,11 @@ def test_a_bomb_matches_as_fast_as_any(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["(", "a{99999999999}", "(" * 3000 + ")" * 3000, "(?=a)", r"(a)\1", "a" * 1001, "(?i)a", r"\bq_proj", "a++"]
+    "text",
+    [
+        *("(", "a{99999999999}", "(" * 3000 + ")" * 3000, "(?=a)", r"(a)\1", "a" * 1001, "(?i)a", r"\bq_proj", "a++"),
+        *(r"\x61", r"\u0061", r"\U00000061", r"\N{DIGIT ONE}"),
+    ],
 )
 def test_what_is_not_read_is_refused(text):
     with pytest.raises(SpectuneError, match=r"pattern|regular expression"):

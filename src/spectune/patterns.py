@@ -156,7 +156,7 @@ class _Parser:
             while not self.taken("]"):
                 self.at += 2 if self.next_is("\\") else 1
         elif self.taken("\\"):
-            if self.pattern[self.at] in "AbBZ0123456789":
+            if self.pattern[self.at] in "AbBZxuUN0123456789":
                 raise self.refused()
             self.at += 1
         else:

@@ -6,6 +6,7 @@ and text that UTF-8 can hold; a name inside a folder leads nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -237,13 +238,23 @@ def inside(folder: Path, name: object, where: str) -> Path:
     Raises:
         SpectuneError: the name is absolute, has "..", or is no text.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or max(map(len, map(str.encode, name.split("/")))) > 255:
         raise SpectuneError(f"{where} names {name!r:.60}, which is no file")
     parts = PurePosixPath(name).parts
     strange = PureWindowsPath(name)
     if name.startswith("/") or ".." in parts or strange.drive or strange.root or ".." in strange.parts:
         raise SpectuneError(f"{where} names {name!r:.120}, which lies outside its folder; only files inside are read")
     return folder / name
+
+
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of files, one behind the other, of which a mebibyte is held at a time."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def check_tensors_file(path: Path) -> None:

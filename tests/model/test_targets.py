@@ -149,6 +149,7 @@ def test_blocks_are_chosen_as_peft_does(model):
     assert names(model, SVF(), layers_to_transform=0) == first
     assert names(model, SVF(), layers_to_transform=[0], layers_pattern="layers") == first
     assert names(model, SVF(), ["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]) == [EVERY[7]]
+    assert names(model, SVF(), ["q_proj"], layers_to_transform=[1], layers_pattern="h|layers") == [EVERY[7]]
     with pytest.raises(ValueError, match=r"layers_to_transform: no target is in block 2 \(they are in 0 to 1\)"):
         names(model, SVF(), layers_to_transform=[0, 2])
     with pytest.raises(ValueError, match=r"layers_pattern: 'layer' holds none .* did you mean 'layers'"):

@@ -205,8 +205,8 @@ def read_destination(place: Path) -> Any:
 
 
 def read_machine(place: Path) -> Any:
-    os.environ["SPECTUNE_HOME"] = str(place)
-    with mock.patch("spectune.planning.probe.rates", dict):  # which take a second where the file is refused
+    rates = mock.patch("spectune.planning.probe.rates", dict)  # which take a second where the file is refused
+    with rates, mock.patch.dict(os.environ, {"SPECTUNE_HOME": str(place)}):
         this_machine()
 
 
@@ -321,7 +321,7 @@ def value(draw: random.Random, depth: int = 0) -> Any:
             nested = [nested] if draw.random() < 0.5 else {"a": nested}
         return nested
     if kind == 7:
-        return [value(draw, depth + 1)] * draw.choice([1, 2, 3, 1000])
+        return [value(draw, depth + 1)] * draw.choice([1, 2, 3, 1000 >> 8 * depth])
     return {draw.choice(STRINGS): value(draw, depth + 1) for _ in range(draw.randrange(4))}
 
 

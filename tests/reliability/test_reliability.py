@@ -59,6 +59,14 @@ def test_what_is_no_file_is_read_by_nobody(name, odd, tmp_path):
     assert hostile.tried(name, tmp_path) in ("read", "refused")
 
 
+@pytest.mark.parametrize(("name", "file"), [("run folder", "log.jsonl"), ("base", "chat_template.jinja")])
+def test_gigabytes_of_holes_are_not_held(name, file, tmp_path):
+    for key, data in hostile.sound(name).items():
+        (tmp_path / key).write_bytes(data)
+    hostile.make_odd(tmp_path / file, "sparse")
+    assert hostile.tried(name, tmp_path) in ("read", "refused")
+
+
 @pytest.mark.filterwarnings("ignore:.*have less room than the rank")
 def test_decompositions_and_methods_of_any_shape():
     for seed in range(60):

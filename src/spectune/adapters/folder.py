@@ -20,7 +20,7 @@ from torch import Tensor
 from spectune.adapters import fingerprint
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError, nearest
-from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, read_json
+from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, read_json, sha256
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -290,7 +290,7 @@ def as_metadata(
 
 def folder_digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's two files."""
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()
+    return sha256(folder / CONFIG, folder / WEIGHTS)
 
 
 def write_folder(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from spectune.adapters.adapter import Adapter
 
+_READ = ("*.json", "*.jinja", "*/*.jinja", "*.model", "vocab.txt", "merges.txt")  # by transformers, whole
 _MOST = {  # by a part of a number's name in a config
     "layers?$|depths?$|blocks?$|layer_types": 2_000,
     "experts": 10_000,
@@ -172,8 +173,11 @@ def _check_folder(folder: Path) -> None:
     if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
         raise SpectuneError(f"{folder} holds an adapter and no model: name its base here, and the adapter beside it")
     try:
-        for file in folder.glob("*.json"):
-            check_file(file, BASE_JSON_BYTES)
+        for read in _READ:
+            for file in folder.glob(read):
+                check_file(file, BASE_JSON_BYTES)
+        for file in folder.glob("*.bin"):
+            check_file(file)
         for index in folder.glob("*.index.json"):
             weight_map(index)
         for file in folder.glob("*.safetensors"):

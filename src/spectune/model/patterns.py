@@ -177,12 +177,12 @@ def in_blocks(
     for number in wanted:
         if isinstance(number, bool) or not isinstance(number, int):
             raise SpectuneError(f"layers_to_transform must be numbers of blocks, not {number!r}")
-    lists = [Regex(rf"(?:^|.*?\.){p}\.(?P<number>\d+)\.", "layers_pattern", p) for p in patterns]
+    lists = [Regex(rf"(?:^|.*?\.)(?:{p})\.(?P<number>\d+)\.", "layers_pattern", p) for p in patterns]
     known = lists or [Regex(_FIRST_NUMBER, "layers_pattern", "the first number")]
     places: dict[str, int] = {}
     for name in names:
         match = next((m for p in known if (m := p.match(name))), None)
-        if match is not None:
+        if match is not None and match["number"] is not None:  # as a pattern with brackets of its own may have it
             places[name] = int(match["number"])
     there = sorted(set(places.values()))
     if not there:

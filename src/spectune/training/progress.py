@@ -26,6 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from spectune.errors import SpectuneError, nearest
 from spectune.progress import Bar
+from spectune.reading import RECORD_BYTES
 from spectune.storage import open_itself, telling_of_full_disks, write_atomically
 from spectune.training import processes
 from spectune.training.curve import spoken
@@ -241,14 +242,16 @@ def memory() -> int:
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of a log up to a step; one that was cut off ends it."""
     lines: list[dict[str, Any]] = []
-    content = path.read_bytes() if path.is_file() else b""
-    for text in content.decode(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            if line["step"] <= step:
-                lines.append(line)
-        except (ValueError, RecursionError, KeyError, TypeError):
-            break
+    if not path.is_file():
+        return lines
+    with path.open("rb") as file:
+        for text in iter(lambda: file.readline(RECORD_BYTES), b""):
+            try:
+                line = json.loads(text.decode(errors="replace"))
+                if line["step"] <= step:
+                    lines.append(line)
+            except (ValueError, RecursionError, KeyError, TypeError):
+                break
     return lines
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 
 from rich.console import Console
 
 from spectune.errors import SpectuneError
+from spectune.reading import read_json, sha256
 
 STATE = "adapter_state.safetensors"
 OPTIMIZER, SCHEDULER, TRAINER = "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -47,7 +46,7 @@ def check_files(checkpoint: Path) -> None:
         SpectuneError: it does not.
     """
     try:
-        written = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        written = read_json(checkpoint / MANIFEST)["sha256"]
         found = digests(checkpoint)
         changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -62,7 +61,7 @@ def check_files(checkpoint: Path) -> None:
 def digests(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a checkpoint but the manifest."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(checkpoint).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {p.relative_to(checkpoint).as_posix(): sha256(p) for p in files}
 
 
 def damaged(checkpoint: str, error: Exception) -> SpectuneError:
