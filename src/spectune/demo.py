@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +26,9 @@ from spectune.training.config import TrainConfig
 from spectune.training.curve import plot_curve
 from spectune.training.data.records import Record
 from spectune.training.run import train_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = (
     "Who are you, and where is the captain of the ship?",
@@ -147,8 +150,8 @@ def _check_new_process(config: TrainConfig, output: Path, dtype: str, asked: lis
 
 
 def pirate_data(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     train: int,
     held: int,
     seed: int = 0,

@@ -43,7 +43,7 @@ class Entry:
         where: what to call it in messages.
     """
 
-    def __init__(self, values: Any, where: str) -> None:
+    def __init__(self, values: object, where: str) -> None:
         if not isinstance(values, dict):
             raise SpectuneError(f"{where} is {values!r:.60}, not a JSON object")
         self.values, self.where = values, where
@@ -152,7 +152,7 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomically(target: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name beside the target, flush it to disk, and rename it."""
     collect_temporaries(target.parent, f"{glob.escape(target.name[:200])}.*")
     with temporary_beside(target) as temporary:
@@ -194,7 +194,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 def tensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return what a safetensors file begins with: the length, and JSON of names, dtypes, shapes and places."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in _in_order(tensors):
         tensor = tensors[name]

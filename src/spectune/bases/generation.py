@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from spectune.bases.prompts import Message, prompt_tokens, stop_tokens
 from spectune.errors import SpectuneError
 from spectune.model.fusing import fused_where_it_pays
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reply(NamedTuple):
@@ -21,9 +24,9 @@ class Reply(NamedTuple):
     tokens: list[int]
 
 
-def pad_token(tokenizer: Any) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token to pad with: the end of text where the tokenizer has no other."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return cast(int, tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[T
     return ids, mask
 
 
-def last_logits(model: Any, count: int = 1) -> dict[str, Tensor]:
+def last_logits(model: PreTrainedModel, count: int = 1) -> dict[str, Tensor]:
     """Return the argument that has a model make logits at the last positions alone, where it takes one.
 
     A tensor, since models cut a number of positions from all as a view, which PyTorch multiplies by a frozen output
@@ -44,7 +47,7 @@ def last_logits(model: Any, count: int = 1) -> dict[str, Tensor]:
     return {"logits_to_keep": torch.arange(-count, 0, device=model.device)} if takes else {}
 
 
-def check_generates(model: Any) -> None:
+def check_generates(model: PreTrainedModel) -> None:
     """Raise unless a model goes on with a text.
 
     Raises:
@@ -56,8 +59,8 @@ def check_generates(model: Any) -> None:
 
 @torch.inference_mode()
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Sequence[Message]],
     *,
     max_new_tokens: int = 64,
@@ -106,7 +109,7 @@ def generate(
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     with fused_where_it_pays(model, max_new_tokens * (1 + len(rows) // 8), allowed=fused):
-        out = model.generate(
+        out = cast(Any, model).generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -121,5 +124,5 @@ def generate(
         tokens = row[longest:]
         end = next((i for i, token in enumerate(tokens) if token == pad or token in ends), len(tokens))
         tokens = tokens[:end]
-        replies.append(Reply(tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens))
+        replies.append(Reply(cast(str, tokenizer.decode(tokens, skip_special_tokens=True)).strip(), tokens))
     return replies

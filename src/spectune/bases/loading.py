@@ -342,7 +342,7 @@ def _check_not_pickled(folder: Path) -> None:
         )
 
 
-def _kind(quantization_config: Any) -> str:
+def _kind(quantization_config: object) -> str:
     told = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
     return str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
 

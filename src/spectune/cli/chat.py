@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -70,7 +69,7 @@ def chat(
         need_library(strategy=strategy, shots=shots)
         loaded, tokenizer = load_with_adapters(model, adapter, dtype, device, trust_remote_code, quantize, check)
     check_generates(loaded)
-    settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings: object = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "fused": fused}
     console = Console(stderr=True, highlight=False)
     talk = Talk(loaded, tokenizer, system, settings, console, two)

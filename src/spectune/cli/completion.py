@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 
 def settings(incomplete: str) -> list[str]:
@@ -19,7 +19,7 @@ def settings(incomplete: str) -> list[str]:
     return [f"{key}={value}" for value in _values(key, fields[key].annotation) if value.startswith(begun)]
 
 
-def _values(key: str, kind: Any) -> list[str]:
+def _values(key: str, kind: object) -> list[str]:
     if key == "method":
         return methods("")
     if key == "model":

@@ -106,7 +106,7 @@ def export(
     else:
         bound = bind_to_base(loaded, base, check=check)
         with telling_of_full_disks(out, "what was there is as it was"):
-            kind: LoRAFormat = format.value  # type: ignore[assignment]
+            kind: LoRAFormat = format.value
             options: dict[str, Any] = {
                 "rank": rank,
                 "one_rank": one_rank,

@@ -59,7 +59,7 @@ def plan(
     from spectune.planning.plan import plan as make
     from spectune.progress import Bar
 
-    again: Any = {"true": True, "false": False}.get(gradient_checkpointing or "", gradient_checkpointing)
+    again: object = {"true": True, "false": False}.get(gradient_checkpointing or "", gradient_checkpointing)
     given = {
         "methods": method,
         "targets": _patterns(targets),
@@ -93,7 +93,7 @@ def plan(
         say_next("spectune", "init", "DATA", "-m", Path(model) if Path(model).is_dir() else model)
 
 
-def _patterns(given: list[str]) -> Any:
+def _patterns(given: list[str]) -> object:
     return given[0] if len(given) == 1 else given
 
 

@@ -7,12 +7,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from spectune.cli.shared import decision_text
 from spectune.errors import SpectuneError, nearest
+from spectune.transformer2.two_pass import Transformer2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HELP = """/base            the model without adapters answers
 /adapter         the adapters answer, as at the start
@@ -37,7 +41,13 @@ class Talk:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, system: str | None, settings: Any, console: Console, two: Any = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None,
+        settings: dict[str, Any],
+        console: Console,
+        two: Transformer2 | None = None,
     ) -> None:
         self._model, self._tokenizer, self._settings, self._console, self._two = (
             model,
@@ -156,7 +166,7 @@ class Talk:
         self._messages = list(self._start)
 
 
-def _active(model: Any) -> dict[str, float]:
+def _active(model: PreTrainedModel) -> dict[str, float]:
     """Return the adapters that answer, by their names on the model, with their weights."""
     from spectune.layers.merged import active_adapters
     from spectune.layers.whole import parts_of

@@ -77,14 +77,14 @@ class Bench:
         self._before = None if self.general is None else states_or_loss(self.model, self.tokenizer, self.general)
         per_step = config.batch_size * config.gradient_accumulation_steps
         self._bytes: dict[str, int] = {}
-        self._base: dict[str, Any] | None = None
+        self._base: dict[str, object] | None = None
         self.steps = config.max_steps or max(1, round(config.epochs * len(self.parts.fold(0).train) / per_step))
 
     def release(self) -> None:
         """Give the model's memory back, where others do the work."""
         self.model = cast(Any, None)
 
-    def run(self, trial: Trial, report: Report = lambda looks: False) -> dict[str, Any]:
+    def run(self, trial: Trial, report: Report = lambda looks: False) -> dict[str, object]:
         """Run a trial and return its result.
 
         Args:
@@ -139,7 +139,7 @@ class Bench:
 
     def _trained(
         self, trial: Trial, config: TrainConfig, model: PreTrainedModel, fold: Fold, report: Report
-    ) -> tuple[AdapterTrainer, dict[str, Any]]:
+    ) -> tuple[AdapterTrainer, dict[str, object]]:
         task = make_task(config)
         if isinstance(task, Preferences) and trial.method == FULL:  # whose own weights move away from the base's
             task.reference = self.model

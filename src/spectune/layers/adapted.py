@@ -76,7 +76,7 @@ class Adapted(Stored):
         return watched(weight, self.adapted_as)
 
     @weight.setter
-    def weight(self, value: Any) -> None:
+    def weight(self, value: object) -> None:
         vars(self)["weight"] = value
 
     @weight.deleter
@@ -101,7 +101,7 @@ class Adapted(Stored):
         scope = self.selection.scope()
         return isinstance(scope.choice, Rows) or bool(scope.aside) or bool(self.parts(scope))
 
-    def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
+    def forward(self, input: Tensor | None = None, *more: object, **named: object) -> Tensor:
         if more or named or input is None:
             return self._called(*(() if input is None else (input,)), *more, **named)
         if torch.compiler.is_compiling():
@@ -111,7 +111,7 @@ class Adapted(Stored):
         except AttributeError:  # who wrapped this method while the layer was adapted calls it for the plain one too
             if isinstance(self, Adapted):
                 raise
-            return type(self).forward(self, input)  # type: ignore[unreachable]
+            return type(self).forward(self, input)
         if fused is not None:
             scope = self.selection.scope()
             apart = isinstance(scope.choice, Rows) and not scope.choice.alike
@@ -174,7 +174,7 @@ class Adapted(Stored):
         """Return what there is to say where W has another shape than when it was adapted."""
         return None if self.adapted_as not in self.selection.lost() else SpectuneError(replaced(self.adapted_as))
 
-    def _called(self, *args: Any, **named: Any) -> Tensor:
+    def _called(self, *args: object, **named: object) -> Tensor:
         """Return the answer to a call with more than an input, or with an input by its name."""
         given = signature(self.plain_class.forward).bind(self, *args, **named).arguments
         if len(given) == 2:
@@ -349,7 +349,7 @@ class Adapted(Stored):
 
     def sum(self, updates: Sequence[tuple[Update, Weight | RowWeights]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
         """Return y and the answer of several updates, or of updates that differ by row; the base's is `plain`."""
-        over_bases: dict[Any, list[tuple[Factors, Weight | RowWeights, float]]] = {}
+        over_bases: dict[object, list[tuple[Factors, Weight | RowWeights, float]]] = {}
         for update, weight in updates:
             if not update.method.core_only:
                 y = self._add(y, update, weight, x, plain)
@@ -357,7 +357,7 @@ class Adapted(Stored):
             factors = update.method.factors(self.tensors(update))
             # factors of the same basis are the same tensors, so that only the cores are added, whatever the number of
             # adapters
-            core: Any = factors.core  # never the identity, which has nothing to train
+            core: object = factors.core  # never the identity, which has nothing to train
             key = (update.basis_key, core.layout)
             over_bases.setdefault(key, []).append((factors, weight, update.weight))
         for group in over_bases.values():
@@ -471,14 +471,14 @@ class Adapted(Stored):
         """Return W' and b', as far as the adapters that answer now make them, given the layer's name in the model."""
         return merged_tensors(name, self)
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> object:
         replica = super()._replicate_for_data_parallel()
         # a replica's tensors are other ones, in a thread without the caller's context
         replica.selection, replica.prepared = self.selection.of_this_thread(), (None, [])
         replica.fused, replica.weight_values = None, WeightValues()
         return replica
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self.selection.note(self, self.adapted_as)  # which knows of no part when it is a copy
 

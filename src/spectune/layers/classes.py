@@ -69,7 +69,7 @@ def without(kind: Kind, maker: Maker) -> Kind:
 
 def blank(makers: Sequence[Maker], kind: Kind) -> nn.Module:
     """Return a module without a state, of the class that functions make of one."""
-    cls: Any = _made(makers, kind)
+    cls: object = _made(makers, kind)
     return cls.__new__(cls)
 
 
@@ -83,4 +83,4 @@ class Remade:
     """Mixed into classes that are made at run time: copies and pickles name the one that a class was made from."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]

@@ -31,7 +31,7 @@ class ExpertLinear(PartLinear):
         index: of the expert.
     """
 
-    index: Any
+    index: int
 
     def __init__(self, experts: nn.Module, key: str, index: int) -> None:
         rows, columns = tensor_of(experts, key).shape[1:]

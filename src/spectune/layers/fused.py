@@ -118,7 +118,7 @@ class Fused:
             unwatch(parameter)
         self._watched, self._weight, self._scope = [], None, None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer is not fused
+    def __reduce__(self) -> tuple[object, ...]:  # a copy of a layer is not fused
         return type(None), ()
 
 

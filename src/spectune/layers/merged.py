@@ -62,7 +62,7 @@ def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Any, f
     return [(update, factor) for name, factor in active if name in layer.adapters for update in layer.adapters[name]]
 
 
-def merged_bias(layer: Any, active: Sequence[tuple[str, float]]) -> Tensor | None:
+def merged_bias(layer: object, active: Sequence[tuple[str, float]]) -> Tensor | None:
     """Return the layer's new bias, or None where no update has one."""
     parts = _parts(layer, active)
     return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None

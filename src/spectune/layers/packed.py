@@ -39,7 +39,7 @@ class Packed(Tensor):
     """
 
     held: Tensor
-    values: Callable[[Any], Tensor]
+    values: Callable[[object], Tensor]
 
     @staticmethod
     def __new__(cls, held: Tensor, values: Callable[[Any], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Packed:
@@ -67,7 +67,7 @@ class Packed(Tensor):
     def __repr__(self) -> str:
         return f"Packed({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
         return self.dense()
 
     @classmethod
@@ -82,7 +82,7 @@ class Packed(Tensor):
         return func(*args, **kwargs)
 
 
-def _again(values: Callable[[Any], Tensor], shape: Sequence[int], dtype: torch.dtype, held: Tensor) -> Packed:
+def _again(values: Callable[[object], Tensor], shape: Sequence[int], dtype: torch.dtype, held: Tensor) -> Packed:
     return Packed(held, values, shape, dtype)
 
 

@@ -149,8 +149,8 @@ class PartLinear(nn.Linear):
         shape: (out, in) of W.
     """
 
-    owner: Any
-    key: Any
+    owner: nn.Module
+    key: str
 
     def __init__(self, owner: nn.Module, key: str, shape: tuple[int, int]) -> None:
         nn.Module.__init__(self)

@@ -61,8 +61,8 @@ class ProjectionLinear(PartLinear):
         key: the name of that W.
     """
 
-    name: Any
-    rows: Any
+    name: str
+    rows: Rows
 
     def __init__(self, fused: nn.Module, name: str, rows: Rows, key: str = "weight") -> None:
         conv1d = isinstance(fused, Conv1D)

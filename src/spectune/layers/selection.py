@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock, current_thread
-from typing import Any, cast
+from typing import cast
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
@@ -229,7 +229,7 @@ class Selection:
         """Miss a part no more."""
         self._layers.pop((id(part), vars(part)["adapted_as"]), None)
 
-    def lost(self, there: Mapping[str, Any] | None = None) -> list[str]:
+    def lost(self, there: Mapping[str, object] | None = None) -> list[str]:
         """Return the names of parts that something else took the place of, or whose W has another shape now.
 
         Args:
@@ -306,7 +306,7 @@ class Selection:
         if y.grad_fn is not None:
             # the graph holds the scope, and the set holds it weakly: it is forgotten when nothing can run backward
             # through it any more, with no hook to be called
-            cast("dict[str, Any]", y.grad_fn.metadata)[_KEY] = scope
+            cast("dict[str, object]", y.grad_fn.metadata)[_KEY] = scope
             with _counting:
                 self._in_graphs.add(scope)
 

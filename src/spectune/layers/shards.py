@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_part(tensor: Any) -> TypeGuard[DTensor]:
+def is_part(tensor: object) -> TypeGuard[DTensor]:
     """Whether a process holds a part of this tensor only."""
     return hasattr(tensor, "full_tensor") or _is_empty(tensor)
 
@@ -34,7 +34,7 @@ def whole(tensor: Tensor) -> Tensor:
             "deepspeed.zero.GatheredParameters(list(model.parameters())), in every process"
         )
     own = tensor.detach()
-    return own.full_tensor() if is_part(own) else own  # type: ignore[no-any-return]
+    return own.full_tensor() if is_part(own) else own
 
 
 def as_part(tensor: Tensor, of: Tensor) -> Tensor:

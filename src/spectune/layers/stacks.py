@@ -274,12 +274,12 @@ class RoutedForward:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, layer: Layer, shares: dict[str, RowWeights], x: Tensor, stacks: dict[Any, Stack]) -> None:
+    def __init__(self, layer: Layer, shares: dict[str, RowWeights], x: Tensor, stacks: dict[object, Stack]) -> None:
         self._layer, self._there = layer, list(layer.adapters._modules.values())
         self._groups: list[_ByCore | _ByFactors] = []
         self._alone: list[Use] = []
         self._copies = False
-        kinds: dict[Any, list[Use]] = {}
+        kinds: dict[object, list[Use]] = {}
         for name, share in shares.items():
             for update in layer.adapters[name]:  # type: ignore[attr-defined]
                 dropped = update.training and update.method.drop

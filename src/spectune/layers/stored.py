@@ -66,7 +66,7 @@ class Stored(Remade, nn.Module):
             state[f"{prefix}{MARK}"] = torch.ones(())
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *args: object) -> None:
         self.check_state(state_dict, prefix)
         if state_dict.pop(f"{prefix}{MARK}", None) is not None:
             own = {**self._parameters, **self._buffers}
@@ -119,9 +119,9 @@ class _Asked:
 _latest = local()  # the state that a thread is filling, and who asked for it: the same for all its modules
 
 
-def _asked_for(state: Any) -> _Asked:
+def _asked_for(state: object) -> _Asked:
     """Return who asks for the state that modules one after another add to."""
-    known: tuple[ReferenceType[Any], _Asked] | None = getattr(_latest, "asked", None)
+    known: tuple[ReferenceType[object], _Asked] | None = getattr(_latest, "asked", None)
     if known is not None and known[0]() is state:
         return known[1]
     asked = _who_asks()
@@ -140,7 +140,7 @@ def stored_as(form: Form) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def form_in(folder: Any) -> Form:
+def form_in(folder: object) -> Form:
     """Return the form of the state in a folder that a model is saved to."""
     return "both" if _CHECKPOINT.fullmatch(Path(str(folder)).name) else "merged"
 
@@ -151,7 +151,7 @@ def _who_asks() -> _Asked:
     These are `save_pretrained` of any library but PEFT, whose folders have no base, and `save_model` of safetensors and
     accelerate.
     """
-    frame: Any = sys._getframe(3)
+    frame: object = sys._getframe(3)
     while frame is not None:
         code, library = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
         if code.co_name == "save_pretrained" and code.co_argcount > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, ABCMeta
 from functools import cache
-from typing import Any
 
 import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
@@ -59,13 +58,13 @@ def answers_otherwise(layer: nn.Module) -> bool:
     return not all(map(_goes_around, _own_forwards(type(layer))[1]))
 
 
-def _own_forwards(kind: type[nn.Module]) -> tuple[type[nn.Module], list[Any]]:
+def _own_forwards(kind: type[nn.Module]) -> tuple[type[nn.Module], list[object]]:
     """Return the known class that a layer's class is made from, and the forward methods that come before its own."""
     plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _KIND_OF)
     return plain, [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
 
 
-def _goes_around(forward: Any) -> bool:
+def _goes_around(forward: object) -> bool:
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return {"super", "forward"} <= set(names) and "weight" not in names
 

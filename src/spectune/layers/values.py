@@ -148,7 +148,7 @@ class WeightValues:
             unwatch(self._seen.owner)
         self._seen = None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer has another W
+    def __reduce__(self) -> tuple[object, ...]:  # a copy of a layer has another W
         return WeightValues, ()
 
 

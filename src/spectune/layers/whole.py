@@ -65,9 +65,9 @@ class Whole(Stored):
     plain_class: type[nn.Module]
     adapted_as: str
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         if not isinstance(self, Whole):  # who wrapped this method while it was one calls it for the plain module too
-            return type(self).forward(self, *args, **kwargs)  # type: ignore[unreachable]
+            return type(self).forward(self, *args, **kwargs)
         learning = torch.is_grad_enabled()
         scope = self.selection.scope_with_gradients() if learning else self.selection.scope()
         y = self._chosen(scope.choice, args, kwargs)
@@ -182,12 +182,12 @@ class Whole(Stored):
             found[key] = total.to(plain.dtype)
         return found
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> object:
         replica = super()._replicate_for_data_parallel()
         replica.selection = self.selection.of_this_thread()  # in a thread without the caller's context
         return replica
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self.selection.note(self, self.adapted_as, shaped=False)  # which knows of no part when it is a copy
 
@@ -204,7 +204,7 @@ def shallow(
     kind: type[nn.Module],
     tensors: Mapping[str, Tensor],
     modules: Mapping[str, nn.Module] | None = None,
-    **attributes: Any,
+    **attributes: object,
 ) -> nn.Module:
     """Return a copy of a module that shares all with it but the tensors, modules and attributes that are given."""
     copy = object.__new__(kind)

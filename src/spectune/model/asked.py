@@ -135,8 +135,8 @@ class _Watch(TorchFunctionMode):
         self,
         func: Callable[..., T],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> T:
         result = func(*args, **(kwargs or {}))
         values = [*args, *(kwargs or {}).values()]

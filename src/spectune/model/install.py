@@ -50,7 +50,7 @@ def install(
     name: str,
     *,
     trained_on: Mapping[str, Tensor | None] | None = None,
-    progress: Any = None,
+    progress: object = None,
     dtype: torch.dtype | Literal["base"] | None = None,
 ) -> None:
     """Put terms on layers under a name; the model is touched only when nothing can fail any more."""
@@ -63,7 +63,7 @@ def prepared(
     name: str,
     *,
     trained_on: Mapping[str, Tensor | None] | None = None,
-    progress: Any = None,
+    progress: object = None,
     dtype: torch.dtype | Literal["base"] | None = None,
 ) -> Prepared:
     """Return what `put_on` needs to put terms on layers; the model is only read, whoever runs it meanwhile."""

@@ -172,7 +172,7 @@ def _told_apart(
     calls: list[nn.Module] = []
 
     # another thread may have these hooks at hand when they are gone, and then gives them no kwargs
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> None:
         if shared[0].scope().choice is not routed:
             return
         calls.append(module)

@@ -38,8 +38,8 @@ class Call(NamedTuple):
     """
 
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     rows: int
 
     @property
@@ -142,7 +142,7 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[Pl
     return places, {module: plan for module, plan in plans.items() if plan}
 
 
-def _eager() -> AbstractContextManager[Any]:
+def _eager() -> AbstractContextManager[object]:
     """Return a context in which nothing is compiled; where nothing was, what compiles takes seconds to import."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
@@ -210,10 +210,10 @@ def _recording(layers: Iterable[nn.Module], modules: Iterable[nn.Module]) -> Ite
     def of_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         record.inputs[module].append(Seen.of(args[0] if args else next(iter(kwargs.values())), features=True))
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         open_calls[module].append(_seen((args, kwargs)))
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         record.calls[module].append((open_calls[module].pop(), _seen(output)))
 
     with ExitStack() as hooks:

@@ -52,7 +52,7 @@ class Saving:
         """False: transformers' trainers ask whether nothing can be trained, as in a model of packed weights alone."""
         return False
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, object], *args: object, **kwargs: object) -> object:
         """Load a state, of this model with its adapters.
 
         Raises:

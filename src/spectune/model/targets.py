@@ -188,7 +188,7 @@ def _by_precedence(
     return methods
 
 
-def _with_field(method: Method, field: str, value: Any, name: str) -> Method:
+def _with_field(method: Method, field: str, value: object, name: str) -> Method:
     """Return a method, or one around another, with another rank or alpha."""
     if field in {f.name for f in dataclasses.fields(method)}:
         return dataclasses.replace(method, **{field: value})

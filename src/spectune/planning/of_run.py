@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from spectune.bases.runs import SETTINGS, named, settings_of
 from spectune.errors import SpectuneError
@@ -12,7 +11,7 @@ from spectune.training.config import load_config
 _UNKNOWN = ("layers_to_transform", "rank_pattern", "alpha_pattern", "split")  # to the planner
 
 
-def settings_for(name: str) -> dict[str, Any]:
+def settings_for(name: str) -> dict[str, object]:
     """Return arguments of `plan` for a model, for a run by its folder, or for the base of an adapter by its folder.
 
     A run gives its base, method, layers, batch, length and precision, also before it has ended.
@@ -27,7 +26,7 @@ def settings_for(name: str) -> dict[str, Any]:
     given += ["targets that map to methods"] if isinstance(config.targets, dict) else []
     if given:
         raise SpectuneError(f"{name} was trained with {given[0]}, which a plan knows nothing of: plan {config.model}")
-    found: dict[str, Any] = {"model": config.model, "methods": [config.method], "targets": config.targets}
+    found: dict[str, object] = {"model": config.model, "methods": [config.method], "targets": config.targets}
     found |= {"exclude": config.exclude, "overrides": config.overrides, "batch_size": config.batch_size}
     found |= {"length": config.max_length, "gradient_checkpointing": config.gradient_checkpointing}
     precision = {"nf4": "4bit"}.get(config.quantize or "", config.dtype)

@@ -52,7 +52,7 @@ class Tally(TorchDispatchMode):
         self._token = counted.set(self._repeated)
         return super().__enter__()
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         counted.reset(self._token)
 
@@ -66,8 +66,12 @@ class Tally(TorchDispatchMode):
             self._times = before
 
     def __torch_dispatch__(
-        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = list(_on_meta((*args, *kwargs.values())))
@@ -112,7 +116,7 @@ class Tally(TorchDispatchMode):
                 self.held -= self._seen[key][1]
 
     def _charge(
-        self, func: OpOverload, args: tuple[Any, ...], given: list[Tensor], made: list[Tensor], flops: float
+        self, func: OpOverload, args: tuple[object, ...], given: list[Tensor], made: list[Tensor], flops: float
     ) -> float:
         """Return the seconds of an operation."""
         name, dtype = func._schema.name.removeprefix("aten::"), given[0].dtype if given else torch.float32

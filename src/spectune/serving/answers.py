@@ -7,11 +7,14 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectune.serving.jobs import Event
 from spectune.serving.sampling import Logprobs
 from spectune.serving.text import token_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -42,10 +45,10 @@ class Answer:
     def __init__(
         self,
         model: str,
-        told: Mapping[str, Any],
+        told: Mapping[str, object],
         prompt_tokens: int,
         replies: int,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         usage: bool = False,
         cached: Callable[[], int] = lambda: 0,
@@ -73,7 +76,7 @@ class Answer:
         return sum(reply.tokens for reply in self.replies)
 
     @property
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, object]:
         """The tokens of prompts and replies."""
         tokens = self.tokens
         return {
@@ -83,33 +86,33 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self._cached()},
         }
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> dict[str, object]:
         """Return the answer at once."""
         choices = [self._choice(i, reply) for i, reply in enumerate(self.replies)]
         return {**self._head(self.kind), "choices": choices, "usage": self.usage}
 
-    def first(self) -> list[dict[str, Any]]:
+    def first(self) -> list[dict[str, object]]:
         """Return the chunks that come before any text."""
         return []
 
-    def chunk(self, event: Event) -> dict[str, Any]:
+    def chunk(self, event: Event) -> dict[str, object]:
         """Return what came as a chunk of a stream."""
         return self._chunk([self._piece(event)])
 
-    def last(self) -> list[dict[str, Any]]:
+    def last(self) -> list[dict[str, object]]:
         """Return the chunks that come after all text."""
         return [{**self._head(self.chunk_kind), "choices": [], "usage": self.usage}] if self._usage else []
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
         return {**self._head(self.chunk_kind), "choices": choices, **({"usage": None} if self._usage else {})}
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.model, **self.told}
 
-    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+    def _choice(self, index: int, reply: Reply) -> dict[str, object]:
         raise NotImplementedError
 
-    def _piece(self, event: Event) -> dict[str, Any]:
+    def _piece(self, event: Event) -> dict[str, object]:
         raise NotImplementedError
 
     def _token_text(self, token: int) -> str:
@@ -121,14 +124,14 @@ class ChatAnswer(Answer):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def first(self) -> list[dict[str, Any]]:
+    def first(self) -> list[dict[str, object]]:
         start = {"role": "assistant", "content": ""}
         return [
             self._chunk([{"index": i, "delta": start, "logprobs": None, "finish_reason": None}])
             for i in range(len(self.replies))
         ]
 
-    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+    def _choice(self, index: int, reply: Reply) -> dict[str, object]:
         message = {"role": "assistant", "content": reply.text, "refusal": None}
         return {
             "index": index,
@@ -137,7 +140,7 @@ class ChatAnswer(Answer):
             "finish_reason": reply.finish,
         }
 
-    def _piece(self, event: Event) -> dict[str, Any]:
+    def _piece(self, event: Event) -> dict[str, object]:
         return {
             "index": event.row,
             "delta": {"content": event.text} if event.text else {},
@@ -145,7 +148,7 @@ class ChatAnswer(Answer):
             "finish_reason": event.finish,
         }
 
-    def _logprobs(self, found: Sequence[Logprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, found: Sequence[Logprobs]) -> dict[str, object] | None:
         if not found:
             return None
         content = [
@@ -154,7 +157,7 @@ class ChatAnswer(Answer):
         ]
         return {"content": content, "refusal": None}
 
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+    def _one(self, token: int, logprob: float) -> dict[str, object]:
         bytes_ = token_bytes(self._tokenizer, token)
         return {"token": bytes_.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(bytes_)}
 
@@ -168,7 +171,7 @@ class CompletionAnswer(Answer):
         super().__init__(*args, **named)
         self._offsets = [0] * len(self.replies)
 
-    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+    def _choice(self, index: int, reply: Reply) -> dict[str, object]:
         return {
             "index": index,
             "text": reply.text,
@@ -176,7 +179,7 @@ class CompletionAnswer(Answer):
             "finish_reason": reply.finish,
         }
 
-    def _piece(self, event: Event) -> dict[str, Any]:
+    def _piece(self, event: Event) -> dict[str, object]:
         return {
             "index": event.row,
             "text": event.text,
@@ -184,7 +187,7 @@ class CompletionAnswer(Answer):
             "finish_reason": event.finish,
         }
 
-    def _logprobs(self, index: int, found: Sequence[Logprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, found: Sequence[Logprobs]) -> dict[str, object] | None:
         if not found:
             return None
         texts, offsets = [], []
@@ -206,6 +209,6 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0
 
 
-def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
     """Return an error in OpenAI's words."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -126,16 +126,16 @@ class Service:
 
     # -- adapters
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[dict[str, object]]:
         """Return what can be asked for, the base first."""
         head = {"object": "model", "created": self.began, "owned_by": "spectune", "root": self.name}
-        found: list[dict[str, Any]] = [{"id": BASE, **head, "parent": None, "max_model_len": self.reader.context}]
+        found: list[dict[str, object]] = [{"id": BASE, **head, "parent": None, "max_model_len": self.reader.context}]
         found += [{"id": AUTO, **head, "parent": BASE}] if self.choose is not None else []
         return found + [
             {"id": v.name, **head, "parent": BASE, "adapter": _short(v)} for v in self.engine.shelf.versions
         ]
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str) -> dict[str, object]:
         """Return one of them, an adapter with the names of its layers.
 
         Raises:
@@ -185,7 +185,13 @@ class _Answering(Response):
     """Sends an answer, and frees its rows as soon as the client is gone, whether it is streamed or not."""
 
     def __init__(
-        self, engine: Engine, job: Job, events: asyncio.Queue[list[Event]], answer: Answer, stream: bool, notes: Any
+        self,
+        engine: Engine,
+        job: Job,
+        events: asyncio.Queue[list[Event]],
+        answer: Answer,
+        stream: bool,
+        notes: dict[str, object],
     ) -> None:
         super().__init__()
         self._engine, self._job, self._events, self._answer = engine, job, events, answer
@@ -251,7 +257,7 @@ class _Answering(Response):
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+def _told(error: Exception) -> tuple[int, dict[str, object]]:
     """Return the status and the document of an error."""
     bad = "invalid_request_error"
     if isinstance(error, UnknownAdapter):
@@ -333,11 +339,11 @@ def make_app(service: Service, *, page: bytes = b"") -> FastAPI:
         return await service.answer(request, CompletionRequest)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": service.models()}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         return service.model(name)
 
     @app.post("/v1/load_lora_adapter")

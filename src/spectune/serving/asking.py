@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.prompts import prompt_tokens, stop_tokens, uses
 from spectune.errors import SpectuneError
@@ -12,6 +12,9 @@ from spectune.serving.protocol import MOST_REPLIES, ChatRequest, CompletionReque
 from spectune.serving.sampling import Sampler, Sampling
 from spectune.serving.shelf import Shelf, weight_of
 from spectune.serving.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _GREEDY = 1e-5  # temperatures below are zero
 
@@ -37,7 +40,9 @@ class Reader:
         most_tokens: of a reply, whatever is asked for.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, most_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(config, "max_position_embeddings", None)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from spectune.serving.cache import RowCache, check_cache
 from spectune.serving.prefixes import BLOCK, Prefixes, laid_out
 from spectune.serving.sampling import Logprobs, Sampler, Sampling
 from spectune.serving.text import TextStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(eq=False)
@@ -46,7 +49,7 @@ class Row:
     text: TextStream
     limit: int
     ends: frozenset[int] = frozenset()
-    mixture: Mapping[str, Any] = field(default_factory=dict)
+    mixture: Mapping[str, object] = field(default_factory=dict)
     origin: Hashable = frozenset()
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -86,7 +89,7 @@ class Batch:
         SpectuneError: a model whose texts cannot join a batch.
     """
 
-    def __init__(self, model: Any, prefixes: Prefixes | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Prefixes | None = None) -> None:
         if not (hasattr(model, "can_generate") and model.can_generate()) or model.config.is_encoder_decoder:
             raise SpectuneError(f"{type(model).__name__} is no model that goes on with a text, which is what is served")
         check_cache(model)
@@ -95,9 +98,9 @@ class Batch:
         self._last = last_logits(model)
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         self._routed = ExitStack()
-        self._routes: list[Mapping[str, Any]] | None = None  # those of the context that is open
-        self._stacks: dict[Any, Any] = {}
-        self._stacks_of_prompts: dict[Any, Any] = {}
+        self._routes: list[Mapping[str, object]] | None = None  # those of the context that is open
+        self._stacks: dict[object, object] = {}
+        self._stacks_of_prompts: dict[object, object] = {}
 
     @property
     def bytes(self) -> int:
@@ -198,10 +201,10 @@ class Batch:
         prompts.read = end
         return logits if end == prompts.mask.shape[1] else None
 
-    def _forward(self, ids: Any, mask: Tensor, cache: Any) -> Tensor:
+    def _forward(self, ids: object, mask: Tensor, cache: object) -> Tensor:
         device = self.model.device
         ids, mask = torch.as_tensor(ids, device=device), mask.to(device)
-        given: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, **self._last}
+        given: dict[str, object] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, **self._last}
         if self._positions:
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return self.model(input_ids=ids, **given).logits[:, -1].float()
@@ -257,7 +260,7 @@ def unread(row: Row, prefixes: Prefixes | None) -> int:
 
 
 @torch.inference_mode()
-def check_joining(model: Any, tokenizer: Any) -> int:
+def check_joining(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Raise unless rows that join a batch are answered as each is alone; return the bytes that a token's keys take.
 
     Raises:
@@ -291,5 +294,5 @@ def check_joining(model: Any, tokenizer: Any) -> int:
     return size
 
 
-def _row_of(prompt: list[int], model: Any, tokenizer: Any) -> Row:
+def _row_of(prompt: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Row:
     return Row(prompt, Sampler(model, Sampling(temperature=0), prompt), TextStream(tokenizer, prompt), 2)

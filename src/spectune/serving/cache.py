@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from spectune.errors import SpectuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPARE = 64  # columns beyond those in use, at least
 
@@ -135,7 +138,7 @@ class RowCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.width + query_length, 0
 
-    def __deepcopy__(self, memo: Any) -> RowCache:
+    def __deepcopy__(self, memo: object) -> RowCache:
         """Return a cache of the same tensors, for a trial, which is to take some of its rows."""
         other = RowCache()
         other.lengths, other._begin, other._end = list(self.lengths), self._begin, self._end
@@ -161,7 +164,9 @@ class _RowLayer(CacheLayerMixin):
         self.keys: Tensor = keys
         self.values: Tensor = values
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         return self.cache.add(self.keys, key_states), self.cache.add(self.values, value_states)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
@@ -176,7 +181,7 @@ class _RowLayer(CacheLayerMixin):
         return -1
 
 
-def check_cache(model: Any) -> None:
+def check_cache(model: PreTrainedModel) -> None:
     """Raise unless what a model keeps of a text are keys and values of each token, which rows can come and go with.
 
     Raises:

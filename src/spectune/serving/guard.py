@@ -9,11 +9,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
 from spectune.serving.answers import failure
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("spectune.serving.access")
 _OPEN = ("/", "/health")  # what anybody may ask for
@@ -37,7 +40,7 @@ class Guard:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         key: str | None,
         most_bytes: int,
         hosts: Collection[str] = (),
@@ -46,15 +49,15 @@ class Guard:
         self._app, self._most, self._hosts, self._seen = app, most_bytes, hosts, seen
         self._key = None if key is None else key.encode()
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
-        notes: dict[str, Any] = scope.setdefault("state", {})
+        notes: dict[str, object] = scope.setdefault("state", {})
         read = 0
 
-        async def receive_bounded() -> Any:
+        async def receive_bounded() -> Message:
             nonlocal read
             message = await receive()
             if message["type"] == "http.request":
@@ -64,7 +67,7 @@ class Guard:
                     raise HTTPException(413, self._too_large)
             return message
 
-        async def send_noted(message: Any) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -88,7 +91,7 @@ class Guard:
             if self._seen is not None:
                 self._seen(getattr(scope.get("route"), "path", "other"), status, seconds)
 
-    def _refused(self, scope: Any) -> tuple[int, dict[str, Any]] | None:
+    def _refused(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if (
@@ -127,7 +130,7 @@ class Guard:
         return f"the body has more than {self._most:,} bytes, which is what is read"
 
 
-async def _drain(receive: Any, message: Any, most_bytes: int) -> None:
+async def _drain(receive: Receive, message: Message, most_bytes: int) -> None:
     """Read what is left of a body and throw it away, within bounds.
 
     A connection that is closed while bytes of its client lie unread is reset, and the answer may be lost with it.
@@ -143,7 +146,7 @@ async def _drain(receive: Any, message: Any, most_bytes: int) -> None:
         await asyncio.wait_for(rest(), _SECONDS_DRAINED)
 
 
-async def _send(send: Any, status: int, document: dict[str, Any]) -> None:
+async def _send(send: Send, status: int, document: dict[str, object]) -> None:
     body = json.dumps(document).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Row
@@ -62,10 +62,10 @@ class Job:
     """
 
     rows: list[Row]
-    weights: Mapping[str, Any]
+    weights: Mapping[str, object]
     deliver: Callable[[list[Event]], None]
     seconds: float | None = None
-    mixture: dict[Version, Any] = field(default_factory=dict)
+    mixture: dict[Version, object] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     left: list[Row] = field(default_factory=list)
     cancelled: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,7 +32,7 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
+    def _without_nulls(cls, values: object) -> object:
         """Take a key whose value is null for one that is not there."""
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
@@ -55,7 +55,7 @@ class _Generation(_Strict):
     """What chats and completions have in common."""
 
     model: Annotated[str, Field(max_length=4096)] = ""
-    adapter_weights: dict[str, Any] = {}
+    adapter_weights: dict[str, object] = {}
     adapter_parameters: AdapterParameters | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -73,7 +73,7 @@ class _Generation(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] = {}
-    response_format: dict[str, Any] = {"type": "text"}
+    response_format: dict[str, object] = {"type": "text"}
 
     @property
     def limit(self) -> int | None:
@@ -94,13 +94,13 @@ class _Generation(_Strict):
 class ChatRequest(_Generation):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, object]], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    tools: list[dict[str, Any]] = []
-    tool_choice: str | dict[str, Any] = "auto"
-    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, object]] = []
+    tool_choice: str | dict[str, object] = "auto"
+    chat_template_kwargs: dict[str, object] = {}
 
     @property
     def limit(self) -> int | None:
@@ -203,7 +203,7 @@ def _check_support(asked: _Generation) -> None:
         raise Refused("'top_logprobs' needs 'logprobs': true", "top_logprobs")
 
 
-def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def checked_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Return messages whose contents are text, or lists of parts that are.
 
     Raises:

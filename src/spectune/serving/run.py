@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -23,6 +23,10 @@ from spectune.serving.jobs import Limits
 from spectune.serving.prefixes import Prefixes
 from spectune.serving.shelf import Shelf
 from spectune.transformer2.two_pass import Transformer2
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHARE = 0.5  # of the memory that is free, for keys and values
 _SHARE_KEPT = 0.1  # of it, for those of texts that others may begin with
@@ -97,7 +101,13 @@ def put_adapters(shelf: Shelf, sources: Mapping[str, Callable[[], Adapter]], say
             say(f"the adapter {name!r} is not served: {error}")
 
 
-def start_engine(model: Any, tokenizer: Any, shelf: Shelf, limits: Limits, prefix_bytes: int | None = None) -> Engine:
+def start_engine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shelf: Shelf,
+    limits: Limits,
+    prefix_bytes: int | None = None,
+) -> Engine:
     """Return an engine that answers, with as many tokens at once as memory holds.
 
     Raises:
@@ -119,8 +129,8 @@ def _free_memory(device: torch.device) -> int:
 
 
 def serve(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     sources: Mapping[str, Callable[[], Adapter]],
     *,
     name: str,
@@ -156,7 +166,7 @@ def serve(
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def http_config(app: Any, **others: Any) -> Any:
+def http_config(app: ASGIApp, **others: Any) -> Any:
     """Return uvicorn's configuration for an application; `others` are more of it."""
     import uvicorn
 
@@ -167,7 +177,13 @@ def http_config(app: Any, **others: Any) -> Any:
 
 
 def build(
-    model: Any, tokenizer: Any, shelf: Shelf, *, name: str, settings: Settings, two: Transformer2 | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shelf: Shelf,
+    *,
+    name: str,
+    settings: Settings,
+    two: Transformer2 | None = None,
 ) -> tuple[Any, Engine]:
     """Return the ASGI application of a server, and its engine, which has begun.
 

@@ -6,10 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Sampler:
         row: which of the request's rows it is.
     """
 
-    def __init__(self, model: Any, sampling: Sampling, prompt: Sequence[int], row: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, prompt: Sequence[int], row: int = 0) -> None:
         self.sampling = sampling
         greedy = sampling.temperature == 0
         config = copy.deepcopy(model.generation_config)
@@ -67,7 +70,7 @@ class Sampler:
         if sampling.repetition_penalty is not None:
             config.repetition_penalty = sampling.repetition_penalty
         config.max_length = config.forced_eos_token_id = None
-        self._processors = model._get_logits_processor(config, input_ids_seq_length=len(prompt))
+        self._processors = cast(Any, model)._get_logits_processor(config, input_ids_seq_length=len(prompt))
         self._generator = None
         if not greedy:
             self._generator = torch.Generator()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError, nearest
@@ -19,6 +19,9 @@ from spectune.model.lifecycle import detach
 from spectune.model.names import adapter_names
 from spectune.model.routing import activate
 from spectune.spectral._hash import tensors_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BASE, AUTO = "base", "auto"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
@@ -75,7 +78,7 @@ class Version:
     failed: Exception | None = None
 
 
-Mixture = Mapping[Version, Any]  # a weight each, or one for each layer; none is the base
+Mixture = Mapping[Version, object]  # a weight each, or one for each layer; none is the base
 
 
 class Shelf:
@@ -93,7 +96,7 @@ class Shelf:
     """
 
     def __init__(
-        self, model: Any, base_names: Iterable[str] = (), *, auto: bool = False, most: int | None = None
+        self, model: PreTrainedModel, base_names: Iterable[str] = (), *, auto: bool = False, most: int | None = None
     ) -> None:
         self.model, self.auto, self.most = model, auto, most
         self.base_names = (BASE, *base_names)
@@ -260,7 +263,7 @@ class Shelf:
             version.slot = None
             del self._on_model[version]
 
-    def mixture(self, weights: Mapping[str, Any]) -> dict[Version, Any]:
+    def mixture(self, weights: Mapping[str, object]) -> dict[Version, object]:
         """Return what these names stand for now, with a weight each; a weight of zero is left out.
 
         Raises:
@@ -331,7 +334,7 @@ def weight_of(name: str, value: Any) -> float:
     return weight
 
 
-def _about(adapter: Adapter) -> dict[str, Any]:
+def _about(adapter: Adapter) -> dict[str, object]:
     methods = dict.fromkeys(term.method.name for layer in adapter.layers.values() for term in layer.terms)
     return {
         "methods": list(methods),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+from spectune.bases.prompts import decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BEFORE = 6  # tokens of the prompt that a decoder may look at: whether a space comes first, say
 _MOST_HALVES = 3  # bytes of a character that lacks one
@@ -25,7 +30,7 @@ class TextStream:
         stopped: whether a stop string came.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
         self._tokens = list(prompt[-_BEFORE:])  # from where the text is decoded
         self._whole = len(self._tokens)  # of them, those whose text is known to the last character
@@ -53,7 +58,8 @@ class TextStream:
         return "" if self.stopped else held
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # a list of texts is the answer to a list of lists
 
     def _certain(self, more: str) -> str:
         text = self._held + more
@@ -71,14 +77,14 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def token_bytes(tokenizer: Any, token: int) -> bytes:
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """Return a token's bytes, also where they are part of a character."""
-    written = tokenizer.convert_ids_to_tokens(token)
+    written = cast("str | None", tokenizer.convert_ids_to_tokens(token))
     if written is None:
         return b""
     if written.startswith("<0x") and written.endswith(">") and len(written) == 6:
         return bytes([int(written[3:5], 16)])
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = decoded(tokenizer, [token])
     if _HALF not in text:
         return text.encode()
     try:

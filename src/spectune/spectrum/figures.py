@@ -70,7 +70,9 @@ def draw_distribution(
         pooled = np.concatenate(list(held.values()))
         logs = np.log10(pooled[pooled >= limits[0]])
         weights = np.full(len(logs), 100 / len(pooled))
-        style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.75} if about is document else {"histtype": "step"}
+        style: dict[str, object] = (
+            {"histtype": "stepfilled", "alpha": 0.75} if about is document else {"histtype": "step"}
+        )
         above.hist(logs, edges, weights=weights, color=color, label=about.label, lw=1.6, **style)
     share = document.summary.share
     for axes in (above, below):

@@ -160,7 +160,7 @@ class TrainConfig(BaseModel):
     overwrite: bool = Field(False, description="start anew in an output folder that holds an adapter")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
-    def __new__(cls, **values: Any) -> TrainConfig:
+    def __new__(cls, **values: object) -> TrainConfig:
         # a configuration is of a class that has the keys of its task as well
         if cls.options_type is None:
             cls = with_task(cls, str(values.get("task", cls.model_fields["task"].default)))
@@ -176,7 +176,7 @@ class TrainConfig(BaseModel):
         """Return a path of the home folder in full, which a shell writes out only where it stands alone."""
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
-    def in_full(self) -> dict[str, Any]:
+    def in_full(self) -> dict[str, object]:
         """Return all settings, with the paths of files and folders that are there in full: true in every folder."""
         from spectune.bases.loading import EMBEDDED  # with torch, which the command line's help does without
 
@@ -388,7 +388,7 @@ def _place(data: str) -> str:
     return os.path.abspath(data)  # an id, too, is then equal to itself only
 
 
-def _value(text: str, field: FieldInfo | None) -> Any:
+def _value(text: str, field: FieldInfo | None) -> object:
     """Return what a text on the command line means: what YAML makes of it, but text where a key takes nothing else."""
     if field is not None and field.annotation in (str, str | None):
         return None if field.annotation is not str and text in ("null", "~", "") else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from spectune.training.config import TrainConfig
 
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     """
 
     key: str
-    value: Any
+    value: object
     said: str
     reason: str
 

@@ -87,8 +87,8 @@ def _missing(packages: tuple[str, ...]) -> list[str]:
     return [name for name in packages if not there(name)]
 
 
-def _devices() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{"name": "cpu", "what": platform.processor() or platform.machine()}]
+def _devices() -> list[dict[str, object]]:
+    found: list[dict[str, object]] = [{"name": "cpu", "what": platform.processor() or platform.machine()}]
     for i in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         about = torch.cuda.get_device_properties(i)
         capability = f"{about.major}.{about.minor}"
@@ -117,7 +117,7 @@ def _no_cache() -> Any:
             os.environ["SPECTUNE_CACHE"] = before
 
 
-def _test(name: str, device: torch.device) -> dict[str, Any]:
+def _test(name: str, device: torch.device) -> dict[str, object]:
     """Adapt a small model by a method, train it for a few steps and take the adapter off again."""
     start = time.perf_counter()
     try:

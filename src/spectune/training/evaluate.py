@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -30,6 +30,9 @@ from spectune.training.record import digest, read_run
 from spectune.training.replies import Asked, asked, replies, short, spoken
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer.totals import Totals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NAME = "run"
 _LESS = ("mse", "mae")  # measures of which less is better, beside losses
@@ -98,7 +101,9 @@ def evaluate(
     return document
 
 
-def _harness(harness: Any, model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, Any]:
+def _harness(
+    harness: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]
+) -> dict[str, Any]:
     models = need("lm_eval.models.huggingface", "an evaluation with tasks of lm-evaluation-harness", "lm_eval")
     wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer)
     found = harness.simple_evaluate(model=wrapped, tasks=list(tasks))
@@ -133,7 +138,12 @@ def _chosen(side: str) -> str | None:
 
 @torch.no_grad()
 def _measures(
-    task: Task, model: Any, tokenizer: Any, held: Sequence[Record], side: str, console: Console
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held: Sequence[Record],
+    side: str,
+    console: Console,
 ) -> dict[str, float]:
     """Return the task's measures, as its evaluation in training has them."""
     activate(model, _chosen(side))
@@ -151,8 +161,13 @@ def _measures(
 
 
 def _replies(
-    model: Any, tokenizer: Any, shown: Sequence[Asked], max_new_tokens: int, fused: bool, console: Console
-) -> list[dict[str, Any]]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shown: Sequence[Asked],
+    max_new_tokens: int,
+    fused: bool,
+    console: Console,
+) -> list[dict[str, object]]:
     said: dict[str, list[str]] = {}
     for side in SIDES:
         activate(model, _chosen(side))
@@ -164,12 +179,14 @@ def _replies(
     ]
 
 
-def _labels(model: Any, tokenizer: Any, held: Sequence[Record], prompts: Sequence[str]) -> list[dict[str, Any]]:
+def _labels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held: Sequence[Record], prompts: Sequence[str]
+) -> list[dict[str, object]]:
     texts = [*(record["text"] for record in held), *prompts]
     pairs = [*(record.get("text_pair") for record in held), *([None] * len(prompts))]
     labels = [*(told(record["label"]) for record in held), *([None] * len(prompts))]
     label_names(model)
-    rows: list[dict[str, Any]] = [{"prompt": text, "data": label} for text, label in zip(texts, labels, strict=True)]
+    rows: list[dict[str, object]] = [{"prompt": text, "data": label} for text, label in zip(texts, labels, strict=True)]
     for side in SIDES:
         activate(model, _chosen(side))
         for row, text, pair in zip(rows, texts, pairs, strict=True):

@@ -68,7 +68,7 @@ def inspect(config: TrainConfig, show: int = 3) -> dict[str, Any]:
 
 def _part(
     records: Sequence[Record], examples: Callable[[Record], list[Example]], limit: int, learns: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     lengths: list[int] = []
     learned, cut, dropped = 0, [], []
     for number, record in enumerate(records, start=1):
@@ -86,7 +86,7 @@ def _part(
             elif len(example.tokens) > limit:
                 cut.append({"where": where, "tokens": len(example.tokens)})
     ordered = sorted(lengths)
-    part: dict[str, Any] = {
+    part: dict[str, object] = {
         "records": len(records),
         "examples": len(lengths),
         "tokens": sum(min(length, limit) for length in lengths),
@@ -110,7 +110,7 @@ def _part(
 
 def _written(
     record: Record, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     found = {
         "where": getattr(record, "where", None),
         "examples": [
@@ -195,7 +195,7 @@ def write_page(document: dict[str, Any], path: Path) -> None:
     write_atomically(path, lambda place: place.write_text(html, encoding="utf-8"))
 
 
-def caption(record: dict[str, Any], example: dict[str, Any], number: int, count: int) -> str:
+def caption(record: dict[str, object], example: dict[str, object], number: int, count: int) -> str:
     """Say which example of which record this is."""
     which = f", example {number} of {count}" if count > 1 else ""
     label = f", label {record['label']!r}" if "label" in record else ""

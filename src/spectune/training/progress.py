@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -31,6 +31,10 @@ from spectune.storage import open_itself, telling_of_full_disks, write_atomicall
 from spectune.training import processes
 from spectune.training.curve import spoken
 from spectune.training.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 _RISE, _SMOOTHED = 3, 10  # times what the loss was at first, and lines of the log that it is smoothed over
 _PACE = ("_runtime", "_per_second", "_time")
@@ -77,7 +81,9 @@ class RunLog(TrainerCallback):
         """Take token counts, and the measure to show, from this trainer."""
         self._trainer, self._curve = trainer, trainer.task.curve
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         rises = args.get_warmup_steps(state.max_steps)
         if 0 < state.max_steps <= rises:
             self._console.print(
@@ -119,7 +125,9 @@ class RunLog(TrainerCallback):
         signal.signal(number, self._handlers.pop(number))
         self._console.print("stopping after this step", style="yellow")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if processes.total(self._signalled)[0]:
             self.interrupted = True
             control.should_save = control.should_training_stop = True
@@ -130,7 +138,12 @@ class RunLog(TrainerCallback):
             self._lines(state.global_step)
 
     def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader[object] | None = None,
+        **kwargs: object,
     ) -> None:
         """Show how far an evaluation is, before and after training."""
         if self._progress is not None or self._lines is not None or self._console.quiet:
@@ -141,18 +154,32 @@ class RunLog(TrainerCallback):
         self._held += 1
         self._evaluating(self._held)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: object,
+    ) -> None:
         """Say what an evaluation in the midst of training found."""
         if self._evaluating is not None:
             self._evaluating.close()
             self._evaluating = None
         if (self._progress is not None or self._lines is not None) and self._trainer is not None:
             names = dict.fromkeys(("loss", *self._trainer.task.shown))
-            found = [f"{spoken(n)} {metrics[f'eval_{n}']:.3f}" for n in names if f"eval_{n}" in (metrics or {})]
+            found = [f"{spoken(n)} {metrics[f'eval_{n}']:.3f}" for n in names if f"eval_{n}" in metrics]
             if found:
                 self._console.print(f"step {state.global_step}, held out: {', '.join(found)}", highlight=False)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         line = {"step": state.global_step, **{k: float(v) for k, v in (logs or {}).items() if is_measure(k)}}
         if len(line) == 1:
             return
@@ -210,7 +237,9 @@ class RunLog(TrainerCallback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.close()
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -27,6 +27,9 @@ from spectune.training.config import TrainConfig
 from spectune.training.data.records import Record
 from spectune.training.preparing import prepare, token_limit
 from spectune.training.tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEPS = 8  # at each rate
 _FACTORS = tuple(10 ** (i / 2) for i in range(-2, 3))  # of the method's own rate
@@ -60,7 +63,11 @@ class Rate(NamedTuple):
 
 
 def find_rate(
-    config: TrainConfig, model: Any, tokenizer: Any, records: Sequence[Record], console: Console | None = None
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    console: Console | None = None,
 ) -> Rate:
     """Return a learning rate for a run on a loaded model, which is left as it was.
 
@@ -91,7 +98,13 @@ def find_rate(
             model.eval()
 
 
-def _batches(config: TrainConfig, task: Task, model: Any, tokenizer: Any, records: Sequence[Record]) -> list[Any]:
+def _batches(
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+) -> list[Any]:
     """Return batches drawn by the seed: those to judge by first, then those to learn from."""
     order = list(range(len(records)))
     random.Random(config.seed).shuffle(order)
@@ -103,7 +116,12 @@ def _batches(config: TrainConfig, task: Task, model: Any, tokenizer: Any, record
 
 
 def _search(
-    config: TrainConfig, task: Task, model: Any, judged: Sequence[Any], learned: Sequence[Any], console: Console
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    judged: Sequence[Any],
+    learned: Sequence[Any],
+    console: Console,
 ) -> Rate:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
@@ -123,7 +141,12 @@ def _search(
 
 
 def _after(
-    config: TrainConfig, task: Task, model: Any, trained: dict[str, Tensor], rate: float, learned: Sequence[Any]
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    trained: Mapping[str, Tensor],
+    rate: float,
+    learned: Sequence[Any],
 ) -> float | None:
     """Take the steps at a rate; return infinity where the loss stops being a number."""
     others = {**task.group_rates(model), **config.group_lr}
@@ -144,13 +167,13 @@ def _after(
 
 
 @torch.no_grad()
-def _loss(task: Task, model: Any, batches: Sequence[Any]) -> float:
+def _loss(task: Task, model: PreTrainedModel, batches: Sequence[Any]) -> float:
     model.eval()
     sums = [task.sums(model, _placed(batch, model)) for batch in batches]
     return sum(float(each["loss"]) for each in sums) / sum(float(each["items"]) for each in sums)
 
 
-def _placed(batch: Any, model: Any) -> dict[str, Any]:
+def _placed(batch: Any, model: PreTrainedModel) -> dict[str, Any]:
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from inspect import unwrap
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,6 +15,9 @@ from spectune.bases.generation import Reply, generate
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import is_learned
 from spectune.training.data.records import Record, form
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 _SHOWN = 300  # characters of a text
 _REPLY = 40  # tokens, of a reply in training
@@ -30,7 +33,7 @@ class Asked(NamedTuple):
         raw: whether the text is continued as it is, without a chat template.
     """
 
-    prompt: Any
+    prompt: object
     answer: str
     raw: bool
 
@@ -61,8 +64,8 @@ def _text(message: Any) -> str:
 
 
 def replies(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Asked],
     max_new_tokens: int,
     fused: bool = True,
@@ -99,11 +102,18 @@ class ReplyLog(TrainerCallback):
         console: where to.
     """
 
-    def __init__(self, prompts: Sequence[Asked], tokenizer: Any, console: Console) -> None:
+    def __init__(self, prompts: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         self._prompts, self._tokenizer, self._console = prompts, tokenizer, console
         self._last: int | None = None
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: object,
+    ) -> None:
         """Reply, once a step."""
         if self._last == state.global_step:
             return

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
@@ -41,6 +41,9 @@ from spectune.training.replies import ReplyLog, asked
 from spectune.training.tasks import Task, make_task
 from spectune.training.trainer.checkpoint_files import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CURVE = "curve.png"
 # oneDNN keeps a program of up to a megabyte for each shape of product, 1024 of them unless it is told otherwise before
@@ -137,8 +140,8 @@ def _check_output(config: TrainConfig, output: Path) -> None:
 
 def train_model(
     config: TrainConfig,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     held: Sequence[Record],
     console: Console | None = None,
@@ -154,8 +157,8 @@ def train_model(
 
 def _train(
     config: TrainConfig,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     held: Sequence[Record],
     console: Console | None,
@@ -275,7 +278,7 @@ def _evaluate(trainer: AdapterTrainer) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_") and is_measure(k)}
 
 
-def training_arguments(config: TrainConfig, model: Any, evaluates: bool, task: Task) -> TrainingArguments:
+def training_arguments(config: TrainConfig, model: PreTrainedModel, evaluates: bool, task: Task) -> TrainingArguments:
     """Return what transformers' Trainer is to do, given a run's configuration and whether anything is held out."""
     on_cpu = model.device.type == "cpu"
     skips = any(value and ("expert" in key or "layerdrop" in key) for key, value in model.config.to_dict().items())

@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     """
 
     key: str
-    value: Any
+    value: object
     reason: str
 
 
@@ -120,7 +120,7 @@ def text_of(start: Start, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(key: str, value: Any) -> str:
+def _line(key: str, value: object) -> str:
     shown = yaml.safe_dump([value], default_flow_style=True, width=100_000, allow_unicode=True).strip()
     return f"{key}: {shown[1:-1]}"
 

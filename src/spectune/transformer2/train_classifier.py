@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ def _train_adapter(
     epochs: float,
     seed: int,
     console: Console | None,
-) -> Any:
+) -> object:
     def records(part: Labelled) -> list[dict[str, object]]:
         return [_record(pool.library, tokenizer, p, labels[i]) for p, i in zip(part.prompts, part.labels, strict=True)]
 

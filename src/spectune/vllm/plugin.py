@@ -43,7 +43,7 @@ def patch() -> None:
 
     if getattr(WorkerLoRAManager, "spectune", False):
         return
-    WorkerLoRAManager.spectune = True  # type: ignore[attr-defined]
+    WorkerLoRAManager.spectune = True
     _define_operator()
     _wrap(WorkerLoRAManager, "__init__", _remember_config)
     _wrap(WorkerLoRAManager, "_load_adapter", _load)
@@ -70,11 +70,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+def _wrap(owner: type, name: str, around: Callable[..., object]) -> None:
     original = getattr(owner, name)
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: object, *args: object, **kwargs: object) -> object:
         return around(original, self, *args, **kwargs)
 
     setattr(owner, name, wrapped)
@@ -243,7 +243,7 @@ def _model_of(self: Any, request: Any, adapter: Adapter) -> Any:
     for (layer, part), own in shares.items():  # all is checked by now
         _bind(layer, part, own, manager)
     model = LoRAModel(request.lora_int_id, rank, loras)
-    model.shares = {place: _without_bases(own) for place, own in shares.items()}  # type: ignore[attr-defined]
+    model.shares = {place: _without_bases(own) for place, own in shares.items()}
     return model
 
 

@@ -25,8 +25,8 @@ VERSION = 2
 
 
 def in_peft_words(
-    config: dict[str, Any], tensors: dict[str, Tensor], adapter: Contents
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config: dict[str, object], tensors: dict[str, Tensor], adapter: Contents
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return the config and the tensors so that PEFT reads them too, where one of its configs can say what they are."""
     kind = peft_type(adapter)
     if kind is None:
@@ -96,7 +96,7 @@ def _some_of_them(adapter: Contents) -> bool:
     return any(layer.experts not in (0, counts[_tensor_of(name)]) for name, layer in adapter.layers.items())
 
 
-def own_words(config: Mapping[str, Any]) -> dict[str, Any]:
+def own_words(config: Mapping[str, object]) -> dict[str, object]:
     """Return what Spectune's format says, of a config that PEFT reads too."""
     own = {key: config[key] for key in _OWN if key in config}
     if own.get("modules") in ({}, None):

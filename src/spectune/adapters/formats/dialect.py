@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from spectune.methods import METHODS, Method
 from spectune.methods.dora import DoRA
@@ -41,7 +40,7 @@ def type_for(method: type[Method]) -> str | None:
     return TYPES.get(method.name, f"SPECTUNE{plain}")
 
 
-def _start(field: dataclasses.Field[Any]) -> Any:
+def _start(field: dataclasses.Field[object]) -> object:
     """Return a field's default, or MISSING."""
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
@@ -57,14 +56,14 @@ def option_of(field: str) -> str:
     return _NAMES.get(field, field)
 
 
-def options_of(method: Method) -> dict[str, Any]:
+def options_of(method: Method) -> dict[str, object]:
     """Return a method's fields as options of its PEFT config."""
     inner = method.inner if isinstance(method, DoRA) else method
     fields = {option_of(key): value for key, value in inner.fields().items() if key != "name"}
     return {**fields, "use_dora": isinstance(method, DoRA)}
 
 
-def fields_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(name: str, options: Mapping[str, object]) -> dict[str, object]:
     """Return the description of a method, given the options of its PEFT config; the inverse of `options_of`."""
     given = {**options}
     around = given.pop("use_dora")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -41,8 +41,8 @@ def loras_of(adapter: Contents, program: str, *, dora: bool = False) -> dict[str
     found: dict[str, PlainLoRA] = {}
     for name, layer in adapter.layers.items():
         (term,) = layer.terms
-        method: Any = term.method
-        inner: Any = method.inner if isinstance(method, DoRA) else method
+        method: object = term.method
+        inner: object = method.inner if isinstance(method, DoRA) else method
         if layer.experts:
             raise SpectuneError(f"{program} takes no LoRA of the experts of {name!r}: merge it (--format merged)")
         if layer.kind != LINEAR:

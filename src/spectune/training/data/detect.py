@@ -79,7 +79,7 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
     return _asked(source, read, names)
 
 
-def _answers(read: Sequence[Mapping[str, Any]]) -> str | None:
+def _answers(read: Sequence[Mapping[str, object]]) -> str | None:
     """Return the format of records with answers, where all of them have one."""
     converted = [convert(row, "sft") for row in read[:200]]
     kinds = {each.format for each in converted if form(each.values) in ("messages", "completion")}
@@ -87,7 +87,7 @@ def _answers(read: Sequence[Mapping[str, Any]]) -> str | None:
     return (max(kinds, key=len) or "prompt and completion") if known and kinds else None
 
 
-def _judged(read: Sequence[Mapping[str, Any]]) -> bool:
+def _judged(read: Sequence[Mapping[str, object]]) -> bool:
     values = _values(read, "label")
     return all(isinstance(value, bool) for value in values) and len(set(values)) == 2
 
@@ -96,7 +96,7 @@ def _values(read: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     return [row.get(name) for row in read if row.get(name) not in (None, "")]
 
 
-def _label(read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | None:
+def _label(read: Sequence[Mapping[str, object]], names: Sequence[str]) -> str | None:
     """Return the column whose few values come back: the one with a label's name first, then the one with the fewest."""
 
     def kinds(name: str) -> int | None:
@@ -116,7 +116,7 @@ def _label(read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str | Non
     return min(named or able, key=lambda name: _LABELS.index(name.lower()) if named else able[name], default=None)
 
 
-def _other_kind(values: Sequence[Any]) -> str | None:
+def _other_kind(values: Sequence[object]) -> str | None:
     """Return what labels are that are neither names nor whole numbers: lists of names, or numbers; None otherwise."""
     if values and all(isinstance(value, list) and all(isinstance(n, (str, int)) for n in value) for value in values):
         return "lists of labels"
@@ -136,7 +136,7 @@ def _length(read: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(map(len, values)) / len(values)
 
 
-def _labelled(read: Sequence[Mapping[str, Any]], names: Sequence[str], label: str | None) -> Found | None:
+def _labelled(read: Sequence[Mapping[str, object]], names: Sequence[str], label: str | None) -> Found | None:
     others = [name for name in names if name != label and _length(read, name) > 0]
     if label is None or not others:
         return None
@@ -150,7 +150,7 @@ def _labelled(read: Sequence[Mapping[str, Any]], names: Sequence[str], label: st
     return Found("classify", {ours: theirs for ours, theirs in columns.items() if ours != theirs}, reason)
 
 
-def _asked(source: str, read: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Found:
+def _asked(source: str, read: Sequence[Mapping[str, object]], names: Sequence[str]) -> Found:
     """Return a prompt and what follows it by their names, or by the order of the two longest columns of text."""
     inside = next((name for name in names if any(map(_is_nested, _values(read, name)))), None)
     if inside is not None:

@@ -271,7 +271,7 @@ def _separated(path: Path, lines: Iterator[str], delimiter: str | None) -> Rows:
         raise SpectuneError(f"cannot read {path}: it is not CSV ({error})") from None
 
 
-def _table(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
+def _table(path: Path, suffix: str) -> Iterator[dict[str, object]]:
     datasets = need("datasets", f"reading {str(path)!r}")
 
     try:
@@ -318,7 +318,7 @@ def _data_set(source: str, config_name: str | None, split_name: str | None) -> R
     yield from numbered(_named(table), source)
 
 
-def _named(table: datasets.Dataset) -> Iterator[dict[str, Any]]:
+def _named(table: datasets.Dataset) -> Iterator[dict[str, object]]:
     yield from _with_names(table.features, map(dict, table))
 
 

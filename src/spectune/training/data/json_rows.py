@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
 
 from spectune.errors import SpectuneError
 from spectune.reading import DOCUMENT_BYTES, RECORD_BYTES, parse_json
 
-Rows = Iterator[tuple[Any, str]]  # each with where it is, for messages
+Rows = Iterator[tuple[object, str]]  # each with where it is, for messages
 _AROUND = ("data", "train", "rows", "examples", "records", "instances")  # the key of a list of records
 _EMPTY_LINES, _EMPTY_TEXT = 100_000, 1 << 20  # in a row: a small packed file may hold billions of them
 _CHUNK = 1 << 18

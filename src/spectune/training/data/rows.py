@@ -14,7 +14,7 @@ Record = Mapping[str, Any]  # one line of data, read from JSON or a table
 OF_TASKS = {"text", "label", "text_pair", "prompt", "completion", "messages", "chosen", "rejected", "tools"}
 
 
-class Row(dict[str, Any]):
+class Row(dict[str, object]):
     """A record that knows where it comes from.
 
     Args:

@@ -120,7 +120,7 @@ def names(records: Sequence[Record], problem: str) -> list[str]:
     return sorted(found, key=int if numbers else None)
 
 
-def _names(label: Any) -> list[str]:
+def _names(label: object) -> list[str]:
     return label if isinstance(label, list) else [name_of(label)]
 
 
@@ -186,6 +186,6 @@ def summary(records: Sequence[Record]) -> Mapping[str, float]:
     return dict(Counter(name for label in labels for name in _names(label)).most_common())
 
 
-def told(label: Any) -> str:
+def told(label: object) -> str:
     """Return one record's label in words."""
     return f"{label:g}" if isinstance(label, float) else ", ".join(_names(label)) or "none"

@@ -209,7 +209,7 @@ class Task:
         """Return the measures of an evaluation, given sums over all its batches."""
         return {"loss": float(sums["loss"] / sums["items"])}
 
-    def group_rates(self, model: Any) -> dict[str, float]:
+    def group_rates(self, model: PreTrainedModel) -> dict[str, float]:
         """Return learning rates that trained tensors have by their name, whatever the method's is."""
         return {}
 

@@ -177,7 +177,7 @@ class Classify(Task):
         rates = {**self.group_rates(kwargs["model"]), **(kwargs.get("group_lr") or {})}
         return super().trainer(**{**kwargs, "group_lr": rates})
 
-    def group_rates(self, model: Any) -> dict[str, float]:
+    def group_rates(self, model: PreTrainedModel) -> dict[str, float]:
         trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
         return dict.fromkeys(trained & {"H", "h"}, Head.learning_rate)
 

@@ -211,7 +211,7 @@ class AdapterCheckpoints(_Base):
         folders: list[tuple[Path, str | None]] = [(output, None)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             folders.append((checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name))
-        jobs: list[Any] = [
+        jobs: list[object] = [
             upload_folder(
                 repo_id=str(self.hub_model_id),
                 folder_path=folder,
@@ -232,7 +232,7 @@ class AdapterCheckpoints(_Base):
             self._save_rng_state(folder)
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         """Go on from where a checkpoint was made; its best one lies beside it, wherever the folder has gone since."""
         with quiet():  # of the place where it was
             begun = super()._init_training_state(*args, **kwargs)

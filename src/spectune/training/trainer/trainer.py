@@ -205,7 +205,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         before_clip(self.model)
         return whole(cast(Tensor, super()._clip_grad_norm(model)))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Tensors]]:
+    def _prepare_for_training(self, *args: object, **kwargs: object) -> tuple[nn.Module, DataLoader[Tensors]]:
         with warnings.catch_warnings():  # the other name of this argument has other defaults
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return super()._prepare_for_training(*args, **kwargs)
@@ -245,7 +245,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     def _stoppers(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, epoch: int, **kwargs: object) -> None:
         ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._stoppers())
         if ended or self.state.global_step >= self.state.max_steps:  # resumed there, where transformers would go on
             self.control.should_training_stop = True

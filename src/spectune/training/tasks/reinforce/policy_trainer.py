@@ -28,7 +28,7 @@ _SILENT = 10  # batches without a reward that differs before a warning
 class Rewarded(Objective, Protocol):
     """A task whose evaluations note what became of each problem."""
 
-    outcomes: list[dict[str, Any]]
+    outcomes: list[dict[str, object]]
 
 
 class PolicyTrainer(AdapterTrainer):
