@@ -152,8 +152,9 @@ def test_in_place_nothing_else_is_answered():
         for call in (spectune.merge, spectune.detach, lambda m: spectune.adapt(m, "svf", name="c")):
             with refused():
                 call(model)
-        with refused():
-            spectune.extract(model, "a")
+        for read in (lambda: spectune.extract(model, "a"), model.state_dict, lambda: copy.deepcopy(model)):
+            with refused():
+                read()
         spectune.activate(model, "a")
         with refused():
             model(x)

@@ -118,7 +118,11 @@ class Fused:
             unwatch(parameter)
         self._watched, self._weight, self._scope = [], None, None
 
+    def check_own_weight(self) -> None:
+        """Raise where the layer's weight is W' and not its own."""
+
     def __reduce__(self) -> tuple[object, ...]:  # a copy of a layer is not fused
+        self.check_own_weight()  # else W' would be its W
         return type(None), ()
 
 
@@ -144,6 +148,11 @@ class InPlace(Fused):
                 "dtype, gradients or changed weights were met inside of it: leave it first"
             )
         return F.linear(x, self._weight, self._bias)
+
+    def check_own_weight(self) -> None:
+        raise SpectuneError(
+            f'{self._layer.adapted_as!r} has another weight within fused(where="inplace"): leave the context first'
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()

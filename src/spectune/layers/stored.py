@@ -38,6 +38,8 @@ class Stored(Remade, nn.Module):
         raise NotImplementedError
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if (fused := vars(self).get("fused")) is not None:
+            fused.check_own_weight()
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         asked = _Asked(form) if (form := _wanted.get()) is not None else _asked_for(state)

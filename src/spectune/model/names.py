@@ -56,9 +56,9 @@ def check_not_replaced(parts: Mapping[str, Part]) -> None:
 
 
 def check_own_weights(layers: Mapping[str, Adapted]) -> None:
-    for name, layer in layers.items():
-        if layer.fused is not None and layer.fused.in_place:
-            raise SpectuneError(f'{name!r} has another weight within fused(where="inplace"): leave the context first')
+    for layer in layers.values():
+        if layer.fused is not None:
+            layer.fused.check_own_weight()
 
 
 def check_known_on(model: nn.Module, name: str) -> None:
