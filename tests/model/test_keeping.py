@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import spectune
 import tiny
 from spectune.layers.adapted import adapted_layers
+from spectune.model.fresh import fresh_modules
 
 METHODS = [
     "svf",
@@ -217,6 +218,9 @@ def test_part_of_a_model_that_has_its_own_adapters_attribute():
     plain = model(x)
     spectune.adapt(model, "svf")
     assert set(adapted_layers(model)) == {"adapters.0", "bases"}
+    for name, parameter in model.named_parameters():  # as transformers marks what a checkpoint filled
+        parameter._is_hf_initialized = not name.startswith("adapters.0.")
+    assert fresh_modules(model) == ["adapters.0"]
     assert torch.equal(model(x), plain)
     spectune.detach(model)
     assert torch.equal(model(x), plain)

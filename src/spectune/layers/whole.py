@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from spectune.layers.attention import reads_children
 from spectune.layers.classes import change_class, without
 from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import weight_at
-from spectune.layers.modules import children_of, is_linear
+from spectune.layers.modules import is_linear, named_modules
 from spectune.layers.selection import Rows, Selection
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
@@ -228,17 +228,7 @@ def parts_of(model: nn.Module) -> dict[str, Part]:
 
 def whole_modules(model: nn.Module) -> dict[str, Whole]:
     """Return the modules of a model that adapters bring whole, by name."""
-    return dict(_visit(model, "", set()))
-
-
-def _visit(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, Whole]]:
-    if module in seen:
-        return
-    seen.add(module)
-    if isinstance(module, Whole):
-        yield name, module
-    for inner, child in children_of(module, name):
-        yield from _visit(child, inner, seen)
+    return {name: module for name, module in named_modules(model) if isinstance(module, Whole)}
 
 
 @cache

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from spectune.errors import SpectuneError
+from spectune.layers.modules import named_modules
 from spectune.reading import open_tensors, read_json
 
 FRESH = "spectune_fresh"  # an attribute of a module that the checkpoint did not have
@@ -31,11 +32,7 @@ def fresh_modules(model: nn.Module) -> list[str]:
     transformers marks what it loads.  Where the marks are gone (a copy of a model has none) the checkpoint's own list
     of tensors says what it has of the head, and where there is none a task's head counts as new, which is logged.
     """
-    owners = {
-        name: module
-        for name, module in model.named_modules()
-        if any(True for _ in _own(module)) and ".adapters." not in f".{name}" and ".bases." not in f".{name}"
-    }
+    owners = {name: module for name, module in named_modules(model) if any(True for _ in _own(module))}
     marked = [name for name, module in owners.items() if getattr(module, FRESH, False)]
     tensors = [p for module in owners.values() for p in _own(module)]
     if any(getattr(p, _LOADED, False) for p in tensors):

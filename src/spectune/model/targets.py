@@ -151,12 +151,14 @@ def say_what_is_covered(model: nn.Module) -> None:
     # what a weight is computed from, as weight_norm does
     taken |= {id(p) for layer in layers.values() if stored_weight(layer) is None for p in layer.parameters()}
     total, left = 0, defaultdict[str, int](int)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in aside or ".adapters." in name or ".bases." in name:
-            continue
-        total += parameter.numel()
-        if id(parameter) not in taken:
-            left[_any_number(name)] += parameter.numel()
+    for name, module in named_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() < 2 or id(parameter) in aside:
+                continue
+            aside.add(id(parameter))
+            total += parameter.numel()
+            if id(parameter) not in taken:
+                left[_any_number(f"{name}.{key}")] += parameter.numel()
     if not left:
         return
     covered = 1 - sum(left.values()) / total
