@@ -72,7 +72,9 @@ class CompareConfig(TrainConfig):
         "runs show, and a larger test",
     )
     lrs: int = Field(
-        5, ge=1, description="learning rates tried first, a factor of lr_factor apart; 1: each method's own, unsearched"
+        5,
+        ge=1,
+        description="learning rates tried first at most, a factor of lr_factor apart; 1: each method's own, unsearched",
     )
     lr_factor: float = Field(10**0.5, gt=1, description="between learning rates that are tried first")
     search: float = Field(8.0, ge=1, description="whole runs that the search for a method's learning rate may take")

@@ -25,13 +25,14 @@ Values = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 _DEEP = 0.3  # of what is learned: as far below the best, a run has fallen apart
 _SMOOTH = 1.75  # places over which f bends
-_NOISE = 0.04  # of what is learned: what a run is taken to be off by before runs say it
+_NOISE = 0.1  # of what is learned: what a run is taken to be off by before runs say it; a grid had 0.14 to 0.25
 _NOISE_WEIGHT = 4.0  # runs that this is worth
 _BEHIND = 1.0  # standard deviations of a difference: further behind, a rate gets no more runs
 _UNSTABLE = 1 / 3  # of a rate's runs that fell apart
 _SURE = 3.0  # standard errors over records by which a run is behind when it is stopped
 _EDGE = 0.1  # weight of the next rate up where one is chosen: beyond the best, training falls apart
 _SOUND = 3  # runs that the best rate has in the end
+_FAR = 8  # places from the middle, a factor of a hundred by default, where nothing learns
 _AT_ONCE = 2  # runs that are chosen together
 
 
@@ -81,7 +82,8 @@ class Race:
     """The rules of a race.
 
     Args:
-        first: rates that are tried first, every second place of the ladder around its middle.
+        first: rates that may be tried first, every second place of the ladder around its middle, one way as long as
+            it gets better.
         runs: whole runs that the race may take, as far as this is known before a run.
         warmup: share of the steps in which the rate rises.
         low, high: the ends of the ladder.
@@ -101,17 +103,33 @@ class Race:
         Args:
             runs: all that were chosen before.
         """
-        if not runs:
-            return [(0, 0)]  # what the others of this seed are stopped by
-        start = [(place, 0) for place in self._first() if (place, 0) not in runs]
-        if start:
-            return start
+        if (start := self._start(runs)) is not None:
+            return [(start, 0)]
         left = math.floor(self.runs - self.cost(runs) + 0.5)
         return self._wanted(runs)[: min(_AT_ONCE, left)] if left > 0 else []
 
-    def _first(self) -> list[int]:
-        steps = sorted(range(-((self.first - 1) // 2), self.first // 2 + 1), key=abs)
-        return [2 * step for step in steps if self.low <= 2 * step <= self.high]
+    def _start(self, runs: Runs) -> int | None:
+        """Return the next place of the start: upwards as long as it gets better, then downwards likewise.
+
+        One run after another, since the next is stopped by those before: a rate that is far too low costs half a run
+        then.  One below the middle is always tried: where the middle has fallen apart, what is above says nothing.
+        """
+
+        def value(place: int) -> float:
+            run = runs[place, 0]
+            return run.value if run.ended else -math.inf
+
+        best = -math.inf
+        for side, steps in ((2, self.first // 2), (-2, (self.first - 1) // 2)):
+            for place in range(0 if side > 0 else side, side * steps + side, side):
+                if not self.low <= place <= self.high:
+                    break
+                if (place, 0) not in runs:
+                    return place
+                if value(place) <= best:
+                    break
+                best = value(place)
+        return None
 
     def cost(self, runs: Runs) -> float:
         """Return what runs took, in whole ones; one that failed counts as half of one."""
@@ -125,28 +143,33 @@ class Race:
             return self._outwards(runs)
         leader, tried = seen.leader(), set(seen.places)
         near = [p for p in (leader + 1, leader - 1) if p not in tried and self.low <= p <= self.high]
-        edge = [(p, 0) for p in near if not min(tried) < p < max(tried)]
-        if edge:  # the best has to be inside
-            return edge
-        places = sorted({*tried, *near})
+        if near:  # the best has its neighbours: where peaks are narrow, a place between two says nothing of itself
+            return [(place, 0) for place in near]
+        places = sorted(tried)
         mean, covariance = seen.posterior(places)
         at = places.index(leader)
-        wanted = []
+        behind = {}
         for i, place in enumerate(places):
             spread = math.sqrt(max(covariance[i, i] + covariance[at, at] - 2 * covariance[i, at], 0.0))
-            count = seen.count(place)
-            behind = (mean[at] - mean[i]) / spread if spread > 0 else 0.0 if i == at else math.inf
-            if behind > _BEHIND or seen.unstable(place) or count >= self.seeds:
-                continue
-            wanted.append((count, behind, place))
-        if [place for _, _, place in wanted] in ([], [leader]) and seen.count(leader) >= _SOUND:
+            if not seen.unstable(place) and seen.count(place) < self.seeds:
+                behind[place] = (mean[at] - mean[i]) / spread if spread > 0 else 0.0 if i == at else math.inf
+        close = [place for place in behind if behind[place] <= _BEHIND]
+        if close in ([], [leader]) and seen.count(leader) >= _SOUND:
             return []
-        return [(place, count) for count, _, place in sorted(wanted)]
+        close = close or list(behind)
+        return [(place, seen.count(place)) for place in sorted(close, key=lambda p: (seen.count(p), behind[p], p))]
 
     def _outwards(self, runs: Runs) -> list[Key]:
-        """Return the next rates on both sides, where none of those tried learns anything."""
+        """Return what may learn where nothing tried does: rates further out, then those between, then other seeds."""
         tried = {place for place, _ in runs}
-        return [(p, 0) for p in (max(tried) + 2, min(tried) - 2) if self.low <= p <= self.high]
+        further = [(p, 0) for p in (max(tried) + 2, min(tried) - 2) if self.low <= p <= self.high and abs(p) <= _FAR]
+        if further:
+            return further
+        between = [place for place in range(min(tried), max(tried)) if place not in tried]
+        if between:
+            return [(place, 0) for place in sorted(between, key=abs)]
+        counts = {place: sum(key[0] == place for key in runs) for place in tried}
+        return [(p, counts[p]) for p in sorted(tried, key=lambda p: (counts[p], abs(p))) if counts[p] < self.seeds]
 
     def stops(self, runs: Runs, key: Key, looks: Sequence[Look]) -> bool:
         """Return whether a run is stopped at its last look.
@@ -231,12 +254,20 @@ class Seen:
         return bool(own) and sum(self._fell(key) for key in own) >= _UNSTABLE * len(own)
 
     def _fell(self, key: Key) -> bool:
-        return key not in self._ended or self._runs[key].value < self.top - _DEEP * self.gain
+        return key not in self._ended or self._runs[key].value < self._floor
+
+    @cached_property
+    def _floor(self) -> float:
+        """Below which a run has fallen apart: by so much of what is learned, and beyond chance over the records."""
+        best = max((self._runs[key] for key in self._ended), key=lambda run: run.value, default=None)
+        chance = 0.0 if best is None else _SURE * _record_error(best.looks[0], best.looks[-1], 0.0)
+        return self.top - max(_DEEP * self.gain, min(chance, self.gain))
 
     @cached_property
     def _values(self) -> Values:
-        floor = self.top - _DEEP * self.gain
-        return np.array([max(self._runs[key].value, floor) if key in self._ended else floor for key in self.keys])
+        return np.array(
+            [max(self._runs[key].value, self._floor) if key in self._ended else self._floor for key in self.keys]
+        )
 
     @cached_property
     def _noise(self) -> float:
@@ -262,7 +293,7 @@ class Seen:
         def kernel(a: Values, b: Values) -> Values:
             return scale * np.exp(-0.5 * ((a[:, None] - b[None, :]) / _SMOOTH) ** 2)
 
-        shared = (seeds[:, None] == seeds[None, :]) * self._noise * 4  # folds differ more than runs
+        shared = (seeds[:, None] == seeds[None, :]) * self._noise  # seeds differ as much as runs of one do
         within = kernel(own, own) + shared + self._noise * np.eye(len(own))
         across = kernel(asked, own)
         weights = np.linalg.solve(within, np.column_stack([self._values[held], np.ones(len(own)), across.T]))
@@ -282,5 +313,5 @@ class Seen:
             sound = [place for place in sound if self.count(place) >= 2] or sound
         mean, _ = self.posterior([*sound, *(place + 1 for place in sound)])
         here, above = np.split(mean, 2)
-        above = np.where([self.unstable(place + 1) for place in sound], self.top - _DEEP * self.gain, above)
+        above = np.where([self.unstable(place + 1) for place in sound], self._floor, above)
         return sound[int(np.argmax((1 - _EDGE) * here + _EDGE * above))]

@@ -1,0 +1,103 @@
+"""What each method comes to at each rate of the grid, and how wide the range of good rates is: for docs/study.md.
+
+    python benchmarks/study/sensitivity.py
+
+Means are over the seeds, of the test.  Methods whose grid is not whole yet are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from grid import GRID, PLANS, Plan, lines
+from regret import Surface, metric_of, surfaces
+
+from spectune.compare.config import LESS
+from spectune.compare.report.soundness import Width, width
+
+PAGE = GRID.parents[2] / "docs" / "study.md"
+BEGIN, END = "<!-- sensitivity -->\n", "<!-- /sensitivity -->"
+_APART = 1 / 3  # of the best's gain: a seed that far below its rate's best has fallen apart
+
+
+class Row(NamedTuple):
+    """A method on a task.
+
+    Args:
+        means: by place, more is better.
+        apart: places at which some seed fell apart.
+        rates: by place.
+        wide: the width of the good rates.
+    """
+
+    means: dict[int, float]
+    apart: set[int]
+    rates: dict[int, float]
+    wide: Width | None
+
+
+def row_of(surface: Surface, tests: dict[tuple[int, int], float], rates: dict[int, float], plan: Plan) -> Row:
+    """Return what a whole grid of a method says."""
+    share = metric_of(plan) not in LESS
+    starts = [run.start for run in surface.runs.values() if np.isfinite(run.start)]
+    gain = max(surface.truth.values()) - float(np.median(starts))
+    apart = set()
+    for place in surface.truth:
+        own = [tests[place, seed] for seed in range(surface.seeds)]
+        if max(own) - min(own) > _APART * gain and min(own) < max(surface.truth.values()) - _APART * gain:
+            apart.add(place)
+    tried = [(rates[place], value) for (place, _), value in tests.items()]
+    return Row(surface.truth, apart, rates, width(tried, float(np.median(starts)), greater=True, share=share))
+
+
+def table(task: str, plan: Plan) -> str:
+    """Return the table of a task, or nothing where no method's grid is whole."""
+    held = lines(GRID / f"{task}.jsonl")
+    metric = metric_of(plan)
+    sign, percent = (-1, False) if metric in LESS else (1, True)
+    found = {}
+    for method, surface in surfaces(plan, held).items():
+        own = [line for line in held if line["method"] == method]
+        rates = {line["place"]: line["lr"] for line in own}
+        worst = min(surface.truth.values())
+        tests = {(line["place"], line["seed"]): sign * line["test"][metric] if line["test"] else worst for line in own}
+        found[method] = row_of(surface, tests, rates, plan)
+    if not found:
+        return ""
+    places = sorted(plan.places)
+    head = ["method", "its own rate", *(f"{10 ** (place / 4):.2g}" for place in places), "best rate", "octaves"]
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method, row in sorted(found.items(), key=lambda item: -max(item[1].means.values())):
+        best = max(row.means, key=lambda place: row.means[place])
+        shown = [
+            f"{'**' * (p == best)}{100 * row.means[p]:.1f}{'**' * (p == best)}{'*' * (p in row.apart)}"
+            if percent
+            else f"{'**' * (p == best)}{-row.means[p]:.3f}{'**' * (p == best)}{'*' * (p in row.apart)}"
+            for p in places
+        ]
+        octaves = "" if row.wide is None else f"{row.wide.octaves:.1f}{'+' * row.wide.open}"
+        text.append(
+            f"| `{method}` | {row.rates[0]:.2g} | " + " | ".join(shown) + f" | {row.rates[best]:.2g} | {octaves} |"
+        )
+    name = f"{metric}{', %' if percent else ', less is better'}"
+    keys = plan.keys
+    return (
+        f"**{task}** ({keys['model']}, {keys['max_steps']} steps of {keys['batch_size']}, {plan.seeds} seeds): {name}, "
+        "at the method's own rate times\n\n" + "\n".join(text)
+    )
+
+
+def main() -> None:
+    """Print the tables, and put them on their page."""
+    made = "\n\n".join(filter(None, (table(task, plan) for task, plan in PLANS.items())))
+    print(made)
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{PAGE} has no place for the tables")
+    PAGE.write_text(f"{before}{begin}{made}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
