@@ -19,7 +19,10 @@ def study():
     sys.path.insert(0, str(STUDY))
     try:
         before = dict(METHODS)
-        found = {name: importlib.import_module(name) for name in ("drawn", "grid", "regret", "auto", "control")}
+        found = {
+            name: importlib.import_module(name)
+            for name in ("drawn", "grid", "regret", "auto", "control", "sensitivity")
+        }
     finally:
         sys.path.remove(str(STUDY))
     assert before == METHODS  # a control is nobody else's method
@@ -81,6 +84,24 @@ def test_halving_drops_the_worse_half_and_goes_on_where_an_end_is_best(study):
     place, cost = regret.halving(regret.Surface(runs, losses, values, 1))
     assert place == 2
     assert cost == pytest.approx(1 + 1 / 4 + 1 + 1 / 2)  # 0 and 2 to their ends; -2 and 4 to the first and second rung
+
+
+def test_the_table_has_whole_grids_with_their_best_rate_and_where_seeds_fell_apart(study, monkeypatch, tmp_path):
+    sensitivity, plan = study["sensitivity"], study["grid"].PLANS["question-types"]
+    own, truth = lines_of(study, plan, "svf", np.random.default_rng(0))
+    best = max(truth, key=truth.get)
+    own[0]["test"] = {"accuracy": 0.0}  # a seed that fell apart at the lowest place
+    path = tmp_path / "question-types.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*own, *own[:3]]))
+    monkeypatch.setattr(sensitivity, "GRID", tmp_path)
+    head, _, row = sensitivity.table("question-types", plan).split("\n")[2:]
+    assert head.count("|") == row.count("|") == len(plan.places) + 5
+    assert row.split("|")[1].strip() == "`svf`"
+    assert f"**{100 * truth[best]:.1f}**" in row
+    low = row.split("|")[3 + sorted(plan.places).index(own[0]["place"])]
+    assert low.strip().endswith("*")
+    path.write_text(json.dumps(own[0]) + "\n")
+    assert sensitivity.table("question-types", plan) == ""
 
 
 def test_a_rate_between_two_of_the_grid_is_judged_by_both(study):
