@@ -95,8 +95,7 @@ class Fused:
         self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
         if not self._watch(parts):
             return False
-        quick = _quick_weight(self._layer, parts)
-        self._weight = whole_weight(self._layer, parts) if quick is None else quick
+        self._weight = _made(self._layer, parts)
         self._bias = whole_bias(self._layer, parts)
         return True
 
@@ -159,7 +158,7 @@ class InPlace(Fused):
     def make(self, scope: Any, parts: Sequence[Weighted]) -> bool:
         """Write W' over W."""
         weight, bias = self._layer._parameters["weight"], whole_bias(self._layer, parts)
-        new = whole_weight(self._layer, parts)
+        new = _made(self._layer, parts)
         weight.copy_(new.T if self._layer.is_transposed else new)
         if not self._watch(parts):
             return False
@@ -191,6 +190,12 @@ def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | Non
         else:
             total.add_(method.delta(tensors, start), alpha=factor * update.weight)
     return total.to(dtype or weight.dtype)
+
+
+def _made(layer: Any, parts: Sequence[Weighted]) -> Tensor:
+    """Return W' in W's dtype, by the quickest way that keeps it."""
+    quick = _quick_weight(layer, parts)
+    return whole_weight(layer, parts) if quick is None else quick
 
 
 def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
