@@ -62,6 +62,11 @@ def _t5() -> Any:
     return tf.T5ForConditionalGeneration(tf.T5Config(**shape, decoder_start_token_id=0, pad_token_id=0))
 
 
+def _qwen3_moe() -> Any:
+    experts: Any = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**TEXT, **experts, attention_bias=True))
+
+
 def _levit() -> Any:
     shape: Any = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
     shape |= {"key_dim": [8, 8, 8], "image_size": 32, "num_labels": 3}
@@ -77,6 +82,7 @@ FAMILIES = {
     "T5": Family(
         _t5, "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification", "encoder.final_layer_norm", "encoder"
     ),
+    "Qwen3-MoE": Family(_qwen3_moe, "AutoModelForCausalLM", _SEQUENCE, "model.norm", "model"),
     "LeViT": Family(_levit, "AutoModelForImageClassification", "", "", "levit"),
 }
 KINDS = {  # what was trained beside layers, with options of `adapt`
@@ -421,7 +427,7 @@ class Saver(NamedTuple):
 
 
 _NOT_IN_RUNS = ("a norm by requires_grad", "rows of new tokens", "biases", "BatchNorm's statistics")
-_WRITES_TEXT = ("Llama", "GPT-2")
+_WRITES_TEXT = ("Llama", "GPT-2", "Qwen3-MoE")
 _TRANSFORMERS_OWN = ("a new head", "rows of new tokens", "an embedding", "biases", "BatchNorm's statistics")
 SAVERS = {
     "`extract(model).save`, read by `attach(base, Adapter.load)`": Saver(_adapter, _attached),

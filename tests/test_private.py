@@ -20,6 +20,7 @@ OWNERS = {
     "_current_graph_task_id": torch._C,
     "_is_any_autocast_enabled": torch._C,
     "DisableTorchFunction": torch._C,
+    "_storage_Use_Count": torch._C,
     "_foreach_copy_": torch,
     "_is_avx512_bf16_supported": torch.cpu,
     "_is_amx_tile_supported": torch.cpu,
@@ -44,6 +45,8 @@ def test_none_is_needed_to_import(without):
     assert without.is_transformed()  # unknown: plain operations alone
     assert without.graph_task() == -1
     assert not without.multiplies_bfloat16()
+    assert without.is_shared(torch.zeros(1))  # unknown: looked at each time
+    assert not private.is_shared(torch.zeros(1))
     assert isinstance(without.unseen(), nullcontext)
 
 

@@ -77,6 +77,15 @@ flash_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = 
 sdp_choice: Callable[..., int] | None = getattr(torch, "_fused_sdp_choice", None)
 
 
+_users: Callable[[int], int] | None = getattr(_C, "_storage_Use_Count", None)
+_OWN_USERS = 2  # the tensor itself, and the object that is asked
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether something else than a tensor holds its memory, such as a view or an array; True where nobody knows."""
+    return _users is None or _users(tensor.untyped_storage()._cdata) > _OWN_USERS
+
+
 def is_transformed() -> bool:
     """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
     return _in_transform() or getattr(forward_ad, "_current_level", 0) >= 0

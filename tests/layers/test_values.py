@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -26,6 +27,18 @@ def one_element(weight: nn.Parameter) -> None:
     weight.data[3, 5] += 4
 
 
+def numpy_view(weight: nn.Parameter) -> None:
+    weight.detach().numpy()[...] = NEW.numpy()
+
+
+def numpy_itself(weight: nn.Parameter) -> None:
+    weight.numpy()[2:] += 1
+
+
+def array_later(weight: nn.Parameter) -> None:
+    np.asarray(weight)[3, 5] += 4
+
+
 def in_place(weight: nn.Parameter) -> None:
     with torch.no_grad():
         weight.mul_(2)
@@ -35,7 +48,7 @@ def another_tensor(weight: nn.Parameter) -> None:
     weight.data = NEW.clone()
 
 
-WAYS = [swap, one_element, in_place, another_tensor]
+WAYS = [swap, one_element, in_place, another_tensor, numpy_view, numpy_itself, array_later]
 METHODS = [DoRA(LoRA(4)), DoRA(SVF()), DoRA(PiSSA(4)), SVF(), SVFT(pattern="banded", width=2), PiSSA(4), LoRAXS(4)]
 METHODS += [MiLoRA(4, dropout=0.0), LoRA(4)]
 
@@ -116,6 +129,35 @@ def test_a_second_dora_starts_at_the_norms_of_the_weight_that_is_there(x: Tensor
     swap(adapted[0].weight)
     spectune.adapt(adapted, DoRA(LoRA(4)), name="second")
     torch.testing.assert_close(adapted(x), model_with(NEW)(x))
+
+
+@pytest.mark.parametrize("of", ["weight", "B"])
+@torch.no_grad()
+def test_what_was_lent_is_looked_at_as_long_as_it_is_there(of: str, x: Tensor) -> None:
+    adapted = trained(DoRA(LoRA(4))).eval()
+    layer = adapted[0]
+    held = layer.weight if of == "weight" else layer.adapters["default"][0].B
+    adapted(x)
+    with spectune.fused(adapted):
+        array = held.detach().numpy()
+        for _ in range(6):
+            array *= 1.2
+            torch.testing.assert_close(adapted(x), dense(adapted, x), rtol=1e-5, atol=2e-6)
+        del array
+        adapted.state_dict()
+        for _ in range(6):
+            torch.testing.assert_close(adapted(x), dense(adapted, x), rtol=1e-5, atol=2e-6)
+    seen = layer.weight_values.of(layer.weight, layer.weight)
+    assert layer.weight_values.of(layer.weight, layer.weight) is seen  # nobody holds it: it is not looked at
+
+
+@torch.no_grad()
+def test_what_is_saved_where_weights_hold_the_sum_changes_nothing(x: Tensor) -> None:
+    adapted = trained(LoRA(4)).eval()
+    expected = adapted(x)
+    with spectune.fused(adapted, where="inplace"):
+        adapted.state_dict()
+        torch.testing.assert_close(adapted(x), expected)
 
 
 def model_with(weight: Tensor) -> nn.Sequential:

@@ -1,5 +1,7 @@
 """Layers that a model goes past: left out, refused by name, and noticed where nothing could be tried before."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -97,8 +99,123 @@ def test_the_first_pass_tells_where_nothing_could_be_tried(wrapped):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+READS = {
+    "_parameters": lambda module, x: F.linear(x, module.read._parameters["weight"]),
+    "named_parameters": lambda module, x: F.linear(x, dict(module.named_parameters())["read.weight"]),
+    "parameters": lambda module, x: F.linear(x, *module.read.parameters()),
+    "transposed": lambda module, x: x @ next(module.read.parameters()).T,
+    "state_dict": lambda module, x: F.linear(x, module.read.state_dict()["weight"]),
+    "data": lambda module, x: x @ module.read._parameters["weight"].data[:].mT,
+    "view": lambda module, x: F.linear(x, getattr(module, "view", None)),
+}
+
+
+class Takes(nn.Module):
+    """Calls one layer, and takes the weight of the other past its attribute."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.called, self.read, self.way = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), READS[way]
+        self.view = self.read.weight.detach()[:]
+
+    def forward(self, x):
+        return self.way(self, self.called(x))
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-def test_compiled_code_that_reads_a_weight_is_told_of_and_what_looks_at_its_kind_is_not(gradients):
+@pytest.mark.parametrize("way", READS)
+def test_the_first_pass_tells_of_a_weight_whatever_way_it_was_taken(way, gradients):
+    x, model = torch.randn(3, 6), nn.Sequential(Takes(way), nn.ReLU())
+    before = model(x)
+    parameters = [k for k, p in model.named_parameters()]
+    if way in ("parameters", "transposed"):  # an adapter's are there too
+        model[0].way = lambda module, x: x @ next(p for n, p in module.read.named_parameters() if n == "weight").T
+    spectune.adapt(model, "lora:rank=2")
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            with pytest.raises(spectune.SpectuneError, match=r"reads the weight of '0\.read' itself"):
+                copy.deepcopy(model)(x) if way != "view" else model(x)
+            with pytest.raises(spectune.SpectuneError, match=r"reads the weight of '0\.read' itself"):
+                model(x)
+        spectune.activate(model, None)
+        torch.testing.assert_close(model(x), before)
+    spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"])
+    model(x)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_hooks_always_called
+    spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"])
+    spectune.detach(model)
+    assert not model._forward_pre_hooks
+    assert [k for k, _ in model.named_parameters()] == parameters
+
+
+def test_functional_calls_ask_the_adapter():
+    model = spectune.adapt(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), "lora:rank=2")
+    model[0].adapters["default"][0].B.data.normal_()
+    x = torch.randn(3, 6)
+    expected = model(x)
+    assert torch.equal(torch.func.functional_call(model, dict(model.named_parameters()), x), expected)
+    inner = torch.func.functional_call(model[0], {"weight": model[0].weight}, x).relu()
+    assert torch.equal(inner, expected)
+
+
+def test_a_model_that_calls_a_layer_and_looks_at_its_weight_as_well_is_told_once():
+    class Penalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.layer(x) + 1e-3 * sum(p.square().sum() for p in self.parameters())
+
+    model = spectune.adapt(Penalized(), "lora:rank=2")
+    with pytest.warns(UserWarning, match="calls 'layer' and takes values of the weights themselves as well"):
+        model(torch.randn(2, 6))
+    model(torch.randn(2, 6))
+
+
+def test_a_first_pass_that_fails_is_no_first_pass():
+    model = spectune.adapt(nn.Sequential(Takes("_parameters")), "lora:rank=2")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(3, 5))
+    with pytest.raises(spectune.SpectuneError, match=r"'0\.read'"):
+        model(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_code_of_classes_with_a_forward_of_their_own(gradients):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias) * 1.0
+
+    class Mixed(nn.Module):
+        def __init__(self, reads):
+            super().__init__()
+            self.own, self.conv, self.reads = Scaled(6, 6), nn.Conv1d(6, 6, 1), reads
+
+        def forward(self, x):
+            y = self.conv(self.own(x).mT).mT
+            of_own = F.linear(y, self.own.weight) if self.reads == "own" else y
+            return F.linear(of_own, self.conv.weight[:, :, 0]) if self.reads == "conv" else of_own
+
+    x = torch.randn(2, 3, 6)
+    with torch.set_grad_enabled(gradients):
+        for reads in ("own", "conv", None):
+            model = spectune.adapt(Mixed(reads), "lora:rank=2", ["own", "conv"])
+            for parameter in model.parameters():
+                parameter.data += 0.1
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            if reads is None:
+                torch.testing.assert_close(compiled(x), model(x))
+            else:
+                with pytest.raises(spectune.SpectuneError, match=f"reads the weight of '{reads}' itself"):
+                    compiled(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_code_that_that_reads_a_weight_is_told_of_and_what_looks_at_its_kind_is_not(gradients):
     class Looks(Reads):
         def forward(self, x):
             return self.read(self.called(x).to(self.read.weight.dtype)).view(-1, self.read.weight.shape[0])

@@ -48,6 +48,7 @@ class Adapted(Stored):
     is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
     is_packed: bool  # and by the library that holds W packed
     is_called: bool = False  # a trial of the model saw it called, and not read past
+    is_own: bool = False  # within compiled code of its class's own forward method, which asks for the weight
     adapted_as: str
     bias: nn.Parameter | None
     fused: Fused | None  # W', within `spectune.fused`
@@ -64,7 +65,7 @@ class Adapted(Stored):
             weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
         if torch.compiler.is_compiling():
             # the layer's own product, where it is a plain one, does not come by here
-            if not self.is_plain or self.is_called or not isinstance(weight, nn.Parameter):
+            if self.is_packed or self.is_called or self.is_own or not isinstance(weight, nn.Parameter):
                 return weight
             asked = bool(self.prepared[1]) or bool(self.selection.contexts)
             return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight
@@ -326,6 +327,11 @@ class Adapted(Stored):
         """Return the answer of the layer's own class."""
         if torch.compiler.is_compiling() and self.is_plain and self._parameters.get("weight") is not None:
             return F.linear(x, effective_weight(self), self.bias)
+        if torch.compiler.is_compiling() and not self.is_packed:
+            self.is_own = True  # as the code is traced, which knows no frames; no more than that is left of it
+            y = super().forward(x)
+            self.is_own = False
+            return y
         if not self.is_packed or not x.requires_grad or not torch.is_grad_enabled():
             return super().forward(x)
         if torch.compiler.is_compiling() or is_transformed() or (self.bias is not None and self.bias.requires_grad):

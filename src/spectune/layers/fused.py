@@ -11,10 +11,11 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight
-from spectune.layers.values import Watched, unwatch, watch
+from spectune.layers.values import Watched, digest, unwatch, values_of, watch
 
 Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
+_UNSEEN = -2  # of a tensor that holds W' itself: what is written there answers
 _PATIENCE = 4  # passes that a change lasts before W' is made anew
 
 
@@ -27,11 +28,14 @@ class _Source(NamedTuple):
     version: int
     pointer: int
     asked: int
+    lent: int
+    digest: Tensor
 
 
 def _as_it_is(held: dict[str, Any], key: str) -> _Source:
     tensor = held[key]
-    return _Source(held, key, tensor, tensor._version, tensor.data_ptr(), tensor.asked)
+    seen = digest(tensor).clone()
+    return _Source(held, key, tensor, tensor._version, tensor.data_ptr(), tensor.asked, tensor.lent, seen)
 
 
 class Fused:
@@ -73,14 +77,25 @@ class Fused:
     def _holds(self, scope: Any) -> bool:
         if self._scope is not scope:
             return False
-        for held, key, tensor, version, pointer, asked in self._sources:  # flat, since every layer does it for a token
+        for source in self._sources:
+            tensor = source.tensor
             if (
-                held.get(key) is not tensor
-                or tensor._version != version
-                or tensor.data_ptr() != pointer
-                or getattr(tensor, "asked", -1) != asked  # no longer watched, where another context around it ended
+                source.held.get(source.key) is not tensor
+                or tensor._version != source.version
+                or tensor.data_ptr() != source.pointer
+                or getattr(tensor, "asked", -1) != source.asked  # no longer watched, where a context around it ended
             ):
                 return False
+            if source.lent != _UNSEEN and (tensor.lent != source.lent or (source.lent and tensor.is_lent)):
+                return self._holds_still()
+        return True
+
+    def _holds_still(self) -> bool:
+        """Whether the values are those that W' was made of, where somebody had their memory."""
+        lent = [s.lent if s.lent == _UNSEEN else s.tensor.lent for s in self._sources]
+        if not all(s.lent == _UNSEEN or torch.equal(digest(s.tensor), s.digest) for s in self._sources):
+            return False
+        self._sources = [s._replace(lent=n) for s, n in zip(self._sources, lent, strict=True)]
         return True
 
     def _fits(self, x: Tensor) -> bool:
@@ -162,7 +177,8 @@ class InPlace(Fused):
         weight.copy_(new.T if self._layer.is_transposed else new)
         if not self._watch(parts):
             return False
-        self._scope, self._weight, self._bias = scope, effective_weight(self._layer).detach(), bias
+        self._sources = [s._replace(lent=_UNSEEN) if s.tensor is weight else s for s in self._sources]
+        self._scope, self._weight, self._bias = scope, values_of(effective_weight(self._layer)), bias
         return True
 
     @torch.no_grad()
@@ -176,12 +192,12 @@ class InPlace(Fused):
 
 def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | None = None) -> Tensor:
     """Return W' (out x in) of updates with their weights, in a dtype or W's, from a sum in float32 at least."""
-    weight = effective_weight(layer).detach()
+    weight = values_of(effective_weight(layer))
     wide = torch.promote_types(weight.dtype, torch.float32)
     start = weight.to(wide)
     total = start.clone(memory_format=torch.contiguous_format)
     for update, factor in parts:
-        tensors = {k: v.detach() for k, v in layer.tensors(update).items()}
+        tensors = {k: values_of(v) for k, v in layer.tensors(update).items()}
         tensors = {k: v.to(wide) if v.is_floating_point() else v for k, v in tensors.items()}
         method = update.method
         if method.additive and not method.replaces:
@@ -203,12 +219,12 @@ def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
 
     The factors are rounded as they are beside W without W', by 2^-8 of dW; the sum with W is rounded once.
     """
-    weight = effective_weight(layer).detach()
+    weight = values_of(effective_weight(layer))
     if weight.dtype != torch.bfloat16 or not all(u.method.additive and not u.method.replaces for u, _ in parts):
         return None
     lefts, rights = [], []
     for update, factor in parts:
-        f = update.method.factors({k: v.detach() for k, v in layer.tensors(update).items()})
+        f = update.method.factors({k: values_of(v) for k, v in layer.tensors(update).items()})
         lefts.append((f.core.transposed(f.left) * (f.scale * factor * update.weight)).to(weight.dtype))
         rights.append(f.right.to(weight.dtype))
     right = torch.cat(rights) if len(rights) > 1 else rights[0]
@@ -220,12 +236,12 @@ def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
 def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
     """Return b' (out) of updates with their weights, in W's dtype, or None where there is none."""
     own, dtype = layer._parameters.get("bias"), effective_weight(layer).dtype
-    start: Any = 0.0 if own is None else own.detach().to(torch.promote_types(own.dtype, torch.float32))
+    start: Any = 0.0 if own is None else values_of(own).to(torch.promote_types(own.dtype, torch.float32))
     total = None if own is None else start
     for update, factor in parts:
         other = update.method.bias_of(update.trained(), None if own is None else start)
         if other is not None:
-            more = factor * update.weight * (other.detach() - start)
+            more = factor * update.weight * (values_of(other) - start)
             total = more if total is None else total + more
     return None if total is None else total.to(dtype, copy=True)
 

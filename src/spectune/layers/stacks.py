@@ -15,7 +15,7 @@ from torch import Tensor
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
 from spectune.layers.updates import Update
-from spectune.layers.values import digest
+from spectune.layers.values import digest, values_of
 from spectune.private import copy_all
 from spectune.speed.dense import linear
 
@@ -140,7 +140,7 @@ class _Kept(NamedTuple):
 
 def _beside(tensors: list[Any]) -> Tensor:
     if len(tensors) == 1:
-        return tensors[0].detach()[None]
+        return values_of(tensors[0])[None]
     return torch.cat(tensors).view(len(tensors), *tensors[0].shape)
 
 

@@ -10,17 +10,25 @@ from torch import Tensor
 
 from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part
+from spectune.private import is_shared
 
 _CHUNK = 1 << 22  # elements of a matrix held at once in another dtype: 16 MiB of float32
 _ROUNDING = 1e-6  # by which sums in another order may differ, relative to what is summed
 _probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 _data: Any = torch.Tensor.data
+values_of = torch.Tensor.detach  # for who reads alone: `Watched` does not count it
 
 
 class Watched(nn.Parameter):
-    """A parameter that counts how often its `data` was asked for: what is written there, no version counts."""
+    """A parameter that counts who asks for its memory: what is written there, no version counts.
+
+    Attributes:
+        asked: how often `data` was asked for, where one may write as long as the parameter is there.
+        lent: how often another tensor, or an array, was made of its memory, where one may write as long as that is.
+    """
 
     asked = 0
+    lent = 0
 
     @property
     def data(self) -> Tensor:
@@ -29,12 +37,34 @@ class Watched(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        self.asked += 1
         _data.__set__(self, value)
+
+    def detach(self) -> Tensor:
+        self.lent += 1
+        return values_of(self)
+
+    def numpy(self, **options: Any) -> Any:
+        self.lent += 1
+        return super().numpy(**options)
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        self.lent += 1
+        return super().__array__(*args, **options)
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any:
+        self.lent += 1
+        return super().__dlpack__(*args, **options)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether what was made of its memory may be there still."""
+        return self.lent > 0 and is_shared(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         # a copy is nobody's to watch: it is a parameter as any other
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+            memo[id(self)] = nn.Parameter(values_of(self).clone(), self.requires_grad)
         return memo[id(self)]
 
 
@@ -54,7 +84,8 @@ def unwatch(parameter: Any) -> None:
     kind: Any = type(parameter)
     if kind is Watched:
         parameter.__class__ = nn.Parameter
-        vars(parameter).pop("asked", None)
+        for count in ("asked", "lent"):
+            vars(parameter).pop(count, None)
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -65,9 +96,9 @@ def digest(tensor: Tensor) -> Tensor:
     is.  A change that this rounds away is one of a 10-millionth of its row.
     """
     if tensor.dim() < 2:
-        return tensor.detach()
+        return values_of(tensor)
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    matrix, probe = tensor.detach(), _probe(tensor.shape[-1], wide, tensor.device)
+    matrix, probe = values_of(tensor), _probe(tensor.shape[-1], wide, tensor.device)
     if matrix.dtype is wide or matrix.dim() > 2 or matrix.numel() <= _CHUNK:
         return torch.matmul(matrix.to(wide), probe)
     return torch.cat([piece.to(wide) @ probe for piece in matrix.split(max(1, _CHUNK // matrix.shape[1]))])
@@ -96,6 +127,7 @@ class Seen(NamedTuple):
     owner: Any
     version: int
     pointer: int
+    lent: int
     digest: Tensor
     norms: Tensor
 
@@ -124,6 +156,8 @@ class WeightValues:
             and seen.owner is owner
             and type(owner) is Watched
             and not owner.asked
+            and owner.lent == seen.lent
+            and not owner.is_lent
             and owner._version == seen.version
             and owner.data_ptr() == seen.pointer
         ):
@@ -131,7 +165,7 @@ class WeightValues:
         # several processes gather a weight of parts anew, and it has the version of those
         if not once and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             watch(owner)
-        version = owner._version if type(owner) is Watched else 0
+        version, lent = (owner._version, owner.lent) if type(owner) is Watched else (0, 0)
         with torch.inference_mode(False), torch.no_grad():
             now = digest(weight).clone()
             same = seen is not None and seen.digest.device == now.device and torch.equal(seen.digest, now)
@@ -139,7 +173,7 @@ class WeightValues:
                 now, norms = seen.digest, seen.norms
             else:
                 norms = row_norms(weight)
-        self._seen = seen = Seen(owner, version, 0 if owner is None else owner.data_ptr(), now, norms)
+        self._seen = seen = Seen(owner, version, 0 if owner is None else owner.data_ptr(), lent, now, norms)
         return seen
 
     def end(self) -> None:

@@ -19,6 +19,7 @@ from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
 from spectune.methods import Method, to_text
+from spectune.model.asked import watch_first_pass
 from spectune.model.install import prepared, put_on, selections
 from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
 from spectune.model.patterns import Patterns
@@ -320,5 +321,6 @@ def _prepared(
         put(model, values, name, selections(adapted_layers(model))[0])
         keep_layout(model, True)
         watch_saving(model)
+        watch_first_pass(model)
 
     return put_it

@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,17 +17,22 @@ import torch.nn as nn
 from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from spectune.layers.adapted import Adapted
+from spectune.errors import SpectuneError
+from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.attention import reads_children
 from spectune.layers.kinds import kind_of
 from spectune.layers.modules import named_modules, stored_weight, tied_parameters
 from spectune.layers.packed import kept_layout
-from spectune.layers.reads import called, reader_of, takes_values
+from spectune.layers.parts import PartLinear
+from spectune.layers.reads import bypassed, called, reader_of, takes_values
 from spectune.layers.shards import is_part
+from spectune.layers.values import PLAIN
 from spectune.model.routing import base_alone
+from spectune.private import is_transformed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -113,13 +119,19 @@ def past_layers(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str
 
 
 class _Watch(TorchFunctionMode):
-    """Sees of which layers' weights something is made, and by whom."""
+    """Sees of which layers' weights something is made, and by whom.
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    Args:
+        layers: the layers by name.
+        told_by: what tells a tensor that stands for a weight.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], told_by: Callable[[object], int] = id) -> None:
         super().__init__()
-        self.layers = layers
-        self.stand_ins: dict[int, list[str]] = {}  # names by the id of the tensor that stands for a weight
+        self.layers, self.told_by = layers, told_by
+        self.stand_ins: dict[int, list[str]] = {}  # names by what tells the tensor that stands for a weight
         self.asked: set[str] = set()
+        self.hooks: list[RemovableHandle] = []  # that go with it
         self.past: set[str] = set()
         self.instead: dict[str, nn.Module] = {}  # who answered with an embedding's weight
 
@@ -129,7 +141,7 @@ class _Watch(TorchFunctionMode):
         for name, layer in self.layers.items():
             weight = stored_weight(layer)
             if weight is not None and id(weight) in weights:
-                self.stand_ins.setdefault(id(weights[id(weight)]), []).append(name)
+                self.stand_ins.setdefault(self.told_by(weights[id(weight)]), []).append(name)
 
     def __torch_function__(
         self,
@@ -141,11 +153,12 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         values = [*args, *(kwargs or {}).values()]
         values += [v for value in values if isinstance(value, (list, tuple)) for v in value]
-        weights = [value for value in values if id(value) in self.stand_ins]
-        if weights and takes_values(func, [id(value) in self.stand_ins for value in args], result):
+        told = self.told_by
+        weights = [value for value in values if told(value) in self.stand_ins]
+        if weights and takes_values(func, [told(value) in self.stand_ins for value in args], result):
             frame = sys._getframe(1)
             for weight in weights:
-                for name in self.stand_ins[id(weight)]:
+                for name in self.stand_ins[told(weight)]:
                     layer = self.layers[name]
                     reader = reader_of(layer, frame, getattr(type(layer).forward, "__code__", None))
                     if reader is None:
@@ -160,6 +173,110 @@ class _Watch(TorchFunctionMode):
     def read_past(self, tied: set[int]) -> set[str]:
         """Return the names of the layers that were read; a tied weight is another's as long as its layer is asked."""
         return {n for n in self.past if n not in self.asked or id(self.layers[n]._parameters.get("weight")) not in tied}
+
+
+def watch_first_pass(model: nn.Module) -> None:
+    """Have the first forward pass of a model tell of adapted layers that it goes past, where no trial could.
+
+    It sees what is taken of a weight whatever way it came: `layer._parameters`, `named_parameters()`, `state_dict()`.
+    """
+    unseen = any(not layer.is_called for layer in _watchable(model).values())
+    if unseen and not isinstance(model, Adapted) and _first_pass_of(model) is None:
+        watch = _FirstPass()
+        model.register_forward_pre_hook(watch.before, prepend=True)
+        model.register_forward_hook(watch.after, always_call=True)
+
+
+def leave_first_pass(model: nn.Module) -> None:
+    """Watch no first pass of models without adapters any more."""
+    for module in model.modules():
+        if _first_pass_of(module) is not None and not adapted_layers(module):
+            _drop_first_pass(module)
+
+
+class _FirstPass:
+    """The hooks of a model whose first forward pass with adapters is watched."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[_Watch | None]] = {}  # by thread
+
+    def before(self, model: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
+            return
+        layers: dict[str, nn.Module] = {n: layer for n, layer in _watchable(model).items() if layer._asks()}
+        watch = _Watch(layers, _memory) if layers else None
+        if watch is not None:
+            weights = [w for layer in layers.values() if (w := stored_weight(layer)) is not None]
+            # where several lie in one piece of memory, that does not tell which is which
+            watch.stand_for({id(w): w for w in weights if _memory(w) and w.untyped_storage().nbytes() == w.nbytes})
+            for (
+                name,
+                layer,
+            ) in layers.items():  # whose own product may be one node of autograd's, which no mode sees into
+                watch.hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.asked.add(name)))
+            watch.__enter__()
+        self._open.setdefault(get_ident(), []).append(watch)
+
+    def after(self, model: nn.Module, args: object, output: object) -> None:
+        if torch.compiler.is_compiling() or not (passes := self._open.get(get_ident())):
+            return
+        watch = passes.pop()
+        if not passes:
+            del self._open[get_ident()]
+        if watch is None:
+            return
+        watch.__exit__(None, None, None)
+        for hook in watch.hooks:
+            hook.remove()
+        if output is None:  # as where the pass has failed
+            return
+        past = [name for name in watch.past if name not in watch.asked]
+        if past:
+            raise SpectuneError(bypassed(past[0]))
+        _drop_first_pass(model)
+        beside = watch.read_past(tied_parameters(model))
+        if beside:
+            shown = ", ".join(map(repr, sorted(beside)[:3]))
+            warnings.warn(
+                f"the model calls {shown} and takes values of the weights themselves as well, which are the base's "
+                "without the adapters",
+                stacklevel=2,
+            )
+
+    def __deepcopy__(self, memo: object) -> _FirstPass:
+        return _FirstPass()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FirstPass, ()
+
+
+def _watchable(model: nn.Module) -> dict[str, Adapted]:
+    layers = adapted_layers(model)
+    return {
+        n: layer
+        for n, layer in layers.items()
+        if not isinstance(layer, PartLinear) and (w := stored_weight(layer)) is not None and not is_part(w)
+    }
+
+
+def _memory(value: object) -> int:
+    """Return where a tensor's memory is; 0 for what has none of its own."""
+    if type(value) not in (Tensor, *PLAIN) or is_transformed():
+        return 0
+    tensor: Any = value
+    return 0 if tensor.is_meta or tensor.layout is not torch.strided else tensor.untyped_storage().data_ptr()
+
+
+def _first_pass_of(model: nn.Module) -> _FirstPass | None:
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _FirstPass)), None)
+
+
+def _drop_first_pass(model: nn.Module) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _FirstPass)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def _transformers_models(module: nn.Module) -> Iterator[PreTrainedModel]:

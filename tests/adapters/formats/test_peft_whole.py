@@ -72,6 +72,16 @@ CASES = {
         {"modules_to_save": {"embed_tokens": [9, 4]}},
     ),
     "biases": (gpt2, {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}, {"bias": "all"}),
+    "biases and modules": (
+        bert,
+        {"bias": "all", "target_modules": ["query"], "modules_to_save": ["classifier", "pooler", "LayerNorm"]},
+        {"bias": "all", "modules_to_save": ["classifier", "pooler", "LayerNorm"]},
+    ),
+    "biases and a module with layers in it": (
+        bert,
+        {"bias": "all", "target_modules": ["value"], "modules_to_save": ["query", "output.dense"]},
+        {"bias": "all", "modules_to_save": ["query", "output.dense"]},
+    ),
     "biases of layers": (bert, {"bias": "lora_only", "target_modules": ["query"]}, {"bias": "lora_only"}),
     "square conv1d": (
         gpt2,

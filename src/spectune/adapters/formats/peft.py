@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -250,7 +250,7 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
     grouped: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, dict[str, Tensor]] = {}
     listed = entry.take("modules_to_save", list, type(None)) or []
-    for key, tensor in _read(path, config, allow_bin).items():
+    for key, tensor in _without_wrapped(_read(path, config, allow_bin), config, path).items():
         name, part = _split(key, path, listed)
         parts = (rest if part.startswith(_OWN) else grouped).setdefault(name, {})
         if part.removeprefix(_OWN) in parts:
@@ -348,6 +348,26 @@ def _read(path: Source, config: dict[str, Any], allow_bin: bool) -> dict[str, Te
             )
         return read_bin(path)
     return read_tensors(path, config)
+
+
+def _without_wrapped(tensors: Mapping[str, Tensor], config: dict[str, Any], path: Source) -> dict[str, Tensor]:
+    """Return tensors without the biases that PEFT writes twice where it trains all of them and modules whole.
+
+    It writes that of the module that is trained whole by the module's name, and again as the wrapper's around it has
+    them: of what is trained, and of the original, which no longer answers.
+    """
+    found = dict(tensors)
+    if config.get("bias") != "all" or not config.get("modules_to_save"):
+        return found
+    for key in tensors:
+        if key.endswith("bias") and ".original_module." in key:
+            del found[key]
+        elif key.endswith("bias") and ".modules_to_save." in key:
+            module, _, rest = key.partition(".modules_to_save.")
+            own = [f"{module}.{name}" for name in (rest, rest.partition(".")[2]) if f"{module}.{name}" in tensors]
+            if not own or not torch.equal(found.pop(key), tensors[own[0]]):
+                raise SpectuneError(f"{path / WEIGHTS} has {key!r} and, by the module's own name, another bias or none")
+    return found
 
 
 _OWN = "own:"  # of a tensor that stands for a module's own
