@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spectune
 from spectune.bases import loading
 from spectune.errors import SpectuneError
-from training.folder import save_folder
+from training.folder import make_tokenizer, save_folder
 
 
 def test_the_embedded_encoder_loads():
@@ -45,6 +45,22 @@ def test_auto_takes_bf16_only_where_it_is_fast(monkeypatch):
 def test_unknown_names(name, message):
     with pytest.raises(SpectuneError, match=message):
         spectune.load_base(name)
+
+
+@pytest.mark.parametrize("beside", [{}, {"modules_to_save": ["norm"], "targets": ["q_proj"]}])
+def test_a_state_with_adapters_beside_is_no_base(tmp_path, beside):
+    """What a saver of another name writes: from_pretrained takes W alone, with a warning."""
+    folder = save_folder(tmp_path / "model")
+    model, _ = spectune.load_base(folder, "fp32")
+    spectune.adapt(model, "lora:rank=2", **beside)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    with pytest.raises(SpectuneError, match=r"adapter's tensors beside it.*as the base alone: save the"):
+        spectune.load_base(folder)
+    with pytest.raises(SpectuneError, match="is not an adapter"):
+        spectune.Adapter.load(folder)
+    model.save_pretrained(tmp_path / "checkpoint-3")  # which trainers go on from
+    make_tokenizer().save_pretrained(tmp_path / "checkpoint-3")
+    assert spectune.load_base(tmp_path / "checkpoint-3", "fp32")
 
 
 def test_a_package_that_is_not_there():

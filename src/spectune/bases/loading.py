@@ -8,18 +8,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from spectune.adapters.folder import CONFIG
 from spectune.bases.classifiers import load_classifier
 from spectune.bases.quantizing import pack_the_rest, quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
+from spectune.layers.stored import is_beside
 from spectune.model.lifecycle import QUANTIZE
 from spectune.reading import BASE_JSON_BYTES, check_file, check_tensors_file, read_json
 from spectune.spectral import weight_map
@@ -180,12 +183,20 @@ def _check_folder(folder: Path) -> None:
             check_file(file)
         for index in folder.glob("*.index.json"):
             weight_map(index)
+        keys: list[str] = []
         for file in folder.glob("*.safetensors"):
             check_tensors_file(file)
+            with suppress(SafetensorError), safe_open(file, framework="pt") as opened:
+                keys += opened.keys()
     except FileNotFoundError as error:
         raise SpectuneError(
             f"{error.filename} is not there, as the folder's listing says: a link to nothing?"
         ) from None
+    if is_beside(keys):
+        raise SpectuneError(
+            f"{folder} holds a base and an adapter's tensors beside it, as model.state_dict() gives both, and loads as the "
+            "base alone: save the adapter with spectune.extract(model).save(folder), or the model with save_pretrained"
+        )
 
 
 def check_config(config: PreTrainedConfig, name: str | os.PathLike[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,10 +24,17 @@ from spectune.layers.shards import is_part
 MARK = "adapters.merged"  # the tensor beside a weight that says that it is W' here
 _CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # of transformers' trainers, which go on from it
 _ADVICE = "save the adapter with spectune.extract(model).save(folder)"
+_BESIDE = re.compile(r"\.adapters\.[^.]+(\.\d+)?\.[^.]+$")  # of adapters' tensors in a state
 # "beside": W and the adapters' tensors; "merged": W' alone, as a model without adapters has; "both": W' and the
 # adapters' tensors, from which loading makes W again
 Form = Literal["beside", "merged", "both"]
 _wanted: ContextVar[Form | None] = ContextVar("spectune_state", default=None)
+
+
+def is_beside(keys: Iterable[str]) -> bool:
+    """Whether a state by these keys is W and adapters beside it, of which who knows no adapters takes W alone."""
+    keys = list(keys)
+    return any(map(_BESIDE.search, keys)) and not any(key.endswith(MARK) for key in keys)
 
 
 class Stored(Remade, nn.Module):
