@@ -194,8 +194,8 @@ def _check_folder(folder: Path) -> None:
         ) from None
     if is_beside(keys):
         raise SpectuneError(
-            f"{folder} holds a base and an adapter's tensors beside it, as model.state_dict() gives both, and loads as the "
-            "base alone: save the adapter with spectune.extract(model).save(folder), or the model with save_pretrained"
+            f"{folder} holds a base and an adapter's tensors beside it, as model.state_dict() gives both, and loads as "
+            "the base alone: save the adapter with spectune.extract(model).save(folder), or the model as a whole"
         )
 
 
