@@ -45,7 +45,12 @@ LAYERS: dict[str, Any] = {
     "circular": (lambda: nn.Conv1d(4, 6, 5, padding=2, padding_mode="circular"), (2, 4, 9)),
     "3d": (lambda: nn.Conv3d(2, 6, 2), (2, 2, 3, 4, 3)),
     "no batch": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6)),
+    "groups": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (2, 6, 5, 4)),
+    "depthwise": (lambda: nn.Conv1d(5, 10, 4, padding=3, groups=5), (2, 5, 6)),
+    "groups reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", groups=2), (4, 5, 6)),
     "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), None),
+    "bag of sums": (lambda: nn.EmbeddingBag(11, 6, mode="sum", padding_idx=0), None),
+    "bag of means": (lambda: nn.EmbeddingBag(11, 6), None),
 }
 
 
@@ -68,6 +73,8 @@ def dense(layer, weight, x):
     held = kind_of(layer).held(weight, kind_of(layer).kernel(layer))
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, held)
+    if isinstance(layer, nn.EmbeddingBag):
+        return F.embedding_bag(x, held, mode=layer.mode, padding_idx=layer.padding_idx)
     return layer._conv_forward(x, held, layer.bias)
 
 
@@ -202,6 +209,96 @@ def test_rows_and_mixtures_are_answered_as_if_they_were_alone():
             torch.testing.assert_close(model(ids), net()(ids))
 
 
+class Grouped(nn.Module):
+    """A bag, convolutions in groups, of one channel each too, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 8, mode="sum")
+        self.groups = nn.Conv2d(2, 6, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv1d(6, 6, 4, padding=3, groups=6)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, ids):
+        h = self.bag(ids).reshape(-1, 2, 2, 2)
+        h = self.groups(h).flatten(2)
+        return self.out(self.depthwise(h).mean(2))
+
+
+def grouped():
+    torch.manual_seed(0)
+    return Grouped().eval()
+
+
+IN_GROUPS = ["bag", "groups", "depthwise", "out"]
+
+
+def test_rows_of_bags_and_of_convolutions_in_groups():
+    model = grouped()
+    for name, method in (("a", LoRA(3)), ("b", SVF()), ("c", DoRA(LoRA(2))), ("d", SVF())):
+        spectune.adapt(model, method, targets=IN_GROUPS, name=name)
+    move(model)
+    choices = ["a", {"a": 0.5, "b": 2.0}, None, "c", {"b": 1.0, "d": -0.5}]
+    ids = torch.randint(1, 11, (5, 4), generator=torch.Generator().manual_seed(0))
+    alone = []
+    with torch.no_grad():
+        for row, choice in zip(ids, choices, strict=True):
+            with spectune.route(model, [choice]):
+                alone.append(model(row[None])[0])
+        with spectune.route(model, choices):
+            torch.testing.assert_close(model(ids), torch.stack(alone))
+
+
+def test_groups_are_compiled_and_kept_in_our_own_folder(tmp_path):
+    model = spectune.adapt(grouped(), targets={"bag|groups": LoRA(2), "depthwise": DoRA(LoRA(2)), "out": SVF()})
+    move(model)
+    y = model(IDS)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), y)
+    lora = spectune.adapt(grouped(), LoRA(2), targets=IN_GROUPS)
+    move(lora)
+    spectune.extract(lora).save(tmp_path)
+    assert read_json(tmp_path / CONFIG)["library_name"] == "spectune"
+    torch.testing.assert_close(spectune.attach(grouped(), Adapter.load(tmp_path))(IDS), lora(IDS))
+    with pytest.raises(SpectuneError, match=r"an EmbeddingBag, 'bag', which PEFT does not know"):
+        spectune.extract(lora).export(tmp_path / "peft", "peft")
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_what_peft_makes_of_groups_is_no_update_of_their_weight(tmp_path):
+    theirs = peft.get_peft_model(grouped(), peft.LoraConfig(r=6, target_modules=["groups", "depthwise"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        SpectuneError, match=r"is a LoRA on a convolution in groups, each of which PEFT answers"
+    ):
+        Adapter.from_peft(tmp_path)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_that_cancel_in_groups(compiled):
+    model, x = one("groups")
+    spectune.adapt(model, DoRA(LoRA(8)), targets=["0"])
+    layer: Any = model[0]
+    weight = effective_weight(layer).detach().double()
+    update = layer.adapters["default"][0]
+    trained = update.trained()
+    wanted = torch.zeros_like(weight)
+    wanted[[1, 6]] = 1e-7 * torch.randn(2, weight.shape[1], dtype=weight.dtype) - weight[[1, 6]]
+    u, s, v = torch.linalg.svd(wanted, full_matrices=False)
+    trained["A"].data.copy_(v)
+    trained["B"].data.copy_(u * s / update.method.factors(trained).scale)
+    answer: Any = torch.compile(model, backend="eager") if compiled else model
+    total = weight + update.method.delta(layer.tensors(update), weight).double()
+    torch.testing.assert_close(answer(x), layer._conv_forward(x, total.unflatten(1, (3, 3, 3)), layer.bias))
+
+
+def test_a_bag_with_offsets_is_told_of():
+    model = nn.Sequential(nn.EmbeddingBag(11, 6))
+    spectune.adapt(model, LoRA(2), targets=["0"])
+    with pytest.raises(SpectuneError, match=r"called with offsets beside its input"):
+        model[0](IDS.flatten(), torch.tensor([0, 3]))
+
+
 def test_adapters_of_one_basis_add_and_compress():
     model = spectune.adapt(net(), SVF(), targets=ALL)
     move(model)
@@ -305,11 +402,10 @@ def test_what_goes_around_its_class_is_gone_around():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), "'0' is a Conv2d in 2 groups, each with a matrix of its own"),
         (nn.Embedding(5, 4, max_norm=1.0), "'0' is a Embedding with max_norm"),
         (Padded(3, 4, 2), "'0' is a Padded that answers otherwise than its class does"),
         (nn.ConvTranspose2d(3, 4, 2), "'0' is a ConvTranspose2d"),
-        (nn.EmbeddingBag(5, 4), "'0' is a EmbeddingBag"),
+        (nn.EmbeddingBag(5, 4, mode="max"), "'0' is a EmbeddingBag of maxima, which multiplies by no matrix"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -358,6 +454,10 @@ def test_a_stand_in_for_an_input_has_products_and_nothing_else():
     torch.testing.assert_close(F.linear(x, matrix, bias), F.one_hot(IDS, 11).float() @ matrix.T + bias)
     with pytest.raises(SpectuneError, match="takes exp of its input"):
         torch.exp(x)
+    conv = nn.Conv1d(4, 4, 1, groups=2)
+    x = Vectors(kind_of(conv), conv, torch.ones(1, 4, 3), (1, 3, 2), torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(SpectuneError, match="takes linear of its input"):
+        F.linear(x, torch.randn(3, 2))
 
 
 # -- models as they are
@@ -480,8 +580,15 @@ CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num
             ["conv1", "conv2", "embed_tokens"],
             {"input_features": torch.linspace(-1, 1, 2 * 8 * 16).reshape(2, 8, 16), "decoder_input_ids": IDS},
         ),
+        (
+            lambda: tf.ConvNextModel(
+                tf.ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, layer_scale_init_value=1.0)
+            ),
+            ["dwconv", "patch_embeddings", "pwconv1"],
+            {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16)},
+        ),
     ],
-    ids=["clip", "opt", "gemma", "whisper"],
+    ids=["clip", "opt", "gemma", "whisper", "convnext"],
 )
 def test_transformers_models_answer_as_merged_and_by_row(make, targets, inputs, tmp_path):
     torch.manual_seed(0)

@@ -67,3 +67,21 @@ def test_a_dora_is_not_merged_over_another(tmp_path):
     model = mixed(("ours", "lora"), sp.SVFConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(spectune.SpectuneError, match=r"without what is merged into it now: merge this adapter first"):
         model.merge_adapter()
+
+
+def test_folders_open_beside_another_method_and_adapters_are_deleted(tmp_path):
+    ours = trained(new(), sp.SVFConfig(target_modules=["q_proj"]), "ours")
+    expected = logits(ours)
+    ours.save_pretrained(tmp_path)
+    model = PeftMixedModel.from_pretrained(new(), tmp_path / "ours", "ours").eval()
+    assert torch.equal(logits(model), expected)
+    torch.manual_seed(0)
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    model.set_adapter(["ours", "lora"])
+    assert (logits(model) - expected).abs().max() > 0.01
+    model.delete_adapter("ours")
+    assert model.active_adapters == ["lora"]
+    lora = logits(model)
+    assert (lora - expected).abs().max() > 0.01
+    model.delete_adapter("lora")
+    assert torch.equal(logits(model), logits(new()))

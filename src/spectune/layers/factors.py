@@ -73,7 +73,8 @@ class Factors(NamedTuple):
         t = self.core.apply(x.product(R) if isinstance(x, Vectors) else F.linear(x, R))
         if isinstance(self.scale, Tensor) or self.scale != 1.0:  # not to look at a tensor, which waits
             t = t * self.scale
-        return F.linear(t, self.left.to(x.dtype))
+        left = self.left.to(x.dtype)
+        return x.finish(t, left) if isinstance(x, Vectors) else F.linear(t, left)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add x dW^T (..., out) to y, in place and without gradients."""

@@ -18,7 +18,8 @@ from spectune.layers.selection import Selection
 from spectune.layers.unfolded import Unfolded
 from spectune.layers.values import WeightValues
 
-_KIND_OF = {plain: kind for kind in KINDS for plain in kind.classes}
+_OTHERS = {plain for kind in KINDS for plain in kind.classes}  # classes of layers that are no linear ones
+_WITHOUT_BIAS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @cache
@@ -29,23 +30,23 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     around the adapted one: W' in the place of W, and not an update beside the answer.
     """
     plain, own = _own_forwards(kind)
-    of_kind = _KIND_OF.get(plain)
+    other = plain in _OTHERS
     around = bool(own) and all(_goes_around(forward) for forward in own)
     # behind the class itself where that calls super().forward and does something more with the answer; before it
     # elsewhere, so that its own forward is the frozen layer's
-    under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Unfolded if of_kind else Adapted, kind)
+    under: tuple[type, ...] = (kind, adapted_class(plain)) if around else (Unfolded if other else Adapted, kind)
     if isinstance(kind, ABCMeta):  # whose instances change their class only to one that is abstract first
         under = (_Abstract, *under)
     values = {
         "__module__": kind.__module__,
         "plain_class": kind,
         "made_by": (adapted_class, kind),
-        "is_plain": of_kind is None and (around or not own),
+        "is_plain": not other and (around or not own),
         "is_packed": False,
         "is_transposed": plain is Conv1D,
     }
-    if of_kind is not None:
-        values |= {"kind": of_kind, **({"bias": None} if plain is nn.Embedding else {})}
+    if plain in _WITHOUT_BIAS:
+        values["bias"] = None
     return type(f"Adapted{kind.__name__}", under, values)
 
 
@@ -60,7 +61,7 @@ def answers_otherwise(layer: nn.Module) -> bool:
 
 def _own_forwards(kind: type[nn.Module]) -> tuple[type[nn.Module], list[object]]:
     """Return the known class that a layer's class is made from, and the forward methods that come before its own."""
-    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _KIND_OF)
+    plain = next(c for c in kind.__mro__ if c in (nn.Linear, Conv1D) or c in _OTHERS)
     return plain, [vars(c)["forward"] for c in kind.__mro__[: kind.__mro__.index(plain)] if "forward" in vars(c)]
 
 

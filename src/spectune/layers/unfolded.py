@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spectune.layers.adapted import Adapted
-from spectune.layers.kinds import Kind, Vectors
+from spectune.layers.kinds import Kind, Vectors, kind_of
 from spectune.layers.layouts import Layout
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
@@ -17,7 +17,12 @@ from spectune.layers.selection import Rows
 class Unfolded(Adapted):
     """Mixed into the class of a layer of another kind: its own answer, and the updates of x W^T beside it."""
 
-    kind: Kind
+    @property
+    def kind(self) -> Kind:
+        """What makes vectors of the layer's input."""
+        found = kind_of(self)
+        assert found is not None
+        return found
 
     def _of_parts(self, parts: Any, x: Tensor) -> Tensor:
         return self._with(parts, x) if parts else self._own(x)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Factors, Ratio
+from spectune.layers.kinds import Vectors
 from spectune.layers.updates import Update
 from spectune.methods.base import Decomposition, Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
@@ -178,7 +179,7 @@ class DoRA(Method):
         y = (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
         if rows is None or sums is None:
             return y
-        whole = F.linear(x, (values[rows, None] * sums).to(x.dtype))
+        whole = _of_rows(x, (values[rows, None] * sums).to(x.dtype), rows)
         return y.index_copy(-1, rows, (whole - output.index_select(-1, rows)).to(y.dtype))
 
     def _traced(self, t: Tensors, x: Tensor, base: Base) -> Tensor:
@@ -198,7 +199,8 @@ class DoRA(Method):
         def exact() -> Tensor:
             sums = self._sums(t, base, everything)
             ratio = _ratio(t["magnitude"], torch.linalg.vector_norm(sums.detach(), dim=1))
-            return (F.linear(x, (ratio[:, None] * sums).to(x.dtype)).to(output.dtype) - output).contiguous()
+            whole = _of_rows(x, (ratio[:, None] * sums).to(x.dtype), everything)
+            return (whole.to(output.dtype) - output).contiguous()
 
         def usual() -> Tensor:
             ratio = _ratio(t["magnitude"], norms)
@@ -219,6 +221,11 @@ def _wide(t: Tensors) -> dict[str, Tensor]:
     """Return tensors in the widest dtype of their device."""
     wide = torch.float32 if t["magnitude"].device.type == "mps" else torch.float64
     return {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in t.items()}
+
+
+def _of_rows(x: Tensor | Vectors, matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return x M^T (..., n) for M (n x in) in the place of these rows (n) of W."""
+    return x.of_rows(matrix, rows) if isinstance(x, Vectors) else F.linear(x, matrix)
 
 
 def _ratio(magnitude: Tensor, norms: Tensor) -> Tensor:

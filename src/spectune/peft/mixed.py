@@ -10,6 +10,7 @@ from peft.tuners import mixed
 from peft.tuners.mixed import model as lists
 from peft.tuners.tuners_utils import BaseTuner
 
+from spectune.layers.modules import OF_ADAPTERS
 from spectune.peft.config import SpectuneConfig
 from spectune.peft.layer import PeftLayer
 from spectune.peft.tuner import SpectuneTuner
@@ -57,6 +58,8 @@ def let_mix(config: type[SpectuneConfig], tuner: type[SpectuneTuner], peft_type:
     """Put a method on PEFT's lists of those that may be mixed."""
     _tuners[config] = tuner
     mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, peft_type)
-    lists.PREFIXES.append(tuner.prefix)
+    for prefix in (tuner.prefix, *(f"base_layer.{part}" for part in OF_ADAPTERS)):  # what deleting goes past
+        if prefix not in lists.PREFIXES:
+            lists.PREFIXES.append(prefix)
     lists.Layers = (*lists.Layers, tuner.tuner_layer_cls)  # type: ignore[assignment]
     mixed_model.MixedModel = Mixed  # type: ignore[misc]

@@ -85,7 +85,8 @@ def _register(config: type[SpectuneConfig]) -> None:
     tuner = type(f"{short}Model", (SpectuneTuner,), members)
     for made in (layer, expert, tuner):
         setattr(here, made.__name__, made)
-    register_peft_method(name=value.lower(), config_cls=config, model_cls=tuner, prefix=prefix)
+    name = value.lower()
+    register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=prefix, is_mixed_compatible=True)
     let_mix(config, tuner, PeftType(value))
 
 

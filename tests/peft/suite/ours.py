@@ -33,16 +33,17 @@ VERA, ADALORA = ours.VeRAConfig, ours.AdaLoRAConfig
 AS_LORA = os.environ.get("IN_PLACE_OF_LORA") == "1"
 
 
-class InPlaceOfLora(SVF):
-    """SVF by the options of a LoRA, of which those that SVF does not have are left out."""
+class InPlaceOfLora:
+    """Makes an SVFConfig by the options of a LoRA, of which those that SVF does not have are left out."""
 
-    def __init__(self, *args, **options):
-        random = options.pop("init_lora_weights", True) is False
+    def __new__(cls, *args, **options):
+        if options.pop("init_lora_weights", True) is False:
+            options["init_weights"] = False
         for key in ("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
             options.pop(key, None)
         if options.get("bias") == "lora_only":
             options["bias"] = "svf_only"
-        super().__init__(*args, **({"init_weights": False} if random else {}), **options)
+        return SVF(*args, **options)
 
 
 if AS_LORA:
@@ -86,8 +87,6 @@ SHARED = (
     "TestLowCpuMemUsage",
     "TestNamingConflictWarning",
     "TestNoInfiniteRecursionDeepspeed",
-    "TestWeightTying",
-    "TestHotSwapping",
 )
 
 # what does not come out as PEFT's tests have it: a pattern for the test's name, and the reason
@@ -98,6 +97,7 @@ REASONS = {
     r"test_parameters_after_loading_model\[MLP 1 MiLoRA": "its update is not finite by then, which is refused",
     r"test_auto.py.*(extended_vocab|embedding_size)": "asks a hub for a model",
     r"test_lora_conversion\[SVFT": "a band has full rank, and the best LoRA of a rank is not near it",
+    r"test_mixed.py.*test_decoder_model": "what SVF starts with at random changes logits, and none of the tokens",
     r"test_config.py.*(test_from_pretrained(_cache_dir)?\[|with_runtime_config)": "asks a hub for a LoRA",
 }
 if peft.__version__.startswith("0.20."):

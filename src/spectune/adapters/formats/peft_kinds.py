@@ -41,11 +41,21 @@ def plain(name: str, parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], st
     if _EMBEDDING.keys() & parts.keys():
         return found, "embedding", ()
     A, B = found.get("A"), found.get("B")
+    if A is not None and B is not None and A.dim() == B.dim() > 2 and len(A) > B.shape[1]:
+        raise SpectuneError(
+            f"{name!r} is a LoRA on a convolution in groups, each of which PEFT answers from the channels of all: no "
+            "weight in groups holds that"
+        )
     if A is None or B is None or not 3 <= A.dim() <= 5 or B.dim() != A.dim() or any(n != 1 for n in B.shape[2:]):
         return found, LINEAR, ()
     return {**found, "A": A.flatten(1), "B": B.flatten(1)}, "conv", tuple(A.shape[2:])
 
 
+_UNLIKE = {
+    IN: "a module of attention, {!r} in it, which PEFT answers otherwise",
+    "grouped conv": "a convolution in groups, {!r}, each of which PEFT answers from the channels of all",
+    "embedding bag": "an EmbeddingBag, {!r}, which PEFT does not know",
+}
 _OUT = ".base_layer.out_proj"  # what PEFT calls the other half of a module of attention that it has put a LoRA on
 _TWICE = (0, 21)  # up to this PEFT adds the update of an out_proj twice (huggingface/peft#3774), in training as well
 
@@ -92,5 +102,7 @@ def factor(name: str, version: object, where: str) -> float:
 
 def obstacle(layers: Mapping[str, LayerUpdate]) -> str | None:
     """Return what PEFT cannot hold of the kinds of layers that there are, or None."""
-    found = next((name for name, layer in layers.items() if layer.kind == IN), None)
-    return None if found is None else f"a module of attention, {found!r} in it, which PEFT answers otherwise"
+    for name, layer in layers.items():
+        if (why := _UNLIKE.get(layer.kind)) is not None:
+            return why.format(name)
+    return None

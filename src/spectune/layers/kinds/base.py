@@ -20,12 +20,18 @@ class Kind(ABC):
     Attributes:
         name: in the files of adapters.
         classes: of the layers.
-        looks_up: each x is zero but in one place, where it is one.
+        looks_up: each x is zero but in one place, or in a few, where it is one.
+        several: there are several x in each place, each answered by rows of W of its own.
     """
 
     name: ClassVar[str]
     classes: ClassVar[tuple[type[nn.Module], ...]]
     looks_up: ClassVar[bool] = False
+    several: ClassVar[bool] = False
+
+    def takes(self, layer: Any) -> bool:
+        """Whether a layer is of this kind."""
+        return isinstance(layer, self.classes)
 
     @abstractmethod
     def refusal(self, layer: Any) -> str | None:
@@ -46,6 +52,14 @@ class Kind(ABC):
     @abstractmethod
     def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
         """Return x M^T (..., rows) for M (rows x in)."""
+
+    def finish(self, layer: Any, t: Tensor, left: Tensor) -> Tensor:
+        """Return t L^T (..., out) for L (out x p), where t (..., p) is made of what `product` returns."""
+        return F.linear(t, left)
+
+    def of_rows(self, layer: Any, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+        """Return x M^T (..., n) for M (n x in) in the place of these rows (n) of W."""
+        return self.product(layer, input, matrix)
 
     def features_last(self, layer: Any, answer: Tensor) -> Tensor:
         """Return a layer's answer with the axis of W's rows as the last."""
@@ -79,6 +93,14 @@ class Vectors:
         """Return x M^T (..., rows) for M (rows x in)."""
         return self._kind.product(self._layer, self._input, matrix)
 
+    def finish(self, t: Tensor, left: Tensor) -> Tensor:
+        """Return t L^T (..., out) for L (out x p), where t (..., p) is made of what `product` returns."""
+        return self._kind.finish(self._layer, t, left)
+
+    def of_rows(self, matrix: Tensor, rows: Tensor) -> Tensor:
+        """Return x M^T (..., n) for M (n x in) in the place of these rows (n) of W."""
+        return self._kind.of_rows(self._layer, self._input, matrix, rows)
+
     @property
     def input(self) -> Tensor:
         """What the layer was given."""
@@ -96,7 +118,7 @@ class Vectors:
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         # what a method of somebody else's does with x; those here ask `product`
         named: Mapping[str, Any] = kwargs or {}
-        if func is F.linear and isinstance(args[0], Vectors):
+        if func is F.linear and isinstance(args[0], Vectors) and not args[0]._kind.several:
             y, bias = args[0].product(args[1]), args[2] if len(args) > 2 else named.get("bias")
             return y if bias is None else y + bias
         name = getattr(func, "__name__", str(func))

@@ -1,10 +1,15 @@
-"""Convolutions in one, two or three dimensions: W is (out x in * k), the patches under the kernel are the vectors."""
+"""Convolutions in one, two or three dimensions: W is (out x in * k), the patches under the kernel are the vectors.
+
+In groups W is (out x in / groups * k), as the layer holds it, and in each place there is a vector for each group, which
+the rows of W that are the group's answer. So dW = s L C R has one R for all groups, and keeps to the groups as W does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -22,9 +27,10 @@ class Convolution(Kind):
     name = "conv"
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+    def takes(self, layer: Any) -> bool:
+        return super().takes(layer) and layer.groups == 1
+
     def refusal(self, layer: Any) -> str | None:
-        if layer.groups > 1:
-            return f"in {layer.groups} groups, each with a matrix of its own"
         return None
 
     def matrix(self, held: Tensor) -> Tensor:
@@ -48,3 +54,27 @@ class Convolution(Kind):
 
     def dropped(self, input: Tensor, p: float) -> Tensor:
         return dropout(input, p)
+
+
+class GroupedConvolution(Convolution):
+    """nn.Conv1d, nn.Conv2d and nn.Conv3d in groups, of one channel each too."""
+
+    name = "grouped conv"
+    several = True
+
+    def takes(self, layer: Any) -> bool:
+        return isinstance(layer, self.classes) and layer.groups > 1
+
+    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+        kernel = self.held(matrix, layer.kernel_size).to(input.dtype)
+        kernel = kernel.repeat(layer.groups, *(1,) * (kernel.dim() - 1))
+        y = self.features_last(layer, layer._conv_forward(input, kernel, None))
+        return y.unflatten(-1, (layer.groups, len(matrix)))
+
+    def finish(self, layer: Any, t: Tensor, left: Tensor) -> Tensor:
+        return torch.einsum("...gp,gop->...go", t, left.unflatten(0, (layer.groups, -1))).flatten(-2)
+
+    def of_rows(self, layer: Any, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+        whole = matrix.new_zeros(layer.out_channels, matrix.shape[1]).index_copy(0, rows, matrix)
+        kernel = self.held(whole, layer.kernel_size).to(input.dtype)
+        return self.features_last(layer, layer._conv_forward(input, kernel, None)).index_select(-1, rows)

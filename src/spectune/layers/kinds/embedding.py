@@ -1,4 +1,7 @@
-"""Embeddings: W is (features x rows of the table), and a vector is zero but for the one in its row's place."""
+"""Embeddings: W is (features x rows of the table), and a vector is zero but for the one in its row's place.
+
+A bag's vector is the sum, or the mean, of those of its rows.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +37,17 @@ class Lookup(Kind):
 
     def dropped(self, input: Tensor, p: float) -> Tensor:
         return input  # there is nothing but the one, and PEFT leaves it as well
+
+
+class Bag(Lookup):
+    """nn.EmbeddingBag of sums and means, of bags of one size: an input (bags x rows of each)."""
+
+    name = "embedding bag"
+    classes = (nn.EmbeddingBag,)
+
+    def refusal(self, layer: Any) -> str | None:
+        return "of maxima, which multiplies by no matrix" if layer.mode == "max" else super().refusal(layer)
+
+    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+        by_count, padding = layer.scale_grad_by_freq, layer.padding_idx
+        return F.embedding_bag(input, matrix.mT, scale_grad_by_freq=by_count, mode=layer.mode, padding_idx=padding)
