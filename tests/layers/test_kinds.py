@@ -268,9 +268,7 @@ def test_groups_are_compiled_and_kept_in_our_own_folder(tmp_path):
 def test_what_peft_makes_of_groups_is_no_update_of_their_weight(tmp_path):
     theirs = peft.get_peft_model(grouped(), peft.LoraConfig(r=6, target_modules=["groups", "depthwise"]))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(
-        SpectuneError, match=r"is a LoRA on a convolution in groups, each of which PEFT answers"
-    ):
+    with pytest.raises(SpectuneError, match=r"is a LoRA on a convolution in groups, each of which PEFT answers"):
         Adapter.from_peft(tmp_path)
 
 

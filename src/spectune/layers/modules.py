@@ -95,10 +95,14 @@ def effective_weight(layer: nn.Module) -> Tensor:
         )
     if weight.is_meta and (hook := offloading(layer)) is not None:
         weight = hook.weights_map["weight"]
-    if is_linear(layer):
-        return weight.T if is_conv1d(layer) else weight
-    kind = kind_of(layer)
-    return weight if kind is None else kind.matrix(weight)
+    return as_matrix(layer, weight)
+
+
+def as_matrix(layer: nn.Module, held: Tensor) -> Tensor:
+    """Return W (out x in) of a weight as a layer holds it; a view. The inverse of `as_held`."""
+    if not is_linear(layer) and (kind := kind_of(layer)) is not None:
+        return kind.matrix(held)
+    return held.mT if is_stored_transposed(layer) else held
 
 
 def as_held(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from spectune.adapters.formats.bilingual import VERSION as FORMAT_VERSION
 from spectune.adapters.formats.dialect import fields_of, option_of, type_for
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.kinds import LINEAR
 from spectune.methods import Method, find, from_fields
 from spectune.patterns import matches_end
 
@@ -55,12 +56,13 @@ Without PEFT: `spectune.attach(model, spectune.Adapter.load("this folder"))`.
 
 
 class Described(NamedTuple):
-    """An adapted layer: (out, in) of W, whether W is held (in x out), its method, of how many experts it is one."""
+    """An adapted layer: (out, in) of W, whether W is held (in x out), its method, of how many experts, and its kind."""
 
     shape: tuple[int, int]
     transposed: bool
     method: Method
     experts: int = 0
+    kind: tuple[str | int, ...] = (LINEAR,)  # with the axes of its kernel
 
 
 class UnknownOption(SpectuneError, TypeError):
@@ -175,13 +177,14 @@ class SpectuneConfig(PeftConfig):
     def note(self, chosen: Mapping[str, Described]) -> None:
         """Write down what was adapted."""
         self.methods, self.layers, self.modules = [], {}, {}
-        for name, (shape, transposed, method, experts) in chosen.items():
+        for name, (shape, transposed, method, experts, kind) in chosen.items():
             fields = method.fields()
             if fields not in self.methods:
                 self.methods.append(fields)
             terms = [{"method": self.methods.index(fields), "weight": 1.0}]
             self.layers[name] = {"shape": list(shape), "conv1d": transposed, "terms": terms}
             self.layers[name] |= {"experts": experts} if experts else {}
+            self.layers[name] |= {} if kind == (LINEAR,) else {"kind": list(kind)}
 
 
 def named(method: str) -> Callable[[C], C]:

@@ -16,13 +16,14 @@ from spectune.adapters.terms import Term, needs_basis
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
 from spectune.layers.experts import ExpertLinear
+from spectune.layers.kinds import kind_of
 from spectune.layers.merged import merged_bias, merged_weight
-from spectune.layers.modules import effective_weight, is_linear, is_stored_transposed
+from spectune.layers.modules import as_held, as_matrix, effective_weight, is_linear
 from spectune.layers.packed import Packed, keep_layout
 from spectune.layers.parts import tensor_of
 from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
-from spectune.layers.taking import give_back, take_over
+from spectune.layers.taking import answers_otherwise, give_back, take_over
 from spectune.layers.updates import Update, digest
 from spectune.methods import Method
 from spectune.model.install import bases_for, check_layer
@@ -40,12 +41,12 @@ class Kept(NamedTuple):
 
 
 class PeftLayer(nn.Module, BaseTunerLayer):
-    """PEFT's tuner layer around a linear layer that Spectune adapted in place.
+    """PEFT's tuner layer around a layer that Spectune adapted in place.
 
     The layer inside keeps its weight and holds the frozen tensors; what trains lies here, under PEFT's names.
 
     Args:
-        base_layer: a linear layer, or another tuner layer around one.
+        base_layer: a linear layer, a convolution or an embedding, or another tuner layer around one.
         name: the layer's name in the model.
     """
 
@@ -64,11 +65,8 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         self._reloaded = False  # a state with another W was loaded
         self._kept: Kept | None = None
         plain = self.get_base_layer()
-        if not is_linear(plain):
-            raise SpectuneError(
-                f"{name!r} is a {type(plain).__name__}, and the methods of spectune.peft adapt nn.Linear and Conv1D: "
-                "leave it out of target_modules"
-            )
+        if (why := _refusal(plain)) is not None:
+            raise SpectuneError(f"{name!r} is a {type(plain).__name__}{why}: leave it out of target_modules")
         check_layer(name, plain)
         if not isinstance(plain, Adapted):
             take_over(plain, name, Selection())
@@ -118,7 +116,9 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             self.made_of[adapter] = fingerprint.sketch_weight(weight.detach())
         shapes = method.shapes(self.out_features, self.in_features)
         frozen = {k: v for k, v in self.adapted.tensors(update).items() if k not in shapes}
-        for name, value in method.initial(shapes, frozen).items():
+        table = (kind := kind_of(self.adapted)) is not None and kind.looks_up
+        initial = method.initial_of_table if table else method.initial
+        for name, value in initial(shapes, frozen).items():
             held[name].copy_(value + 0.1 * torch.randn_like(value) if random else value)
 
     def method_of(self, adapter: str) -> Method | None:
@@ -216,7 +216,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         """Return W (out x in), of a merged layer too."""
         if self._kept is None:
             return effective_weight(self.adapted).detach()
-        return self._kept.weight.T if is_stored_transposed(self.adapted) else self._kept.weight
+        return as_matrix(self.adapted, self._kept.weight)
 
     def _term(self, update: HeldUpdate, sketch: Tensor | None = None) -> Term:
         trained = update.trained()
@@ -330,7 +330,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         layer: Any = self.adapted
         if isinstance(layer, ExpertLinear):
             return layer.lender()(tensor_of(layer.owner, layer.key)).clone(), None
-        bias = layer._parameters["bias"]
+        bias = layer._parameters.get("bias")
         return layer._parameters["weight"].data, None if bias is None else bias.data
 
     def _put(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -371,7 +371,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         weight = self._weight()
         dense = weight.dense() if isinstance(weight, Packed) else weight
         delta = self._method(update).delta(layer.tensors(update), dense).to(weight.dtype)
-        return delta.T if is_stored_transposed(layer) else delta
+        return as_held(layer, delta)
 
     @staticmethod
     def _method(update: Update) -> Method:
@@ -379,7 +379,20 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         return update.method
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not isinstance(self.adapted, ExpertLinear)  # whose names are no layers without Spectune
+        return is_linear(self.adapted) and not isinstance(self.adapted, ExpertLinear)  # no layer without Spectune
+
+
+def _refusal(layer: nn.Module) -> str | None:
+    """Return why a layer cannot be adapted, as words that follow its class, or None."""
+    if is_linear(layer):
+        return None
+    kind = kind_of(layer)
+    if kind is None:
+        return ", and the methods of spectune.peft adapt linear layers, convolutions and embeddings"
+    why = kind.refusal(layer)
+    if why is None and answers_otherwise(layer):
+        why = "that answers otherwise than its class does"
+    return None if why is None else f" {why}"
 
 
 def _see_base(layer: Any, state: Any, prefix: str, *_: Any) -> None:

@@ -80,10 +80,10 @@ def _register(config: type[SpectuneConfig]) -> None:
     here = sys.modules[__name__]
     # "Linear" in the name is how PEFT tells an adapted linear layer for target_modules="all-linear"
     layer = type(f"{short}Linear", (PeftLayer,), {"__module__": __name__, "prefix": prefix})
-    expert = type(f"{short}Expert", (layer,), {"__module__": __name__})
-    members = {"__module__": __name__, "prefix": prefix, "tuner_layer_cls": layer, "expert_layer_cls": expert}
+    other = type(f"{short}Other", (layer,), {"__module__": __name__})
+    members = {"__module__": __name__, "prefix": prefix, "tuner_layer_cls": layer, "other_layer_cls": other}
     tuner = type(f"{short}Model", (SpectuneTuner,), members)
-    for made in (layer, expert, tuner):
+    for made in (layer, other, tuner):
         setattr(here, made.__name__, made)
     name = value.lower()
     register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=prefix, is_mixed_compatible=True)

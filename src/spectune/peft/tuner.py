@@ -11,7 +11,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, TaskType
 from torch import Tensor
 
@@ -20,7 +25,7 @@ from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
 from spectune.layers.experts import ExpertLinear, called_for, expert_layer, keys_of
-from spectune.layers.modules import is_stored_transposed, named_modules
+from spectune.layers.modules import described, is_linear, is_stored_transposed, named_modules
 from spectune.layers.packed import keep_layout
 from spectune.layers.parts import tensor_of
 from spectune.layers.updates import Update
@@ -39,7 +44,7 @@ class SpectuneTuner(BaseTuner):
     """A model whose layers PEFT chose and Spectune adapted; see `spectune.peft` for what it is called with."""
 
     tuner_layer_cls: type[PeftLayer]
-    expert_layer_cls: type[PeftLayer]  # of a name that does not tell PEFT that it is among all linear layers
+    other_layer_cls: type[PeftLayer]  # of what is no linear layer, whose name does not tell PEFT that it is one
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
 
     # -- adding adapters
@@ -86,7 +91,10 @@ class SpectuneTuner(BaseTuner):
     ) -> None:
         """Put an adapter on a layer, which is replaced by ours around it if it is none yet."""
         current_key = current_key.removeprefix(PREFIX)  # which it has where the model is PEFT's own wrapper
-        layer = target if isinstance(target, cls.tuner_layer_cls) else cls.tuner_layer_cls(target, current_key)
+        layer = target
+        if not isinstance(layer, cls.tuner_layer_cls):
+            inside = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            layer = (cls.tuner_layer_cls if is_linear(inside) else cls.other_layer_cls)(target, current_key)
         method = peft_config.method_for(current_key, (layer.out_features, layer.in_features))
         layer.add(adapter_name, method)
         if layer is not target:
@@ -125,7 +133,7 @@ class SpectuneTuner(BaseTuner):
     def _add_expert(self, peft_config: Any, adapter: str, name: str, module: nn.Module, key: str, index: int) -> None:
         there = called_for(module, key, index)
         target = expert_layer(module, key, index) if there is None else there
-        layer = target if isinstance(target, self.tuner_layer_cls) else self.expert_layer_cls(target, name)
+        layer = target if isinstance(target, self.tuner_layer_cls) else self.other_layer_cls(target, name)
         holder = module._modules[str(index)]
         self._create_and_replace(peft_config, adapter, layer, key, holder, current_key=name)  # type: ignore[arg-type]
         holder._modules[key] = layer  # type: ignore[union-attr]
@@ -251,7 +259,9 @@ class SpectuneTuner(BaseTuner):
 def _described(layer: PeftLayer, method: Any) -> Described:
     inner: Any = layer.adapted
     experts = inner.count if isinstance(inner, ExpertLinear) else 0
-    return Described((layer.out_features, layer.in_features), is_stored_transposed(inner), method, experts)
+    kind, kernel = described(inner)
+    shape = layer.out_features, layer.in_features
+    return Described(shape, is_stored_transposed(inner), method, experts, (kind, *kernel))
 
 
 def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[Any, dict[str, Tensor]]:

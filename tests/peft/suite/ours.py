@@ -68,6 +68,14 @@ CUSTOM = [  # name, model, config, options: PEFT's models with linear layers
     ("MLP 1 MiLoRA", "MLP", MILORA, {**BOTH, "r": 2, "lora_dropout": 0.0}),
     ("MLP 2 MiLoRA with DoRA", "MLP", MILORA, {**ONE, "r": 2, "use_dora": True, "lora_dropout": 0.0}),
     ("MLP 1 VeRA", "MLP", VERA, {**ONE, "r": 4}),
+    ("Conv1d 1 SVF", "Conv1d", SVF, {"target_modules": ["conv1d"]}),
+    ("Conv2d 1 SVF", "Conv2d", SVF, {"target_modules": ["conv2d"]}),
+    ("Conv2d 2 PiSSA", "Conv2d", PISSA, {"target_modules": ["conv2d", "lin0"], "r": 2}),
+    ("Conv2d 3 SVF with DoRA", "Conv2d", SVF, {"target_modules": ["conv2d"], "use_dora": True}),
+    ("Conv2d Groups SVF", "Conv2dGroups", SVF, {"target_modules": ["conv2d"]}),
+    ("Conv3d 1 LoRA-XS", "Conv3d", XS, {"target_modules": ["conv3d"], "r": 2}),
+    ("Embedding 1 SVF", "EmbConv1D", SVF, {"target_modules": ["emb"]}),
+    ("Embedding + transformers Conv1D 1 SVF", "EmbConv1D", SVF, {"target_modules": ["emb", "conv1d"]}),
     ("MLP 1 AdaLoRA", "MLP", ADALORA, {**BOTH, "r": 2, "total_steps": 8, "t_init": 1, "t_final": 2}),
 ]
 SHORT = [(SVF, {}), (SVFT, {"pattern": "banded", "width": 2}), (XS, {"r": 4}), (MILORA, {"r": 4, "lora_dropout": 0.0})]

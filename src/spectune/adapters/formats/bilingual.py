@@ -13,7 +13,7 @@ from spectune.adapters.folder import Source
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
 from spectune.adapters.terms import ADDED_BIAS
-from spectune.layers.kinds import LINEAR
+from spectune.layers.attention import IN
 from spectune.methods.adalora import AdaLoRA
 from spectune.storage import Entry
 
@@ -73,7 +73,7 @@ def peft_type(adapter: Contents) -> str | None:
     kinds: set[str | None] = set()
     for layer in adapter.layers.values():
         (term, *more) = layer.terms
-        if more or term.weight != 1.0 or term.stays or layer.rows is not None or layer.kind != LINEAR:
+        if more or term.weight != 1.0 or term.stays or layer.rows is not None or layer.kind == IN:
             return None
         if not layer.terms[0].method.replaces:
             kinds.add(type_of(layer.terms[0].method))
@@ -128,7 +128,7 @@ def own_names(
         elif owner in layers and part in _HEAD:
             turned = part == "weight" and isinstance(layers[owner], dict) and layers[owner].get("conv1d") is True
             renamed[f"{owner}.0.{_HEAD[part]}"] = tensor.T.contiguous() if turned else tensor
-        else:
+        elif not (owner.endswith(_INSIDE) and owner.removesuffix(_INSIDE) in layers and part == "weight"):
             saved.setdefault(owner.removesuffix(_INSIDE), {})[part] = tensor
     for name, parts in saved.items():
         rows = None
