@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import spectune
+import tiny
 from spectune import SpectuneError
 from spectune.methods import METHODS, parse, to_text
 from spectune.planning.machine import Machine, keep, this_machine
-from spectune.planning.memory import Parts, Weights
+from spectune.planning.memory import NF4, Parts, Weights, precision_of_run, weights_of
 from spectune.planning.plan import default_methods, parse_devices
 from spectune.planning.step import Cost
 from training.folder import make_model
@@ -180,3 +181,33 @@ def test_stored_rates_are_lower_in_thin_products():
     machine = Machine()
     thin, thick = (machine.product(torch.float32, (1, 256, 512, n), (False, False)) / n for n in (8, 512))
     assert thin > 1.5 * thick
+
+
+def test_what_a_packed_base_takes():
+    model = tiny.llama()
+    layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers))
+    rest += sum(b.numel() * b.element_size() for b in model.buffers())
+    four, beside, eight = (weights_of(model, p) for p in ("4bit", "4bit:rank=16", "8bit"))
+    assert four.packed == beside.packed == eight.packed == sum(w.numel() for w in layers)
+    assert four.total == pytest.approx(rest + NF4 * four.packed)
+    assert beside.total - four.total == sum(2 * min(16, *w.shape) * sum(w.shape) for w in layers)
+    assert eight.total == rest + eight.packed + sum(4 * len(w) for w in layers)
+    with pytest.raises(
+        SpectuneError, match=r"unknown precision '8bit:rank=4' \(known: fp32, bf16, 4bit, 8bit, 4bit:rank"
+    ):
+        spectune.plan("minilm-l6", precisions=["8bit:rank=4"])
+
+
+def test_experts_in_one_tensor_stay_unpacked():
+    model = tiny.mixtral()
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert experts
+    assert weights_of(model, "4bit").packed < sum(p.numel() for p in model.parameters()) - experts
+    assert weights_of(model, "4bit").total > 2 * experts
+
+
+def test_a_runs_precision():
+    said = [precision_of_run(q, "bf16") for q in (None, "nf4", "nf4:rank=16,refine=2", "int8")]
+    assert said == ["bf16", "4bit", "4bit:rank=16", "8bit"]
+    assert precision_of_run(None, "auto") is None

@@ -38,7 +38,10 @@ def plan(
         help="What the backward pass computes again, as in train; selective if not given.",
     ),
     precision: list[str] = typer.Option(
-        [], "--precision", "-p", help="fp32, bf16 or 4bit; may be repeated. All if not given."
+        [],
+        "--precision",
+        "-p",
+        help="fp32, bf16, 8bit, 4bit or 4bit:rank=16; may be repeated. fp32, bf16 and 4bit if not given.",
     ),
     devices: str = typer.Option("1", help="With FSDP2: a number, several (1,4,8) or a range (1-8)."),
     memory: str | None = typer.Option(None, help="Of a device (24 is 24GB): the largest batch; 8 to 80 if not given."),

@@ -11,7 +11,7 @@ from spectune.compare.candidates import FULL
 from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
 from spectune.pages.units import gigabytes
-from spectune.planning.memory import weights_of
+from spectune.planning.memory import precision_of_run, weights_of
 
 _FULL = 16  # bytes a weight: float32, its gradient, and AdamW's two moments
 
@@ -32,8 +32,8 @@ def check_room(config: CompareConfig, free: int | None = None) -> list[str]:
     except SpectuneError:
         return []
     dtype = resolve_dtype(config.dtype, device)
-    precision = "fp32" if dtype == torch.float32 else "bf16"
-    weights = weights_of(built, "4bit" if (config.quantize or "").startswith("nf4") else precision).total
+    precision = precision_of_run(config.quantize, "fp32" if dtype == torch.float32 else "bf16")
+    weights = weights_of(built, precision or "bf16").total
     if free is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if weights * config.workers > free:

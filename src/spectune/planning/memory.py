@@ -4,19 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from spectune.bases.quantizing import parsed
+from spectune.errors import SpectuneError
 from spectune.layers.modules import find_linear, stored_weight
+from spectune.layers.parts import PartLinear
 from spectune.methods.lora import LoRA
 from spectune.model.targets import resolve
 
-Precision = Literal["fp32", "bf16", "4bit"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "4bit": torch.bfloat16}
+PRECISIONS = ("fp32", "bf16", "4bit", "8bit")
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, and doubly quantized scales of blocks of 64
+_ROW = 4  # bytes beside a row of 8-bit weights: its scale
+
+
+class Precision(NamedTuple):
+    """What a base is held in.
+
+    Args:
+        kind: of `PRECISIONS`.
+        dtype: of what is not packed, and of what is computed.
+        rank: of the part of each packed weight that is held beside it.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    rank: int = 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether linear layers are packed."""
+        return self.kind in ("4bit", "8bit")
+
+    def bytes_of(self, weight: Tensor) -> float:
+        """Return what a packed weight takes, with what is beside it."""
+        rows, columns = weight.shape
+        beside = min(self.rank, rows, columns) * (rows + columns) * self.dtype.itemsize
+        return beside + (weight.numel() * NF4 if self.kind == "4bit" else weight.numel() + _ROW * rows)
+
+
+def precision_of(text: str) -> Precision:
+    """Return what "fp32", "bf16", "8bit", "4bit" or "4bit:rank=16" says.
+
+    Raises:
+        SpectuneError: it is none of these.
+    """
+    kind, _, rest = str(text).partition(":rank=")
+    if kind not in PRECISIONS or (rest and not (kind == "4bit" and rest.isdecimal())) or str(text).endswith("="):
+        raise SpectuneError(f"unknown precision {text!r} (known: {', '.join(PRECISIONS)}, 4bit:rank=16)")
+    return Precision(kind, torch.float32 if kind == "fp32" else torch.bfloat16, int(rest or 0))
+
+
+def precision_of_run(quantize: str | None, dtype: str) -> str | None:
+    """Return the precision of a base that `quantize` and `dtype` say, as a plan names it; None of another dtype."""
+    if quantize is None:
+        return dtype if dtype in ("fp32", "bf16") else None
+    how = parsed(quantize)
+    return "8bit" if how.kind == "int8" else f"4bit:rank={how.rank}" if how.rank else "4bit"
 
 
 @dataclass(frozen=True)
@@ -25,8 +73,8 @@ class Weights:
 
     Args:
         total: of all parameters and buffers.
-        packed: how many of them are packed in 4 bits.
-        working: a dequantized copy of the largest linear layer, in 4 bits; else 0.
+        packed: how many of them are packed.
+        working: a dequantized copy of the largest packed layer; 0 where none is packed.
         block: what FSDP2 gathers at once: the largest block, and the next.
     """
 
@@ -36,16 +84,21 @@ class Weights:
     block: float
 
 
-def weights_of(model: nn.Module, precision: Precision) -> Weights:
-    """Return the bytes of a model's weights; in 4 bits every linear layer but the output embedding is packed."""
-    size = DTYPES[precision].itemsize
+def weights_of(model: nn.Module, precision: str) -> Weights:
+    """Return the bytes of a model's weights; every linear layer but the output embedding is packed, if any.
+
+    Experts whose weights lie in one tensor are no linear layers to bitsandbytes, and stay as they are.
+    """
+    how = precision_of(precision)
+    size = how.dtype.itemsize
     packed: set[int] = set()
-    if precision == "4bit":
-        packed = {id(stored_weight(find_linear(model, name))) for name in resolve(model, LoRA(rank=1))}
+    if how.packs:
+        layers = [find_linear(model, name) for name in resolve(model, LoRA(rank=1))]
+        packed = {id(stored_weight(layer)) for layer in layers if not isinstance(layer, PartLinear)}
 
     def held(parameters: Iterable[Tensor]) -> float:
         unique = {id(p): p for p in parameters}.values()
-        return sum(p.numel() * (NF4 if id(p) in packed else size) for p in unique)
+        return sum(how.bytes_of(p) if id(p) in packed else p.numel() * size for p in unique)
 
     buffers = sum(_bytes(b) for b in model.buffers())
     count = sum(p.numel() for p in model.parameters() if id(p) in packed)

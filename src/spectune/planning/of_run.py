@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spectune.bases.runs import SETTINGS, named, settings_of
 from spectune.errors import SpectuneError
+from spectune.planning.memory import precision_of_run
 from spectune.training.config import load_config
 
 _UNKNOWN = ("layers_to_transform", "rank_pattern", "alpha_pattern", "split")  # to the planner
@@ -29,5 +30,5 @@ def settings_for(name: str) -> dict[str, object]:
     found: dict[str, object] = {"model": config.model, "methods": [config.method], "targets": config.targets}
     found |= {"exclude": config.exclude, "overrides": config.overrides, "batch_size": config.batch_size}
     found |= {"length": config.max_length, "gradient_checkpointing": config.gradient_checkpointing}
-    precision = {"nf4": "4bit"}.get(config.quantize or "", config.dtype)
-    return {**found, "precisions": [precision]} if precision in ("fp32", "bf16", "4bit") else found
+    precision = precision_of_run(config.quantize, config.dtype)
+    return found if precision is None else {**found, "precisions": [precision]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 from spectune.bases.shapes import build, find_config
 from spectune.errors import SpectuneError
@@ -13,7 +13,7 @@ from spectune.model.targets import ALL_LINEAR, Targets
 from spectune.pages.units import gigabytes, parse_bytes, parse_count
 from spectune.planning.batch import Batch
 from spectune.planning.machine import Machine, keep, this_machine
-from spectune.planning.memory import DTYPES, Weights, weights_of
+from spectune.planning.memory import Weights, precision_of, weights_of
 from spectune.planning.planner import FULL, Planner
 
 PRECISIONS = ("fp32", "bf16", "4bit")
@@ -87,7 +87,8 @@ def plan(
         length: tokens of a sequence.
         supervised: share of the positions that a causal model computes logits and the loss at, in (0, 1].
         gradient_checkpointing: what the backward pass computes again, as in `spectune train`.
-        precisions: of "fp32", "bf16" and "4bit" (NF4 with doubly quantized scales; adapters in float32).
+        precisions: of "fp32", "bf16", "4bit" (NF4 with doubly quantized scales; adapters in float32), "4bit:rank=16"
+            (a part of this rank held beside each packed weight) and "8bit" (LLM.int8).
         devices: numbers of devices, with FSDP2.
         memory: of a device, such as "24GB": adds the largest batch that fits.
         budget: of trained parameters, such as "100k": adds the largest rank or width that keeps it.
@@ -105,7 +106,7 @@ def plan(
     limit = None if budget is None else parse_count(budget)
     config = find_config(model, trust_remote_code=trust_remote_code)
     built = build(config, trust_remote_code=trust_remote_code)
-    weights = {precision: weights_of(built, cast(Any, precision)) for precision in precisions}
+    weights = {precision: weights_of(built, precision) for precision in precisions}
     if room is not None:
         _check_room(model, weights, devices, room)
     machine = machine or this_machine(measured)
@@ -141,8 +142,7 @@ def _check(batch: Batch, precisions: Sequence[str]) -> None:
             f"gradient_checkpointing must be selective, true or false, not {batch.gradient_checkpointing!r}"
         )
     for precision in precisions:
-        if precision not in DTYPES:
-            raise SpectuneError(f"unknown precision {precision!r} (known: {', '.join(PRECISIONS)})")
+        precision_of(precision)
 
 
 def parse_devices(text: str) -> list[int]:
@@ -179,7 +179,7 @@ def _check_room(model: str, weights: Mapping[str, Weights], devices: Sequence[in
     if each(least, most) <= room:
         return
     advice = []
-    if "4bit" not in weights:
+    if not any(precision_of(p).packs for p in weights):
         advice.append("4-bit weights (4bit)")
     enough = next((n for n in range(most + 1, 1025) if each(least, n) <= room), None)
     if enough is not None:

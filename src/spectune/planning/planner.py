@@ -19,7 +19,7 @@ from spectune.model.whole import fresh_heads
 from spectune.planning.batch import Batch
 from spectune.planning.budget import least_of, within_budget
 from spectune.planning.machine import Machine
-from spectune.planning.memory import DTYPES, Parts, Weights
+from spectune.planning.memory import NF4, Parts, Weights, precision_of
 from spectune.planning.sizes import adapter_sizes, bases_bytes, keras_lora_parameters
 from spectune.planning.step import Cost, measure
 
@@ -98,7 +98,7 @@ class Planner:
         fixed = {"trained": 4 * trained, "optimizer": 8 * trained + scored, "gradients": 4 * trained}
         row["precisions"] = {
             precision: self._costly(precision, chosen, {**fixed, "bases": bases_bytes(self.model, chosen, dtype)})
-            for precision, dtype in ((p, DTYPES[p]) for p in self.weights)
+            for precision, dtype in ((p, precision_of(p).dtype) for p in self.weights)
         }
         if self.budget is not None:
             row |= self._within(parsed, chosen, shapes)
@@ -131,9 +131,10 @@ class Planner:
         }
         row["precisions"] = {}
         for precision in self.weights:
-            size = DTYPES[precision].itemsize * trained
+            how = precision_of(precision)
+            size = how.dtype.itemsize * trained
             fixed = {"trained": 0.0, "optimizer": 2 * size, "gradients": size, "bases": 0.0}
-            row["precisions"][precision] = None if precision == "4bit" else self._costly(precision, FULL, fixed)
+            row["precisions"][precision] = None if how.packs else self._costly(precision, FULL, fixed)
         if self.budget is not None:
             fits = {"method": FULL, "trainable_parameters": trained} if trained <= self.budget else None
             row |= {"budget": fits, "smallest": trained}
@@ -157,7 +158,7 @@ class Planner:
     def _costly(
         self, precision: str, methods: Mapping[str, Method] | str, fixed: Mapping[str, Any]
     ) -> dict[str, object]:
-        dtype = DTYPES[precision]
+        dtype = precision_of(precision).dtype
         costs = self._two(methods, dtype)
         lines: dict[str, Any] = {"activations": None}
         if costs is not None:
@@ -176,12 +177,13 @@ class Planner:
         return {"memory": on, "step_seconds": step, "step_over_floor": ratio}
 
     def _step(self, methods: Mapping[str, Method] | str, precision: str) -> float | None:
-        costs = self._two(methods, DTYPES[precision])
+        how = precision_of(precision)
+        costs = self._two(methods, how.dtype)
         if costs is None:
             return None
         seconds = costs[0].extended(costs[1], self.batch.rows - self._few).seconds
-        if precision == "4bit":  # forward and backward each read 4 bits and write 16 of every packed weight
-            packed = (self.weights["4bit"].packed) * 2 * (0.5 + 2)
+        if how.packs:  # forward and backward each read every packed weight and write it in 16 bits
+            packed = self.weights[precision].packed * 2 * ((NF4 if how.kind == "4bit" else 1.0) + how.dtype.itemsize)
             seconds += packed / self.machine.bandwidth
         return seconds
 

@@ -28,7 +28,7 @@ class Convolution(Kind):
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def takes(self, layer: Any) -> bool:
-        return super().takes(layer) and layer.groups == 1
+        return Kind.takes(self, layer) and layer.groups == 1
 
     def refusal(self, layer: Any) -> str | None:
         return None
@@ -63,7 +63,7 @@ class GroupedConvolution(Convolution):
     several = True
 
     def takes(self, layer: Any) -> bool:
-        return isinstance(layer, self.classes) and layer.groups > 1
+        return Kind.takes(self, layer) and layer.groups > 1
 
     def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
         kernel = self.held(matrix, layer.kernel_size).to(input.dtype)
