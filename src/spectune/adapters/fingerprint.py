@@ -212,6 +212,11 @@ def check_update(name: str, made: Tensor, stored: Tensor, weight: Tensor | None,
         slack = size * (2**-9 if rounded else 2**-20)
         if _near(made[:-1], stored[:-1], ROUNDED_BASIS if rounded else SAME_BASIS, float(stored[-1]), slack):
             return
+    if not stored.isfinite().all():
+        raise SpectuneError(
+            f"the adapter's update on {name!r} is not finite where it was saved: its training fell apart; take an "
+            "earlier checkpoint, or a smaller learning rate"
+        )
     raise SpectuneError(
         f"the adapter does not reproduce its update on {name!r}: the singular vectors of this base came out "
         "differently; load the base in the dtype that the adapter was trained in, or save the adapter with "

@@ -131,18 +131,24 @@ class BudgetSchedule:
     def watch(self) -> None:
         """Have the term of each P and Q join their gradients in the backward pass.
 
-        Not those that FSDP2 holds in parts: the parts come together outside of it only.
+        Not those that FSDP2 holds in parts: the parts come together outside of it only.  Nor views, which FSDP1 puts in
+        the place of parameters while a state is loaded: `before_clip` finds what takes their place, or raises.
         """
         updates = self.updates()
         for i, update in enumerate(updates):
             for name in _MATRICES:
                 parameter, term = getattr(update, name), self._terms.get((i, name))
-                if term is None or term.parameter() is not parameter:
+                if parameter.is_leaf and (term is None or term.parameter() is not parameter):
                     self._terms[i, name] = _Term(parameter, name == "Q", _settings(update), 2 * len(updates))
 
     def before_clip(self) -> None:
         """Have what did not join a gradient in the backward pass join it now, with the gradients complete."""
         self.watch()
+        if any(not getattr(update, name).is_leaf for update in self.updates() for name in _MATRICES):
+            raise SpectuneError(
+                "AdaLoRA's matrices are views of another parameter, as FSDP1 makes them, and have no gradients to "
+                "score: train with FSDP2 (torch.distributed.fsdp.fully_shard), or with another method"
+            )
         for term in self._terms.values():
             if not term.joined:
                 term.join(1.0)
