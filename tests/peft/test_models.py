@@ -91,16 +91,16 @@ def test_merging_is_taken_back_to_the_last_bit(new, config):
 def test_unmerging_after_somebody_else(new, change):
     model = trained(new(), sp.SVFConfig(target_modules=["q_proj"]))
     model.merge_adapter()
-    weight = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer()
     expected = new().model.layers[0].self_attn.q_proj.weight.data
     if change == "half":
         model.half()
         expected = expected.half()
     else:
-        weight.data += 0.5
+        layer.weight.data += 0.5
         expected = expected + 0.5
     model.unmerge_adapter()
-    assert torch.allclose(weight.data, expected, atol=0 if change == "half" else 1e-5)
+    assert torch.allclose(layer.weight.data, expected, atol=0 if change == "half" else 1e-5)
 
 
 def test_unloading_leaves_the_base(new):

@@ -7,7 +7,8 @@ from peft import PeftModel, get_peft_model
 
 import spectune
 import spectune.peft as sp
-from peft_cases import trained
+import tiny
+from peft_cases import logits, trained
 from spectune import SpectuneError
 from spectune.layers.adapted import adapted_layers
 
@@ -107,3 +108,24 @@ def test_a_second_adapter_of_all_linear_layers_leaves_them():
 def test_what_cannot_be_adapted_is_named(layer, message):
     with pytest.raises(SpectuneError, match=message):
         get_peft_model(nn.Sequential(layer, nn.Linear(4, 4)), sp.SVFConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_merging_leaves_what_is_tied_to_it(target, tmp_path):
+    def new():
+        return tiny.llama(initializer_range=0.2, tie_word_embeddings=True).eval()
+
+    model = trained(new(), sp.SVFConfig(target_modules=[target, "q_proj"]))
+    y, tied = logits(model), model.get_base_model()
+    before = tied.get_input_embeddings().weight if target == "lm_head" else tied.lm_head.weight
+    model.merge_adapter()
+    assert torch.allclose(logits(model), y, atol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
+    own = model.base_model._by_name()
+    layer = next(layer for name, layer in own.items() if name.endswith(target))
+    assert layer.adapted._parameters["weight"] is before
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), y, atol=1e-3)
+    merged.save_pretrained(tmp_path)
+    assert torch.allclose(logits(type(merged).from_pretrained(tmp_path)), y, atol=1e-3)

@@ -32,10 +32,11 @@ from spectune.peft.held import BASE, SKETCH, HeldUpdate, Sketches
 
 
 class Kept(NamedTuple):
-    """W and b of a merged layer, and what tells W' and b' again that took their places."""
+    """W and b of a merged layer, the parameters that they are, and what tells W' and b' again in their places."""
 
     weight: Tensor
     bias: Tensor | None
+    parameters: dict[str, nn.Parameter]  # which other layers may be tied to; empty of an expert
     merged: tuple[Tensor, Tensor | None] | None  # None of an expert, whose weight is a part of a tensor
     seen: tuple[Tensor, ...]
 
@@ -257,14 +258,15 @@ class PeftLayer(nn.Module, BaseTunerLayer):
             self._restore()
         weight, bias = self._made([*self.merged_adapters, *names])
         if safe_merge and not bool(weight.isfinite().all()):
-            self._put(*before)
+            if earlier is not None:
+                self._put(*before)
             self._kept = earlier
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        own = self._state()
+        own, parameters = self._state(), self._own_parameters()
         self._put(weight, own[1] if bias is None else bias)
         if keep:
             merged = None if isinstance(self.adapted, ExpertLinear) else self._state()
-            self._kept = Kept(*own, merged, self._seen())
+            self._kept = Kept(*own, parameters, merged, self._seen())
         self.merged_adapters.extend(names)
         self._answer()
 
@@ -306,6 +308,9 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         kept, (weight, bias) = self._kept, self._state()
         untouched = self._is_untouched(kept)
         self._put(kept.weight, kept.bias)
+        for key, own in kept.parameters.items():
+            own.data = self.adapted._parameters[key].data  # type: ignore[union-attr]
+            self.adapted._parameters[key] = own
         if not untouched:
             made, made_bias = self._made(self.merged_adapters)
             weight = weight - made.to(weight) + kept.weight.to(weight)
@@ -339,11 +344,16 @@ class PeftLayer(nn.Module, BaseTunerLayer):
         if isinstance(layer, ExpertLinear):
             layer.put(tensor_of(layer.owner, layer.key).detach(), weight)
             return
-        held = layer._parameters["weight"]
-        held.data = weight.to(held.device, held.dtype)
-        if bias is not None:
-            held = layer._parameters["bias"]
-            held.data = bias.to(held.device, held.dtype)
+        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        for key, value in values.items():  # another parameter, since layers that are tied to this one keep theirs
+            held = layer._parameters[key]
+            made = nn.Parameter(value.to(held.device, held.dtype), requires_grad=held.requires_grad)
+            layer._parameters[key] = made
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        layer = self.adapted
+        held = {} if isinstance(layer, ExpertLinear) else layer._parameters
+        return {key: p for key, p in held.items() if key in ("weight", "bias") and p is not None}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from spectune.layers.modules import OF_ADAPTERS
 from spectune.peft.config import SpectuneConfig
 from spectune.peft.layer import PeftLayer
-from spectune.peft.tuner import SpectuneTuner
+from spectune.peft.tuner import SpectuneTuner, untie_merged
 
 _tuners: dict[type, type[SpectuneTuner]] = {}
 
@@ -51,6 +51,7 @@ class Mixed(mixed.MixedModel):
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         for layer in ours:
             layer.leave()
+        untie_merged(self.model)
         return unloaded
 
 

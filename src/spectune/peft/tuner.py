@@ -32,6 +32,7 @@ from spectune.layers.updates import Update
 from spectune.methods import Method
 from spectune.model.install import bases_for, dtype_of, master_dtype
 from spectune.model.routing import route
+from spectune.model.ties import are_one, transformers_models, untie
 from spectune.peft.config import Described, SpectuneConfig
 from spectune.peft.layer import PeftLayer
 
@@ -166,6 +167,11 @@ class SpectuneTuner(BaseTuner):
         for method, updates in beginning.items():
             method.start_schedule(updates)
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        untie_merged(self.model)
+        return unloaded
+
     @classmethod
     def _tuned(cls, model: nn.Module) -> list[PeftLayer]:
         """Return this tuner's layers."""
@@ -254,6 +260,11 @@ class SpectuneTuner(BaseTuner):
         for name, (_, values) in sums.items():
             for key, held in layers[name].own[adapter_name].trained().items():
                 held.copy_(values[key])
+
+
+def untie_merged(model: nn.Module) -> None:
+    """Have transformers models tie no more what merging has made two of, as an embedding and the output's."""
+    untie([(m, m.get_expanded_tied_weights_keys(all_submodels=False)) for m in transformers_models(model)], are_one)
 
 
 def _described(layer: PeftLayer, method: Any) -> Described:
