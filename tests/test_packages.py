@@ -8,7 +8,7 @@ import pytest
 from spectune.errors import SpectuneError, need
 
 # where a GPU is there is often little else: no data sets, no trainer of others, no configuration
-ABSENT = ["datasets", "trl", "gguf", "peft", "pydantic", "ray", "sklearn", "matplotlib", "typer"]
+ABSENT = ["datasets", "trl", "gguf", "peft", "ray", "sklearn", "matplotlib", "typer"]
 
 
 def run(code, absent):

@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import psutil
 import yaml
@@ -215,16 +215,30 @@ def parsed(kind: type[M], values: object, where: str) -> M:
         return kind.model_validate(values, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    parts = [f"item {part}" if isinstance(part, int) else repr(part) for part in first["loc"]]
+    parts, inner = [], values
+    for part in first["loc"]:  # which names the alternatives of a union too
+        if part in inner if isinstance(inner, dict) else isinstance(part, int) and isinstance(inner, list):
+            inner = inner[part]
+        elif first["type"] != "missing":
+            continue
+        parts.append(f"item {part}" if isinstance(part, int) else repr(part))
     *around, key = parts or ["''"]
     place = f"{' in '.join([*reversed(around), where])}"[:400]
     if first["type"] == "extra_forbidden":
-        known = [field.alias or name for name, field in kind.model_fields.items()]
-        raise SpectuneError(f"{place} has the unknown key {key:.60}{nearest(str(first['loc'][-1]), known)}")
+        raise SpectuneError(f"{place} has the unknown key {key:.60}{nearest(str(first['loc'][-1]), _keys(kind))}")
     if first["type"] == "missing":
         raise SpectuneError(f"{place} lacks the key {key:.60}")
     message = first["msg"].replace("Input should be", "should be").replace("Value error, ", "")
+    message = message.partition(" or instance of")[0]  # a schema's own name
     raise SpectuneError(f"{key:.60} in {place} is {first['input']!r:.60}: {message[:1].lower()}{message[1:]}")
+
+
+def _keys(kind: Any) -> list[str]:
+    """Return the keys of a schema and of those inside it."""
+    fields = getattr(kind, "model_fields", {})
+    own = [field.alias or name for name, field in fields.items()]
+    types = [field.annotation for field in fields.values()] if fields else get_args(kind)
+    return own + [key for each in types for key in _keys(each)]
 
 
 def inside(folder: Path, name: object, where: str) -> Path:

@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError
 
 try:
     import fcntl
@@ -33,53 +33,6 @@ _DTYPES = {
     **{torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
 ABANDONED = 3600.0  # seconds after which a temporary file's writer is taken for dead, where nothing can be locked
-
-
-class Entry:
-    """A JSON object of a config, whose values are asked for with their types.
-
-    Args:
-        values: the object.
-        where: what to call it in messages.
-    """
-
-    def __init__(self, values: object, where: str) -> None:
-        if not isinstance(values, dict):
-            raise SpectuneError(f"{where} is {values!r:.60}, not a JSON object")
-        self.values, self.where = values, where
-
-    def check_keys(self, *known: str) -> None:
-        """Raise unless the object has exactly these keys, naming the first that is unknown or missing."""
-        for key in sorted(self.values.keys() - set(known)):
-            raise SpectuneError(f"{self.where} has the unknown key {key!r}{nearest(key, known)}")
-        for key in sorted(set(known) - self.values.keys()):
-            raise SpectuneError(f"{self.where} lacks the key {key!r}")
-
-    def take(self, key: str, *kinds: type, default: Any = None) -> Any:
-        """Return a value, which must be of one of the types (True is no int), or the default where it is not there."""
-        if key not in self.values and default is not None:
-            return default
-        value = self.values.get(key)
-        if type(value) not in kinds:
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise SpectuneError(f"{key!r} in {self.where} is {value!r:.60}, not {names}")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """Return a value, which must be true or false; false where it is not there or null."""
-        return bool(self.take(key, bool, type(None)))
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a value, which must be a finite number."""
-        value = self.take(key, int, float, default=default)
-        if not abs(value) < 1e300:
-            raise SpectuneError(f"{key!r} in {self.where} is {value!r:.60}, not a finite number")
-        return value
-
-    def inside(self, key: str) -> Entry:
-        """Return the JSON object that is the value of a key; an empty one where it is not there or null."""
-        value = self.values.get(key)
-        return Entry({} if value is None else value, f"{key!r} in {self.where}")
 
 
 @contextmanager

@@ -525,8 +525,8 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
         "'0' in 'layers' in .* the unknown key 'shap'; did you mean 'shape'", lambda c: c["layers"]["0"].update(shap=1)
     )
     refused("'0' in 'layers' in .* lacks the key 'conv1d'", lambda c: c["layers"]["0"].pop("conv1d"))
-    refused("term 0 of .* the unknown key 'wait'", lambda c: c["layers"]["0"]["terms"][0].update(wait=1))
-    refused("term 0 of .* lacks the key 'weight'", lambda c: c["layers"]["0"]["terms"][0].pop("weight"))
+    refused("item 0 in 'terms' in .* the unknown key 'wait'", lambda c: c["layers"]["0"]["terms"][0].update(wait=1))
+    refused("item 0 in 'terms' in .* lacks the key 'weight'", lambda c: c["layers"]["0"]["terms"][0].pop("weight"))
     refused("pissa has no field 'rnk'; did you mean 'rank'", lambda c: c["methods"][0].update(rnk=2))
     refused("pissa lacks the field 'rank'", lambda c: c["methods"][0].pop("rank"))
     refused("unknown method 'pisa'; did you mean 'pissa'", lambda c: c["methods"][0].update(name="pisa"))
@@ -535,13 +535,18 @@ def test_unknown_and_missing_keys_name_the_nearest(tmp_path):
     refused("format version 3; this release reads up to 2", lambda c: c.update(format_version=3))
     refused("is a PEFT adapter of type 'PISSA'", lambda c: c.update(library_name="other"))
     refused(
-        "library_name 'other', which is not 'spectune'", lambda c: c.update(library_name="other") or c.pop("peft_type")
+        "'library_name' in .* is 'other': should be 'spectune'",
+        lambda c: c.update(library_name="other") or c.pop("peft_type"),
     )
-    refused("has no layers", lambda c: c["layers"].clear())
-    refused("has no terms", lambda c: c["layers"]["0"]["terms"].clear())
+    refused("'layers' in .* is {}: dictionary should have at least 1 item", lambda c: c["layers"].clear())
+    refused(
+        r"'terms' in '0' in 'layers' in .* is \[\]: list should have at least 1 item",
+        lambda c: c["layers"]["0"]["terms"].clear(),
+    )
     refused("has method 7, and there are 1", lambda c: c["layers"]["0"]["terms"][0].update(method=7))
     refused(
-        "'weight' in term 0 of .* nan, not a finite", lambda c: c["layers"]["0"]["terms"][0].update(weight=float("nan"))
+        "'weight' in item 0 in .* nan: should be a finite number",
+        lambda c: c["layers"]["0"]["terms"][0].update(weight=float("nan")),
     )
 
 

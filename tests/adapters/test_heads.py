@@ -135,7 +135,7 @@ def test_labels_and_heads_that_are_damaged(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file(tensors, path, {"labels": "{1"})
-    with pytest.raises(SpectuneError, match="labels that are not understood"):
+    with pytest.raises(SpectuneError, match="'labels' in "):
         Adapter.load(tmp_path)
     save_file({k: v for k, v in tensors.items() if not k.endswith("classifier.weight")}, path)
     with pytest.raises(SpectuneError, match="lacks the weight of 'classifier'"):

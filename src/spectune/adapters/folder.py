@@ -10,23 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from spectune.adapters import fingerprint
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError, nearest
-from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, read_json, sha256
+from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, parsed, read_json, sha256
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-# in the metadata of the weights: PEFT's format has no place for them
-_MORE = ("labels", "problem_type", "architecture", "base", "quantize")
 _WAITS = (0.01, 0.05, 0.2)  # seconds before reading a folder again that is being replaced
 _DIGEST, _CONFIG_DIGEST = "sha256", "config_sha256"  # in the metadata of the weights
 _OUR_KEYS = ("format_version", "methods", "layers", "modules")
@@ -231,42 +227,39 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def read_more(path: Source) -> dict[str, Any]:
-    """Return what is stored with an adapter's weights besides the tensors, as far as it is there.
+class More(NamedTuple):
+    """What is stored with an adapter's weights besides the tensors, as far as it is there.
 
-    Labels of a classifier's head and how they are read, the model's class and its module, the sketches of the base's
-    weights by layer, and how the base was packed.
+    Args:
+        labels: of a classifier's head, and how they are read.
+        architecture: the model's class and its module.
+        base: the sketches of the base's weights, by layer.
+        quantize: how the base was packed.
     """
+
+    labels: Labels | None = None
+    architecture: tuple[str, ...] | None = None
+    base: Mapping[str, Tensor] = {}
+    quantize: str | None = None
+
+
+def read_more(path: Source) -> More:
+    """Return what is stored with an adapter's weights besides the tensors."""
     if isinstance(path, Unwritten):
         metadata = path.more
     elif (path / WEIGHTS).exists():
         with open_tensors(path / WEIGHTS) as opened:
             metadata = opened.metadata() or {}
     else:
-        return {}
-    found = {key: _understood(key, metadata[key], path) for key in _MORE if key in metadata}
-    problem, packed = found.pop("problem_type", [None]), found.pop("quantize", None)
-    found |= {"quantize": packed[0]} if packed else {}
-    if "labels" in found:
-        found["labels"] = Labels(found["labels"], problem[0] if problem and problem[0] in PROBLEMS else None)
-    return found
+        return More()
+    from spectune.adapters.schema import Stored  # pydantic, which adapters on a model go without
 
-
-def _understood(key: str, text: str, path: Source) -> Any:
-    try:
-        value = parse_json(text, str(path / WEIGHTS))
-        if key == "base":
-            return {name: _sketch(code) for name, code in value.items()}
-    except (SpectuneError, ValueError, AttributeError, TypeError, RecursionError):
-        value = None
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise SpectuneError(f"{path / WEIGHTS} has {key} that are not understood: {text!r:.60}")
-    return value
-
-
-def _sketch(code: str) -> Tensor:
-    data = np.frombuffer(base64.b64decode(code, validate=True), dtype="<f4")
-    return torch.from_numpy(data.astype(np.float32)).reshape(fingerprint.WEIGHT_SHAPE)
+    where = str(path / WEIGHTS)
+    given = {key: parse_json(metadata[key], f"{key!r} in {where}") for key in Stored.model_fields if key in metadata}
+    found = parsed(Stored, given, where)
+    problem = next((each for each in found.problem_type[:1] if each in PROBLEMS), None)
+    labels = None if found.labels is None else Labels(found.labels, problem)
+    return More(labels, tuple(found.architecture or ()) or None, found.base, *found.quantize[:1])
 
 
 def as_metadata(

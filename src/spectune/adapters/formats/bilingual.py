@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import Source
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
 from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
 from spectune.adapters.terms import ADDED_BIAS
 from spectune.layers.attention import IN
 from spectune.methods.adalora import AdaLoRA
-from spectune.storage import Entry
+from spectune.reading import parsed
 
-_OWN = ("library_name", "format_version", "base_model_name_or_path", "error", "methods", "layers", "modules")
+if TYPE_CHECKING:
+    from spectune.adapters.schema import AdapterConfig, WholeEntry
+
 _HEAD = {"weight": "H", "bias": "h"}  # a linear layer's tensors, and what they are called in a head
 _INSIDE = ".base_layer"  # how PEFT names a layer inside of its own
 _SCORES = ("step", "kept", "sensitivity_", "uncertainty_")  # AdaLoRA's, for who trains on in PEFT
@@ -96,22 +98,15 @@ def _some_of_them(adapter: Contents) -> bool:
     return any(layer.experts not in (0, counts[_tensor_of(name)]) for name, layer in adapter.layers.items())
 
 
-def own_words(config: Mapping[str, object]) -> dict[str, object]:
-    """Return what Spectune's format says, of a config that PEFT reads too."""
-    own = {key: config[key] for key in _OWN if key in config}
-    if own.get("modules") in ({}, None):
-        own.pop("modules", None)
-    return own
-
-
 def own_names(
-    tensors: Mapping[str, Tensor], found: Mapping[str, Any], config: dict[str, Any], where: Source
-) -> dict[str, Tensor]:
-    """Return the tensors by Spectune's names, and add to its config the modules that PEFT saved whole."""
+    tensors: Mapping[str, Tensor], found: dict[str, Any], config: AdapterConfig, where: Path
+) -> tuple[dict[str, Tensor], dict[str, list[WholeEntry]]]:
+    """Return the tensors by Spectune's names, and the config's modules with those that PEFT saved whole."""
+    from spectune.adapters.schema import TokenRows, WholeEntry  # pydantic, which adapters on a model go without
+
     prefix = prefix_of(str(found.get("peft_type")))
     scored = found.get("peft_type") == type_for(AdaLoRA)
-    layers = config["layers"] if isinstance(config.get("layers"), dict) else {}
-    modules = {**config["modules"]} if isinstance(config.get("modules"), dict) else {}
+    layers, modules = config.layers, {**(config.modules or {})}
     renamed: dict[str, Tensor] = {}
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -126,7 +121,7 @@ def own_names(
             part = "base" if part == "base" else f"0.{part.replace('basis_', 'basis.')}"
             renamed[f"{owner}.{part}"] = tensor
         elif owner in layers and part in _HEAD:
-            turned = part == "weight" and isinstance(layers[owner], dict) and layers[owner].get("conv1d") is True
+            turned = part == "weight" and layers[owner].conv1d
             renamed[f"{owner}.0.{_HEAD[part]}"] = tensor.T.contiguous() if turned else tensor
         elif not (owner.endswith(_INSIDE) and owner.removesuffix(_INSIDE) in layers and part == "weight"):
             saved.setdefault(owner.removesuffix(_INSIDE), {})[part] = tensor
@@ -134,14 +129,12 @@ def own_names(
         rows = None
         if TOKENS.rpartition(".")[2] in parts and name.endswith(f".{TOKENS.partition('.')[0]}"):
             name = name.removesuffix(f".{TOKENS.partition('.')[0]}")
-            given = rows_of(name, Entry(dict(found), str(where)), where)
+            given = rows_of(name, parsed(TokenRows, found, str(where)), where)
             order = sorted(range(len(given)), key=given.__getitem__)
             rows = [given[i] for i in order]
             (values,) = parts.values()
             parts = {"weight": values[order] if len(order) == len(values) else values}
         renamed |= {f"{name}.0.whole.{key}": tensor for key, tensor in parts.items()}
-        described = {"weight": 1.0, "tensors": sorted(parts), "rows": rows}
-        modules.setdefault(name, [{**described, "complete": rows is None and parts.keys() != {"bias"}}])
-    if modules:
-        config["modules"] = modules
-    return renamed
+        complete = rows is None and parts.keys() != {"bias"}
+        modules.setdefault(name, [WholeEntry(weight=1.0, tensors=sorted(parts), rows=rows, complete=complete)])
+    return renamed, modules

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,8 +36,11 @@ from spectune.layers.kinds import LINEAR, kind_named
 from spectune.methods.base import Method
 from spectune.methods.dora import DoRA
 from spectune.methods.lora import LoRA
-from spectune.patterns import MOST_PATTERNS, matches_end
-from spectune.storage import Entry
+from spectune.patterns import matches_end
+from spectune.reading import parsed
+
+if TYPE_CHECKING:
+    from spectune.adapters.schema import PeftConfig, TokenRows
 
 _PREFIX = "base_model.model."
 _TENSORS = {
@@ -240,17 +243,18 @@ def targets_of(names: list[str]) -> list[str] | str:
 
 def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
     """See `Adapter.from_peft`."""
-    config = read_config(path)
-    entry = Entry(config, str(path / CONFIG))
-    kind = config.get("peft_type")
+    from spectune.adapters.schema import PeftConfig  # pydantic, which adapters on a model go without
+
+    found, where = read_config(path), str(path / CONFIG)
+    kind = found.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise SpectuneError(f"{path} is a PEFT adapter of type {kind!r}; LORA and ADALORA can be read")
-    _check_config(config, path)
-    base = entry.take("base_model_name_or_path", str, type(None))
+    _check_config(found, path)
+    config = parsed(PeftConfig, found, where)
     grouped: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, dict[str, Tensor]] = {}
-    listed = entry.take("modules_to_save", list, type(None)) or []
-    for key, tensor in _without_wrapped(_read(path, config, allow_bin), config, path).items():
+    listed = config.modules_to_save or []
+    for key, tensor in _without_wrapped(_read(path, found, allow_bin), found, path).items():
         name, part = _split(key, path, listed)
         parts = (rest if part.startswith(_OWN) else grouped).setdefault(name, {})
         if part.removeprefix(_OWN) in parts:
@@ -258,27 +262,27 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
         parts[part.removeprefix(_OWN)] = tensor
     read = _adalora if kind == "ADALORA" else _plain
     ours = peft_kinds.ours(grouped)
-    expert_layers = _experts(grouped, entry, path)
+    more = read_more(path)
+    names = more.architecture or config.model_class()
+    expert_layers = _experts(grouped, config, str(names[0]), path)
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, parts in grouped.items():
         grouped[name], of_kind, kernel = peft_kinds.plain(name, parts)
         kinds[name] = of_kind, kernel
     terms = {
-        name: read(peft_kinds.module_of(name), parts, entry, path)
+        name: read(peft_kinds.module_of(name), parts, config, path)
         for name, parts in grouped.items()
         if parts.keys() & {"A", "B"}
     }
-    conv1d = entry.flag("fan_in_fan_out")
-    more = read_more(path)
-    sketches = more.get("base", {})
+    conv1d, sketches = bool(config.fan_in_fan_out), more.base
     layers = {}
     for name, term in terms.items():
         own, of_kind = ours.get(name, (name, kinds[name][0]))
         if term is not None:
-            term = term.scaled(peft_kinds.factor(name, config.get("peft_version"), str(path / CONFIG)))
+            term = term.scaled(peft_kinds.factor(name, config.peft_version, where))
             layers[own] = _layer(term, grouped[name], conv1d, sketches.get(own), of_kind, kinds[name][1])
     layers |= {n: replace(layer, base_sketch=sketches.get(n)) for n, layer in expert_layers.items()}
-    modules = {name: _whole_term(name, parts, listed, entry, path) for name, parts in rest.items()}
+    modules = {name: _whole_term(name, parts, listed, config, path) for name, parts in rest.items()}
     for name, parts in grouped.items():
         if "base_bias" in parts:
             modules[name] = WholeTerm({"bias": parts["base_bias"].float()})
@@ -288,31 +292,26 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
             modules[name] = WholeTerm({"weight": parts["base"].float()}, complete=True)
     if not layers:
         raise SpectuneError(f"{path / WEIGHTS} has no update")
-    mapping = entry.inside("auto_mapping").values
-    names: Any = more.get("architecture") or [mapping.get("base_model_class"), mapping.get("parent_library")]
     architecture: Any = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
-    labels, held = more.get("labels"), {name: (term,) for name, term in modules.items()}
-    known = {"architecture": architecture, "groups": listed, "quantize": more.get("quantize")}
-    return Contents(layers, base, labels=labels, modules=held, **known)
+    held = {name: (term,) for name, term in modules.items()}
+    known = {"architecture": architecture, "groups": listed, "quantize": more.quantize}
+    return Contents(layers, config.base_model_name_or_path, labels=more.labels, modules=held, **known)
 
 
-def _experts(grouped: dict[str, dict[str, Tensor]], entry: Entry, path: Source) -> dict[str, LayerUpdate]:
+def _experts(
+    grouped: dict[str, dict[str, Tensor]], config: PeftConfig, model_class: str, path: Source
+) -> dict[str, LayerUpdate]:
     """Take the experts out of an adapter's tensors, and return the layer of each."""
-    targets: Any = entry.values.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise SpectuneError(f"'target_parameters' in {path / CONFIG} is {targets!r:.60}, not a list of names")
-    mapping = entry.inside("auto_mapping").values
-    names: Any = read_more(path).get("architecture") or [mapping.get("base_model_class")]
-    swapped = peft_experts.is_swapped(Contents({}, architecture=(str(names[0]), "")))
+    swapped = peft_experts.is_swapped(Contents({}, architecture=(model_class, "")))
     layers: dict[str, LayerUpdate] = {}
-    for module, (owner, key) in peft_experts.unstacked(grouped, targets).items():
+    for module, (owner, key) in peft_experts.unstacked(grouped, config.target_parameters or []).items():
         parts, name = grouped.pop(module), f"{owner}.{key}"
         if parts.keys() != {"A", "B"}:
             raise SpectuneError(f"{path / WEIGHTS} has other tensors of {name!r} than lora_A and lora_B")
-        rank = int(_pattern(entry, "rank_pattern", name, "r"))
+        rank = int(_pattern(config.rank_pattern, name, config.r, path))
         pairs = list(peft_experts.experts_of(name, parts["A"], parts["B"], rank, swapped, str(path / WEIGHTS)))
         for number, (A, B) in enumerate(pairs):
-            term = _plain(name, {"A": A, "B": B}, entry, path)
+            term = _plain(name, {"A": A, "B": B}, config, path)
             assert term is not None
             layers[f"{owner}.{number}.{key}"] = LayerUpdate((len(B), A.shape[1]), (term,), experts=len(pairs))
     return layers
@@ -402,12 +401,14 @@ def _layer(
     return LayerUpdate(shape, (term,), conv1d and kind == LINEAR, base_sketch=sketch, kind=kind, kernel=kernel)
 
 
-def _whole_term(name: str, parts: dict[str, Tensor], listed: Sequence[str], config: Entry, path: Source) -> WholeTerm:
+def _whole_term(
+    name: str, parts: dict[str, Tensor], listed: Sequence[str], config: PeftConfig, path: Source
+) -> WholeTerm:
     """Return one of PEFT's `modules_to_save`, a resized embedding, trained rows of one, or a bias that trained."""
     if not name or not all(parts) or any(not t.numel() for t in parts.values()):
         raise SpectuneError(f"{path / WEIGHTS} has {name!r} whole, with tensors that belong to no module")
     if "rows" in parts:
-        rows = rows_of(name, config, path)
+        rows = rows_of(name, config, path / CONFIG)
         values = parts["rows"].float()
         if values.dim() != 2 or len(values) != len(rows):
             raise SpectuneError(f"{path / WEIGHTS} has {len(values)} rows of {name!r}, and the config {len(rows)}")
@@ -430,17 +431,16 @@ def _is_listed(name: str, listed: Sequence[str]) -> bool:
     return any(module.endswith(ends) for module in around)
 
 
-def rows_of(name: str, config: Entry, path: Source) -> list[int]:
-    given: Any = config.values.get("trainable_token_indices")
-    if isinstance(given, dict):
-        given = next((rows for target, rows in given.items() if name.endswith(target)), None)
-    if (
-        not isinstance(given, list)
-        or not all(type(row) is int and 0 <= row < 2**31 for row in given)
-        or len(set(given)) != len(given)
-    ):
-        raise SpectuneError(f"trainable_token_indices in {path / CONFIG} do not say which rows of {name!r} are trained")
-    return given
+def rows_of(name: str, config: TokenRows, where: Path) -> list[int]:
+    """Return the rows of a module that trained.
+
+    Raises:
+        SpectuneError: the config does not say which.
+    """
+    rows = config.of(name)
+    if rows is None:
+        raise SpectuneError(f"trainable_token_indices in {where} do not say which rows of {name!r} are trained")
+    return rows
 
 
 def _scale(layers: dict[str, LayerUpdate], name: str, path: Source) -> float:
@@ -468,27 +468,27 @@ def _factors(name: str, parts: dict[str, Tensor], path: Source) -> tuple[Tensor,
     return A.float(), B.float()
 
 
-def _plain(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -> Term | None:
+def _plain(name: str, parts: dict[str, Tensor], config: PeftConfig, path: Source) -> Term | None:
     """Return the LoRA or DoRA of one layer, with PEFT's scale: alpha / r or alpha / sqrt(r) as its config has them."""
     A, B = _factors(name, parts, path)
     if A.shape[0] == 0:
         return None
-    declared, alpha = _pattern(config, "rank_pattern", name, "r"), _pattern(config, "alpha_pattern", name, "lora_alpha")
+    declared = _pattern(config.rank_pattern, name, config.r, path)
+    alpha = _pattern(config.alpha_pattern, name, config.lora_alpha, path)
     if declared != A.shape[0]:
         raise SpectuneError(
             f"lora_A of {name!r} in {path / WEIGHTS} has rank {A.shape[0]}, and the config says {declared}"
         )
-    rslora = config.flag("use_rslora")
-    dropout = config.number("lora_dropout", default=0.0)
+    rslora = bool(config.use_rslora)
     trained = {"A": A, "B": B}
     if alpha <= 0:
         trained["B"] = B * (alpha / (math.sqrt(declared) if rslora else declared))
         alpha = math.sqrt(declared) if rslora else declared
     try:
-        method: Method = LoRA(rank=A.shape[0], alpha=alpha, rslora=rslora, dropout=dropout)
+        method: Method = LoRA(rank=A.shape[0], alpha=alpha, rslora=rslora, dropout=config.lora_dropout)
     except SpectuneError as error:
         raise SpectuneError(f"{name!r} in {path / CONFIG} is not understood: {error}") from None
-    if config.flag("use_dora") != ("magnitude" in parts):
+    if bool(config.use_dora) != ("magnitude" in parts):
         raise SpectuneError(f"lora_magnitude_vector of {name!r} in {path / WEIGHTS} and use_dora do not go together")
     if "magnitude" in parts:
         magnitude = parts["magnitude"].float().flatten()
@@ -508,7 +508,7 @@ def _checked(term: Term, name: str, path: Source) -> Term:
     return term
 
 
-def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -> Term | None:
+def _adalora(name: str, parts: dict[str, Tensor], config: PeftConfig, path: Source) -> Term | None:
     """Return P diag(E) Q as a LoRA, with PEFT's scale: alpha / (initial rank + 1e-5), whatever rank is left."""
     A, B = _factors(name, parts, path)
     E = parts.get("E")
@@ -518,11 +518,11 @@ def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -
     kept = E != 0
     if not kept.any():
         return None
-    count = parts.get("ranknum", torch.tensor(float(config.number("init_r", default=0.0))))
+    count = parts.get("ranknum", torch.tensor(float(config.init_r)))
     initial = float(count) if count.numel() == 1 else 0.0
     if not initial > 0:
         raise SpectuneError(f"ranknum of {name!r} in {path / WEIGHTS}, or init_r, is no rank that AdaLoRA began with")
-    alpha = config.number("lora_alpha")
+    alpha = config.lora_alpha
     scale = (alpha if alpha > 0 else initial) / (initial + 1e-5)
     rank = int(kept.sum())
     trained = {"A": A[kept], "B": B[:, kept] * (E[kept] * scale)}
@@ -530,16 +530,12 @@ def _adalora(name: str, parts: dict[str, Tensor], config: Entry, path: Source) -
     return _checked(Term(LoRA(rank=rank, alpha=rank), trained), name, path)
 
 
-def _pattern(config: Entry, patterns: str, name: str, default: str) -> Any:
+def _pattern(patterns: Mapping[str, float] | None, name: str, default: float, path: Source) -> float:
     """Return the value of the first pattern that is the end of a module's name, as PEFT matches them."""
-    inside = config.inside(patterns)
-    if len(inside.values) > MOST_PATTERNS:
-        raise SpectuneError(f"{inside.where} has {len(inside.values):,} patterns; at most {MOST_PATTERNS:,} are read")
-    for pattern in inside.values:
+    for pattern, value in (patterns or {}).items():
         try:
-            matched = matches_end(pattern, name)
+            if matches_end(pattern, name):
+                return value
         except SpectuneError as error:
-            raise SpectuneError(f"{inside.where}: {error}") from None
-        if matched:
-            return inside.number(pattern)
-    return config.number(default)
+            raise SpectuneError(f"{path / CONFIG}: {error}") from None
+    return default
