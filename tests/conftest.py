@@ -36,10 +36,14 @@ def pytest_configure(config):
     hypothesis.settings.load_profile(name)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the files of other parts, unread."""
+    which = config.getoption("--share")
+    return True if which and collection_path.suffix == ".py" and collection_path not in imitations.part(which) else None
+
+
 def pytest_collection_modifyitems(config, items):
-    """Take a part and shuffle where asked to."""
-    if config.getoption("--share"):
-        config.hook.pytest_deselected(items=imitations.share(items, config.getoption("--share")))
+    """Shuffle where asked to."""
     if config.getoption("--shuffle") is not None:
         imitations.shuffle(items, config.getoption("--shuffle"))
 
