@@ -142,3 +142,11 @@ def test_an_ordinary_update_computes_no_row():
             for name, p in update.trained().items():
                 p.add_(0.1 * torch.randn_like(p) * (p.abs().mean() if name == "magnitude" else 1))
         assert update.ratio(model[0].tensors(update), model[0].base()).rows is None
+
+
+def test_rows_too_long_for_a_norm_are_refused():
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[3, 0] = 2e19
+    with pytest.raises(spectune.SpectuneError, match="'0' cannot be adapted: DoRA .* lengths .* take another method"):
+        spectune.adapt(model, "dora:rank=2")
+    assert type(model[0]) is nn.Linear

@@ -76,6 +76,11 @@ class DoRA(Method):
 
     def basis(self, weight: Tensor, decomposition: Decomposition) -> dict[str, Tensor]:
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        if not norms.is_meta and not norms.isfinite().all():
+            raise SpectuneError(
+                "DoRA divides by the lengths of the weight's rows, and one is longer than float32 holds the square of "
+                "(1.8e19): take another method for this layer, or repair the checkpoint"
+            )
         return {"norms": norms, **self.inner.basis(weight, decomposition)}
 
     def spectrum(self, t: Tensors) -> Tensor | None:

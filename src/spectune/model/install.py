@@ -158,7 +158,10 @@ def bases_for(
             sources = {name: w.dense if isinstance(w := weights[name], Packed) else w for name, _ in pairs}
             found = decompose_many(sources, request, progress=progress)
         for name, method in pairs:
-            frozen = method.basis(weights[name], found.get(name))
+            try:
+                frozen = method.basis(weights[name], found.get(name))
+            except SpectuneError as error:
+                raise SpectuneError(f"{name!r} cannot be adapted: {error}") from None
             if frozen:
                 made = frozen_basis(layers[name], method, frozen, around)
                 made.made = made_of(effective_weight(layers[name]))
