@@ -6,6 +6,7 @@ and text that UTF-8 can hold; a name inside a folder leads nowhere else.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,22 @@ DOCUMENT_BYTES = 1 << 30  # of records that are one document of JSON, unpacked
 RECORD_BYTES = 32 << 20  # of a line of JSON, or a field of a table
 RECORDS = 20_000_000  # of data
 TEXT_BYTES = 64 << 20  # of what is typed or piped in
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """Return the path of a name that a file or a folder can have.
+
+    Raises:
+        SpectuneError: none can, by its length or by characters that no name has.
+    """
+    try:
+        os.lstat(name)
+    except ValueError as error:
+        raise SpectuneError(f"{os.fspath(name)!r:.80} is no name of a file or folder: {reason(error)}") from None
+    except OSError as error:  # most of which are told where the file is needed
+        if error.errno == errno.ENAMETOOLONG:
+            raise SpectuneError(f"{os.fspath(name)!r:.80} is no name of a file or folder: {reason(error)}") from None
+    return Path(name)
 
 
 def check_file(path: Path, most: int | None = None) -> None:

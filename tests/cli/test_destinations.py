@@ -266,3 +266,35 @@ def test_a_broken_base_is_told(base, tmp_path, damage):
 
 def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("extra", [[], ["overwrite=true"], ["resume=true"]])
+def test_a_run_is_not_written_into_what_is_no_runs(base, says, tmp_path, extra):
+    for name in ("base", "another"):
+        shutil.copytree(base, tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    before = content(tmp_path)
+    wanted = {
+        "base": "made from",
+        "another": "holds a config.json that no run",
+        "mine": "holds a README.md that no run",
+    }
+    for name, told in wanted.items():
+        code, said = says("train", f"model={tmp_path / 'base'}", "data=d", f"output={tmp_path / name}", *extra)
+        assert (code, told in said) == (2, True), said
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\ud800"], ids=["long", "zero", "half"])
+def test_names_that_no_folder_can_have(made, name, tmp_path):
+    adapter = spectune.Adapter.load(made / "lora")
+    for use in (
+        spectune.Adapter.load,
+        spectune.Adapter.from_peft,
+        adapter.save,
+        spectune.Library,
+        spectune.Library.open,
+    ):
+        with pytest.raises(SpectuneError, match="is no name of a file or folder"):
+            use(name)

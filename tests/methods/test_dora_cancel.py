@@ -147,6 +147,6 @@ def test_an_ordinary_update_computes_no_row():
 def test_rows_too_long_for_a_norm_are_refused():
     model: Any = nn.Sequential(nn.Linear(8, 8))
     model[0].weight.data[3, 0] = 2e19
-    with pytest.raises(spectune.SpectuneError, match="'0' cannot be adapted: DoRA .* lengths .* take another method"):
+    with pytest.raises(spectune.SpectuneError, match=r"'0' cannot be adapted: DoRA .* lengths .* take another method"):
         spectune.adapt(model, "dora:rank=2")
     assert type(model[0]) is nn.Linear

@@ -26,6 +26,7 @@ from spectune.adapters.joining import joined
 from spectune.adapters.terms import add_layers, as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
+from spectune.reading import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -187,7 +188,7 @@ class Adapter(Contents):
         """
         if bases not in ("none", "embed"):
             raise SpectuneError(f"bases must be 'none' or 'embed', not {bases!r}")
-        return choose.save(self, Path(path), embed=bases == "embed")
+        return choose.save(self, path_of(path), embed=bases == "embed")
 
     @staticmethod
     def load(path: Path_, *, revision: str | None = None, token: str | bool | None = None) -> Adapter:
@@ -202,7 +203,7 @@ class Adapter(Contents):
             SpectuneError: missing, truncated or tampered files, a config that is not understood, or no such
                 repository.
         """
-        folder = Path(path)
+        folder = path_of(path)
         if not folder.exists() and is_repository(str(path)):
             folder = fetch(str(path), revision, token)
         return Adapter.of(read_whole(choose.load, folder))
@@ -323,7 +324,7 @@ class Adapter(Contents):
         Raises:
             SpectuneError: missing or damaged files, or a kind of adapter that is not one of these.
         """
-        return Adapter.of(read_whole(lambda folder: load_peft(folder, allow_bin=allow_bin), Path(path)))
+        return Adapter.of(read_whole(lambda folder: load_peft(folder, allow_bin=allow_bin), path_of(path)))
 
 
 def _alike(ours: Adapter, theirs: Adapter) -> tuple[Adapter, Adapter]:

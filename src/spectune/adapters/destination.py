@@ -32,9 +32,7 @@ def check_destination(
     """
     if out.is_symlink():
         raise SpectuneError(f"{out} is a symbolic link, through which nothing is written: name the folder itself")
-    for name in inputs:
-        if Path(name).exists() and _holds(out.resolve(), Path(name).resolve(), merged):
-            raise SpectuneError(f"{out} holds what the result is made from ({os.fspath(name)}): give another folder")
+    _check_inputs(out, inputs, merged)
     if not out.exists():
         _check_place(out)
         return
@@ -49,6 +47,31 @@ def check_destination(
         raise SpectuneError(f"{out} exists and is not {kind}, so that it is not overwritten: give another folder")
     if not overwrite:
         raise SpectuneError(f"{out} exists: give another folder, or --overwrite to replace it")
+
+
+def check_run_folder(out: Path, inputs: Iterable[str | os.PathLike[str]], mark: str, written: Iterable[str]) -> None:
+    """Raise unless a run may write its files into a folder, whatever else there is.
+
+    Args:
+        out: the folder.
+        inputs: folders and files that the run is made from; names that are none do not matter.
+        mark: a file that is in every folder of such runs, before any other.
+        written: names of the files that a run writes.
+
+    Raises:
+        SpectuneError: it is an input, or holds a model, a library or a file by one of these names that no run wrote.
+    """
+    _check_inputs(out, inputs, False)
+    ours = (out / mark).exists() or (out / CONFIG).exists()
+    foreign = next((name for name in (*written, "config.json", "library.json") if (out / name).exists()), None)
+    if foreign is not None and not ours:
+        raise SpectuneError(f"{out} holds a {foreign} that no run wrote: give another output")
+
+
+def _check_inputs(out: Path, inputs: Iterable[str | os.PathLike[str]], merged: bool) -> None:
+    for name in inputs:
+        if Path(name).exists() and _holds(out.resolve(), Path(name).resolve(), merged):
+            raise SpectuneError(f"{out} holds what the result is made from ({os.fspath(name)}): give another folder")
 
 
 def _holds(out: Path, source: Path, merged: bool) -> bool:

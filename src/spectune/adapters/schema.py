@@ -38,7 +38,7 @@ def _sketch(code: object) -> Tensor:
 Number = Annotated[float, PlainValidator(_number)]  # as it stands: 16 stays 16
 Row = Annotated[int, Field(ge=0, lt=1 << 31)]
 Side = Annotated[int, Field(gt=0, le=SIDE)]
-Patterns = Annotated[dict[str, Number], Field(max_length=MOST_PATTERNS)]
+Few = Field(max_length=MOST_PATTERNS)
 
 
 class _Document(BaseModel):
@@ -129,8 +129,8 @@ class PeftConfig(TokenRows):
     init_r: Number = 0
     lora_alpha: Number
     lora_dropout: Number = 0.0
-    rank_pattern: Patterns | None = None
-    alpha_pattern: Patterns | None = None
+    rank_pattern: Annotated[dict[str, Number | list[bool]], Few] | None = None  # AdaLoRA's say which ranks are left
+    alpha_pattern: Annotated[dict[str, Number], Few] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
     fan_in_fan_out: bool | None = None

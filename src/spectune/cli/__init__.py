@@ -128,7 +128,7 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that vanished, a file in place of a folder
         place = error.filename2 or error.filename
         told = error.strerror or " ".join(str(error).split())
-        say_error(f"{place} cannot be read or written: {told}" if place else f"the system refused: {told}")
+        say_error(f"{place!s:.300} cannot be read or written: {told}" if place else f"the system refused: {told}")
         sys.exit(2)
     except Exception as error:
         if _debug.get():

@@ -58,8 +58,8 @@ def write_run(config: TrainConfig, output: Path, parts: Sequence[Sequence[Record
         f"{f' --quantize {config.quantize}' if config.quantize else ''}\n"
     )
     files = {
+        "run.json": json.dumps(run, indent=2) + "\n",  # first: by which a folder is known as a run's
         "config.yaml": yaml.safe_dump(config.in_full(), sort_keys=False),
-        "run.json": json.dumps(run, indent=2) + "\n",
         "README.md": card,
         **more,
     }

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
 
 from spectune.adapters.adapter import Adapter
+from spectune.adapters.destination import check_run_folder
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.bases.quantizing import check_quantization
 from spectune.errors import SpectuneError
@@ -130,6 +131,8 @@ def _as_before(config: TrainConfig, output: Path) -> TrainConfig:
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
+    inputs = (config.model, config.adapter or config.model)
+    check_run_folder(output, inputs, "run.json", ("config.yaml", "README.md", "log.jsonl", "curve.png"))
     if config.resume or config.overwrite:
         return
     if (output / CONFIG).exists():

@@ -21,7 +21,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS, folder_digest
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
-from spectune.reading import check_memory, check_tensors_file, parsed, read_json
+from spectune.reading import check_memory, check_tensors_file, parsed, path_of, read_json
 from spectune.storage import collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Library:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self.base_model: str | None = None
         self._records: dict[str, Record] = {}
         self._base: dict[str, Tensor] | None = None

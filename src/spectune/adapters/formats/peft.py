@@ -530,12 +530,15 @@ def _adalora(name: str, parts: dict[str, Tensor], config: PeftConfig, path: Sour
     return _checked(Term(LoRA(rank=rank, alpha=rank), trained), name, path)
 
 
-def _pattern(patterns: Mapping[str, float] | None, name: str, default: float, path: Source) -> float:
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: float, path: Source) -> float:
     """Return the value of the first pattern that is the end of a module's name, as PEFT matches them."""
     for pattern, value in (patterns or {}).items():
         try:
-            if matches_end(pattern, name):
-                return value
+            found = matches_end(pattern, name)
         except SpectuneError as error:
             raise SpectuneError(f"{path / CONFIG}: {error}") from None
+        if found and isinstance(value, list):
+            raise SpectuneError(f"{pattern!r} in 'rank_pattern' in {path / CONFIG} is a list, which AdaLoRA alone has")
+        if found:
+            return value  # type: ignore[no-any-return]
     return default
