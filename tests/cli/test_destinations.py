@@ -283,6 +283,8 @@ def test_a_run_is_not_written_into_what_is_no_runs(base, says, tmp_path, extra):
     for name, told in wanted.items():
         code, said = says("train", f"model={tmp_path / 'base'}", "data=d", f"output={tmp_path / name}", *extra)
         assert (code, told in said) == (2, True), said
+    code, said = says("spectrum", tmp_path / "base", "--out", tmp_path / "base")
+    assert (code, "made from" in said) == (2, True), said
     assert content(tmp_path) == before
 
 

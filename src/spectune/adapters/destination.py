@@ -55,14 +55,14 @@ def check_run_folder(out: Path, inputs: Iterable[str | os.PathLike[str]], mark: 
     Args:
         out: the folder.
         inputs: folders and files that the run is made from; names that are none do not matter.
-        mark: a file that is in every folder of such runs, before any other.
+        mark: pattern of a file that is in every folder of such runs, before any other.
         written: names of the files that a run writes.
 
     Raises:
         SpectuneError: it is an input, or holds a model, a library or a file by one of these names that no run wrote.
     """
     _check_inputs(out, inputs, False)
-    ours = (out / mark).exists() or (out / CONFIG).exists()
+    ours = any(out.glob(mark)) or (out / CONFIG).exists()
     foreign = next((name for name in (*written, "config.json", "library.json") if (out / name).exists()), None)
     if foreign is not None and not ours:
         raise SpectuneError(f"{out} holds a {foreign} that no run wrote: give another output")

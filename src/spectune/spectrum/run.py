@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from spectune.adapters.destination import check_run_folder
 from spectune.bases.loading import auto_class, checked_device, quiet
 from spectune.errors import SpectuneError
 from spectune.methods import parse, to_text
@@ -76,6 +77,8 @@ def report(
     checked_device(device)
     _check(low, high, rank, ranks, method, top, epsilon)
     out = Path(out)
+    inputs = [name for name in (model, compare, adapter) if name is not None]
+    check_run_folder(out, inputs, "values-*.jsonl", ("spectrum.json", "spectrum.html", "overrides.yaml"))
     spectra = _measure(model, out, targets, exclude, allow_bin, device, progress)
     options: dict[str, Any] = {"low": low, "high": high, "rank": rank, "ranks": ranks}
     document = describe(spectra, **options)
