@@ -248,6 +248,7 @@ def test_wrong_arguments(base, tmp_path, options, message):
 
 def test_without_a_layer_of_the_model_there_is_no_file(tmp_path):
     tiny.vit().save_pretrained(tmp_path / "model")  # transformers calls its layers other than it stores them
+    (tmp_path / "values-0.jsonl").write_text("of an earlier run")
     (tmp_path / "overrides.yaml").write_text("of an earlier run")
     document = report(str(tmp_path / "model"), tmp_path)
     assert document.recommendation.without_override == len(document.recommendation.ranks) == 13
