@@ -4,10 +4,8 @@ import copy
 import json
 import os
 import re
+import signal
 import struct
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import forked
 import spectune
 import tiny
 from adapters.adapter_cases import METHODS, assert_same_update, made, moved, small
@@ -303,30 +302,24 @@ def test_a_crash_between_the_two_renames_is_found_out(tmp_path):
             Adapter.load(torn)
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    sys.path[:0] = sys.argv[3:]
-    from adapters.adapter_cases import made
-    real, left = os.replace, [int(sys.argv[2])]
-    def replace(source, target):
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        real(source, target)
-    os.replace = replace
-    made("lora_xs:rank=2", seed=3).save(Path(sys.argv[1]))
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="processes are not killed so there")
 @pytest.mark.parametrize("renames", [0, 1])
 def test_what_a_killed_writer_left_is_finished_or_taken_back(tmp_path, renames):
     old, new, folder = made("svf", seed=1), made("lora_xs:rank=2", seed=3), tmp_path / "a"
     old.save(folder)
-    tests = str(Path(__file__).parents[1])
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(renames), tests])
-    assert ended.returncode == -9
+    real, done = os.replace, []
+
+    def killed() -> None:
+        def replace(source: Path, target: Path) -> None:
+            if len(done) == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(target)
+            real(source, target)
+
+        os.replace = replace
+        new.save(folder)
+
+    assert forked.ended(killed) == -signal.SIGKILL
     assert len(list(folder.iterdir())) > 2
     assert_identical(Adapter.load(folder), (old, new)[renames])
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]

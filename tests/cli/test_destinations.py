@@ -4,17 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 import spectune
 import tiny
-from spectune import cli
+from spectune import cli, storage
 from spectune.adapters.destination import check_destination
 from spectune.errors import SpectuneError
 from spectune.storage import collect_temporaries, publish, temporary_beside
@@ -158,29 +157,6 @@ def test_errors_by_rank_are_those_of_the_truncations(method):
         assert adapter.compress(rank).error == pytest.approx(error, abs=2e-5)
 
 
-REPLACES = """
-    import os, signal, sys
-    from pathlib import Path
-    from spectune import storage
-    out, dies_at = Path(sys.argv[1]), int(sys.argv[2])
-    calls = [0]
-    def counted(real):
-        def call(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-        return call
-    os.replace, os.fsync, os.rmdir = counted(os.replace), counted(os.fsync), counted(os.rmdir)
-    storage.exchange = counted(storage.exchange)
-    with storage.temporary_beside(out, folder=True) as folder:
-        for name in ("a", "b"):
-            (folder / name).write_text("new")
-        storage.publish(folder, out)
-    print(calls[0])
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders change places at once on Linux alone")
 def test_a_folder_is_old_or_new_wherever_its_writer_is_killed(tmp_path):
     out = tmp_path / "out"
@@ -191,16 +167,35 @@ def test_a_folder_is_old_or_new_wherever_its_writer_is_killed(tmp_path):
                 (folder / name).write_text("old")
             publish(folder, out)
 
+    def replaced(dies_at):
+        calls = []
+
+        def counted(real):
+            def call(*args, **kwargs):
+                calls.append(real)
+                if len(calls) == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return call
+
+        os.replace, os.fsync, os.rmdir = counted(os.replace), counted(os.fsync), counted(os.rmdir)
+        storage.exchange = counted(storage.exchange)
+        with temporary_beside(out, folder=True) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text("new")
+            publish(folder, out)
+
     states = set()
     for dies_at in range(1, 20):
         old()
-        ended = subprocess.run([sys.executable, "-c", textwrap.dedent(REPLACES), str(out), str(dies_at)], stdout=-3)
+        how = forked.ended(lambda at=dies_at: replaced(at))
         states.add("".join(path.name + path.read_text() for path in sorted(out.iterdir())))
         collect_temporaries(tmp_path)
         assert list(tmp_path.iterdir()) == [out]
-        if ended.returncode == 0:
+        if how == 0:
             break
-        assert ended.returncode == -signal.SIGKILL
+        assert how == -signal.SIGKILL
     assert states == {"aoldboldcold", "anewbnew"}
     assert dies_at > 4
 

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save as tensors_bytes
 from transformers import modeling_utils
 
+import forked
 import spectune
 from reliability.commands import COMMANDS, Operation
 from spectune import Adapter, Library, SpectuneError
@@ -336,16 +337,16 @@ def file_size_limit() -> None:
     """Save under RLIMIT_FSIZE, which a child of its own has: one sentence or error, and the old adapter stays."""
     with tempfile.TemporaryDirectory() as root:
         OLD.save(Path(root) / "a")
-        child = os.fork()
-        if child == 0:
+
+        def limited() -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
             try:
                 NEW.save(Path(root) / "a")
             except OSError:
                 os._exit(7)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+        assert forked.ended(limited) == 7
         assert values(Adapter.load(Path(root) / "a")) == values(OLD)
         assert not list((Path(root) / "a").glob(".*"))
 
