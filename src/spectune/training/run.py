@@ -131,8 +131,7 @@ def _as_before(config: TrainConfig, output: Path) -> TrainConfig:
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
-    inputs = (config.model, config.adapter or config.model)
-    check_run_folder(output, inputs, "run.json", ("config.yaml", "README.md", "log.jsonl", "curve.png"))
+    check_run_folder(output, [config.model], "run.json", ("config.yaml", "README.md", "log.jsonl", "curve.png"))
     if config.resume or config.overwrite:
         return
     if (output / CONFIG).exists():
