@@ -85,7 +85,12 @@ def main() -> None:
             print(f"{task} {line['method']}: {line['lr']:.2g} is {octaves:+.1f} octaves from the best, regret "
                   f"{lost:.1f} points; the method's own rate {own:.1f}")  # fmt: skip
     if rows:
-        print(json.dumps({**told(rows), "octaves off, median": round(float(np.median(off)), 2)}))
+        near = sum(lost <= 1 for lost, _ in rows) / len(rows)
+        print(
+            json.dumps(
+                {**told(rows), "within 1 point": round(near, 2), "octaves off, median": round(float(np.median(off)), 2)}
+            )
+        )
 
 
 if __name__ == "__main__":

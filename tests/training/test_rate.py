@@ -7,16 +7,31 @@ import pytest
 
 from cli.test_commands import run
 from spectune.errors import SpectuneError
-from spectune.training.rate import Tried, choose
+from spectune.training.rate import STEPS, Tried, choose, next_place
 from training.folder import WORDS, save_folder
 
 
-def test_the_rate_is_below_the_least_of_a_parabola():
-    curve = [Tried(r, (math.log10(r) + 2) ** 2) for r in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
-    assert choose(10.0, curve)[0] == pytest.approx(5e-3)
-    skewed = [Tried(r, (math.log10(r) + 1.7) ** 2) for r in (1e-3, 1e-2, 1e-1)]
-    assert choose(10.0, skewed)[0] == pytest.approx(1e-2, rel=0.01)
-    assert choose(3.0, [Tried(1e-3, 2.0), Tried(1e-2, 1.0), Tried(1e-1, math.inf)])[0] == pytest.approx(5e-3)
+def searched(loss):
+    """Return the places that a search tries, in order, given the loss at each."""
+    tried: list = []
+    while (place := next_place(tried)) is not None:
+        assert place not in dict(tried)
+        tried.append((place, loss(place)))
+    return [place for place, _ in tried]
+
+
+def test_rates_are_tried_uphill_and_the_best_has_both_beside_it():
+    assert searched(lambda p: (p - 3) ** 2) == [0, 2, 4, 3]
+    assert searched(lambda p: (p + 2) ** 2) == [0, 2, -2, -4, -1, -3]
+    assert searched(lambda p: p**2) == [0, 2, -2, 1, -1]
+    assert searched(lambda p: -p) == [0, 2, 4, 6, 5]  # no further than the ladder
+    assert searched(lambda p: math.nan if p > -3 else 1.0) == [0, 2, -2, -4, -3]
+    assert searched(lambda p: math.inf if p > 1 else -p) == [0, 2, -2, 1]
+
+
+def test_a_run_takes_less_than_the_best_of_short_ones():
+    curve = [Tried(1e-3, 2.0), Tried(1e-2, 1.0), Tried(1e-1, math.inf)]
+    assert choose(3.0, curve)[0] == pytest.approx(5.6e-3)
 
 
 def test_no_rate_that_helps_is_told():
@@ -31,9 +46,9 @@ def test_a_run_measures_its_rate_and_says_it(tmp_path):
     settings = [f"model={model}", f"data={data}", f"output={tmp_path / 'out'}", "method=lora:rank=4"]
     settings += ["dtype=fp32", "device=cpu", "max_steps=2", "--json"]
     found = json.loads(run("lr", *settings).stdout)
-    assert found["steps"] <= 60
-    assert len(found["tried"]) == 5
+    assert found["steps"] == STEPS * len(found["tried"])
+    assert 4 <= len(found["tried"]) <= 8
     assert json.loads(run("lr", *settings).stdout) == found
     told = run("train", *settings, "lr=auto").stderr
-    assert f"lr {found['rate']:.2g}: of 5 rates" in " ".join(told.split())
+    assert f"lr {found['rate']:.2g}: of {len(found['tried'])} rates" in " ".join(told.split())
     assert f"lr: {found['rate']}" in (tmp_path / "out" / "config.yaml").read_text()

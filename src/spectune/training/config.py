@@ -97,7 +97,7 @@ class TrainConfig(BaseModel):
     )
     adapter: str | None = Field(None, description="folder of an adapter to go on from; its method and layers are kept")
     lr: _Rate | Literal["auto"] | None = Field(
-        None, description="learning rate; the method's own if not given; auto measures one, with 40 steps"
+        None, description="learning rate; the method's own if not given; auto measures one, by runs of 24 steps"
     )
     group_lr: dict[str, _Rate] = Field(
         {}, description="name of a trained tensor (magnitude, z, ...): its learning rate"

@@ -1,8 +1,10 @@
-"""A learning rate for a run: a few steps at each of several rates from the same start, on its model and data.
+"""A learning rate for a run: a short run at each of several rates from the same start, on its model and data.
 
 Which rate is best goes with the curvature of the loss in what the adapter trains, which differs by method, model and
-data (arXiv:2602.04998).  What is compared here is that curvature's effect itself: how far a few steps get.  Few steps
-favour higher rates than a whole run (arXiv:1803.02021), so that the rate taken is below the best one of them.
+data (arXiv:2602.04998).  What is compared here is that curvature's effect itself: how far a short run gets, that rises
+and falls as a whole one does.  Eight steps say nothing yet: all rates that hold have the same loss then, and the best
+ones of a run a higher one (docs/study.md).  Short runs favour higher rates than long ones (arXiv:1803.02021), and one
+that is too high costs more than one that is too low, so that the rate taken is below the best of them.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from spectune.training.tasks import Task, make_task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STEPS = 8  # at each rate
-_FACTORS = tuple(10 ** (i / 2) for i in range(-2, 3))  # of the method's own rate
-_JUDGED = 4  # batches, of training records that the steps do not see
-_BELOW = 2.0  # times, for what few steps favour
+STEPS = 24  # at each rate
+_RISE = 3  # of them, in which the rate rises
+_PLACES = range(-4, 7)  # of rates, a factor of 10^(1/4) apart, around the method's own
+_JUDGED = 6  # batches, of training records that the steps do not see
+_BELOW = 10**0.25  # times: by so much the best of short runs was above that of longer ones, in six grids of eight
 
 
 class Tried(NamedTuple):
@@ -89,10 +92,11 @@ def find_rate(
     task = make_task(config)
     batches = _batches(config, task, model, tokenizer, records)
     judged, learned = batches[:_JUDGED], batches[_JUDGED:] or batches
-    with memory_kept.needed(), training_parts(model, task.dropout):
+    bar = Bar(console or Console(quiet=True), "trying learning rates")
+    with memory_kept.needed(), training_parts(model, task.dropout), bar:
         prepare(config, model)
         try:
-            return _search(config, task, model, judged, learned, console or Console(quiet=True))
+            return _search(config, task, model, judged, learned, bar)
         finally:
             detach(model)
             model.eval()
@@ -116,28 +120,41 @@ def _batches(
 
 
 def _search(
-    config: TrainConfig,
-    task: Task,
-    model: PreTrainedModel,
-    judged: Sequence[Any],
-    learned: Sequence[Any],
-    console: Console,
+    config: TrainConfig, task: Task, model: Any, judged: Sequence[Any], learned: Sequence[Any], bar: Bar
 ) -> Rate:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     own = config.parsed_method().learning_rate
-    before, tried = _loss(task, model, judged), []
-    with Bar(console, "trying learning rates", STEPS * len(_FACTORS)) as bar:
-        for factor in _FACTORS:
-            set_seed(config.seed)
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(start[name])
-            loss = _after(config, task, model, trained, own * factor, learned) or _loss(task, model, judged)
-            tried.append(Tried(own * factor, loss))
-            bar(STEPS * len(tried), f"{own * factor:.2g}: loss {loss:.3f}")
-    rate, reason = choose(before, tried)
-    return Rate(rate, reason, before, tried, STEPS * len(tried))
+    before, tried = _loss(task, model, judged), dict[int, Tried]()
+    while (place := next_place([(at, each.loss) for at, each in tried.items()])) is not None:
+        rate = own * 10 ** (place / 4)
+        set_seed(config.seed)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(start[name])
+        loss = _after(config, task, model, trained, rate, learned) or _loss(task, model, judged)
+        tried[place] = Tried(rate, loss)
+        bar(STEPS * len(tried), f"{rate:.2g}: loss {loss:.3f}")
+    ordered = [tried[place] for place in sorted(tried)]
+    rate, reason = choose(before, ordered)
+    return Rate(rate, reason, before, ordered, STEPS * len(tried))
+
+
+def next_place(tried: Sequence[tuple[int, float]]) -> int | None:
+    """Return the place of the rate to try next: up by halves of a decade while it gets better, else down, then between.
+
+    Args:
+        tried: places and losses, in the order in which they were tried; a loss that is no number is worst.
+
+    Returns:
+        The place, quarters of a decade from the method's own rate; None where the best has its neighbours.
+    """
+    losses = {place: loss if math.isfinite(loss) else math.inf for place, loss in tried}
+    if not losses:
+        return 0
+    best = min(losses, key=lambda place: (losses[place], place))
+    steps = () if best % 2 else (2, -2, 1, -1)  # a place between two has both beside it
+    return next((best + step for step in steps if best + step in _PLACES and best + step not in losses), None)
 
 
 def _after(
@@ -153,6 +170,9 @@ def _after(
     tails = {name: name.rpartition(".")[2] for name in trained}
     groups = [{"params": [p], "lr": others.get(tails[name], rate)} for name, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / _RISE, (STEPS - step) / (STEPS - _RISE))
+    )
     model.train()
     for step in range(STEPS):
         sums = task.sums(model, _placed(learned[step % len(learned)], model))
@@ -163,6 +183,7 @@ def _after(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), config.max_grad_norm or math.inf)
         optimizer.step()
+        schedule.step()
     return None
 
 
@@ -178,9 +199,13 @@ def _placed(batch: Any, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
-    """Return the rate to train at, given the losses after a few steps at several, and why.
+    """Return the rate to train at, given the losses after short runs at several, and why.
 
-    It is where a parabola through the lowest loss and its neighbours is least, divided by two.
+    It is a quarter of a decade below the one with the lowest loss.
+
+    Args:
+        before: the loss before any step.
+        tried: by rate.
 
     Raises:
         SpectuneError: no rate lowers the loss.
@@ -192,20 +217,11 @@ def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
             f"{STEPS} steps: look at the data with `spectune data`, or give lr"
         )
     best = min(able, key=lambda each: each.loss)
-    at = tried.index(best)
-    peak = math.log(best.rate)
-    around = tried[at - 1 : at + 2] if 0 < at < len(tried) - 1 else []
-    if around and all(math.isfinite(each.loss) for each in around):
-        low, middle, high = (each.loss for each in around)
-        bend = low - 2 * middle + high
-        if bend > 0:
-            peak += 0.5 * (low - high) / bend * (math.log(around[2].rate) - math.log(around[1].rate))
-    rate = float(f"{math.exp(peak) / _BELOW:.2g}")
     reason = (
         f"of {len(tried)} rates from {tried[0].rate:.2g} to {tried[-1].rate:.2g}, {best.rate:.2g} took the loss of "
-        f"unseen records lowest in {STEPS} steps ({before:.3f} -> {best.loss:.3f}); a longer run wants about half"
+        f"unseen records lowest in {STEPS} steps ({before:.3f} -> {best.loss:.3f}); a longer run wants less"
     )
-    return rate, reason
+    return float(f"{best.rate / _BELOW:.2g}"), reason
 
 
 def measure(config: TrainConfig, console: Console | None = None) -> Rate:
