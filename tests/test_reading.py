@@ -85,7 +85,21 @@ def test_pipes_devices_and_sparse_giants_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/../../x", "/etc/passwd", "C:\\x", "\\\\host\\x", "..\\x", "", 5, None, "a\0b", "a/" + "é" * 128]
+    "name",
+    [
+        "../x",
+        "a/../../x",
+        "/etc/passwd",
+        "C:\\x",
+        "\\\\host\\x",
+        "..\\x",
+        "",
+        5,
+        None,
+        "a\0b",
+        "a/" + "é" * 128,
+        "\ud800x",
+    ],
 )
 def test_a_name_leads_nowhere_else(tmp_path, name):
     with pytest.raises(SpectuneError, match="the index names"):

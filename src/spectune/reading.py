@@ -258,6 +258,14 @@ def _keys(kind: Any) -> list[str]:
     return own + [key for each in types for key in _keys(each)]
 
 
+def _is_name(text: str) -> bool:
+    try:
+        parts = text.encode().split(b"/")
+    except UnicodeEncodeError:  # half of a pair, which JSON can spell
+        return False
+    return bool(text) and "\0" not in text and all(len(part) <= 255 for part in parts)
+
+
 def inside(folder: Path, name: object, where: str) -> Path:
     """Return the path of a file that a document names, which must lie in a folder.
 
@@ -269,7 +277,7 @@ def inside(folder: Path, name: object, where: str) -> Path:
     Raises:
         SpectuneError: the name is absolute, has "..", or is no text.
     """
-    if not isinstance(name, str) or not name or "\0" in name or max(map(len, map(str.encode, name.split("/")))) > 255:
+    if not isinstance(name, str) or not _is_name(name):
         raise SpectuneError(f"{where} names {name!r:.60}, which is no file")
     parts = PurePosixPath(name).parts
     strange = PureWindowsPath(name)
