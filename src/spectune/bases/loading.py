@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from spectune.adapters.folder import CONFIG
 from spectune.bases.classifiers import load_classifier
@@ -24,7 +24,7 @@ from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
 from spectune.layers.stored import is_beside
 from spectune.model.lifecycle import QUANTIZE
-from spectune.reading import BASE_JSON_BYTES, check_file, check_tensors_file, read_json
+from spectune.reading import BASE_JSON_BYTES, check_file, open_tensors, read_json
 from spectune.spectral import weight_map
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ def _check_folder(folder: Path) -> None:
             weight_map(index)
         keys: list[str] = []
         for file in folder.glob("*.safetensors"):
-            check_tensors_file(file)
-            with suppress(SafetensorError), safe_open(file, framework="pt") as opened:
+            with suppress(SafetensorError), open_tensors(file) as opened:
                 keys += opened.keys()
     except FileNotFoundError as error:
         raise SpectuneError(
