@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from spectune.layers.reads import read_outside, reader_of, watched
 from spectune.layers.selection import Rows, Scope, Selection, replaced
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
-from spectune.layers.updates import Update
+from spectune.layers.updates import Basis, Update, updates_in
 from spectune.layers.values import Seen, WeightValues, is_made_of, row_norms
 from spectune.private import any_autocast, is_transformed, unseen
 from spectune.speed.dense import by_onednn, linear
@@ -163,8 +163,8 @@ class Adapted(Stored):
         mixture = scope.choice.mixtures[0] if isinstance(scope.choice, Rows) else scope.choice
         there = self.adapters._modules  # of which there may be many more than are in use
         weights = {name: weight_at(mixture, name, self) for name in mixture if name in there}
-        found = [(u, w) for name, w in weights.items() if isinstance(w, Tensor) or w for u in there[name]]  # type: ignore
-        parts: list[Part] = found  # type: ignore[assignment]
+        used = {name: w for name, w in weights.items() if isinstance(w, Tensor) or w}
+        parts: list[Part] = [(u, w) for name, w in used.items() for u in updates_in(self.adapters, name)]
         # kept for what the model is set to alone: a context's choice is asked for by one thread, and this is every
         # thread's
         if scope is self.selection.scope_of_model:
@@ -194,7 +194,7 @@ class Adapted(Stored):
         # torch.compile sees no context variable change and would guard on every object of the selection: what a context
         # says is asked outside of the graph
         if self.selection.contexts or (self.fused is not None and self.fused.in_place):
-            return self._in_context(x)  # type: ignore[no-any-return,call-arg,arg-type]
+            return self._in_context(x)  # type: ignore[call-arg,arg-type] - its decorator has no type
         return self._of_parts(self.prepared[1], x)
 
     @torch.compiler.disable
@@ -218,7 +218,7 @@ class Adapted(Stored):
         if not torch.is_grad_enabled() and self._fuses(x):
             return rows.forward_of(self, x, layout).answer(x, self._own(x))
         shares = rows.shares(self, x, layout).items()
-        updates = [(u, share) for name, share in shares for u in self.adapters[name]]  # type: ignore[attr-defined]
+        updates = [(u, share) for name, share in shares for u in updates_in(self.adapters, name)]
         return self.sum(updates, x, plain := self._plain(x), plain) if updates else self._own(x)
 
     def _of_parts(self, parts: list[Part], x: Tensor) -> Tensor:
@@ -425,7 +425,7 @@ class Adapted(Stored):
             basis_key: the name.
             once: this is not asked in each forward pass, so that W need not be watched for it.
         """
-        basis: Any = self.bases._modules.get(basis_key)
+        basis = cast("Basis | None", self.bases._modules.get(basis_key))
         if basis is None or basis.made is None or (now := self._values_now(once=once)) is None:
             return True
         if basis.compared is None or basis.compared[0] is not now.digest:
@@ -434,7 +434,7 @@ class Adapted(Stored):
 
     def tensors(self, update: Update) -> dict[str, Tensor]:
         """Return an update's trained and frozen tensors by name."""
-        basis = self._modules["bases"]._modules.get(update.basis_key)  # type: ignore[union-attr]
+        basis = cast("Basis | None", self.bases._modules.get(update.basis_key))
         if update.unmade:
             real = not effective_weight(self).is_meta
             if (basis is None and update.needs_basis) or (real and any(p.is_meta for p in update.trained().values())):
@@ -443,7 +443,15 @@ class Adapted(Stored):
                     "has no values: adapt the model when its weights are loaded"
                 )
             update.unmade = not real
-        return update.trained() if basis is None else {**basis.tensors(), **(update._parameters or update.trained())}  # type: ignore
+        return (
+            update.trained()
+            if basis is None
+            else {
+                **basis.tensors(),
+                # of which a copy, as `trained` makes one, would cost as much as all else here
+                **cast("dict[str, Tensor]", update._parameters or update.trained()),
+            }
+        )
 
     def made_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W' (out x in) of the adapters that answer here, with their gradients, in a dtype or in W's.

@@ -152,7 +152,7 @@ def wrapped_in(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the model itself, past the wrappers around it."""
     while (wrapped := wrapped_in(module)) is not None:
-        module = module._modules[wrapped]  # type: ignore[assignment]
+        module = module.get_submodule(wrapped)
     return module
 
 
@@ -164,7 +164,7 @@ def children_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]
     """
     wrapped = wrapped_in(module)
     if wrapped is not None:
-        yield name, module._modules[wrapped]  # type: ignore[misc]
+        yield name, module.get_submodule(wrapped)
         return
     adapted = "adapted_as" in vars(module)
     for key, child in module._modules.items():

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
-from spectune.layers.updates import Update
+from spectune.layers.updates import Update, updates_in
 from spectune.layers.values import digest, values_of
 from spectune.private import copy_all
 from spectune.speed.dense import linear
@@ -94,7 +94,7 @@ class Stack:
         of_weight = self._layer.base().seen() if self.by_ratio else ()
         kept = self._kept
         same = kept is not None and kept.updates == updates and of_weight is not None
-        same = same and all(map(operator.is_, of_weight, kept.of_weight))  # type: ignore[arg-type,union-attr]
+        same = same and all(map(operator.is_, of_weight or (), kept.of_weight if kept else ()))
         if kept is not None and same:
             # values and not versions: averages of weights are swapped in by way of `.data`, which no version counts
             differ = [(a != b).reshape(len(updates), -1).any(1) for a, b in zip(seen, kept.seen, strict=True)]
@@ -127,7 +127,7 @@ class Stack:
         """Return s of an update."""
         if update.scale is None:
             self._of(update)
-        return update.scale  # type: ignore[return-value]
+        return cast(float, update.scale)
 
 
 class _Kept(NamedTuple):
@@ -281,7 +281,7 @@ class RoutedForward:
         self._copies = False
         kinds: dict[object, list[Use]] = {}
         for name, share in shares.items():
-            for update in layer.adapters[name]:  # type: ignore[attr-defined]
+            for update in updates_in(layer.adapters, name):
                 dropped = update.training and update.method.drop
                 if not update.method.in_factors or dropped or _cancels(update, layer):
                     self._alone.append((update, share))

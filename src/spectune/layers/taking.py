@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, ABCMeta
 from functools import cache
+from typing import cast
 
 import torch.nn as nn
 from transformers.pytorch_utils import Conv1D
@@ -76,19 +77,20 @@ def take_over(layer: nn.Module, name: str, selection: Selection) -> Adapted:
     # the class and not the module: names, tied weights, hooks, optimizers' references and isinstance stay what they
     # are, and detaching is giving the class back
     change_class(layer, adapted_class(type(layer)))
+    adapted = cast(Adapted, layer)
     if packed:
-        layer.is_plain, layer.is_packed = False, True  # type: ignore[assignment]
-    layer.adapted_as = name  # type: ignore[assignment]
-    layer.adapters, layer.bases = nn.ModuleDict(), nn.ModuleDict()
-    layer.selection = selection  # type: ignore[assignment]
-    layer.fused = None  # type: ignore[assignment]
-    layer.weight_values = WeightValues()  # type: ignore[assignment]
-    layer.prepared = None, []  # type: ignore[assignment]
-    layer.is_called = layer in called  # type: ignore[assignment]
-    selection.joined_by(layer, name)
+        adapted.is_plain, adapted.is_packed = False, True
+    adapted.adapted_as = name
+    adapted.adapters, adapted.bases = nn.ModuleDict(), nn.ModuleDict()
+    adapted.selection = selection
+    adapted.fused = None
+    adapted.weight_values = WeightValues()
+    adapted.prepared = None, []
+    adapted.is_called = layer in called
+    selection.joined_by(adapted, name)
     if isinstance(layer, PartLinear):
         layer.join()
-    return layer  # type: ignore[return-value]
+    return adapted
 
 
 def give_back(layer: Adapted) -> None:

@@ -12,6 +12,7 @@ from spectune.layers.kinds import Kind, Vectors, kind_of
 from spectune.layers.layouts import Layout
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
+from spectune.layers.updates import updates_in
 
 
 class Unfolded(Adapted):
@@ -29,7 +30,7 @@ class Unfolded(Adapted):
 
     def _by_row(self, x: Tensor, rows: Rows, layout: Layout) -> Tensor:
         shares = rows.shares(self, x, layout).items()
-        updates = [(u, share) for name, share in shares for u in self.adapters[name]]  # type: ignore[attr-defined]
+        updates = [(u, share) for name, share in shares for u in updates_in(self.adapters, name)]
         return self._with(updates, x) if updates else self._own(x)
 
     def _with(self, updates: Sequence[Any], x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -80,7 +80,7 @@ class Update(_Resident):
 
     def tensor(self, name: str) -> Tensor:
         """Return one of the trained tensors."""
-        return self._parameters[name]  # type: ignore[return-value]
+        return cast(Tensor, self._parameters[name])  # none of which is None
 
     def places(self) -> dict[str, tuple[dict[str, Any], str]]:
         """Return for each trained tensor the mapping that holds it, and its key there."""
@@ -104,3 +104,8 @@ class Update(_Resident):
 
     def extra_repr(self) -> str:
         return repr(self.method)
+
+
+def updates_in(adapters: nn.ModuleDict, name: str) -> Iterable[Update]:
+    """Return what a layer holds of an adapter; nn.ModuleDict does not say what its modules are."""
+    return cast("Iterable[Update]", adapters[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -49,8 +49,8 @@ class Values(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers by their names in the module; plain tensors in a replica."""
-        parameters: dict[str, Any] = {name: held_by(self, name) for name in self.names}
-        return {**parameters, **{name: tensor for name, tensor in self._buffers.items() if name != "rows"}}  # type: ignore[dict-item]
+        held = {name: held_by(self, name) for name in self.names} | self._buffers
+        return {name: tensor for name, tensor in held.items() if name != "rows" and tensor is not None}
 
 
 class Whole(Stored):
@@ -124,19 +124,21 @@ class Whole(Stored):
         A linear layer's answer gets an adapter's own outputs in its rows' places.
         """
         values = self.values(name)
+        weight = held_by(values, "weight")
         assert values.rows is not None
+        assert weight is not None
         if is_linear(self):
             bias = held_by(self, "bias")
-            own = F.linear(ids, values.weight.to(ids.dtype), None if bias is None else bias[values.rows].to(ids.dtype))  # type: ignore[union-attr]
+            own = F.linear(ids, weight.to(ids.dtype), None if bias is None else bias[values.rows].to(ids.dtype))
             return y.index_copy(-1, values.rows, own.to(y.dtype))
         places = torch.searchsorted(values.rows, ids).clamp_max(len(values.rows) - 1)
         hit = values.rows[places] == ids
-        small = shallow(self, self.plain_class, {"weight": values.weight.to(y.dtype)}, padding_idx=None)  # type: ignore[union-attr]
+        small = shallow(self, self.plain_class, {"weight": weight.to(y.dtype)}, padding_idx=None)
         return torch.where(hit[..., None], small.forward(places), y)
 
     def values(self, name: str) -> Values:
         """Return what an adapter has here."""
-        return self.adapters[name]  # type: ignore[return-value]
+        return cast(Values, self.adapters[name])
 
     def version(self, weights: Weights) -> nn.Module:
         """Return a shallow copy of the module, of its plain class, with the tensors of a mixture."""
@@ -243,11 +245,10 @@ def whole_class(kind: type[nn.Module]) -> type[nn.Module]:
 def take_over_whole(module: nn.Module, name: str, selection: Selection) -> Whole:
     """Make a module one that adapters may bring whole, in place, without touching its tensors."""
     change_class(module, whole_class(type(module)))
-    module.adapters = nn.ModuleDict()
-    module.selection = selection  # type: ignore[assignment]
-    module.adapted_as = name  # type: ignore[assignment]
-    selection.note(module, name, shaped=False)
-    return module  # type: ignore[return-value]
+    whole = cast(Whole, module)
+    whole.adapters, whole.selection, whole.adapted_as = nn.ModuleDict(), selection, name
+    selection.note(whole, name, shaped=False)
+    return whole
 
 
 def give_back_whole(module: Whole) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -218,7 +218,7 @@ def _frozen(new: Mapping[str, Basis], layer: nn.Module, method: Method) -> dict[
     if method.basis_key in new:
         return new[method.basis_key].tensors()
     if isinstance(layer, Adapted) and method.basis_key in layer.bases:
-        return layer.bases[method.basis_key].tensors()  # type: ignore[operator]
+        return cast(Basis, layer.bases[method.basis_key]).tensors()
     return {}
 
 

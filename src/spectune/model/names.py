@@ -11,7 +11,7 @@ import torch.nn as nn
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.selection import replaced
-from spectune.layers.updates import Update
+from spectune.layers.updates import Update, updates_in
 from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
 
@@ -31,7 +31,7 @@ def method_of(update: Update) -> Method:
 
 def updates_of(layer: Adapted, name: str) -> list[Update]:
     """Return the terms of an adapter on a layer."""
-    return list(layer.adapters[name]) if name in layer.adapters else []  # type: ignore[arg-type]
+    return list(updates_in(layer.adapters, name)) if name in layer.adapters else []
 
 
 def names_on(layers: Mapping[str, Part]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch.nn as nn
 
@@ -24,7 +24,8 @@ class Ties(NamedTuple):
 def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
     """Return a model and the models in it that are transformers'."""
     # by what is asked of them, so that merging a model of other libraries does not import transformers
-    return [module for module in model.modules() if hasattr(type(module), "get_expanded_tied_weights_keys")]  # type: ignore[misc]
+    found = [module for module in model.modules() if hasattr(type(module), "get_expanded_tied_weights_keys")]
+    return cast("list[PreTrainedModel]", found)
 
 
 def tied_pairs(model: nn.Module) -> list[tuple[PreTrainedModel, Pairs]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,7 @@ from spectune.methods import Method
 from spectune.methods.bias import Bias
 from spectune.methods.head import Head
 from spectune.model.fresh import fresh_modules, fresh_rows
+from spectune.model.names import updates_of
 from spectune.model.patterns import Regex
 
 # names or suffixes of modules, or for each the rows of an embedding to train, None for all of the module
@@ -166,9 +167,9 @@ def split_linear(
         module = _find(model, name)
         bias = name in adapted and all(part.tensors.keys() in ({"bias"}, {ADDED_BIAS}) for part in parts)
         ours = bias or is_head(model, name, parts[0].rows)
-        terms = [_as_term(name, module, part) for part in parts] if ours else [None]
-        if all(terms):
-            found[name] = tuple(terms)  # type: ignore[arg-type]
+        terms = [term for part in parts if (term := _as_term(name, module, part)) is not None] if ours else []
+        if len(terms) == len(parts):
+            found[name] = tuple(terms)
         else:
             rest[name] = parts
     return found, rest
@@ -184,7 +185,7 @@ def _as_term(name: str, layer: nn.Module, part: WholeTerm) -> Term | None:
         return Term(Bias(), {"d": part.tensors["bias"] - own.detach().cpu().float()}, part.weight)
     head = as_head(part, is_conv1d(layer))
     if head is not None:
-        _check_shape(name, "weight", layer._parameters["weight"], part)  # type: ignore[arg-type]
+        _check_shape(name, "weight", cast(Tensor, layer._parameters["weight"]), part)
     return head
 
 
@@ -354,9 +355,9 @@ def _tie(model: nn.Module, name: str) -> None:
             if "weight" in own._parameters:
                 tied[id(module._parameters["weight"])].append((own, "weight"))
         elif isinstance(module, Adapted) and name in module.adapters:
-            for update in module.adapters[name]:  # type: ignore[union-attr]
-                if update.method.replaces and len(module.adapters[name]) == 1:  # type: ignore[arg-type]
-                    tied[id(module._parameters["weight"])].append((update, "H"))
+            updates = updates_of(module, name)
+            if len(updates) == 1 and updates[0].method.replaces:
+                tied[id(module._parameters["weight"])].append((updates[0], "H"))
     for (first, key), *others in tied.values():
         kept: Any = first._parameters[key]
         for other, of in others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -129,7 +129,8 @@ class CompletionRequest(_Generation):
         """The prompts, as texts or as tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if self.prompt and isinstance(self.prompt[0], int) else self.prompt  # type: ignore[return-value]
+        one = bool(self.prompt) and isinstance(self.prompt[0], int)
+        return cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
 
 
 class LoadRequest(_Strict):
