@@ -50,7 +50,8 @@ def peft(data: str, dtype: str, steps: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from spectune.bases.loading import model_path, resolve_dtype
+    from spectune.bases.devices import resolve_dtype
+    from spectune.bases.loading import model_path
 
     with Peak() as peak, tempfile.TemporaryDirectory() as output:
         kind = resolve_dtype(dtype)

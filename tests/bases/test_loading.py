@@ -28,13 +28,6 @@ def test_dtypes(tmp_path, name, kind):
     assert not model.training
 
 
-def test_auto_takes_bf16_only_where_it_is_fast(monkeypatch):
-    monkeypatch.setattr(loading, "fast_bf16", lambda device: True)
-    assert loading.resolve_dtype(None) == torch.bfloat16
-    monkeypatch.setattr(loading, "fast_bf16", lambda device: False)
-    assert loading.resolve_dtype("auto") == torch.float32
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

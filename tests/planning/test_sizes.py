@@ -8,7 +8,7 @@ import spectune.methods
 import tiny
 from spectune.adapters.folder import CONFIG, WEIGHTS
 from spectune.model.targets import resolve
-from spectune.model.whole import fresh_heads
+from spectune.model.wanted import fresh_heads
 from spectune.planning.plan import default_methods
 from spectune.planning.sizes import adapter_sizes, bases_bytes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spectune.bases.classifiers import context
-from spectune.bases.loading import checked_device
+from spectune.bases.devices import checked_device
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.run import train

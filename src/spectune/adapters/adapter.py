@@ -20,7 +20,8 @@ from spectune.adapters.formats import choose
 from spectune.adapters.formats.diffusers import save_diffusers
 from spectune.adapters.formats.gguf_lora import save_gguf
 from spectune.adapters.formats.mlx import save_mlx
-from spectune.adapters.formats.peft import is_peft, load_peft, save_peft
+from spectune.adapters.formats.peft import is_peft, save_peft
+from spectune.adapters.formats.peft_reading import load_peft
 from spectune.adapters.hub import card_of, fetch, is_repository, push
 from spectune.adapters.joining import joined
 from spectune.adapters.terms import add_layers, as_head

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectune.bases.prompts import Message, prompt_tokens, stop_tokens
+from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError
 from spectune.model.fusing import fused_where_it_pays
 
@@ -22,11 +23,6 @@ class Reply(NamedTuple):
 
     text: str
     tokens: list[int]
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token to pad with: the end of text where the tokenizer has no other."""
-    return cast(int, tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -98,7 +94,7 @@ def generate(
             )
         if not row:
             raise SpectuneError("the prompt has no token, and a reply must have one to begin with")
-    longest, pad = max(map(len, rows)), pad_token(tokenizer)
+    longest, pad = max(map(len, rows)), padding(tokenizer)
     ends = stop_tokens(model, tokenizer)
     ids, mask = left_padded(rows, pad, model.device)
     if context is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from spectune.bases.tokens import end_of_text, first_added, ids, known, text_tokens
 from spectune.errors import SpectuneError
 from spectune.reading import parse_json
 
@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]  # of a conversation, as chat templates take it
-T = TypeVar("T")
 MARK = "spectuneanswer"  # a content that no template changes
 _ASK = "spectunequestion"
-# what was asked of a tokenizer, by the question
-_KNOWN: WeakKeyDictionary[object, dict[object, Any]] = WeakKeyDictionary()
 _NO_TEMPLATE = "the tokenizer has no chat template; give one text instead of messages"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -52,113 +49,6 @@ def prompt_tokens(
             return text_tokens(tokenizer, prompt)
         prompt = [{"role": "user", "content": prompt}]
     return ids(tokenizer, prompt_text(tokenizer, prompt, tools=tools, variables=variables))
-
-
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that ends a text, None where the tokenizer has none."""
-    return cast("int | None", tokenizer.eos_token_id)  # transformers has one type for all special tokens and texts
-
-
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that fills up rows, any where the tokenizer has none: what is masked is not looked at."""
-    return cast("int | None", tokenizer.pad_token_id) or 0
-
-
-def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens of a text alone."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-
-
-# what asks for the tokens of texts, one after the other, and returns something: many can run at once, and a tokenizer
-# is given the texts that all of them ask for together
-Asking = Generator[str, list[int], T]
-
-
-def answered(tokenizer: PreTrainedTokenizerBase, asking: Asking[T]) -> T:
-    """Return what comes of something that asks for tokens."""
-    return answered_together(tokenizer, [asking])[0]
-
-
-def answered_together(tokenizer: PreTrainedTokenizerBase, askings: Sequence[Asking[T]]) -> list[T]:
-    """Return what comes of each of several that ask for tokens, their texts given to the tokenizer at once."""
-    found: dict[int, T] = {}
-    tokens: dict[int, list[int] | None] = dict.fromkeys(range(len(askings)))
-    while tokens:
-        texts: dict[int, str] = {}
-        for i, given in tokens.items():
-            try:
-                texts[i] = next(askings[i]) if given is None else askings[i].send(given)
-            except StopIteration as end:
-                found[i] = end.value
-        tokens = dict(zip(texts, _ids_of_all(tokenizer, [*texts.values()]), strict=True))
-    return [found[i] for i in range(len(askings))]
-
-
-def _ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    if len(texts) < 2:
-        return [ids(tokenizer, text) for text in texts]
-    distinct = [*dict.fromkeys(text for text in texts if text)]
-    tokens = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] if distinct else []
-    known = {"": [], **dict(zip(distinct, tokens, strict=True))}
-    return [known[text] for text in texts]
-
-
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the tokens that a text begins with: what the tokenizer puts before it, unless it is there, and its own."""
-    return begun(tokenizer, ids(tokenizer, text))
-
-
-def begun(tokenizer: PreTrainedTokenizerBase, own: list[int]) -> list[int]:
-    """Return the tokens of a text behind what the tokenizer puts before every text, unless it is there."""
-    first = _known(tokenizer, "first", lambda: _first(tokenizer))
-    return own if own[: len(first)] == first else [*first, *own]
-
-
-def _first(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    whole, own = tokenizer("a")["input_ids"], ids(tokenizer, "a")
-    starts = (i for i in range(len(whole) - len(own) + 1) if own and whole[i : i + len(own)] == own)
-    return whole[: next(starts, int(bool(whole) and whole[0] == tokenizer.bos_token_id))]
-
-
-def continuation(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence[int], text: str) -> list[int]:
-    """Return the tokens of a text behind another one whose tokens are given and stay, as `continuing` does."""
-    return answered(tokenizer, continuing(tokenizer, before, tokens, text))
-
-
-def continuing(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence[int], text: str) -> Asking[list[int]]:
-    """Ask for and return the tokens of a text behind another one whose tokens are given and stay.
-
-    They are those of both texts together where these begin with the tokens given.  Elsewhere, as where a prompt ends
-    in a space that would be part of the next word's token, the text is taken apart, but not as the beginning of a text,
-    before which many tokenizers put a space.
-
-    Args:
-        tokenizer: the model's.
-        before: the text before, without what the tokenizer puts before every text.
-        tokens: its tokens.
-        text: the text that follows.
-    """
-    if not text:
-        return []
-    found: list[list[int]] = []
-    joint = yield before + text
-    if joint[: len(tokens)] == list(tokens):
-        found.append(joint[len(tokens) :])
-        if not text[0].isspace():
-            return found[0]
-    said = decoded(tokenizer, tokens)
-    for lead in ("\n", ".", "a", ""):
-        alone = _known(tokenizer, ("alone", lead), lambda lead=lead: ids(tokenizer, lead))
-        both = yield lead + text
-        if both[: len(alone)] == alone:
-            found.append(both[len(alone) :])
-    return next((c for c in found if decoded(tokenizer, [*tokens, *c]) == said + text), found[0])
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of tokens, the special ones among them."""
-    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return cast(str, text)  # a list of texts is the answer to a list of lists
 
 
 # -- chat templates
@@ -219,7 +109,7 @@ def _rendered(
 
     template = _template(tokenizer, tools)
     options = {**tokenizer.special_tokens_map, **(variables or {})}
-    as_parts = _known(tokenizer, "parts", lambda: _wants_parts(tokenizer)) if parts is None else parts
+    as_parts = known(tokenizer, "parts", lambda: _wants_parts(tokenizer)) if parts is None else parts
     failed: Exception | None = None
     for as_text in (False, True):  # most templates write the arguments of calls as JSON, some take JSON
         try:
@@ -322,12 +212,12 @@ def prompt_text(
         )[0]
     for message in messages:
         role = str(message.get("role"))
-        if not _known(tokenizer, role, lambda role=role: _writes(tokenizer, role)):
+        if not known(tokenizer, role, lambda role=role: _writes(tokenizer, role)):
             raise SpectuneError(
                 f"the chat template leaves out messages of the role {role!r}: put their text into a user's message"
             )
     text = render(tokenizer, messages, tools=tools, variables=variables, prompt=True)
-    return text + _known(tokenizer, "header", lambda: _header(tokenizer))
+    return text + known(tokenizer, "header", lambda: _header(tokenizer))
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
@@ -390,7 +280,7 @@ def ending(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int] = ()) -> Endi
         ends: tokens that end the model's generation.
     """
     ends = tuple(ends)
-    return _known(tokenizer, ("ending", ends), lambda: _ending(tokenizer, {*ends, end_of_text(tokenizer)}))
+    return known(tokenizer, ("ending", ends), lambda: _ending(tokenizer, {*ends, end_of_text(tokenizer)}))
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, ends: set[int | None]) -> Ending:
@@ -409,23 +299,6 @@ def _ending(tokenizer: PreTrainedTokenizerBase, ends: set[int | None]) -> Ending
     return Ending(suffix, "", end_of_text(tokenizer), False)
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int, int]]:
-    """Return where the tokenizer's added tokens start and end in a text, and which they are."""
-    added = _known(tokenizer, "added", lambda: {t.content: i for i, t in tokenizer.added_tokens_decoder.items()})
-    if not added:
-        return []
-    longest_first = sorted(added, key=len, reverse=True)
-    pattern = _known(tokenizer, "pattern", lambda: re.compile("|".join(map(re.escape, longest_first))))
-    return [(found.start(), found.end(), added[found.group()]) for found in pattern.finditer(text)]
-
-
-def first_added(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int | None]:
-    """Return what comes before the first of the tokenizer's added tokens in a text, and that token."""
-    for start, _, token in added_tokens(tokenizer, text):
-        return text[:start], token
-    return text, None
-
-
 def stop_tokens(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a reply: the model's or else the tokenizer's, and the one that its template writes."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -435,13 +308,3 @@ def stop_tokens(model: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         stop = ending(tokenizer, ends).stop
         ends += [] if stop is None or stop in ends else [stop]
     return ends
-
-
-def _known(tokenizer: PreTrainedTokenizerBase, question: object, answer: Callable[[], T]) -> T:
-    """Return what was answered to a question about a tokenizer with its chat template, which is asked once."""
-    template = getattr(tokenizer, "chat_template", None)
-    key = (question, str(template), len(tokenizer), end_of_text(tokenizer))
-    known = _KNOWN.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = answer()
-    return known[key]

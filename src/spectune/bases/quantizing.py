@@ -15,7 +15,7 @@ from spectune.layers.modules import find_module, linear_layers
 from spectune.layers.packed import put_beside
 from spectune.model.fresh import mark_loaded
 from spectune.model.targets import output_embeddings
-from spectune.model.whole import fresh_heads
+from spectune.model.wanted import fresh_heads
 from spectune.spectral import svd
 
 QUANTIZATIONS = ("nf4", "int8")

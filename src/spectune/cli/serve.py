@@ -63,7 +63,8 @@ def serve(
     for package in ("uvicorn", "fastapi", "prometheus_client"):
         need(package, "spectune serve", "'spectune[serve]'")
     from spectune.adapters.adapter import Adapter
-    from spectune.bases.loading import default_device, load_base
+    from spectune.bases.devices import default_device
+    from spectune.bases.loading import load_base
     from spectune.bases.runs import named
     from spectune.serving import run
     from spectune.serving.jobs import Limits

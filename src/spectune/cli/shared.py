@@ -162,7 +162,8 @@ def load_with_adapters(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, and put a weighted mixture of adapters on it."""
     from spectune.adapters.adapter import Adapter
-    from spectune.bases.loading import default_device, load_base
+    from spectune.bases.devices import default_device
+    from spectune.bases.loading import load_base
     from spectune.bases.runs import named
     from spectune.model.adapting import attach
     from spectune.model.routing import activate
@@ -200,7 +201,8 @@ def load_library(
     folder: Path, name: str | None, dtype: str | None, device: str | None, trust_remote_code: bool
 ) -> tuple[Library, PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a library, and load its base, or the one that is named, with its tokenizer."""
-    from spectune.bases.loading import default_device, load_base
+    from spectune.bases.devices import default_device
+    from spectune.bases.loading import load_base
     from spectune.bases.runs import named
     from spectune.transformer2.library import Library
 

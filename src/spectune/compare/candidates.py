@@ -11,7 +11,7 @@ from spectune.layers.modules import effective_weight, find_linear
 from spectune.methods import parse, to_text
 from spectune.methods.head import Head
 from spectune.model.targets import resolve
-from spectune.model.whole import fresh_heads
+from spectune.model.wanted import fresh_heads
 from spectune.pages.units import parse_count
 from spectune.planning.budget import within_budget
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.bases.classifiers import context, pad
-from spectune.bases.prompts import padding
+from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError
 from spectune.speed.loss import cross_entropy_sum
 from spectune.training.config import TrainConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from spectune.bases.loading import default_device, resolve_dtype
+from spectune.bases.devices import default_device, resolve_dtype
 from spectune.bases.shapes import build, find_config
 from spectune.compare.candidates import FULL
 from spectune.compare.config import CompareConfig

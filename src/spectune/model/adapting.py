@@ -25,20 +25,17 @@ from spectune.model.names import M, check_known_on, check_new_name, method_of, u
 from spectune.model.patterns import Patterns
 from spectune.model.saving import watch_saving
 from spectune.model.targets import ALL_LINEAR, Targets, check_asked, choose, fitted, say_what_is_covered
+from spectune.model.wanted import ModulesToSave, is_head, resolve_whole, with_tied_rows
 from spectune.model.whole import (
-    ModulesToSave,
     as_layer_is,
     biases,
     check_apart,
-    is_head,
     labels_of,
     moved_statistics,
     prepare,
     put,
-    resolve_whole,
     split_linear,
     start_of,
-    with_tied_rows,
 )
 
 

@@ -30,7 +30,8 @@ from spectune.model.asked import leave_first_pass
 from spectune.model.install import selections
 from spectune.model.names import M, check_known_on, check_not_replaced, check_own_weights, method_of, updates_of
 from spectune.model.saving import leave_saving
-from spectune.model.whole import groups_of, is_complete, labels_of, trained_beside
+from spectune.model.wanted import groups_of
+from spectune.model.whole import is_complete, labels_of, trained_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -15,7 +15,7 @@ from spectune.layers.modules import effective_weight, find_linear
 from spectune.methods import Method, parse, to_text
 from spectune.methods.adalora import AdaLoRA
 from spectune.model.targets import Targets, resolve
-from spectune.model.whole import fresh_heads
+from spectune.model.wanted import fresh_heads
 from spectune.planning.batch import Batch
 from spectune.planning.budget import least_of, within_budget
 from spectune.planning.machine import Machine

@@ -18,7 +18,8 @@ from spectune.layers.experts import ExpertLinear
 from spectune.layers.modules import described, effective_weight, find_linear, is_stored_transposed
 from spectune.methods import Method
 from spectune.model.install import frozen_basis
-from spectune.model.whole import groups_of, labels_of
+from spectune.model.wanted import groups_of
+from spectune.model.whole import labels_of
 from spectune.spectral._types import empty_decomposition
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from spectune.adapters.adapter import Adapter
-from spectune.bases.generation import pad_token
+from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError, need
 from spectune.serving.asking import Reader
 from spectune.serving.batch import Batch, check_joining
@@ -119,7 +119,7 @@ def start_engine(
     size = check_joining(model, tokenizer)
     if limits.tokens is None:
         limits = replace(limits, tokens=int(_SHARE * free / size))
-    engine = Engine(batch, shelf, pad_token(tokenizer), limits)
+    engine = Engine(batch, shelf, padding(tokenizer), limits)
     engine.start()
     return engine
 

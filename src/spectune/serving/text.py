@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from spectune.bases.prompts import decoded
+from spectune.bases.tokens import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

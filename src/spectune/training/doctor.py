@@ -16,7 +16,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from spectune.bases.loading import EMBEDDED, default_device, fast_bf16
+from spectune.bases.devices import default_device, fast_bf16
+from spectune.bases.loading import EMBEDDED
 from spectune.home import cache_dir
 from spectune.methods import METHODS, parse
 from spectune.model.adapting import adapt

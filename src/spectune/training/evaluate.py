@@ -14,7 +14,8 @@ from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
 from spectune.bases.classifiers import Prediction, classify, label_names
-from spectune.bases.loading import checked_device, load_base
+from spectune.bases.devices import checked_device
+from spectune.bases.loading import load_base
 from spectune.errors import SpectuneError, nearest, need
 from spectune.model.adapting import attach
 from spectune.model.fusing import fused_where_it_pays

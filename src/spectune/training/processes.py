@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from accelerate import PartialState
 
-from spectune.bases.loading import checked_device
+from spectune.bases.devices import checked_device
 from spectune.errors import SpectuneError
 from spectune.layers.updates import Basis
 

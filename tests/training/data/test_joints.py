@@ -5,7 +5,8 @@ import re
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from spectune.bases.prompts import continuation, ending, ids, prompt_text, prompt_tokens, stop_tokens, text_tokens
+from spectune.bases.prompts import ending, prompt_text, prompt_tokens, stop_tokens
+from spectune.bases.tokens import answered, continuing, ids, text_tokens
 from spectune.errors import SpectuneError
 from spectune.training.data import Encoder, encode_one, encode_turns
 from training.data import families
@@ -305,6 +306,9 @@ def test_generation_ends_with_what_is_learned_as_the_end():
 def test_a_continuation_keeps_the_tokens_before_it():
     tokenizer = make(None, "metaspace of old")
     before = ids(tokenizer, "Answer: ")
-    assert spoken(tokenizer, [*before, *continuation(tokenizer, "Answer: ", before, "Yes")]) == "Answer: Yes"
-    assert continuation(tokenizer, "Answer: ", before, "") == []
+    assert (
+        spoken(tokenizer, [*before, *answered(tokenizer, continuing(tokenizer, "Answer: ", before, "Yes"))])
+        == "Answer: Yes"
+    )
+    assert answered(tokenizer, continuing(tokenizer, "Answer: ", before, "")) == []
     assert prompt_text(make("header-always"), talk("Yes")[:1]).endswith("<|end|>\n<|assistant|>\n")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spectune.adapters.contents import Contents
 from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, type_for, type_of
-from spectune.adapters.formats.peft import TOKENS, auto_mapping, grouped, rows_of, targets_of
+from spectune.adapters.formats.peft import auto_mapping, grouped, targets_of
+from spectune.adapters.formats.peft_reading import TOKENS, rows_of
 from spectune.adapters.terms import ADDED_BIAS
 from spectune.layers.attention import IN
 from spectune.methods.adalora import AdaLoRA

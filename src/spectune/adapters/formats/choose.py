@@ -10,6 +10,7 @@ from torch import Tensor
 from spectune.adapters.contents import Contents
 from spectune.adapters.folder import Source, read_config, write_folder
 from spectune.adapters.formats import peft, spectune
+from spectune.adapters.formats.peft_reading import load_peft
 from spectune.errors import SpectuneError
 
 
@@ -33,4 +34,4 @@ def load(path: Source) -> Contents:
     """Read an adapter's folder in either format."""
     config = read_config(path)
     foreign = config.get("library_name") != "spectune" and "peft_type" in config
-    return peft.load_peft(path) if foreign else spectune.load(path)
+    return load_peft(path) if foreign else spectune.load(path)

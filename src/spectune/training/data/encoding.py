@@ -8,24 +8,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spectune.bases.prompts import (
-    MARK,
+from spectune.bases.prompts import MARK, Ending, Message, ending, marked, plain, prompt_text, render, uses
+from spectune.bases.tokens import (
     Asking,
-    Ending,
-    Message,
     added_tokens,
     answered,
     answered_together,
     begun,
     continuing,
     end_of_text,
-    ending,
     first_added,
-    marked,
-    plain,
-    prompt_text,
-    render,
-    uses,
 )
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import FLAGS, check_calls, is_learned, other_fields

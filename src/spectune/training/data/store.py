@@ -30,7 +30,7 @@ from spectune.training.data.encoding import Encoder, Example
 from spectune.training.data.records import Record
 
 if TYPE_CHECKING:
-    from spectune.bases.prompts import Asking
+    from spectune.bases.tokens import Asking
 
 VERSION = "1"  # of what is made of records: raised whenever an example of any record changes
 _WORTH = 2000  # records; fewer are tokenized in less time than a file is worth

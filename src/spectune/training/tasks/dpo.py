@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases.prompts import Asking, answered, padding, stop_tokens
+from spectune.bases.prompts import stop_tokens
+from spectune.bases.tokens import Asking, answered, padding
 from spectune.errors import SpectuneError
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from spectune.bases.prompts import Asking, answered, padding, stop_tokens
+from spectune.bases.prompts import stop_tokens
+from spectune.bases.tokens import Asking, answered, padding
 from spectune.errors import SpectuneError
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.messages import message_problem

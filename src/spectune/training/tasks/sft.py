@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from spectune.bases.prompts import padding, stop_tokens
+from spectune.bases.prompts import stop_tokens
+from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.shapes import IGNORE

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from spectune.bases.generation import pad_token
 from spectune.bases.prompts import prompt_tokens, stop_tokens
+from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.model.routing import base_alone
@@ -146,7 +146,7 @@ class Reinforce(Task):
         prompts = [problem.tokens for problem in problems]
         groups = self._sample(own, prompts, options.samples, options.temperature)
         rewards = torch.tensor(self._rewards(problems, groups), device=own.device).view(len(problems), -1)
-        rollout = lay_out(own, prompts, groups, pad_token(self._tokenizer))
+        rollout = lay_out(own, prompts, groups, padding(self._tokenizer))
         # which transformers does in training mode only
         _without_dropout(own, self.config.gradient_checkpointing is True)
         reference = None
@@ -216,7 +216,7 @@ class Reinforce(Task):
             samples,
             max_new_tokens=self.options.max_new_tokens,
             temperature=temperature,
-            pad=pad_token(self._tokenizer),
+            pad=padding(self._tokenizer),
             ends=stop_tokens(model, self._tokenizer),
             fused=self.config.fused,
         )
