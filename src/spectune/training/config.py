@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
-from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError, nearest
-from spectune.reading import parse_yaml, read_yaml
+from spectune.reading import read_yaml
 from spectune.training.aliases import aliased, hint
 from spectune.training.options import TaskOptions
 from spectune.training.registry import options_of, owner_of, task_keys
+from spectune.training.values import in_full, number_of, place_of, value_of
 
 if TYPE_CHECKING:
     from spectune.methods import Method
@@ -283,7 +282,7 @@ class TrainConfig(BaseModel):
         """Return the data, configuration and split to evaluate on, or None where it is a share of the training data."""
         if self.data is None or (self.eval_data is None and self.eval_split is None):
             return None
-        if self.eval_data is None or (isinstance(self.data, str) and _place(self.eval_data) == _place(self.data)):
+        if self.eval_data is None or (isinstance(self.data, str) and place_of(self.eval_data) == place_of(self.data)):
             return self.data, self.data_config, self.eval_split
         return self.eval_data, None, self.eval_split
 
@@ -336,7 +335,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         key, equals, text = pair.partition("=")
         if not equals:
             raise SpectuneError(f"{pair!r} is not key=value")
-        values[(key := key.strip())] = _value(text, kind.model_fields.get(key))
+        values[(key := key.strip())] = value_of(text, kind.model_fields.get(key))
     values = aliased(values, {*kind.model_fields, *task_keys()})
     for key in ("model", "output"):  # an empty path would be the working directory
         if values.get(key) == "" and presets.get(key) != "":
@@ -355,7 +354,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         if values.pop(key) != task_keys()[key].default:  # folders of earlier runs hold the keys of every task
             raise SpectuneError(f"{key} is a key of task: {owner}, and this is task: {values.get('task', 'sft')}")
     if isinstance(values.get("lr"), str) and values["lr"] != "auto":  # YAML 1.1 reads 1e-4 as text
-        values["lr"] = _number(values["lr"])
+        values["lr"] = number_of(values["lr"])
     try:
         config = kind(**values)
     except ValidationError as error:
@@ -372,35 +371,3 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         if text is not None:
             parse(text)
     return config
-
-
-def in_full(value: Any) -> Any:
-    """Return paths of what is there in full; ids and all else stay as they are."""
-    if isinstance(value, list):
-        return [in_full(each) for each in value]
-    if isinstance(value, dict):  # one of several sources
-        return {**value, "path": in_full(value["path"])}
-    there = isinstance(value, str) and (os.path.exists(value) or glob.glob(value))
-    return os.path.abspath(value) if there else value
-
-
-def _place(data: str) -> str:
-    return os.path.abspath(data)  # an id, too, is then equal to itself only
-
-
-def _value(text: str, field: FieldInfo | None) -> object:
-    """Return what a text on the command line means: what YAML makes of it, but text where a key takes nothing else."""
-    if field is not None and field.annotation in (str, str | None):
-        return None if field.annotation is not str and text in ("null", "~", "") else text
-    try:
-        value = parse_yaml(text, "the value")
-    except SpectuneError:
-        return text
-    return _number(value) if isinstance(value, str) else value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -20,9 +20,10 @@ from spectune.reading import parsed, read_json, read_yaml
 from spectune.storage import write_atomically
 from spectune.training import processes
 from spectune.training.aliases import aliased
-from spectune.training.config import PLACES, TrainConfig, in_full
+from spectune.training.config import PLACES, TrainConfig
 from spectune.training.data.records import Record
 from spectune.training.options import resumes
+from spectune.training.values import in_full
 
 # a resumed run would not be the same run with another of these, nor with another of what its task has for keys
 _MEANING = ("task", "model", "data", "eval_data", "held_out", "method", "targets", "exclude", "overrides", "columns")
