@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
@@ -15,8 +15,9 @@ from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch, Prompts, Row, unread
 from spectune.serving.jobs import Busy, Closing, Event, Job, Limits, TooSlow
+from spectune.serving.loader import Loader
 from spectune.serving.prefixes import mentions, origin_of
-from spectune.serving.shelf import Shelf, Unreadable, Version
+from spectune.serving.shelf import Shelf, Version
 
 T = TypeVar("T")
 log = logging.getLogger("spectune.serving")
@@ -50,7 +51,7 @@ class Engine:
         self._prompts: Prompts | None = None
         self._kept: set[Version] = set()  # that requests wait for, which come before those that could have them go
         self._stalled = False  # whether those that wait, wait for adapters to be read
-        self._loading = ThreadPoolExecutor(1, "spectune-load")
+        self._loader = Loader(shelf, self.call, self._in_use, self._came)
         self._woken = Condition()
         self._closing = False
         self._thread = Thread(target=self._run, name="spectune-engine", daemon=True)
@@ -85,18 +86,12 @@ class Engine:
             UnknownAdapter: a name that no adapter has.
             SpectuneError: it would never fit into memory.
         """
-        most = self.limits.tokens
         if self.shelf.most is not None and len(job.weights) > self.shelf.most:
             raise SpectuneError(
                 f"the mixture has {len(job.weights)} adapters, and {self.shelf.most} are held at once; start with a "
                 "larger --max-adapters, or add them up with `spectune compose`"
             )
-        longest = max(row.most for row in job.rows)
-        if most is not None and longest > most:
-            raise SpectuneError(
-                f"the prompt and its reply may take {longest} tokens, and memory holds {most}: ask for fewer with "
-                "max_tokens"
-            )
+        self.limits.check(job)
         with self._woken:
             if self._closing:
                 raise Closing("the server is being shut down")
@@ -131,49 +126,11 @@ class Engine:
             self._woken.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
-        self._loading.shutdown(wait=False, cancel_futures=True)
+        self._loader.stop()
 
     def load(self, version: Version, read: Callable[[], Adapter], *, replace: bool = False) -> Future[Version]:
-        """Have an adapter read and checked beside what runs, and put on the model between two steps.
-
-        Args:
-            version: what it will be; it gets its name when it is there.
-            read: reads it.
-            replace: whether another one may have its name.
-        """
-
-        def put() -> Version:
-            if not replace:
-                self.shelf.check_free(version.name)
-            return self._placed(version, read(), replace=replace)
-
-        return self._loading.submit(put)
-
-    # -- in the thread that loads
-
-    def _placed(self, version: Version, adapter: Adapter, **options: bool) -> Version:
-        self.call(lambda: self.shelf.reserve(version, self._in_use())).result()
-        try:
-            ready = self.shelf.prepare(version, adapter)
-            return self.call(lambda: self.shelf.place(version, ready, **options)).result()
-        except BaseException:
-            self.shelf.release()
-            raise
-
-    def _bring(self, version: Version) -> None:
-        """Have an adapter on the model again that was set aside."""
-        try:
-            assert version.read is not None
-            self._placed(version, version.read(), named=False)
-            self.shelf.reads += 1
-        except Exception as error:  # whatever it is, whoever waits for the adapter is told
-            log.error("the adapter %r cannot be had again: %s", version.name, error)
-            told = f"the adapter {version.name!r} cannot be had again: {error}"
-            version.failed = error if isinstance(error, (Closing, Unreadable)) else Unreadable(told)
-        finally:
-            with self._woken:
-                version.coming, self._stalled = False, False
-                self._woken.notify()
+        """Have an adapter read and checked beside what runs, and put on the model between two steps: `Loader.load`."""
+        return self._loader.load(version, read, replace=replace)
 
     # -- in the engine's thread
 
@@ -182,6 +139,12 @@ class Engine:
         with self._woken:
             wanted = {version for job in self._waiting for version in job.mixture}
         return (self._kept & wanted).union(*(job.mixture for job in self._running))
+
+    def _came(self, version: Version) -> None:
+        """Look again at who waits: an adapter is on the model, or will not come."""
+        with self._woken:
+            version.coming, self._stalled = False, False
+            self._woken.notify()
 
     def _run(self) -> None:
         while True:
@@ -307,7 +270,7 @@ class Engine:
             for version in missing:
                 if not version.coming:
                     version.coming = True
-                    self._loading.submit(self._bring, version)
+                    self._loader.bring(version)
         with self._woken:
             for job in (*ready, *(job for job, _ in failed)):
                 self._waiting.remove(job)

@@ -91,3 +91,16 @@ class Limits:
     waiting: int = 1024
     tokens: int | None = None
     columns: int = 512
+
+    def check(self, job: Job) -> None:
+        """Refuse a request that would never fit.
+
+        Raises:
+            SpectuneError: a reply may become longer than what memory holds.
+        """
+        longest = max(row.most for row in job.rows)
+        if self.tokens is not None and longest > self.tokens:
+            raise SpectuneError(
+                f"the prompt and its reply may take {longest} tokens, and memory holds {self.tokens}: ask for fewer "
+                "with max_tokens"
+            )
