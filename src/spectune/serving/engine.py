@@ -20,6 +20,7 @@ from spectune.serving.prefixes import mentions, origin_of
 from spectune.serving.shelf import Shelf, Version
 
 T = TypeVar("T")
+_Events = defaultdict[Job, list[Event]]
 log = logging.getLogger("spectune.serving")
 _NOT_A_NUMBER = (
     "the model's answer is no number (NaN): the weights of the mixture may be too large, or the dtype too small"
@@ -41,8 +42,7 @@ class Engine:
 
     def __init__(self, batch: Batch, shelf: Shelf, pad: int = 0, limits: Limits | None = None) -> None:
         self.batch, self.shelf, self.limits = batch, shelf, limits or Limits()
-        self.steps = self.prompt_tokens = self.tokens = 0
-        self._pad = pad
+        self._pad, self.steps, self.prompt_tokens, self.tokens = pad, 0, 0, 0
         self._waiting: deque[Job] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running: list[Job] = []
@@ -398,6 +398,3 @@ class Engine:
             self.shelf.remove(gone)
             if self.batch.prefixes is not None:
                 self.batch.prefixes.forget(mentions(gone))
-
-
-_Events = defaultdict[Job, list[Event]]
