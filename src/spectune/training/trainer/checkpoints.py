@@ -113,6 +113,8 @@ class AdapterCheckpoints(_Base):
     def _calls(self) -> Calls:  # of the first step
         return Calls()
 
+    # the first place where all gradients of a step are there and not yet used: the optimizer would skip tensors without
+    # one, and the run would end well with an adapter that did not learn
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do a step, and after the first that is complete look at what had no part in it.
 
@@ -145,6 +147,8 @@ class AdapterCheckpoints(_Base):
     def _extracted(self) -> Adapter:
         return extract(self.accelerator.unwrap_model(self.model), self.adapter_name)
 
+    # the trainer's own writes one file after another into the folder by its final name, the base's weights or what peft
+    # finds among them; here a folder appears by that name when it is whole
     def _save_checkpoint(self, model: nn.Module, trial: dict[str, object] | None) -> None:
         """Write a checkpoint whole or not at all.
 
@@ -156,6 +160,7 @@ class AdapterCheckpoints(_Base):
         partial = output / _PARTIAL.format(place.name)
         self.store_flos()
         # every process takes part in gathering what is sharded; only then does the main one write alone
+        # collective calls: a process that skipped one would leave the others waiting for ever
         adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
         optimizer = _optimizer_state(self.optimizer)
         remedy = f"{self.kept()}; free some space and go on with resume=true"
@@ -195,6 +200,7 @@ class AdapterCheckpoints(_Base):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
+    # private, but what `push_to_hub` runs on at each checkpoint; there is no hook
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint's adapter; transformers' own needs peft to find it, and pickles the arguments."""
         strategy, before = self.args.hub_strategy, self.push_in_progress or PushInProgress()
@@ -229,9 +235,13 @@ class AdapterCheckpoints(_Base):
     def _rng_files(self) -> dict[str, bytes]:
         """Return the file in which transformers keeps this process' random states, by its name."""
         with tempfile.TemporaryDirectory() as folder:
+            # private: which generators there are, by device and process, is its own affair, and so is the name of the
+            # file that `_load_rng_state` looks for
             self._save_rng_state(folder)
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
+    # private: it reads the state of the run from the checkpoint, with the best one's path as it was on the machine
+    # where the run began
     def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         """Go on from where a checkpoint was made; its best one lies beside it, wherever the folder has gone since."""
         with quiet():  # of the place where it was
@@ -255,6 +265,8 @@ class AdapterCheckpoints(_Base):
         last = self.last_checkpoint
         return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
 
+    # these four read what `_save_checkpoint` wrote, which transformers' own would look for by other names; and they
+    # unpickle nothing
     def _load_best_model(self) -> None:
         check_files(Path(str(self.state.best_model_checkpoint)))
         self._load_adapter(str(self.state.best_model_checkpoint))
@@ -312,10 +324,12 @@ class AdapterCheckpoints(_Base):
         # is
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         _check_optimizer(optimizer, parameters, checkpoint)
+        # FSDP2 shards a parameter, and its moments have to be cut in the same places
         for index, values in optimizer["state"].items():
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameters[index].shape:
                     values[key] = as_part(value, parameters[index])
+        # `load_state_dict` brings the groups' options back as well, those that the user has changed since among them
         own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(optimizer)

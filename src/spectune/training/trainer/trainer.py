@@ -73,6 +73,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         args, kwargs: as for transformers.Trainer.
     """
 
+    # `compute_loss` divides by the items of the whole step; without this the trainer would divide once more, by the
+    # number of forward passes in it
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -159,6 +161,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             return {key: value[:0] if key in self.task.gathered else value * 0 for key, value in sums.items()}
         return sums
 
+    # private in transformers, and the only place where the batches of a whole step lie together: its own counts shifted
+    # labels, which packed examples are not, and blanks among them; without it the loss would be a mean of means
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Count the items of the loss in an optimizer step, over all processes."""
         counts = [(batch["labels"] != IGNORE).sum() for batch in batch_samples if not batch.get(BLANK)]
@@ -193,6 +197,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
                 f"the {what} became {value} at step {self.state.global_step}: lower the learning rate ({self.kept()})"
             )
 
+    # overridden because it is what comes before anything is written: a checkpoint without finite values would push a
+    # good one out of the last few that are kept
     def _save_checkpoint(self, model: nn.Module, trial: dict[str, object] | None) -> None:
         self.check_loss()
         norms = [p.detach().float().norm() for p in self.model.parameters() if p.requires_grad]
@@ -201,6 +207,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         )  # a gradient can be infinite where the loss is not
         super()._save_checkpoint(model, trial)
 
+    # private: between the last gradient and the clipping there is no callback. Without it AdaLoRA's penalty would be
+    # added to gradients that were clipped without it, and a sharded norm would be clipped by each process's own part
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         before_clip(self.model)
         return whole(cast(Tensor, super()._clip_grad_norm(model)))
@@ -212,6 +220,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
 
     # -- the same batches and measures, whatever the number of processes
 
+    # these three decide which examples a process sees. Without them accelerate repeats examples to fill up the last
+    # batch of an epoch, so that what is trained and measured depends on the number of processes
     def _get_dataloader(self, dataset: Examples, *args: Any, **kwargs: Any) -> DataLoader[Tensors]:
         if self.args.world_size > 1:
             dataset = WithBlanks(dataset)
@@ -234,6 +244,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             )
         return sampler
 
+    # private, and the only step of resuming in which callbacks get back what they counted; without it patience starts
+    # anew
     def _load_callback_state(self) -> None:
         """Go on counting evaluations without a better one; with transformers' own the patience would be the old one."""
         for callback in self._stoppers():
@@ -245,6 +257,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     def _stoppers(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
 
+    # private, and entered once for each epoch, which no callback can skip
     def _run_epoch(self, *args: object, epoch: int, **kwargs: object) -> None:
         ended = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._stoppers())
         if ended or self.state.global_step >= self.state.max_steps:  # resumed there, where transformers would go on
@@ -276,6 +289,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             SpectuneError: the loss is not finite.
         """
         self.model.eval()
+        # its type says None, as it is before the first loop
         handler: Any = self.callback_handler
         handler.eval_dataloader = dataloader  # which is told to callbacks
         totals = Totals(self.task.gathered)
