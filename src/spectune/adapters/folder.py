@@ -138,7 +138,7 @@ def _config_of_weights(weights: Path) -> str | None:
 def read_config(path: Source) -> dict[str, Any]:
     """Read the config of an adapter's folder as a mapping."""
     if isinstance(path, Unwritten):
-        return parse_json(path.text, str(path / CONFIG))  # type: ignore[no-any-return]
+        return parse_json(path.text, str(path / CONFIG))
     if not path.is_dir():
         beside = [place.name for place in path.parent.iterdir() if place.is_dir()] if path.parent.is_dir() else []
         raise SpectuneError(f"there is no adapter folder {str(path)!r}{nearest(path.name, beside)}")

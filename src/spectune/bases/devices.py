@@ -47,6 +47,7 @@ def _bf16_is_faster() -> bool:
     def seconds(kind: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=kind)
         times = []
+        # the first one pays for threads and code that are loaded; the fastest is what the processor can do
         for _ in range(4):
             start = time.perf_counter()
             torch.mm(a, a)

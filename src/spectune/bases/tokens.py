@@ -62,6 +62,7 @@ def answered_together(tokenizer: PreTrainedTokenizerBase, askings: Sequence[Aski
 def _ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if len(texts) < 2:
         return [ids(tokenizer, text) for text in texts]
+    # one call for all texts: a fast tokenizer takes them in parallel, and each call has a cost of its own
     distinct = [*dict.fromkeys(text for text in texts if text)]
     tokens = tokenizer(distinct, add_special_tokens=False, verbose=False)["input_ids"] if distinct else []
     known = {"": [], **dict(zip(distinct, tokens, strict=True))}
@@ -107,6 +108,8 @@ def continuing(tokenizer: PreTrainedTokenizerBase, before: str, tokens: Sequence
         if not text[0].isspace():
             return found[0]
     said = decoded(tokenizer, tokens)
+    # behind something that is no space: many tokenizers put one before a text's beginning. What decodes to both texts
+    # is taken
     for lead in ("\n", ".", "a", ""):
         alone = known(tokenizer, ("alone", lead), lambda lead=lead: ids(tokenizer, lead))
         both = yield lead + text

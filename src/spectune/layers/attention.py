@@ -25,7 +25,7 @@ IN = "in_proj"
 _FUSED = "in_proj_weight"
 _APART = {QUERY: "q_proj_weight", KEY: "k_proj_weight", VALUE: "v_proj_weight"}
 # what has them take their own way, in which they call the modules in them
-_SLOWLY: dict[type[nn.Module], dict[str, Any]] = {
+_SLOWLY: dict[type[nn.Module], dict[str, object]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
@@ -84,9 +84,9 @@ class Attention(Owner):
         layers = [part for _, part in self.adapted_parts()]
         keys = {part.key for part in layers}
         stand_ins = {key: WeightStandIn(self, key, [part for part in layers if part.key == key]) for key in keys}
-        modules = dict(self._modules)
+        modules: dict[str, object] = dict(self._modules)
         if of_out:  # whose layer adds its own bias
-            modules["out_proj"] = types.SimpleNamespace(weight=WeightStandIn(out, "weight", [out]), bias=None)  # type: ignore[assignment]
+            modules["out_proj"] = types.SimpleNamespace(weight=WeightStandIn(out, "weight", [out]), bias=None)
         kind, copy = self.plain_class, object.__new__(self.plain_class)
         kept = {key: p for key, p in self._parameters.items() if key not in stand_ins}
         vars(copy).update({**vars(self), "_parameters": kept, "_modules": modules}, **stand_ins)
@@ -180,7 +180,7 @@ class WeightStandIn(StandIn):
             begin += size
         return found
 
-    def chunk(self, count: int, dim: int = 0) -> Sequence[Any]:
+    def chunk(self, count: int, dim: int = 0) -> Sequence[object]:
         """Return stand-ins for equal numbers of rows."""
         return self._made().chunk(count, dim) if dim else self.split(-(-(self._part[1] - self._part[0]) // count))
 
@@ -213,11 +213,11 @@ class WeightStandIn(StandIn):
         if func is F.multi_head_attention_forward:
             return _attend(*args, **kwargs)
         if func is F.linear and isinstance(args[0], Tensor) and len(args) > 1 and isinstance(args[1], StandIn):
-            return args[1].product(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))  # type: ignore[attr-defined]
+            return args[1].product(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
         return None
 
 
-def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+def _as_written(function: Callable[..., object]) -> Callable[..., object]:
     """Return one of torch's functions as it is where no argument is a tensor of another's making."""
     known = {**function.__globals__, "has_torch_function": lambda tensors: False}
     made = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)

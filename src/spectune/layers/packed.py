@@ -151,7 +151,7 @@ def put_beside(layer: nn.Module, left: Tensor, right: Tensor) -> None:
     layer.register_buffer("right", right)
 
 
-def _with_low_rank(left: Tensor, right: Tensor, values: Callable[[Any], Tensor], held: Any) -> Tensor:
+def _with_low_rank(left: Tensor, right: Tensor, values: Callable[[object], Tensor], held: object) -> Tensor:
     dense = values(held)
     wide = torch.promote_types(dense.dtype, torch.float32)
     return torch.addmm(dense.to(wide), left.to(wide), right.to(wide)).to(dense.dtype)

@@ -13,6 +13,8 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.values import PLAIN
 
+# private methods, of which the code alone is compared: who asks for a weight is told by the frames in between.  A
+# release of torch that renames one fails here, at import, and not silently
 _CALL, _APPLY = nn.Module._call_impl.__code__, nn.Module._apply.__code__
 # what takes of a tensor its kind alone, and no value
 _OF_KIND = ("to", "type_as", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
@@ -54,9 +56,11 @@ def replaced_forward(layer: nn.Module) -> bool:
     forward = vars(layer).get("forward")
     if forward is None or getattr(forward, "__func__", None) is type(layer).forward:
         return False
-    wrapped = vars(layer).get("_old_forward")  # accelerate's hooks ask the method that they found
+    # accelerate's hooks put a function of theirs in the place of forward, and ask the method that they found.  Without
+    # this name of its, every offloaded layer would be taken for one that another library answers for
+    wrapped = vars(layer).get("_old_forward")
     hooked = "_hf_hook" in vars(layer) and getattr(wrapped, "__self__", None) is layer
-    return not (hooked and wrapped.__func__ is type(layer).forward)  # type: ignore[union-attr]
+    return not (hooked and getattr(wrapped, "__func__", None) is type(layer).forward)
 
 
 def takes_values(func: Any, args: Any, result: Any) -> bool:
@@ -81,6 +85,8 @@ class WatchedWeight(Tensor):
     """
 
     layer_name: str
+    # private in torch: the metaclass of parameters asks for it.  Without it `isinstance(weight, nn.Parameter)` is
+    # False, by which models decide whether a layer has a weight at all
     _is_param = True  # so that isinstance takes it for the parameter
 
     @classmethod

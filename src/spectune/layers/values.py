@@ -71,15 +71,16 @@ class Watched(nn.Parameter):
 PLAIN = (nn.Parameter, Watched)  # a weight that is not packed, nor of another library's making
 
 
-def watch(parameter: Any) -> bool:
+def watch(parameter: object) -> bool:
     """Watch a parameter, if it is a plain one; return whether that began now."""
     if type(parameter) is not nn.Parameter or parameter.is_inference():
         return False
+    # the class and not the object: optimizers, ties and graphs hold this very parameter
     parameter.__class__ = Watched
     return True
 
 
-def unwatch(parameter: Any) -> None:
+def unwatch(parameter: object) -> None:
     """Make a watched parameter the plain one that it was."""
     kind: Any = type(parameter)
     if kind is Watched:

@@ -22,7 +22,7 @@ from spectune.layers.selection import Rows, Selection
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
 
-Weights = tuple[tuple[str, Any], ...]  # of the adapters that have a part, by name
+Weights = tuple[tuple[str, object], ...]  # of the adapters that have a part, by name
 
 
 class Values(nn.Module):
@@ -110,6 +110,7 @@ class Whole(Stored):
         partial = [name for name, _ in weights if self.values(name).rows is not None]
         whole = tuple((name, weight) for name, weight in weights if name not in partial)
         plain = self.version(whole) if whole else None
+        # the plain answer is that of the whole versions already, so that what has rows of its own is laid over it
         y = super().forward(*args, **kwargs) if plain is None else plain.forward(*args, **kwargs)
         total = y
         for name, weight in weights:
@@ -131,6 +132,7 @@ class Whole(Stored):
             bias = held_by(self, "bias")
             own = F.linear(ids, weight.to(ids.dtype), None if bias is None else bias[values.rows].to(ids.dtype))
             return y.index_copy(-1, values.rows, own.to(y.dtype))
+        # rows are sorted, so that their place is found without a table as long as the vocabulary
         places = torch.searchsorted(values.rows, ids).clamp_max(len(values.rows) - 1)
         hit = values.rows[places] == ids
         small = shallow(self, self.plain_class, {"weight": weight.to(y.dtype)}, padding_idx=None)
@@ -209,6 +211,8 @@ def shallow(
     **attributes: object,
 ) -> nn.Module:
     """Return a copy of a module that shares all with it but the tensors, modules and attributes that are given."""
+    # no __init__ and no __setattr__: both would register modules and parameters with the copy, and cost more than the
+    # answer
     copy = object.__new__(kind)
     state = {**vars(module), **attributes}
     state.pop("forward", None)  # what wraps it, as accelerate's offloading does, goes around the module itself
@@ -258,5 +262,5 @@ def give_back_whole(module: Whole) -> None:
     change_class(module, without(type(module), whole_class))
 
 
-def _is_one(weight: Any) -> bool:
+def _is_one(weight: object) -> bool:
     return isinstance(weight, float) and weight == 1.0

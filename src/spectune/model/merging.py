@@ -308,7 +308,7 @@ def _take_back(layer: nn.Module, name: str, held: dict[str, Any]) -> None:
         adapted.selection.mixture = held["mixture"]
 
 
-def _parts_of(layer: Adapted) -> dict[str, Any]:
+def _parts_of(layer: Adapted) -> dict[str, object]:
     """Return what detaching takes from a layer."""
     return {
         "adapters": nn.ModuleDict(dict(layer.adapters.items())),
@@ -334,7 +334,7 @@ def _sums(layer: Any) -> _Sums | None:
     return layer.weight.dtype, [(float(whole(a)), float(whole(b))) for a, b in sums]
 
 
-def _differ(layer: Any, before: _Sums | None) -> bool:
+def _differ(layer: object, before: _Sums | None) -> bool:
     now = _sums(layer)
     if now is None or before is None:
         return False

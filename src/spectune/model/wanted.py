@@ -31,6 +31,7 @@ def resolve_whole(model: nn.Module, modules_to_save: ModulesToSave = ()) -> Want
     """
     modules = {name: module for name, module in named_modules(model) if _has_parameters(module)}
     asked = modules_to_save if isinstance(modules_to_save, Mapping) else _as_mapping(modules_to_save)
+    # what the checkpoint lacked was drawn at random: left as it is, it could not be had again from the base
     wanted: Wanted = dict.fromkeys(fresh_modules(model))
     wanted |= {name: rows for name, rows in fresh_rows(model).items() if name not in wanted}
     for pattern, rows in asked.items():
@@ -75,6 +76,7 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _with_tied(model: nn.Module, wanted: Wanted) -> Wanted:
     """Return what is wanted with the modules whose weight is that of one of them."""
+    # by identity: equal values are no tie, and a tied weight is one parameter under several names
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, module in named_modules(model):
         if module._parameters.get("weight") is not None:

@@ -27,7 +27,7 @@ class Mixed(mixed.MixedModel):
         else:
             super()._check_new_adapter_config(config)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:  # type: ignore[override]
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         tuner = _tuners.get(type(peft_config))
         if tuner is None:
             return mixed.MixedModel._prepare_adapter_config(peft_config, model_config)
@@ -62,5 +62,5 @@ def let_mix(config: type[SpectuneConfig], tuner: type[SpectuneTuner], peft_type:
     for prefix in (tuner.prefix, *(f"base_layer.{part}" for part in OF_ADAPTERS)):  # what deleting goes past
         if prefix not in lists.PREFIXES:
             lists.PREFIXES.append(prefix)
-    lists.Layers = (*lists.Layers, tuner.tuner_layer_cls)  # type: ignore[assignment]
-    mixed_model.MixedModel = Mixed  # type: ignore[misc]
+    lists.Layers = (*lists.Layers, tuner.tuner_layer_cls)
+    mixed_model.MixedModel = Mixed

@@ -136,7 +136,7 @@ class SpectuneTuner(BaseTuner):
         target = expert_layer(module, key, index) if there is None else there
         layer = target if isinstance(target, self.tuner_layer_cls) else self.other_layer_cls(target, name)
         holder = module._modules[str(index)]
-        self._create_and_replace(peft_config, adapter, layer, key, holder, current_key=name)  # type: ignore[arg-type]
+        self._create_and_replace(peft_config, adapter, layer, key, holder, current_key=name)
         holder._modules[key] = layer  # type: ignore[union-attr]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

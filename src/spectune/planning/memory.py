@@ -59,7 +59,7 @@ def precision_of(text: str) -> Precision:
     return Precision(kind, torch.float32 if kind == "fp32" else torch.bfloat16, int(rest or 0))
 
 
-def precision_of_run(quantize: str | None, dtype: str) -> str | None:
+def precision_of_run(quantize: str | None, dtype: str | None) -> str | None:
     """Return the precision of a base that `quantize` and `dtype` say, as a plan names it; None of another dtype."""
     if quantize is None:
         return dtype if dtype in ("fp32", "bf16") else None

@@ -52,6 +52,8 @@ class Engine:
         self._kept: set[Version] = set()  # that requests wait for, which come before those that could have them go
         self._stalled = False  # whether those that wait, wait for adapters to be read
         self._loader = Loader(shelf, self.call, self._in_use, self._came)
+        # guards what other threads write: who waits, what is to be called, and whether it is closing. What runs is the
+        # engine's own and needs no lock
         self._woken = Condition()
         self._closing = False
         self._thread = Thread(target=self._run, name="spectune-engine", daemon=True)
@@ -169,16 +171,17 @@ class Engine:
                 log.exception("an unforeseen error ended the requests that ran")
                 self._end_running(error)
 
-    def _do(self, function: Callable[[], Any], future: Future[Any]) -> None:
+    def _do(self, function: Callable[[], object], future: Future[object]) -> None:
         if not future.set_running_or_notify_cancel():
             return
+        # a route that stays open would go on answering with adapters that the function may take away
         self.batch.close()
         try:
             future.set_result(function())
         except BaseException as error:  # whatever it is, whoever waits is told
             future.set_exception(error)
 
-    def _end(self, calls: Iterable[tuple[Any, Future[Any]]]) -> None:
+    def _end(self, calls: Iterable[tuple[object, Future[object]]]) -> None:
         error = Closing("the server was shut down before the reply was complete")
         for _, future in calls:
             future.set_exception(error)
@@ -355,6 +358,7 @@ class Engine:
 
     def _failed(self, error: Exception) -> None:
         """End the requests that a step failed for: those that fail alone too, or else all."""
+        # each is tried by itself, so that one bad request does not end those of others
         culprits = self.batch.culprits()
         if not culprits:
             self._blame(self.batch.rows, error)

@@ -98,7 +98,7 @@ class Prefixes:
         for key in reversed(keys):  # the beginning last: without it the rest of a text would be of no use
             self._blocks.move_to_end(key)
 
-    def forget(self, origins: Callable[[Any], bool]) -> None:
+    def forget(self, origins: Callable[[object], bool]) -> None:
         """Let go of texts that were read by what will not read again.
 
         Args:

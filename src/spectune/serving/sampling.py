@@ -70,6 +70,8 @@ class Sampler:
         if sampling.repetition_penalty is not None:
             config.repetition_penalty = sampling.repetition_penalty
         config.max_length = config.forced_eos_token_id = None
+        # private in transformers: what `generate` itself makes of a configuration, so that a reply here is one that
+        # `generate` would give. Its public parts, processor by processor, would have to be kept up with
         self._processors = cast(Any, model)._get_logits_processor(config, input_ids_seq_length=len(prompt))
         self._generator = None
         if not greedy:

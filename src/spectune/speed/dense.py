@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,5 +105,5 @@ class _Precision(Protocol):
 
 def _coarse_libraries() -> list[tuple[_Precision, str]]:
     """Return the settings of libraries that take products of float32 in fewer bits, and what they are."""
-    both: list[_Precision] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    both = [cast(_Precision, torch.backends.cuda.matmul), cast(_Precision, cast(Any, torch.backends.mkldnn).matmul)]
     return [(library, library.fp32_precision) for library in both if library.fp32_precision not in ("ieee", "none")]

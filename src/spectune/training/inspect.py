@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NAMED = 10  # records that are named where some are cut or left out
 
 
-def inspect(config: TrainConfig, show: int = 3) -> dict[str, Any]:
+def inspect(config: TrainConfig, show: int = 3) -> dict[str, object]:
     """Return what training would see of its data, as a document for JSON.
 
     Args:

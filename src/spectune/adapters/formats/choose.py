@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ def save(adapter: Contents, path: Path, *, embed: bool = False) -> Path:
     return write_folder(path, *contents(adapter, embed=embed), read=load)
 
 
-def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, object], dict[str, Tensor], dict[str, str]]:
     """Return the config, the tensors and the metadata that `save` writes."""
     if not adapter.layers:
         raise SpectuneError("the adapter has no layers, so there is nothing to save")

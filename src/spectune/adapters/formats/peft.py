@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ def save_peft(adapter: Contents, path: Path) -> Path:
     return write_folder(path, *peft_contents(adapter), read=load_peft)
 
 
-def peft_contents(adapter: Contents) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def peft_contents(adapter: Contents) -> tuple[dict[str, object], dict[str, Tensor], dict[str, str]]:
     """Return the config, the tensors and the metadata that `save_peft` writes."""
     obstacle = _obstacle(adapter)
     if obstacle is not None:

@@ -76,7 +76,7 @@ _READ = {
 
 
 def lora_of(method: Any) -> LoRA:
-    return method.inner if isinstance(method, DoRA) else method  # type: ignore[return-value]
+    return method.inner if isinstance(method, DoRA) else method
 
 
 def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
@@ -378,5 +378,5 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, default: float, path
         if found and isinstance(value, list):
             raise SpectuneError(f"{pattern!r} in 'rank_pattern' in {path / CONFIG} is a list, which AdaLoRA alone has")
         if found:
-            return value  # type: ignore[no-any-return]
+            return value
     return default

@@ -35,7 +35,7 @@ _KIND = "kind"  # of a layer that is no linear one, and the axes of its kernel, 
 _STAYS = "basis_stays"  # of a term whose basis was made of another weight than the base's, where it is
 
 
-def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, object], dict[str, Tensor], dict[str, str]]:
     """Return the config, the tensors and the metadata of an adapter's folder in this format."""
     if embed:
         adapter.complete()
@@ -81,7 +81,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, Any],
     )
 
 
-def _describe_whole(term: WholeTerm) -> dict[str, Any]:
+def _describe_whole(term: WholeTerm) -> dict[str, object]:
     return {
         "weight": term.weight,
         "tensors": sorted(term.tensors),
