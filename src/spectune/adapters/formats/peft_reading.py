@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -75,8 +75,8 @@ _READ = {
 }
 
 
-def lora_of(method: Any) -> LoRA:
-    return method.inner if isinstance(method, DoRA) else method
+def lora_of(method: Method) -> LoRA:
+    return cast(LoRA, method.inner if isinstance(method, DoRA) else method)
 
 
 def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
