@@ -112,3 +112,11 @@ def test_tensors_are_opened_in_one_place():
     source = Path(reading.__file__).parent
     opening = {path.name for path in source.rglob("*.py") if "safe_open(" in path.read_text(encoding="utf-8")}
     assert opening == {"reading.py"}
+
+
+def test_two_tensors_by_one_name_are_refused(tmp_path):
+    one = '"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}'
+    header = "{" + one + "," + one.replace("[2,1]", "[1,2]") + "}"
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(SpectuneError, match="has the key 'a' twice"):
+        reading.open_tensors(tmp_path / "x")

@@ -297,7 +297,9 @@ def sha256(*paths: Path) -> str:
 
 
 def check_tensors_file(path: Path) -> None:
-    """Raise unless a path is a regular file with a safetensors header of a bounded size; see `check_file`.
+    """Raise unless a path is a regular file with a safetensors header of a bounded size, in which each name is once.
+
+    Of two tensors by one name safetensors takes one without a word.
 
     Raises:
         SpectuneError: it is not.
@@ -306,6 +308,7 @@ def check_tensors_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, HEADER_BYTES))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -315,6 +318,12 @@ def check_tensors_file(path: Path) -> None:
             f"{path} is damaged or no safetensors file: its header says {length:,} bytes, and at most "
             f"{HEADER_BYTES:,} are read"
         )
+    try:
+        json.loads(header, object_pairs_hook=lambda pairs: _once(pairs, str(path)))
+    except SpectuneError:
+        raise
+    except (ValueError, RecursionError, MemoryError):  # which safetensors will say
+        pass
 
 
 def open_tensors(path: Path) -> safe_open:
@@ -356,10 +365,15 @@ def _check_tree(value: object, where: str, left: int = ITEMS) -> None:
         elif isinstance(item, (list, tuple, set)):
             stack += [(part, depth + 1) for part in item]
         elif isinstance(item, str):
-            _check_text(item, where)
+            check_text(item, where)
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raise where a text has halves of characters, as bytes have that are not UTF-8.
+
+    Raises:
+        SpectuneError: it has.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -295,3 +295,16 @@ def test_names_that_no_folder_can_have(made, name, tmp_path):
     ):
         with pytest.raises(SpectuneError, match="is no name of a file or folder"):
             use(name)
+
+
+def test_a_file_in_the_place_of_a_folder(made, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SpectuneError, match="a file is in its place"):
+            spectune.Adapter.load(made / "lora").save(place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_arguments_that_are_no_text(says):
+    code, said = says("generate", "smollm2-135m", "ahoy \udcff")
+    assert (code, "half a character" in said) == (2, True), said

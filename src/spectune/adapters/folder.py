@@ -314,7 +314,10 @@ def write_folder(
     _check_readable(read, Unwritten(path, config, tensors, more))
     metadata = {**_metadata(_digest(tensors), _config_digest(config)), **(more or {})}
     text = _text(config)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SpectuneError(f"{path} cannot be made: a file is in its place; give another folder") from None
     with (
         alone_in(path),
         temporary_beside(path / WEIGHTS) as weights,

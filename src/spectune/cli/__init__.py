@@ -38,6 +38,7 @@ from spectune.cli import (
 from spectune.cli.shared import let_the_main_process_speak, say_error
 from spectune.errors import SpectuneError, is_out_of_memory
 from spectune.plugins import import_module_of_user
+from spectune.reading import check_text
 
 _debug = ContextVar("debug", default=False)
 app = typer.Typer(
@@ -105,6 +106,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        for text in sys.argv[1:]:
+            check_text(text, "what was given")
         app()
     except SpectuneError as error:
         let_the_main_process_speak(10)
