@@ -232,7 +232,8 @@ def parsed(kind: type[M], values: object, where: str) -> M:
         return kind.model_validate(values, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    parts, inner = [], values
+    parts: list[str] = []
+    inner: Any = values
     for part in first["loc"]:  # which names the alternatives of a union too
         if part in inner if isinstance(inner, dict) else isinstance(part, int) and isinstance(inner, list):
             inner = inner[part]

@@ -238,7 +238,7 @@ class More(NamedTuple):
     """
 
     labels: Labels | None = None
-    architecture: tuple[str, ...] | None = None
+    architecture: tuple[str, str] | None = None
     base: Mapping[str, Tensor] = {}
     quantize: str | None = None
 
@@ -259,7 +259,8 @@ def read_more(path: Source) -> More:
     found = parsed(Stored, given, where)
     problem = next((each for each in found.problem_type[:1] if each in PROBLEMS), None)
     labels = None if found.labels is None else Labels(found.labels, problem)
-    return More(labels, tuple(found.architecture or ()) or None, found.base, *found.quantize[:1])
+    architecture = (found.architecture[0], found.architecture[1]) if found.architecture else None
+    return More(labels, architecture, found.base, *found.quantize[:1])
 
 
 def as_metadata(

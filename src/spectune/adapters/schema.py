@@ -153,6 +153,6 @@ class Stored(_Document):
 
     labels: list[str] | None = None
     problem_type: list[str] = []
-    architecture: list[str] | None = None
+    architecture: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
     base: dict[str, Annotated[Tensor, PlainValidator(_sketch)]] = {}
     quantize: list[str] = []
