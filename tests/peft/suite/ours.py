@@ -105,6 +105,7 @@ REASONS = {
     r"test_parameters_after_loading_model\[(MLP 1 MiLoRA|Conv2d 2 PiSSA)": "not finite by then, which is refused",
     r"test_auto.py.*(extended_vocab|embedding_size)": "asks a hub for a model",
     r"test_lora_conversion\[SVFT": "a band has full rank, and the best LoRA of a rank is not near it",
+    r"TestHotSwapping": "PEFT hotswaps LoRA alone",
     r"test_mixed.py.*test_decoder_model": "what SVF starts with at random changes logits, and none of the tokens",
     r"test_(get_peft_model_(with_task_type_)?low_cpu_mem_usage|from_pretrained_missing_keys)": "asks by LoRA's names",
     r"test_low_level_api.py.*(adapter_in_model|get_peft_model_state_dict|TestLowLevelFunctional::test_modules_to_save|"
