@@ -1,6 +1,7 @@
 """Make an environment with vLLM's build for CPUs, and have it serve what every method saves and exports.
 
     python tests/vllm_plugin/suite/run.py [--python PYTHON] [--model FOLDER] [--many 2000]
+    python tests/vllm_plugin/suite/run.py --throughput [--counts 1 16 64 256]
 
 The environment is `.venv-vllm` beside `.venv`, or one that is given.  What was answered is written to
 `tests/vllm_plugin/suite/table.json`, which docs/engines.md is made of.
@@ -38,6 +39,7 @@ def environment() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python")
+    parser.add_argument("--throughput", action="store_true")
     args, others = parser.parse_known_args()
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -46,10 +48,10 @@ def main() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    table = HERE / "table.json"
-    command = [args.python or str(environment()), "-W", "ignore", str(HERE / "serve.py"), *others]
+    table, script = HERE / "table.json", "throughput.py" if args.throughput else "serve.py"
+    command = [args.python or str(environment()), "-W", "ignore", str(HERE / script), *others]
     code = subprocess.run(command, env={**os.environ, **settings}).returncode
-    if not code and table.exists():
+    if not code and not args.throughput and table.exists():
         found = {**json.loads(table.read_text(encoding="utf-8")), "vllm": VLLM}
         table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     sys.exit(code)

@@ -42,14 +42,14 @@ METHODS = {
 PROMPTS = [[5, 6, 7, 8], [100, 30, 2], [9, 4] * 12]
 
 
-def make_base(folder: Path) -> Path:
-    """Write a random two-layer Llama."""
+def make_base(folder: Path, width: int = 128, layers: int = 2) -> Path:
+    """Write a random Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=128,  # heads of 32, which kernels for CPUs have
-        intermediate_size=192,
-        num_hidden_layers=2,
+        hidden_size=width,  # heads of 32, at the least, which kernels for CPUs have
+        intermediate_size=width * 3 // 2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
