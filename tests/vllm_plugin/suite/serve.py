@@ -107,7 +107,13 @@ def engine(base: Path, **options: Any) -> Any:
     """Return vLLM with the base."""
     from vllm import LLM
 
-    given = {"max_loras": 16, "max_cpu_loras": 32, "max_lora_rank": 16, "max_num_seqs": 64, **options}
+    given = {
+        "max_loras": 16,
+        "max_cpu_loras": 32,
+        "max_lora_rank": 16,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 512,
+    }
     return LLM(
         str(base),
         skip_tokenizer_init=True,
@@ -115,9 +121,8 @@ def engine(base: Path, **options: Any) -> Any:
         enable_lora=True,
         enforce_eager=True,
         max_model_len=256,
-        max_num_batched_tokens=512,
         distributed_executor_backend="uni",
-        **given,
+        **{**given, **options},
     )
 
 

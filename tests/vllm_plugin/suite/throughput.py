@@ -1,6 +1,6 @@
 """Tokens a second in vLLM with as many adapters as rows in a batch: SVF by the plug-in, vLLM's own LoRA, the base.
 
-Run by `run.py --throughput` in an environment with vLLM.  The three take turns in one engine; each number is the median.
+Run by `run.py --throughput` in an environment with vLLM.  The three take turns in one engine; medians are kept.
 """
 
 from __future__ import annotations
