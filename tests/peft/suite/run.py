@@ -153,6 +153,9 @@ def make_adapters(into: Path) -> None:
 def run(release: str, files: list[str], arguments: list[str], work: Path) -> tuple[str, int]:
     """Run some files of a release's tests, and return a line that says what came of it, and pytest's exit code."""
     tests, first = fetch(release, work)
+    files = [name for name in files if (tests / (FILES | MAKING_LORA)[name]).is_file()]  # earlier releases have fewer
+    if not files:
+        return f"PEFT {release}: has none of these files", 0
     (work / "pytest.ini").write_text(SETTINGS)
     if set(files) - {"custom", "config"}:
         make_models(tests.parent)
