@@ -212,3 +212,28 @@ def test_one_module_is_adapted_in_one_way():
     for targets in (["out_proj"], ["in_proj"]):
         with pytest.raises(SpectuneError, match=r"'attn' would be adapted and have rows or tensors of its own"):
             spectune.adapt(clip(), SVF(), targets=targets, modules_to_save=["attn"])
+
+
+class Own(nn.MultiheadAttention):
+    """One head, whose weights are sliced, turned and cast before they meet anything."""
+
+    def forward(self, x, *others, **options):
+        size = self.embed_dim
+        query, key = (x @ self.in_proj_weight[i * size : (i + 1) * size].T for i in (0, 1))
+        value = torch.einsum("bti,oi->bto", x.double(), self.in_proj_weight.double()[2 * size :]).float()
+        mixed = (query @ key.mT).softmax(-1) @ value
+        return mixed @ self.out_proj.weight.T.contiguous(), None
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "auto"}])
+@pytest.mark.parametrize("method", ["lora:rank=2", "dora:rank=2"])
+def test_a_class_that_does_something_else_with_the_weights_does_it_with_the_adapted_ones(method, options):
+    base = clip()
+    base.attn.__class__ = Own
+    model = copy.deepcopy(base)
+    spectune.adapt(model, method, ["attn"] if not options else ["q_proj", "v_proj", "out_proj"], **options)
+    move(model)
+    expected = dense(model, base)(X)
+    torch.testing.assert_close(model(X), expected, atol=1e-5, rtol=1e-5)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".adapters." in n)

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import spectune
+from spectune.adapters.folder import WEIGHTS
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.run import train
@@ -64,7 +67,7 @@ def tokens_of(line):
 
 @pytest.mark.parametrize("kind", ["--multi_gpu", pytest.param("--use_fsdp", marks=pytest.mark.slow)])
 def test_accelerate_launches_it_too(settings, tmp_path, kind):
-    settings += ["method=lora:rank=2", "max_steps=4"]
+    settings += ["method=lora:rank=2", "max_steps=4", "save_steps=2"]
     one = train(load_config(None, [*settings, f"output={tmp_path / 'one'}", "batch_size=8"]))
     options = [kind, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--fsdp_version", "2"] if kind == "--use_fsdp" else []
@@ -74,6 +77,14 @@ def test_accelerate_launches_it_too(settings, tmp_path, kind):
     assert json.loads(done.stdout)["held_out_loss_after"] == pytest.approx(one.loss_after, abs=1e-5)
     losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    if kind == "--use_fsdp":  # gone on with from the middle, it ends the same to the last bit
+        whole = load_file(tmp_path / "two" / WEIGHTS)
+        shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+        done = launched("accelerate.commands.launch", *options, "-m", "spectune", "train", *two, "resume=true")
+        assert done.returncode == 0, done.stderr
+        resumed = load_file(tmp_path / "two" / WEIGHTS)
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_two_processes_learn_what_one_does_on_the_same_global_batch(settings, tmp_path):
