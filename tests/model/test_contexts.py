@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 import spectune
+import tiny
 from spectune import SpectuneError
 from spectune.model.routing import base_alone
 
@@ -233,3 +234,56 @@ def test_what_is_written_past_the_counter_of_writes_is_seen(around, method):
                 torch.testing.assert_close(after, model(x))
         torch.testing.assert_close(before[1], after[1])
         torch.testing.assert_close(after[:1], spectune.activate(model, "a")(x[:1]))
+
+
+def test_threads_whose_first_passes_are_at_once_find_where_rows_lie():
+    ids = torch.arange(3, 19).reshape(2, 8)
+    for attempt in range(4):
+        model = tiny.llama().eval()
+        expected = {None: model(ids).logits}
+        for name in "abc":
+            spectune.adapt(model, "lora:rank=2", name=name)
+            torch.manual_seed(ord(name))
+            for key, parameter in model.named_parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter) if f".adapters.{name}." in key else 0
+            expected[name] = model(ids).logits
+        start, found = threading.Barrier(4), {}
+
+        def work(place, name, model=model, start=start, found=found):
+            start.wait()
+            for i in range(3):
+                with torch.no_grad(), spectune.route(model, [name, None]):
+                    found[place, i] = name, model(ids).logits
+
+        threads = [threading.Thread(target=work, args=(i, name)) for i, name in enumerate("abca")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 12, attempt
+        for name, answer in found.values():
+            torch.testing.assert_close(answer[0], expected[name][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(answer[1], expected[None][1], atol=1e-5, rtol=1e-4)
+
+
+def test_threads_whose_first_passes_are_at_once_leave_nothing_watched():
+    modes = len(torch.overrides._get_current_function_mode_stack())
+    for _ in range(5):
+        model = spectune.adapt(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh()), "lora:rank=2")
+        start, left = threading.Barrier(4), []
+
+        def work(model=model, start=start, left=left):
+            start.wait()
+            for _ in range(3):
+                model(torch.randn(2, 6))
+            left.append(len(torch.overrides._get_current_function_mode_stack()))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert left == [modes] * 4
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+        assert not model[0]._forward_pre_hooks

@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -198,42 +198,51 @@ class _FirstPass:
     """The hooks of a model whose first forward pass with adapters is watched."""
 
     def __init__(self) -> None:
-        self._open: dict[int, list[_Watch | None]] = {}  # by thread
+        self._lock = Lock()
+        self._thread: int | None = None  # that of the pass that is watched; one at a time
+        self._depth = 0  # of the model in itself
+        self._watch: _Watch | None = None
 
     def before(self, model: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
             return
+        with self._lock:
+            if self._thread == get_ident():
+                self._depth += 1
+            if self._thread is not None:
+                return
+            self._thread, self._depth = get_ident(), 1
         layers: dict[str, nn.Module] = {n: layer for n, layer in _watchable(model).items() if layer._asks()}
-        watch = _Watch(layers, _memory) if layers else None
-        if watch is not None:
-            weights = [w for layer in layers.values() if (w := stored_weight(layer)) is not None]
-            # where several lie in one piece of memory, that does not tell which is which
-            watch.stand_for({id(w): w for w in weights if _memory(w) and w.untyped_storage().nbytes() == w.nbytes})
-            for (
-                name,
-                layer,
-            ) in layers.items():  # whose own product may be one node of autograd's, which no mode sees into
-                watch.hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.asked.add(name)))
-            watch.__enter__()
-        self._open.setdefault(get_ident(), []).append(watch)
+        if not layers:
+            return
+        watch = self._watch = _Watch(layers, _memory)
+        weights = [w for layer in layers.values() if (w := stored_weight(layer)) is not None]
+        # where several lie in one piece of memory, that does not tell which is which
+        watch.stand_for({id(w): w for w in weights if _memory(w) and w.untyped_storage().nbytes() == w.nbytes})
+        # a layer's own product may be one node of autograd's, which no mode sees into
+        for name, layer in layers.items():
+            watch.hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: watch.asked.add(name)))
+        watch.__enter__()
 
     def after(self, model: nn.Module, args: object, output: object) -> None:
-        if torch.compiler.is_compiling() or not (passes := self._open.get(get_ident())):
+        if torch.compiler.is_compiling() or self._thread != get_ident():
             return
-        watch = passes.pop()
-        if not passes:
-            del self._open[get_ident()]
-        if watch is None:
+        self._depth -= 1
+        if self._depth:
             return
-        watch.__exit__(None, None, None)
-        for hook in watch.hooks:
-            hook.remove()
-        if output is None:  # as where the pass has failed
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+            for hook in watch.hooks:
+                hook.remove()
+        if watch is None or output is None:  # as where the pass has failed
+            self._thread = None
             return
         past = [name for name in watch.past if name not in watch.asked]
         if past:
+            self._thread = None
             raise SpectuneError(bypassed(past[0]))
-        _drop_first_pass(model)
+        _drop_first_pass(model)  # by the thread whose pass it was: others have begun none
         beside = watch.read_past(tied_parameters(model))
         if beside:
             shown = ", ".join(map(repr, sorted(beside)[:3]))

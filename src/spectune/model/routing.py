@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 # an adapter, adapters with a weight each (or, for each of its layers' names, a weight; 0 elsewhere), or the base alone
 Choice = str | Mapping[str, float | Tensor | Mapping[str, float | Tensor]] | None
+
+
+_trying = RLock()  # one trial at a time: another thread waits for what it finds
 
 
 def activate(model: M, choice: Choice) -> M:
@@ -194,11 +198,17 @@ def _told_apart(
         call = Call(module, args, kwargs or {}, count)
         structure = call.structure if module is model else None
         parts = within[module]
-        if structure not in layouts.tried | {None} or not layouts.shown.issuperset(parts.values()):
+
+        def is_new() -> bool:
+            return structure not in layouts.tried | {None} or not layouts.shown.issuperset(parts.values())
+
+        if is_new():
             _refuse_batch_norm(module)
-            layouts.tried.add(structure)
-            with base_alone(module):
-                find_layouts(layouts, call, parts)
+            with _trying:
+                if is_new():  # to the thread that came first
+                    with base_alone(module):
+                        find_layouts(layouts, call, parts)
+                    layouts.tried.add(structure)
             routed.forget()
         begin()
 

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from spectune.layers.whole import Part
 Values = Mapping[Path, Any]  # what somebody else's module takes or gives
 Places = dict[tuple[Place, int], Layout | str]
 Plans = dict[nn.Module, dict[object, Plan]]
+_NONE: Mapping[str, Any] = {}
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _NUMBERED = re.compile(r"(^|_)\d+(?=\.)|(?<=\.)(\w*_)?\d+(?=\.)")  # parts of a name, but the last
 _ROUNDING = 3.0  # times the square root of a dtype's epsilon
@@ -206,15 +208,21 @@ class _Record(NamedTuple):
 def _recording(layers: Iterable[nn.Module], modules: Iterable[nn.Module]) -> Iterator[_Record]:
     """Within the context note what layers are given, and what modules take and give."""
     record, open_calls = _Record(defaultdict(list), defaultdict(list)), defaultdict(list)
+    here = get_ident()  # other threads may pass meanwhile; and a hook that goes may be called without keywords
 
-    def of_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def of_layer(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
+        if get_ident() != here:
+            return
         record.inputs[module].append(Seen.of(args[0] if args else next(iter(kwargs.values())), features=True))
 
-    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] = _NONE) -> None:
+        if get_ident() != here:
+            return
         open_calls[module].append(_seen((args, kwargs)))
 
-    def after(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-        record.calls[module].append((open_calls[module].pop(), _seen(output)))
+    def after(module: nn.Module, args: tuple[object, ...], *kwargs_and_output: object) -> None:
+        if get_ident() == here:
+            record.calls[module].append((open_calls[module].pop(), _seen(kwargs_and_output[-1])))
 
     with ExitStack() as hooks:
         for layer in layers:
