@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import psutil
 import yaml
@@ -233,7 +233,7 @@ def parsed(kind: type[M], values: object, where: str) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     parts: list[str] = []
-    inner: Any = values
+    inner = cast(Any, values)
     for part in first["loc"]:  # which names the alternatives of a union too
         if part in inner if isinstance(inner, dict) else isinstance(part, int) and isinstance(inner, list):
             inner = inner[part]
