@@ -233,10 +233,10 @@ def parsed(kind: type[M], values: object, where: str) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     parts: list[str] = []
-    inner = cast(Any, values)
+    inner = values
     for part in first["loc"]:  # which names the alternatives of a union too
         if part in inner if isinstance(inner, dict) else isinstance(part, int) and isinstance(inner, list):
-            inner = inner[part]
+            inner = cast(Any, inner)[part]
         elif first["type"] != "missing":
             continue
         parts.append(f"item {part}" if isinstance(part, int) else repr(part))
