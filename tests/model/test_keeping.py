@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import spectune
 import tiny
+from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
 from spectune.model.fresh import fresh_modules
 
@@ -224,3 +225,20 @@ def test_part_of_a_model_that_has_its_own_adapters_attribute():
     assert torch.equal(model(x), plain)
     spectune.detach(model)
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("method", ["svf", "pissa:rank=2", "dora:inner=svf"])
+def test_frozen_tensors_that_no_state_has_are_not_thrown_away(method):
+    model: Any = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+    spectune.adapt(model, method)
+    x = torch.randn(3, 6)
+    before = model(x)
+    for _ in range(3):
+        with pytest.raises(SpectuneError, match="to_empty"):
+            model.to_empty(device="cpu")
+    assert torch.equal(model(x), before)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        assert model(x.to(dtype)).isfinite().all()
+    spectune.detach(model)
+    model.to_empty(device="cpu")

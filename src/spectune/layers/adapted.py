@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, cast
 
@@ -484,6 +484,11 @@ class Adapted(Stored):
     def merged_layer(self, name: str) -> dict[str, Tensor]:
         """Return W' and b', as far as the adapters that answer now make them, given the layer's name in the model."""
         return merged_tensors(name, self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for basis in self.bases._modules.values():
+            cast(Basis, basis).check_kept(fn)
+        return super()._apply(fn, recurse)
 
     def _replicate_for_data_parallel(self) -> object:
         replica = super()._replicate_for_data_parallel()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from spectune.errors import SpectuneError
 from spectune.layers.factors import Base, Ratio
 from spectune.layers.protocols import Rule
 from spectune.layers.values import Made, digest
+
+_numbers = count(1)
 
 
 class _Resident(nn.Module):
@@ -37,6 +41,20 @@ class Basis(_Resident):
         self.compared: tuple[Tensor, bool] | None = None  # the digest of a W, and whether it is that one
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def check_kept(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise where a function throws values away, as that of `to_empty` does: no state has the frozen tensors."""
+        held = next((t for t in self.tensors().values() if t.is_floating_point() and not t.is_meta), None)
+        if held is None:
+            return
+        # another number at each call: memory that is handed out again may hold the last one
+        known = held.new_full((2,), float(next(_numbers) % 100))
+        moved = fn(known)
+        if not moved.is_meta and not torch.equal(moved.cpu().float(), known.cpu().float()):
+            raise SpectuneError(
+                "this would throw away the frozen tensors of the adapters on the model, which no state has, as "
+                "to_empty() does: detach the adapters before, and attach them when the weights are loaded"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
