@@ -114,3 +114,19 @@ def test_parts_of_a_model_and_a_model_around_it_give_what_they_have():
     around = nn.ModuleDict({"inner": model, "other": nn.Linear(4, 4)})
     assert set(spectune.extract(around).layers) == {"inner.a", "inner.b"}
     assert set(spectune.extract(nn.ModuleDict({"c": model["b"]})).layers) == {"c"}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.layers.0.mlp.up_proj"])
+def test_a_model_with_a_replaced_layer_is_not_saved_nor_adapted_again(name, tmp_path):
+    model = tiny.llama()
+    spectune.adapt(model, "svf", targets=["lm_head", "up_proj"])
+    around, _, last = name.rpartition(".")
+    held = model.get_submodule(around) if around else model
+    plain = getattr(held, last)
+    setattr(held, last, nn.Linear(plain.in_features, plain.out_features, bias=False))
+    for act in (lambda: model.save_pretrained(tmp_path / "saved"), lambda: spectune.adapt(model, "svf", name="b")):
+        with pytest.raises(SpectuneError, match=f"'{name}' was replaced"):
+            act()
+    assert not (tmp_path / "saved").exists()
+    spectune.detach(model)
+    spectune.adapt(model, "svf", name="b")

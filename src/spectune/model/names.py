@@ -73,6 +73,7 @@ def check_known(name: str, names: Sequence[str]) -> None:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     check_own_weights(adapted_layers(model))
+    check_not_replaced(parts_of(model))
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
         raise SpectuneError(f"{name!r} cannot be an adapter's name; use letters, digits, '-' and '_'")
     if name in adapter_names(model):

@@ -12,12 +12,12 @@ import torch
 import torch.nn as nn
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import adapted_layers
 from spectune.layers.classes import blank, change_class, made_of, without
 from spectune.layers.modules import named_modules
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored, form_in, stored_as
-from spectune.layers.whole import whole_modules
+from spectune.layers.whole import parts_of
+from spectune.model.names import check_not_replaced
 from spectune.model.ties import say_of_ties, tied_pairs, untie
 
 
@@ -31,9 +31,11 @@ class Saving:
         """Write the model as it answers now: with its adapters merged.
 
         Raises:
-            SpectuneError: the model is sharded or offloaded, or a weight cannot hold its update.
+            SpectuneError: the model is sharded or offloaded, a weight cannot hold its update, or a layer was replaced
+                after it was adapted.
         """
         model: Any = self
+        check_not_replaced(parts_of(model))
         if any(is_part(parameter) or parameter.is_meta for parameter in model.parameters()):
             raise SpectuneError(
                 "a model with adapters that is sharded or offloaded cannot be saved merged: save the adapter with "
@@ -113,7 +115,7 @@ def _stored(model: nn.Module) -> dict[str, Stored]:
 
 
 def _parts(model: nn.Module) -> bool:
-    return bool(adapted_layers(model) or whole_modules(model))
+    return bool(parts_of(model))
 
 
 @cache
