@@ -152,11 +152,13 @@ def test_what_was_lent_is_looked_at_as_long_as_it_is_there(of: str, x: Tensor) -
 
 
 @torch.no_grad()
-def test_what_is_saved_where_weights_hold_the_sum_changes_nothing(x: Tensor) -> None:
+def test_a_state_that_is_refused_where_weights_hold_the_sum_changes_nothing(x: Tensor) -> None:
     adapted = trained(LoRA(4)).eval()
     expected = adapted(x)
     with spectune.fused(adapted, where="inplace"):
-        adapted.state_dict()
+        with pytest.raises(SpectuneError, match="leave the context"):
+            adapted.state_dict()
+        adapted[0].weight.detach()
         torch.testing.assert_close(adapted(x), expected)
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from spectune.adapters.destination import check_run_folder
 from spectune.errors import SpectuneError, nearest
 from spectune.reading import read_json
 from spectune.training.config import TrainConfig
@@ -182,6 +181,8 @@ def check_folder(config: CompareConfig, records: str | None = None) -> None:
     Raises:
         SpectuneError: it does; what differs is named.
     """
+    from spectune.adapters.destination import check_run_folder  # brings PyTorch, which help goes without
+
     path = Path(config.output) / "settings.json"
     check_run_folder(path.parent, [config.model], path.name, ("report.html", "report.json", "runs.csv"))
     if config.overwrite or not path.is_file():
