@@ -4,6 +4,7 @@ import pytest
 
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
+from spectune.training.values import in_full
 
 NEEDED = ["model=m", "data=d.jsonl", "output=o"]
 
@@ -96,3 +97,12 @@ def test_layers_are_narrowed_under_pefts_names():
     where = config.where()
     assert (where["layers_to_transform"], where["layers_pattern"]) == ([0, 3], "h")
     assert (where["rank_pattern"], where["alpha_pattern"], where["targets"]) == ({"q_proj": 4}, {}, "x")
+
+
+def test_paths_are_told_in_full_and_what_is_no_source_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("")
+    full = str(tmp_path / "a.jsonl")
+    assert in_full(["a.jsonl", {"path": "a.jsonl", "weight": 2}]) == [full, {"path": full, "weight": 2}]
+    assert in_full({"pth": "a.jsonl"}) == {"pth": "a.jsonl"}
+    assert in_full("user/data") == "user/data"

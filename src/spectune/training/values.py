@@ -16,8 +16,8 @@ def in_full(value: Any) -> Any:
     """Return paths of what is there in full; ids and all else stay as they are."""
     if isinstance(value, list):
         return [in_full(each) for each in value]
-    if isinstance(value, dict):  # one of several sources
-        return {**value, "path": in_full(value["path"])}
+    if isinstance(value, dict):  # one of several sources, in a run's file as whoever wrote it left it
+        return {**value, "path": in_full(value["path"])} if "path" in value else value
     there = isinstance(value, str) and (os.path.exists(value) or glob.glob(value))
     return os.path.abspath(value) if there else value
 

@@ -149,6 +149,7 @@ def test_the_fields_of_a_csv_file_are_text_as_they_stand(tmp_path):
         (b"prompt,completion\none\n", "row 1: has other columns"),
         (b'prompt,completion\none,"two\n', "it is not CSV"),
         (b"prompt,completion\none,\x81\xff\n", "neither UTF-8 nor Windows-1252 "),
+        ("prompt,completion\none,two\n".encode("utf-16-le") + b"\n", "as utf-16-le: .*truncated"),
         (b"prompt,completion,prompt\none,two,three\n", "two columns are named 'prompt'"),
         (b"prompt,completion\n", "holds no examples"),
         (b"", "holds no examples"),

@@ -220,6 +220,8 @@ def _decoded(path: Path, stream: io.BufferedReader, encoding: str, newline: str,
         for number, line in enumerate(iter(lambda: text.readline(most + 1), ""), start=1):
             _check_length(path, number, line, most)
             yield line
+    except UnicodeError as error:  # zeros or a mark said an encoding, and the rest is none of it
+        raise SpectuneError(f"cannot read {path} as {encoding}: {error}") from None
     finally:
         with suppress(ValueError):  # whoever opened the file has closed it already
             text.detach()
