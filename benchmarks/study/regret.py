@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,12 +36,14 @@ class Surface(NamedTuple):
         losses: validation losses at the looks of each run.
         truth: mean of the test by place; more is better.
         seeds: of each rate.
+        tests: by place and seed, as in `truth`; the worst of them where a run failed.
     """
 
     runs: dict[Key, Run]
     losses: dict[Key, list[float]]
     truth: dict[int, float]
     seeds: int
+    tests: Mapping[Key, float] = MappingProxyType({})
 
     def turned(self, by: int) -> Surface:
         """Return it with another seed first."""
@@ -66,7 +69,7 @@ def surfaces(plan: Plan, held: Sequence[Mapping[str, Any]]) -> dict[str, Surface
         failed = min((sign * line["test"][metric] for line in own.values() if line["test"]), default=0.0)
         tests = {key: sign * line["test"][metric] if line["test"] else failed for key, line in own.items()}
         truth = {place: float(np.mean([tests[place, seed] for seed in range(plan.seeds)])) for place in plan.places}
-        found[method] = Surface(runs, {key: line["losses"] for key, line in own.items()}, truth, plan.seeds)
+        found[method] = Surface(runs, {key: line["losses"] for key, line in own.items()}, truth, plan.seeds, tests)
     return found
 
 

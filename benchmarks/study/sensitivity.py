@@ -37,17 +37,17 @@ class Row(NamedTuple):
     wide: Width | None
 
 
-def row_of(surface: Surface, tests: dict[tuple[int, int], float], rates: dict[int, float], plan: Plan) -> Row:
+def row_of(surface: Surface, rates: dict[int, float], plan: Plan) -> Row:
     """Return what a whole grid of a method says."""
     share = metric_of(plan) not in LESS
     starts = [run.start for run in surface.runs.values() if np.isfinite(run.start)]
     gain = max(surface.truth.values()) - float(np.median(starts))
     apart = set()
     for place in surface.truth:
-        own = [tests[place, seed] for seed in range(surface.seeds)]
+        own = [surface.tests[place, seed] for seed in range(surface.seeds)]
         if max(own) - min(own) > _APART * gain and min(own) < max(surface.truth.values()) - _APART * gain:
             apart.add(place)
-    tried = [(rates[place], value) for (place, _), value in tests.items()]
+    tried = [(rates[place], value) for (place, _), value in surface.tests.items()]
     return Row(surface.truth, apart, rates, width(tried, float(np.median(starts)), greater=True, share=share))
 
 
@@ -55,14 +55,11 @@ def table(task: str, plan: Plan) -> str:
     """Return the table of a task, or nothing where no method's grid is whole."""
     held = lines(GRID / f"{task}.jsonl")
     metric = metric_of(plan)
-    sign, percent = (-1, False) if metric in LESS else (1, True)
+    percent = metric not in LESS
     found = {}
     for method, surface in surfaces(plan, held).items():
-        own = [line for line in held if line["method"] == method]
-        rates = {line["place"]: line["lr"] for line in own}
-        worst = min(surface.truth.values())
-        tests = {(line["place"], line["seed"]): sign * line["test"][metric] if line["test"] else worst for line in own}
-        found[method] = row_of(surface, tests, rates, plan)
+        rates = {line["place"]: line["lr"] for line in held if line["method"] == method}
+        found[method] = row_of(surface, rates, plan)
     if not found:
         return ""
     places = sorted(plan.places)
@@ -70,12 +67,9 @@ def table(task: str, plan: Plan) -> str:
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, row in sorted(found.items(), key=lambda item: -max(item[1].means.values())):
         best = max(row.means, key=lambda place: row.means[place])
-        shown = [
-            f"{'**' * (p == best)}{100 * row.means[p]:.1f}{'**' * (p == best)}{'*' * (p in row.apart)}"
-            if percent
-            else f"{'**' * (p == best)}{-row.means[p]:.3f}{'**' * (p == best)}{'*' * (p in row.apart)}"
-            for p in places
-        ]
+        values = {p: f"{100 * mean:.1f}" if percent else f"{-mean:.3f}" for p, mean in row.means.items()}
+        values[best] = f"**{values[best]}**"
+        shown = [f"{values[p]}{'*' * (p in row.apart)}" for p in places]
         octaves = "" if row.wide is None else f"{row.wide.octaves:.1f}{'+' * row.wide.open}"
         text.append(
             f"| `{method}` | {row.rates[0]:.2g} | " + " | ".join(shown) + f" | {row.rates[best]:.2g} | {octaves} |"

@@ -191,13 +191,9 @@ def test_an_embeddings_lora_starts_as_peft_has_it_start():
     assert asked.nonzero().flatten().tolist() == sorted(set(IDS.flatten().tolist()) - {0})
 
 
-def test_rows_and_mixtures_are_answered_as_if_they_were_alone():
-    model = net()
-    for name, method in (("a", LoRA(3)), ("b", SVF()), ("c", DoRA(LoRA(2)))):
-        spectune.adapt(model, method, targets=ALL, name=name)
-    move(model)
-    choices = ["a", {"a": 0.5, "b": 2.0}, None, "c", "b"]
-    ids = torch.randint(1, 11, (5, 4), generator=torch.Generator().manual_seed(0))
+def as_if_alone(model, choices):
+    """Check that each row of a batch with these choices is what it would be alone; return the batch."""
+    ids = torch.randint(1, 11, (len(choices), 4), generator=torch.Generator().manual_seed(0))
     alone = []
     with torch.no_grad():
         for row, choice in zip(ids, choices, strict=True):
@@ -205,8 +201,18 @@ def test_rows_and_mixtures_are_answered_as_if_they_were_alone():
                 alone.append(model(row[None])[0])
         with spectune.route(model, choices):
             torch.testing.assert_close(model(ids), torch.stack(alone))
-        with spectune.route(model, [None] * 5):
-            torch.testing.assert_close(model(ids), net()(ids))
+    return ids
+
+
+def test_rows_and_mixtures_are_answered_as_if_they_were_alone():
+    model = net()
+    for name, method in (("a", LoRA(3)), ("b", SVF()), ("c", DoRA(LoRA(2)))):
+        spectune.adapt(model, method, targets=ALL, name=name)
+    move(model)
+    choices = ["a", {"a": 0.5, "b": 2.0}, None, "c", "b"]
+    ids = as_if_alone(model, choices)
+    with torch.no_grad(), spectune.route(model, [None] * 5):
+        torch.testing.assert_close(model(ids), net()(ids))
 
 
 class Grouped(nn.Module):
@@ -239,14 +245,7 @@ def test_rows_of_bags_and_of_convolutions_in_groups():
         spectune.adapt(model, method, targets=IN_GROUPS, name=name)
     move(model)
     choices = ["a", {"a": 0.5, "b": 2.0}, None, "c", {"b": 1.0, "d": -0.5}]
-    ids = torch.randint(1, 11, (5, 4), generator=torch.Generator().manual_seed(0))
-    alone = []
-    with torch.no_grad():
-        for row, choice in zip(ids, choices, strict=True):
-            with spectune.route(model, [choice]):
-                alone.append(model(row[None])[0])
-        with spectune.route(model, choices):
-            torch.testing.assert_close(model(ids), torch.stack(alone))
+    as_if_alone(model, choices)
 
 
 def test_groups_are_compiled_and_kept_in_our_own_folder(tmp_path):

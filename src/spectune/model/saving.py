@@ -74,14 +74,14 @@ def watch_saving(model: nn.Module) -> None:
     for module in list(model.modules()):
         kind = type(module)
         foreign = kind.__module__.partition(".")[0] == "peft"
-        if hasattr(kind, "save_pretrained") and not isinstance(module, Saving) and not foreign and _parts(module):
+        if hasattr(kind, "save_pretrained") and not isinstance(module, Saving) and not foreign and parts_of(module):
             change_class(module, _saving_class(kind))
 
 
 def leave_saving(model: nn.Module) -> None:
     """Give models without adapters their own classes back."""
     for module in list(model.modules()):
-        if _saving_class in made_of(type(module))[0] and not _parts(module):
+        if _saving_class in made_of(type(module))[0] and not parts_of(module):
             change_class(module, without(type(module), _saving_class))
 
 
@@ -112,10 +112,6 @@ def _as_untied(model: nn.Module) -> Iterator[None]:
 
 def _stored(model: nn.Module) -> dict[str, Stored]:
     return {name: module for name, module in named_modules(model) if isinstance(module, Stored)}
-
-
-def _parts(model: nn.Module) -> bool:
-    return bool(parts_of(model))
 
 
 @cache
