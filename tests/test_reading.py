@@ -5,10 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from spectune import reading
+from spectune import Adapter, reading
 from spectune.errors import SpectuneError
 
 BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" if i else "a0: &a0 [x]\n" for i in range(9))
@@ -120,3 +122,17 @@ def test_two_tensors_by_one_name_are_refused(tmp_path):
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with pytest.raises(SpectuneError, match="has the key 'a' twice"):
         reading.open_tensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_tensors_of_more_dimensions_than_pytorch_computes_with_are_refused(tmp_path, file):
+    path, key = tmp_path / file, "base_model.model.up.lora_A.weight"
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up"]}'
+    )
+    for dims in (64, 65):
+        tensors = {key: torch.ones(1).view([1] * dims)}
+        save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+        with pytest.raises(SpectuneError) as error:
+            Adapter.load(tmp_path)
+        assert ("64 dimensions" in str(error.value)) == (dims > 64)

@@ -33,6 +33,7 @@ ITEMS = 1_000_000  # of a document of JSON
 YAML_ITEMS = 100_000  # of a document of YAML, those that it repeats by name counted each time
 MOST_TENSORS = 50_000  # of an adapter
 HEADER_BYTES = 32 << 20  # of a safetensors file
+DIMENSIONS = 64  # of a tensor that PyTorch computes with
 SIDE = 1 << 24  # of a matrix that an adapter changes
 BASE_JSON_BYTES = 256 << 20  # of a config or a tokenizer of a base, which transformers reads
 DOCUMENT_BYTES = 1 << 30  # of records that are one document of JSON, unpacked
@@ -287,6 +288,9 @@ def inside(folder: Path, name: object, where: str) -> Path:
     return folder / name
 
 
+_DEEP = re.compile(rb'"shape"\s*:\s*\[(?:[^],]*,){%d}' % DIMENSIONS)
+
+
 def sha256(*paths: Path) -> str:
     """Return the SHA-256 of files, one behind the other, of which a mebibyte is held at a time."""
     digest = hashlib.sha256()
@@ -331,9 +335,11 @@ def open_tensors(path: Path) -> safe_open:
 
     Raises:
         FileNotFoundError: it is not there.
-        SpectuneError: as `check_tensors_file`, or it names a tensor twice.
+        SpectuneError: as `check_tensors_file`, it names a tensor twice, or one has more dimensions than PyTorch computes.
     """
     header = _header(path)
+    if _DEEP.search(header):
+        raise SpectuneError(f"{path} is damaged: a tensor in it has more than {DIMENSIONS} dimensions")
     opened = safe_open(path, framework="pt")
     if header.count(b'"data_offsets"') != len(opened.keys()):  # or something else has that name
         json.loads(header, object_pairs_hook=lambda pairs: _once(pairs, str(path)))

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError, nearest
-from spectune.reading import MOST_TENSORS, check_file, check_memory, open_tensors, parse_json, parsed, read_json, sha256
+from spectune.reading import (
+    DIMENSIONS,
+    MOST_TENSORS,
+    check_file,
+    check_memory,
+    open_tensors,
+    parse_json,
+    parsed,
+    read_json,
+    sha256,
+)
 from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -218,6 +228,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise SpectuneError(f"{where} holds more than tensors by name")
     for key, tensor in tensors.items():
+        if tensor.dim() > DIMENSIONS:
+            raise SpectuneError(f"{key!r} in {where} has more than {DIMENSIONS} dimensions; the file is damaged")
         if not _finite(tensor):
             raise SpectuneError(f"{where} holds values that are not finite, in {key!r}")
     return tensors
