@@ -335,7 +335,7 @@ def open_tensors(path: Path) -> safe_open:
 
     Raises:
         FileNotFoundError: it is not there.
-        SpectuneError: as `check_tensors_file`, it names a tensor twice, or one has more dimensions than PyTorch computes.
+        SpectuneError: as `check_tensors_file`, or it names a tensor twice, or one is of too many dimensions.
     """
     header = _header(path)
     if _DEEP.search(header):
