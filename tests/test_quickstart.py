@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.test_commands import run
+from cli.typed import run
 from training.folder import save_folder
 
 ROOT = Path(__file__).parents[1]

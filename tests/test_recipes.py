@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.test_commands import run
+from cli.typed import run
 from training.folder import save_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")

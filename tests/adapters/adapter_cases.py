@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 import spectune
 from spectune import Adapter
+from spectune.adapters.folder import WEIGHTS
 from spectune.layers.adapted import adapted_layers
 
 METHODS = [
@@ -70,3 +72,25 @@ def assert_same_update(ours: Adapter, theirs: Any, tolerance: float = 1e-5) -> N
     assert found.keys() == expected.keys()
     for name, delta in expected.items():
         assert (found[name] - delta).norm() <= tolerance * (1 + delta.norm()), name
+
+
+def assert_identical(ours: Adapter, theirs: Adapter, *, bases: bool = False) -> None:
+    assert (ours.base_model, ours.error, list(ours.layers)) == (theirs.base_model, theirs.error, list(theirs.layers))
+    mine, its = ([layer.conv1d for layer in a.layers.values()] for a in (ours, theirs))
+    assert mine == its or all(mine) or all(its)  # PEFT has one flag for all
+    for name, layer in ours.layers.items():
+        other = theirs.layers[name]
+        assert layer.shape == other.shape
+        assert [(t.method, t.weight) for t in layer.terms] == [(t.method, t.weight) for t in other.terms]
+        for a, b in zip(layer.terms, other.terms, strict=True):
+            pairs = [(a.trained, b.trained)] + ([(a.basis or {}, b.basis or {})] if bases else [])
+            for mine, its in pairs:
+                assert mine.keys() == its.keys()
+                assert all(torch.equal(v, its[k]) and v.dtype == its[k].dtype for k, v in mine.items())
+
+
+def resave(path: Any, change: Any) -> None:
+    """Change a folder's tensors and leave out the digest, as another tool would."""
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / WEIGHTS)

@@ -2,7 +2,7 @@
 
 import json
 
-from cli.test_commands import run
+from cli.typed import run
 from spectune.methods import METHODS
 from spectune.training import doctor
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from cli.test_commands import fails, run
+from cli.typed import fails, run
 from training.folder import WORDS, save_folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import spectune
-from cli.test_commands import fails, run
+from cli.typed import fails, run
 from training.folder import WORDS, save_folder
 
 TRAINED = ["dtype=fp32", "device=cpu", "max_steps=2", "batch_size=2", "max_length=16", "method=lora:rank=2"]

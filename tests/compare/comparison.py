@@ -18,6 +18,8 @@ METHODS = {
     "adalora": (0.851, 995_616, 0.204, 239e6, 3.2e-3),
 }
 RECORDS, STEPS = 400, 120
+# that a report writes
+FILES = ["report.html", "report.json", "report.csv", "runs.csv", "pareto.png", "pareto.svg", "curves.png", "curves.svg"]
 
 
 def final(method, seed, rng, accuracy, spread=0.003):

@@ -1,7 +1,5 @@
 """Layers that a model goes past: left out, refused by name, and noticed where nothing could be tried before."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn as nn
@@ -12,18 +10,6 @@ import spectune
 import tiny
 from spectune.layers.adapted import adapted_layers
 from spectune.model.targets import never_asked
-
-
-class Reads(nn.Module):
-    """Calls one layer, and takes the weight of the other for a product of its own, whose dtype it asks before."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(module, x):
-        x = module.called(x.to(module.read.weight))
-        return F.linear(x, module.read.weight, module.read.bias)
 
 
 def jamba():
@@ -82,74 +68,6 @@ def test_layers_whose_weight_the_model_reads_are_left_out_and_refused_by_name(bu
         )
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_the_first_pass_tells_where_nothing_could_be_tried(wrapped):
-    model = nn.Sequential(Reads(), nn.ReLU()) if wrapped else Reads()
-    before = model(x := torch.randn(3, 6))
-    name = "0.read" if wrapped else "read"
-    spectune.adapt(model, "lora:rank=2")
-    with pytest.raises(spectune.SpectuneError, match=f"reads the weight of '{name}' itself"):
-        model(x)
-    with pytest.raises(spectune.SpectuneError, match=f"'{name}'"), spectune.route(model, ["default", None, None]):
-        model(x)
-    spectune.activate(model, None)
-    torch.testing.assert_close(model(x), before)
-    spectune.activate(spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"]), "default")
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-READS = {
-    "_parameters": lambda module, x: F.linear(x, module.read._parameters["weight"]),
-    "named_parameters": lambda module, x: F.linear(x, dict(module.named_parameters())["read.weight"]),
-    "parameters": lambda module, x: F.linear(x, *module.read.parameters()),
-    "transposed": lambda module, x: x @ next(module.read.parameters()).T,
-    "state_dict": lambda module, x: F.linear(x, module.read.state_dict()["weight"]),
-    "data": lambda module, x: x @ module.read._parameters["weight"].data[:].mT,
-    "view": lambda module, x: F.linear(x, getattr(module, "view", None)),
-}
-
-
-class Takes(nn.Module):
-    """Calls one layer, and takes the weight of the other past its attribute."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.called, self.read, self.way = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), READS[way]
-        self.view = self.read.weight.detach()[:]
-
-    def forward(self, x):
-        return self.way(self, self.called(x))
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("way", READS)
-def test_the_first_pass_tells_of_a_weight_whatever_way_it_was_taken(way, gradients):
-    x, model = torch.randn(3, 6), nn.Sequential(Takes(way), nn.ReLU())
-    before = model(x)
-    parameters = [k for k, p in model.named_parameters()]
-    if way in ("parameters", "transposed"):  # an adapter's are there too
-        model[0].way = lambda module, x: x @ next(p for n, p in module.read.named_parameters() if n == "weight").T
-    spectune.adapt(model, "lora:rank=2")
-    with torch.set_grad_enabled(gradients):
-        for _ in range(2):
-            with pytest.raises(spectune.SpectuneError, match=r"reads the weight of '0\.read' itself"):
-                copy.deepcopy(model)(x) if way != "view" else model(x)
-            with pytest.raises(spectune.SpectuneError, match=r"reads the weight of '0\.read' itself"):
-                model(x)
-        spectune.activate(model, None)
-        torch.testing.assert_close(model(x), before)
-    spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"])
-    model(x)
-    assert not model._forward_pre_hooks
-    assert not model._forward_hooks
-    assert not model._forward_hooks_always_called
-    spectune.adapt(spectune.detach(model), "lora:rank=2", exclude=["read"])
-    spectune.detach(model)
-    assert not model._forward_pre_hooks
-    assert [k for k, _ in model.named_parameters()] == parameters
-
-
 def test_functional_calls_ask_the_adapter():
     model = spectune.adapt(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), "lora:rank=2")
     model[0].adapters["default"][0].B.data.normal_()
@@ -173,14 +91,6 @@ def test_a_model_that_calls_a_layer_and_looks_at_its_weight_as_well_is_told_once
     with pytest.warns(UserWarning, match="calls 'layer' and takes values of the weights themselves as well"):
         model(torch.randn(2, 6))
     model(torch.randn(2, 6))
-
-
-def test_a_first_pass_that_fails_is_no_first_pass():
-    model = spectune.adapt(nn.Sequential(Takes("_parameters")), "lora:rank=2")
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(torch.randn(3, 5))
-    with pytest.raises(spectune.SpectuneError, match=r"'0\.read'"):
-        model(torch.randn(3, 6))
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -214,40 +124,12 @@ def test_compiled_code_of_classes_with_a_forward_of_their_own(gradients):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_compiled_code_that_that_reads_a_weight_is_told_of_and_what_looks_at_its_kind_is_not(gradients):
-    class Looks(Reads):
-        def forward(self, x):
-            return self.read(self.called(x).to(self.read.weight.dtype)).view(-1, self.read.weight.shape[0])
-
-    x, name = torch.randn(3, 6), "read"
-    with torch.set_grad_enabled(gradients):
-        for read in (Reads(), nn.ModuleList([Reads()])[0]):
-            compiled = torch.compile(spectune.adapt(read, "lora:rank=2"), backend="aot_eager", fullgraph=True)
-            with pytest.raises(spectune.SpectuneError, match=f"reads the weight of '{name}' itself"):
-                compiled(x)
-        looks = spectune.adapt(Looks(), "lora:rank=2")
-        looks.read.adapters["default"][0].B.data.normal_()
-        torch.testing.assert_close(torch.compile(looks, backend="aot_eager", fullgraph=True)(x), looks(x))
-    torch._dynamo.reset()
-
-
 def test_what_a_trial_saw_called_is_compiled_by_any_backend():
     model = spectune.adapt(tiny.t5(), "lora:rank=2")  # which looks at its weights' dtype
     ids = torch.tensor([[3, 4, 5]])
     compiled = torch.compile(model, backend="eager")(input_ids=ids, decoder_input_ids=ids).logits
     torch.testing.assert_close(compiled, model(input_ids=ids, decoder_input_ids=ids).logits)
     torch._dynamo.reset()
-
-
-def test_what_looks_at_a_weight_from_outside_finds_the_parameter():
-    model = spectune.adapt(Reads(), "lora:rank=2", exclude=["read"])
-    layer, norms = model.called, []
-    assert layer.weight is dict(model.named_parameters())["called.weight"]
-    model.register_forward_hook(lambda *_: norms.append(float(model.called.weight.norm())))
-    layer.register_forward_hook(lambda layer, *_: norms.append(float(layer.weight.norm())))
-    model(torch.randn(2, 6))
-    assert norms == [float(layer.weight.norm())] * 2
 
 
 def test_another_function_in_the_place_of_forward_is_noticed_before_and_after():

@@ -3,14 +3,11 @@
 import json
 
 import pytest
-import torch
 
 import spectune
-import tiny
 from spectune import SpectuneError
 from spectune.methods import METHODS, parse, to_text
-from spectune.planning.machine import Machine, keep, this_machine
-from spectune.planning.memory import NF4, Parts, Weights, precision_of_run, weights_of
+from spectune.planning.memory import Parts, Weights
 from spectune.planning.plan import default_methods, parse_devices
 from spectune.planning.step import Cost
 from training.folder import make_model
@@ -50,19 +47,6 @@ def test_every_method_is_there_by_default_with_its_defaults(folder, monkeypatch)
     assert {row["method"] for row in found.rows} >= {"full", "dora:inner=pissa", *METHODS}
     small = spectune.plan(folder, **QUICK)  # a rank of 128 is above its smaller side
     assert any("pissa: 14 layers have less room than its rank" in note for note in small.notes)
-
-
-def test_memory_adds_up_and_shards():
-    row = spectune.plan("minilm-l6", ["lora"], precisions=["fp32", "4bit"], devices=[1, 2], measured=False).rows[0]
-    one, two = (row["precisions"]["fp32"]["memory"][n] for n in "12")
-    parts = one["weights"] + one["bases"] + one["trained"] + one["optimizer"]
-    assert one["total"] == parts + one["step"]
-    assert max(one["activations"], one["gradients"]) <= one["step"] <= one["activations"] + one["gradients"]
-    assert one["trained"] == 4 * row["trainable_parameters"]
-    assert one["optimizer"] == 2 * one["trained"]
-    assert two["activations"] == one["activations"]
-    assert two["optimizer"] * 2 == pytest.approx(one["optimizer"], abs=1)
-    assert row["precisions"]["4bit"]["memory"]["1"]["weights"] < one["weights"] / 2
 
 
 @pytest.mark.parametrize("memory", [3_000, 5_500, 80_000])
@@ -132,82 +116,3 @@ def test_devices(text, counts):
 def test_malformed_devices(text):
     with pytest.raises(SpectuneError, match="devices: "):
         parse_devices(text)
-
-
-def test_measured_rates_are_kept_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECTUNE_HOME", str(tmp_path))
-    monkeypatch.setattr("spectune.planning.probe.rates", lambda: {"fp32": 3e9})
-    machine = this_machine()
-    assert (machine.measured, machine.fp32, machine.threads) == (True, 3e9, torch.get_num_threads())
-    machine.times["full None 9 9"] = 0.5
-    keep(machine)
-    monkeypatch.setattr("spectune.planning.probe.rates", lambda: pytest.fail("measured again"))
-    assert this_machine() == machine
-    (tmp_path / "machine.json").write_text("{")
-    monkeypatch.setattr("spectune.planning.probe.rates", dict)
-    assert this_machine().times == {}
-
-
-def test_a_start_takes_longer_with_a_decomposition_and_in_proportion(monkeypatch):
-    machine = Machine(measured=True)
-    found = [machine.setup(parse(m), 24, 16, 10) for m in ("lora:rank=2", "svf")]
-    assert min(found) > 0
-    times = {"decomposition": 0.01, "basis": (0.003, 0.002)}  # whatever this machine takes
-    for name, time in times.items():
-        monkeypatch.setattr(f"spectune.planning.probe.{name}", lambda *shape, time=time: time)
-    known = Machine(measured=True, layer=0.001)
-    cheap, dear = (known.setup(parse(m), 24, 16, 10) for m in ("lora:rank=2", "svf"))
-    assert cheap == pytest.approx(10 * 0.001, rel=0.01)
-    assert dear == pytest.approx(10 * (known.layer + 0.01 / known.threads + 0.003) + 0.002, rel=0.01)
-    assert {key.split()[0] for key in machine.times} == {"one_sided", "basis"}
-    stored = Machine()
-    assert stored.setup(spectune.SVF(), 4096, 4096, 2) == pytest.approx(2 * stored.setup(spectune.SVF(), 4096, 4096, 1))
-
-
-def test_a_product_takes_what_one_of_its_shape_does(monkeypatch):
-    timed = []
-    monkeypatch.setattr("spectune.planning.probe.product", lambda *like: timed.append(like) or 1.0)
-    machine = Machine(measured=True, overhead=0.0)
-    plain = (False, False)
-    small = machine.product(torch.float32, (1, 256, 512, 16), plain)
-    assert small == 1.0
-    assert machine.product(torch.float32, (1, 2048, 4096, 16), plain) == pytest.approx(8.0)  # eight of 1024 x 1024
-    assert machine.product(torch.float32, (1, 250, 500, 16), plain) == pytest.approx(250 * 500 / (256 * 512))
-    assert [like[1:5] for like in timed] == [(1, 256, 512, 16), (1, 1024, 1024, 16)]  # the third is like the first
-    assert machine.product(torch.float32, (1, 0, 8, 8), plain) == 0.0
-
-
-def test_stored_rates_are_lower_in_thin_products():
-    machine = Machine()
-    thin, thick = (machine.product(torch.float32, (1, 256, 512, n), (False, False)) / n for n in (8, 512))
-    assert thin > 1.5 * thick
-
-
-def test_what_a_packed_base_takes():
-    model = tiny.llama()
-    layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers))
-    rest += sum(b.numel() * b.element_size() for b in model.buffers())
-    four, beside, eight = (weights_of(model, p) for p in ("4bit", "4bit:rank=16", "8bit"))
-    assert four.packed == beside.packed == eight.packed == sum(w.numel() for w in layers)
-    assert four.total == pytest.approx(rest + NF4 * four.packed)
-    assert beside.total - four.total == sum(2 * min(16, *w.shape) * sum(w.shape) for w in layers)
-    assert eight.total == rest + eight.packed + sum(4 * len(w) for w in layers)
-    with pytest.raises(
-        SpectuneError, match=r"unknown precision '8bit:rank=4' \(known: fp32, bf16, 4bit, 8bit, 4bit:rank"
-    ):
-        spectune.plan("minilm-l6", precisions=["8bit:rank=4"])
-
-
-def test_experts_in_one_tensor_stay_unpacked():
-    model = tiny.mixtral()
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    assert experts
-    assert weights_of(model, "4bit").packed < sum(p.numel() for p in model.parameters()) - experts
-    assert weights_of(model, "4bit").total > 2 * experts
-
-
-def test_a_runs_precision():
-    said = [precision_of_run(q, "bf16") for q in (None, "nf4", "nf4:rank=16,refine=2", "int8")]
-    assert said == ["bf16", "4bit", "4bit:rank=16", "8bit"]
-    assert precision_of_run(None, "auto") is None

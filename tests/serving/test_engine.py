@@ -8,30 +8,12 @@ import torch
 import spectune
 from serving.servers import Asked, greedy, scripted, settled, shelf_of, tiny, words
 from spectune.errors import SpectuneError
-from spectune.serving.batch import Batch, check_joining
-from spectune.serving.engine import Engine
-from spectune.serving.jobs import Busy, Closing, Limits, TooSlow
+from spectune.serving.batch import check_joining
+from spectune.serving.jobs import Busy, Closing, TooSlow
 from spectune.serving.sampling import Sampling
-from spectune.serving.shelf import Shelf, UnknownAdapter
-from tiny import gemma3, gpt2, mistral, t5
+from spectune.serving.shelf import UnknownAdapter
+from tiny import gemma3, gpt2, mistral
 from transformer2.cases import adapter
-
-
-@pytest.fixture
-def begin():
-    """Begin engines, and end them after the test."""
-    engines = []
-
-    def begun(model, shelf=None, **limits):
-        engine = Engine(Batch(model), shelf or Shelf(model), 0, Limits(**limits))
-        engines.append(engine)
-        engine.start()
-        return engine
-
-    yield begun
-    for engine in engines:
-        engine.stop(30)
-        assert not engine.alive
 
 
 def drawn(count, seed=0, longest=20):
@@ -88,11 +70,6 @@ def test_models_of_other_kinds(begin, make):
         one.wait()
     engine.stop(30)
     equal_to_generate(model, asked)
-
-
-def test_a_model_that_cannot_go_on_with_a_text_is_refused():
-    with pytest.raises(SpectuneError, match="no model that goes on with a text"):
-        Batch(t5())
 
 
 def test_a_long_prompt_is_read_in_parts_while_others_go_on(begin):
@@ -179,46 +156,6 @@ def test_a_request_that_fails_takes_nobody_along(begin):
     again.wait()
     engine.stop(30)
     equal_to_generate(model, [*good, again])
-
-
-def test_a_step_that_fails_for_one_row_goes_on_for_the_others(begin):
-    model, tokenizer = tiny(), words()
-    engine = begin(model, rows=4)
-    plain = type(model).forward
-
-    def forward(*args, input_ids=None, **kwargs):
-        if (input_ids[:, -1:] == 39).any():
-            raise RuntimeError("39 is not liked")
-        return plain(*args, input_ids=input_ids, **kwargs)
-
-    batch_step = engine.batch.step
-
-    def step():
-        if len(ill.rows[0].tokens) == 3:
-            ill.rows[0].tokens[-1] = 39
-        model.forward = lambda *a, **k: forward(model, *a, **k)
-        try:
-            return batch_step()
-        finally:
-            del model.forward
-
-    ill, good = Asked(model, tokenizer, [5, 6], 40), Asked(model, tokenizer, [7, 8], 10)
-    engine.batch.step = step
-    engine.batch.culprits = lambda plain=engine.batch.culprits: _with(model, forward, plain)
-    engine.submit(ill.job)
-    engine.submit(good.job)
-    assert "39" in str(ill.wait().error)
-    good.wait()
-    engine.stop(30)
-    equal_to_generate(model, [good])
-
-
-def _with(model, forward, function):
-    model.forward = lambda *a, **k: forward(model, *a, **k)
-    try:
-        return function()
-    finally:
-        del model.forward
 
 
 def test_limits_are_kept(begin):

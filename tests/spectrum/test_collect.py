@@ -1,7 +1,5 @@
 """Going through a checkpoint: what is kept, gone on from, begun anew and left out."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from spectune.errors import SpectuneError
 from spectune.spectrum import collect as module
 from spectune.spectrum.checkpoint import open_checkpoint
 from spectune.spectrum.collect import collect
-from spectune.spectrum.ledger import Ledger, packed, unpacked
 
 
 @pytest.fixture
@@ -62,31 +59,6 @@ def test_another_checkpoint_is_not_mistaken_for_this_one(folder, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert len(second) == 9
     np.testing.assert_allclose(second[name], 2 * first[name], rtol=1e-6)
-
-
-def test_a_ledger_of_holes_is_not_held_in_memory(tmp_path, monkeypatch):
-    path = tmp_path / "ledger.jsonl"
-    book = Ledger(path, {"format": 1})
-    book.add("a", {"values": [1]})
-    sound = path.stat().st_size
-    with path.open("ab") as file:
-        file.truncate(3 << 30)
-    monkeypatch.setattr("pathlib.Path.read_bytes", None)
-    assert list(Ledger(path, {"format": 1}).done) == ["a"]
-    assert path.stat().st_size == sound
-
-
-def test_a_file_under_another_header_is_begun_anew(tmp_path):
-    path = tmp_path / "x.jsonl"
-    Ledger(path, {"format": 1}).add("a", {"values": 1})
-    assert list(Ledger(path, {"format": 1}).done) == ["a"]
-    assert Ledger(path, {"format": 2}).done == {}
-    assert path.read_text() == json.dumps({"format": 2}) + "\n"
-
-
-def test_numbers_survive_packing():
-    values = np.array([1e-7, 3.25, 1e9])
-    np.testing.assert_allclose(unpacked(packed(values)), values, rtol=1e-7)
 
 
 def test_a_tensor_that_is_not_finite_is_left_out_and_tried_again(tmp_path):

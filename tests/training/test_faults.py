@@ -1,7 +1,6 @@
 """What may go wrong while a run writes: killed at any moment, a full disk, damaged files, missing packages."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import spectune
 from spectune.cli import main
@@ -20,25 +18,14 @@ from spectune.training import progress
 from spectune.training.config import load_config
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
-from spectune.training.trainer import checkpoint_files
 from spectune.training.trainer import checkpoints as checkpoints_module
 from spectune.training.trainer.checkpoint_files import checkpoints
 from spectune.training.trainer.trainer import AdapterTrainer
-from training.folder import save_folder
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def settings(tmp_path, model_folder):
-    data = tmp_path / "data.jsonl"
-    records = [{"prompt": f"what is {n}", "completion": f"ahoy {n}"} for n in ["one", "two", "three", "four"] * 6]
-    data.write_text("\n".join(map(json.dumps, records)))
-    given = [f"model={model_folder}", f"data={data}", f"output={tmp_path / 'out'}"]
-    return [*given, "held_out=0.25", "dtype=fp32", "device=cpu", "save_steps=5"]
+def settings(settings, tmp_path):
+    return [*settings, f"output={tmp_path / 'out'}"]
 
 
 def run(settings, *more):
@@ -103,107 +90,6 @@ def test_killed_at_any_write_of_a_checkpoint_the_one_before_loads(settings, tmp_
             spectune.Adapter.load(path)
     assert len(calls) > 15
     assert [path.name for path in checkpoints(out)] == ["checkpoint-5", "checkpoint-10"]
-
-
-def test_half_written_checkpoints_are_left_out_with_a_notice(settings, tmp_path, capsys):
-    whole = run(settings, "max_steps=10")
-    out = tmp_path / "out"
-    (out / "checkpoint-10" / "scheduler.pt").unlink()
-    (out / ".checkpoint-15.partial").mkdir()
-    resumed = run(settings, "max_steps=10", "resume=true")
-    told = capsys.readouterr().err
-    assert "checkpoint-10 was not written to its end and is left out" in told
-    assert ".checkpoint-15.partial was not written to its end" in told
-    assert not list(out.glob(".checkpoint-*"))
-    for name, layer in whole.adapter.layers.items():
-        assert torch.equal(layer.terms[0].trained["z"], resumed.adapter.layers[name].terms[0].trained["z"])
-    assert [line["step"] for line in resumed.history] == [0, *range(1, 11), 10]
-    lines = (out / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, *range(1, 11), 10]
-    assert resumed.before == whole.before
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "rng_state.pth"])
-def test_a_damaged_checkpoint_is_named(settings, tmp_path, name):
-    run(settings, "max_steps=5")
-    path = tmp_path / "out" / "checkpoint-5" / name
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(SpectuneError, match=r"checkpoint-5 is damaged .*delete it to go on from the one before"):
-        run(settings, "max_steps=10", "resume=true")
-
-
-def change(path, change_one):
-    """Write a file anew with a change, as safetensors or by torch."""
-    if path.suffix == ".safetensors":
-        held = load_file(path)
-        change_one(held)
-        save_file(held, path)
-    else:
-        held = torch.load(path, weights_only=True)
-        change_one(held)
-        torch.save(held, path)
-
-
-def broadcast(held):
-    key = min(key for key in held if held[key].numel() > 1)
-    held[key] = held[key].reshape(-1)[:1].reshape(1, *(1,) * (held[key].dim() - 1))
-
-
-def shifted(held):
-    held[min(held)] = held[min(held)] + 1
-
-
-def halved(held):
-    held[min(held)] = held[min(held)].double()
-
-
-def moments(held):
-    held["state"][0]["exp_avg"] = torch.ones(1)
-
-
-def slower(held):
-    held["last_epoch"] = 1
-
-
-@pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize(
-    ("name", "change_one"),
-    [
-        ("adapter_state.safetensors", broadcast),
-        ("adapter_state.safetensors", shifted),
-        ("adapter_state.safetensors", halved),
-        ("optimizer.pt", moments),
-        ("scheduler.pt", slower),
-    ],
-)
-def test_a_checkpoint_that_is_not_what_was_written_is_refused(settings, tmp_path, name, change_one, told):
-    run(settings, "max_steps=5")
-    place = tmp_path / "out" / "checkpoint-5"
-    change(place / name, change_one)
-    if told:  # by a manifest of its own, a tensor of another shape or dtype is refused all the same
-        if change_one in (shifted, slower):
-            return
-        (place / "checkpoint.json").write_text(json.dumps({"sha256": checkpoint_files.digests(place)}))
-    with pytest.raises(SpectuneError, match="made with other settings" if told else rf"is damaged \({name} is not"):
-        run(settings, "max_steps=10", "resume=true")
-
-
-@pytest.mark.parametrize(
-    ("rngs", "whole"),
-    [("", False), ("rng_state.pth", True), ("rng_state_0.pth rng_state_1.pth", True), ("rng_state_1.pth", False)],
-)
-def test_a_checkpoint_has_the_random_states_of_each_process(tmp_path, rngs, whole):
-    (tmp_path / "checkpoint-5").mkdir()
-    for name in [
-        "adapter_state.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "trainer_state.json",
-        "checkpoint.json",
-        *rngs.split(),
-    ]:
-        (tmp_path / "checkpoint-5" / name).touch()
-    assert len(checkpoints(tmp_path)) == whole
 
 
 def test_overwriting_leaves_nothing_of_the_run_before(settings, tmp_path, monkeypatch):

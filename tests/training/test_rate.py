@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from cli.test_commands import run
+from cli.typed import run
 from spectune.errors import SpectuneError
 from spectune.training.rate import STEPS, Tried, choose, next_place
 from training.folder import WORDS, save_folder

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import signal
-from datetime import datetime
 
 import pandas
 import pytest
@@ -13,29 +11,12 @@ from transformers import BartConfig, BartForConditionalGeneration
 import spectune
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
-from spectune.training.progress import Interrupted
-from spectune.training.record import digest
 from spectune.training.run import train
 from spectune.training.tasks.sft import Sft
 from spectune.training.trainer import trainer as trainer_module
 from tiny import ARCHITECTURES
-from training.folder import make_tokenizer, save_folder
+from training.folder import make_tokenizer
 from training.setbacks import forgetting
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def settings(tmp_path, model_folder):
-    data = tmp_path / "data.jsonl"
-    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    asked = ("what is", "say", "what is the", "say the")
-    records = [{"prompt": f"{ask} {n}", "completion": f"ahoy {n}"} for ask in asked for n in numbers]
-    data.write_text("\n".join(map(json.dumps, records)))
-    return [f"model={model_folder}", f"data={data}", "held_out=0.25", "dtype=fp32", "device=cpu", "save_steps=5"]
 
 
 def run(settings, *more):
@@ -121,13 +102,6 @@ def test_an_output_in_use_is_refused_and_resume_without_a_checkpoint_too(setting
     run(settings, output, "max_steps=1", "overwrite=true")
 
 
-def test_resuming_with_another_method_is_refused(settings, tmp_path):
-    output = f"output={tmp_path / 'out'}"
-    run(settings, output, "max_steps=5", "method=svf")
-    with pytest.raises(SpectuneError, match="with another method"):
-        run(settings, output, "max_steps=10", "method=lora:rank=2", "resume=true")
-
-
 def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
     large = run(settings, f"output={tmp_path / 'a'}", "batch_size=8", "max_steps=3", "lr=1e-2")
     small = run(
@@ -140,41 +114,6 @@ def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
         atol=1e-5,
         rtol=1e-4,
     )
-
-
-def test_the_run_folder_says_what_was_run(settings, tmp_path):
-    run(settings, f"output={tmp_path / 'out'}", "max_steps=1")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.yaml", "run.json", "README.md", "log.jsonl", "curve.png"} <= names
-    about = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert about["data"]["examples"] == 40
-    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nbase_model: ")
-
-
-def test_resuming_says_what_changed_and_refuses_another_run(settings, tmp_path, capsys):
-    output = f"output={tmp_path / 'out'}"
-    run(settings, output, "max_steps=5")
-    with pytest.raises(SpectuneError, match="with another batch_size, seed"):
-        run(settings, output, "max_steps=10", "resume=true", "seed=1", "batch_size=2")
-    run(settings, output, "max_steps=6", "resume=true", "lr=0.5")
-    assert "resuming with changed lr, max_steps" in capsys.readouterr().err
-
-
-def test_resuming_with_other_data_is_refused(settings, tmp_path):
-    output, data = f"output={tmp_path / 'out'}", tmp_path / "data.jsonl"
-    run(settings, output, "max_steps=5")
-    text = data.read_text()
-    data.write_text(text.replace("ahoy three", "ahoy four"))
-    with pytest.raises(SpectuneError, match=r"out: the data changed since its run began; .*overwrite=true or another"):
-        run(settings, output, "max_steps=6", "resume=true")
-    data.write_text(text + "\n")
-    assert run(settings, output, "max_steps=6", "resume=true").steps == 6
-
-
-def test_rows_with_dates_have_a_digest():
-    day = {"text": "ahoy", "said": datetime(2020, 1, 1)}
-    assert digest([day]) == digest([dict(day)]) != digest([{**day, "said": datetime(2020, 1, 2)}])
-    assert digest([{"text": "ahoy", "picture": object()}]) == digest([{"text": "ahoy", "picture": object()}])
 
 
 def test_a_resumed_run_trains_with_the_rates_that_it_is_given(settings, tmp_path):
@@ -197,23 +136,6 @@ def test_a_resumed_run_trains_with_the_rates_that_it_is_given(settings, tmp_path
     assert rates[5:7] == pytest.approx([5e-3, 4e-3])
     with pytest.raises(SpectuneError, match="with another group_lr"):
         run(settings, *more, *changed, "group_lr={}")
-
-
-def test_an_interrupt_saves_and_says_how_to_go_on(settings, tmp_path, monkeypatch):
-    original = trainer_module.AdapterTrainer.training_step
-
-    def interrupt_once(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", interrupt_once)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"at step 3; saved .*checkpoint-3, go on with resume=true"):
-        run(settings, f"output={tmp_path / 'out'}", "max_steps=10")
-    assert signal.getsignal(signal.SIGINT) is handler
-    monkeypatch.undo()
-    assert run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "resume=true").steps == 10
 
 
 def test_patience_stops_and_ends_with_the_best_checkpoint(settings, tmp_path, monkeypatch):
@@ -247,19 +169,6 @@ def test_the_best_evaluation_has_a_checkpoint(settings, tmp_path, monkeypatch):
     *losses, after = (line["eval_loss"] for line in result.history if "eval_loss" in line and line["step"])
     assert min(losses) < 0.99 * losses[4]
     assert after == result.loss_after == pytest.approx(min(losses), rel=1e-5)
-
-
-def test_an_interrupt_names_what_it_saved_and_not_the_best_checkpoint(settings, tmp_path, monkeypatch):
-    original = trainer_module.AdapterTrainer.training_step
-
-    def interrupt_once(self, *args, **kwargs):
-        if self.state.global_step == 7:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "training_step", interrupt_once)
-    with pytest.raises(Interrupted, match=r"at step 8; saved .*checkpoint-8, go on with resume=true"):
-        run(settings, f"output={tmp_path / 'out'}", "max_steps=10", "best=true", "eval_steps=5")
 
 
 def test_a_tensor_can_have_its_own_learning_rate(settings, tmp_path):

@@ -8,9 +8,16 @@ import spectune
 from spectune.layers.adapted import adapted_layers
 from spectune.transformer2.library import Library
 from spectune.transformer2.pool import Pool
+from spectune.transformer2.shots import as_shot
 from training.folder import make_model, make_tokenizer
 
 NAMES = ("ahoy", "plus", "say")
+
+SHOTS = [
+    {"prompt": "say one", "completion": "two three"},
+    {"messages": [{"role": "user", "content": "what is one plus two"}, {"role": "assistant", "content": "three"}]},
+    {"prompt": "say four and five", "completion": "five four one"},
+]
 
 
 def tiny(**changes: object) -> Any:
@@ -61,3 +68,8 @@ def logits_of(adapter: spectune.Adapter | None, tokens: torch.Tensor) -> torch.T
     if adapter is not None:
         spectune.attach(model, adapter)
     return model(tokens).logits
+
+
+def shots() -> list[Any]:
+    """Return shots as a search takes them."""
+    return [as_shot(record, tokenizer()) for record in SHOTS]

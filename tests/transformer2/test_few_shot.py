@@ -2,74 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import spectune
 from spectune import FewShot, SpectuneError
-from spectune.transformer2.mix import Mix, layer_groups
-from spectune.transformer2.shots import as_shot, mean_likelihood, population_likelihood
+from spectune.transformer2.shots import as_shot, population_likelihood
 from transformer2 import cases
-
-SHOTS = [
-    {"prompt": "say one", "completion": "two three"},
-    {"messages": [{"role": "user", "content": "what is one plus two"}, {"role": "assistant", "content": "three"}]},
-    {"prompt": "say four and five", "completion": "five four one"},
-]
-
-
-def likelihood_by_hand(model, shot):
-    tokens, supervised = shot.example
-    with torch.no_grad():
-        log = F.log_softmax(model(torch.tensor([tokens])).logits[0].float(), -1)
-    values = [float(log[i - 1, tokens[i]]) for i in range(1, len(tokens)) if supervised[i]]
-    return sum(values) / len(values)
-
-
-def shots():
-    return [as_shot(record, cases.tokenizer()) for record in SHOTS]
-
-
-def test_a_shot_is_its_last_reply():
-    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four five")]
-    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    shot = as_shot(record, cases.tokenizer())
-    learned = [token for token, on in zip(*shot.example, strict=True) if on]
-    assert cases.tokenizer().decode(learned) == "four five </s>"
-    assert shot.completion == "four five"
-    assert shot.prompt == record["messages"][:-1]
-
-
-@pytest.mark.parametrize("methods", [("svf",) * 3, ("lora:rank=2", "svf", "dora:rank=2")], ids=["svf", "mixed"])
-def test_a_population_in_one_batch_scores_as_each_mixture_alone(tmp_path, methods, monkeypatch):
-    pool = cases.pool(tmp_path, methods)
-    mixtures = [{"ahoy": 1.0}, {}, {"ahoy": 0.3, "plus": 0.9, "say": 0.1}]
-    scores = population_likelihood(pool, mixtures, shots())
-    expected = []
-    for mixture in mixtures:
-        pool.activate(mixture)
-        expected.append(sum(likelihood_by_hand(pool.model, shot) for shot in shots()) / 3)
-    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("spectune.transformer2.shots.TOKENS", 40)  # a few shots at a time
-    torch.testing.assert_close(population_likelihood(pool, mixtures, shots()), scores, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("by", ["global", "layer", "projection"])
-@pytest.mark.parametrize("methods", [("svf",) * 3, ("lora:rank=2", "lora_xs:rank=4", "svft")], ids=["svf", "mixed"])
-def test_the_gradient_is_that_of_finite_differences(tmp_path, by, methods):
-    pool = cases.pool(tmp_path, methods)
-    pool.model.double()
-    groups = layer_groups(pool.library.adapter("ahoy").layers, by)
-    kinds = tuple(dict.fromkeys(groups.values()))
-    mix = Mix(cases.NAMES, by, groups, kinds, torch.rand(len(kinds), 3))
-    weights = mix.weights.clone().requires_grad_()
-    mean_likelihood(pool, [mix.mixture(weights)], shots()).sum().backward()
-    assert weights.grad is not None
-    for group, k in ((0, 0), (len(kinds) - 1, 2)):
-        step = torch.zeros_like(mix.weights)
-        step[group, k] = 1e-3
-        pair = [mix.mixture(mix.weights + sign * step) for sign in (1, -1)]
-        up, down = population_likelihood(pool, pair, shots()) * len(SHOTS)
-        assert float(up - down) / 2e-3 == pytest.approx(float(weights.grad[group, k]), rel=2e-2, abs=2e-3)
 
 
 def from_mixture(pool, weights, count=6):
@@ -99,17 +36,10 @@ def test_the_search_does_better_than_what_it_starts_from(tmp_path, search):
     assert len(seen) == len(found.history)
 
 
-def test_what_a_population_put_on_the_model_takes_gradients(tmp_path):
-    pool = cases.pool(tmp_path, ("svf", "lora:rank=2", "svf"))
-    population_likelihood(pool, [{"ahoy": 0.5, "plus": 0.5}], shots())  # in inference mode
-    found = FewShot(SHOTS, search="gradient", iterations=2).find(pool, cases.tokenizer())
-    assert found.evaluations == 2
-
-
 @pytest.mark.parametrize("by", ["global", "layer", "projection"])
 def test_what_was_found_is_an_ordinary_adapter(tmp_path, by):
     pool = cases.pool(tmp_path, ("svf", "lora:rank=2", "lora_xs:rank=4"))
-    found = FewShot(SHOTS, by=by, population=6, elites=2, iterations=2).find(pool, cases.tokenizer())
+    found = FewShot(cases.SHOTS, by=by, population=6, elites=2, iterations=2).find(pool, cases.tokenizer())
     assert found.kinds == {"global": ("all",), "layer": ("0", "1")}.get(by, found.kinds)
     if by == "projection":
         assert set(found.kinds) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -164,33 +94,13 @@ def test_a_reward_may_be_named(tmp_path, monkeypatch):
         FewShot(wanted, reward="graded:needs", **options).find(pool, cases.tokenizer())
 
 
-def test_a_name_given_twice_counts_once(tmp_path):
-    pool = cases.pool(tmp_path)
-    found = FewShot(SHOTS, names=["ahoy", "ahoy"], population=3, elites=1, iterations=1).find(pool, cases.tokenizer())
-    assert found.names == ("ahoy",)
-
-
 def test_the_seed_decides(tmp_path):
     pool = cases.pool(tmp_path)
     runs = [
-        FewShot(SHOTS, population=6, elites=2, iterations=2, seed=seed).find(pool, cases.tokenizer()).weights
+        FewShot(cases.SHOTS, population=6, elites=2, iterations=2, seed=seed).find(pool, cases.tokenizer()).weights
         for seed in (0, 0)
     ]
     assert torch.equal(*runs)
-
-
-def test_bad_shots_are_told(tmp_path):
-    pool, tokenizer = cases.pool(tmp_path), cases.tokenizer()
-    with pytest.raises(SpectuneError, match="there are no shots: give a few examples"):
-        FewShot([])
-    same = [{"prompt": f"say {word}", "completion": "one"} for word in ("two", "three")]
-    with pytest.raises(SpectuneError, match=r"all 2 shots have the completion 'one'.* at least two classes"):
-        FewShot(same).find(pool, tokenizer)
-    for record in ({"prompt": "say"}, {"messages": [{"role": "user", "content": "say"}]}, {"text": "say one"}):
-        with pytest.raises(SpectuneError, match="a shot needs a prompt and the completion"):
-            FewShot([record]).find(pool, tokenizer)
-    with pytest.raises(SpectuneError, match="has no adapter 'ahoi'"):
-        FewShot(SHOTS, names=["ahoi"]).find(pool, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +117,4 @@ def test_bad_shots_are_told(tmp_path):
 )
 def test_options_out_of_range_are_told(options, message):
     with pytest.raises(SpectuneError, match=message):
-        FewShot(SHOTS, **options)
-
-
-def test_a_mixture_of_nothing_is_no_adapter(tmp_path):
-    mix = Mix(cases.NAMES, "global", {}, ("all",), torch.zeros(1, 3))
-    with pytest.raises(SpectuneError, match="the base alone does best"):
-        mix.adapter(cases.library(tmp_path))
+        FewShot(cases.SHOTS, **options)

@@ -10,7 +10,7 @@ import pytest
 from spectune import SpectuneError
 from spectune.training.data import files, json_rows, records
 from spectune.training.data.files import rows
-from training.data.test_wild import found
+from training.data.test_data_files import found
 
 PLACE = Path("data.json")
 

@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from transformers.pytorch_utils import Conv1D
 
 import spectune
 import tiny
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import adapted_layers
-from spectune.model.fresh import fresh_modules
 
 METHODS = [
     "svf",
@@ -66,15 +64,6 @@ def test_a_copy_answers_alike_and_goes_its_own_way(method, copied_by):
     assert all(p.requires_grad for p in copied.parameters())
     assert len(adapted_layers(model)) == 2
     assert not model[0].weight.requires_grad
-
-
-def test_torch_save_keeps_a_whole_model(tmp_path):
-    model, x = small("svf"), torch.randn(3, 6)
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(loaded(x), model(x))
-    spectune.merge(loaded)
-    torch.testing.assert_close(loaded(x), model(x))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,62 +118,6 @@ def test_saving_an_adapted_model_and_loading_it_gives_what_it_answers(tmp_path):
     assert torch.equal(logits(spectune.detach(model)), plain)
 
 
-def test_a_merged_model_is_saved_and_loaded_with_its_ties(tmp_path):
-    model = trained(tied())
-    expected = logits(model)
-    spectune.merge(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-def test_an_adapter_on_the_tied_head_unties_it_only_by_merging(tmp_path):
-    model = tied()
-    plain, embedding = logits(model), model.model.embed_tokens.weight
-    trained(model, ["lm_head", "q_proj"])
-    assert model.lm_head.weight is embedding
-    expected = logits(model)
-    assert not torch.allclose(expected, plain)
-    spectune.detach(copy.deepcopy(model))
-    assert torch.equal(logits(model), expected)
-    before = embedding.detach().clone()
-    spectune.merge(model)
-    assert torch.equal(embedding, before)
-    assert model.lm_head.weight is not model.model.embed_tokens.weight is embedding
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
-    assert model.config.tie_word_embeddings is False
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
-
-
-class Doubling(ModelHook):
-    def post_forward(self, module, output):
-        return 2 * output
-
-
-def test_layers_that_accelerate_has_wrapped_answer_too():
-    model: Any = nn.Sequential(nn.Linear(6, 4))
-    x = torch.randn(2, 6)
-    plain = model(x)
-    add_hook_to_module(model[0], Doubling())
-    spectune.adapt(model, "svf")
-    with torch.no_grad():
-        adapted_parameters(model)[0].fill_(3)
-    torch.testing.assert_close(model(x), 2 * (3 * plain - 2 * model[0].bias))
-    spectune.detach(model)
-    assert torch.equal(model(x), 2 * plain)
-    spectune.adapt(model, "svf")
-    remove_hook_from_module(model[0])
-    with torch.no_grad():
-        adapted_parameters(model)[0].fill_(3)
-    torch.testing.assert_close(model(x), 3 * plain - 2 * model[0].bias)
-
-
 def test_forward_hooks_and_moves_between_dtypes_go_on_working():
     model: Any = nn.Sequential(nn.Linear(6, 4))
     seen = []
@@ -202,29 +135,6 @@ def test_a_model_on_the_meta_device_is_adapted_for_counting():
     spectune.adapt(model, "dora:inner=pissa,rank=8")
     assert sum(p.numel() for p in adapted_parameters(model)) == 8 * 1000 + 400
     assert all(p.is_meta for p in model.parameters())
-
-
-def test_part_of_a_model_that_has_its_own_adapters_attribute():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.adapters = nn.ModuleList([nn.Linear(4, 4)])
-            self.bases = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.bases(self.adapters[0](x))
-
-    model: Any = Block()
-    x = torch.randn(2, 4)
-    plain = model(x)
-    spectune.adapt(model, "svf")
-    assert set(adapted_layers(model)) == {"adapters.0", "bases"}
-    for name, parameter in model.named_parameters():  # as transformers marks what a checkpoint filled
-        parameter._is_hf_initialized = not name.startswith("adapters.0.")
-    assert fresh_modules(model) == ["adapters.0"]
-    assert torch.equal(model(x), plain)
-    spectune.detach(model)
-    assert torch.equal(model(x), plain)
 
 
 @pytest.mark.parametrize("method", ["svf", "pissa:rank=2", "dora:inner=svf"])

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import spectune
-from cli.test_commands import fails, run
+from cli.typed import fails, run
 from training.folder import save_folder
 from transformer2 import cases
 

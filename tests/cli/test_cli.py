@@ -9,51 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import spectune
-from spectune.cli import app, main
+from cli.typed import fails, run
+from spectune.cli import app
 from training.folder import make_model, make_tokenizer, save_folder
-
-runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def adapters(model, tmp_path_factory):
-    """Folders of an SVF and a LoRA adapter, trained for two steps by the command line."""
-    folder = tmp_path_factory.mktemp("runs")
-    data = folder / "data.jsonl"
-    data.write_text(
-        "\n".join(json.dumps({"prompt": f"say {w}", "completion": f"ahoy {w}"}) for w in ["one", "two"] * 6)
-    )
-    for name, method in (("pirate", "svf"), ("chef", "lora:rank=2")):
-        arguments = ["train", f"model={model}", f"data={data}", f"output={folder / name}", f"method={method}"]
-        result = run(*arguments, "--lr", "1e-2", "--max-steps=2", "dtype=fp32", "held_out=0")
-        assert "saved Adapter" in result.stderr
-    return {name: str(folder / name) for name in ("pirate", "chef")}
-
-
-def run(*arguments, code=0, stdin=None):
-    result = runner.invoke(app, list(arguments), input=stdin)
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
-def fails(monkeypatch, capsys, *arguments):
-    """Return what stderr says when the command line ends with code 2."""
-    monkeypatch.setattr(sys, "argv", ["spectune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    output = capsys.readouterr()
-    assert "Traceback" not in output.err + output.out
-    return " ".join(output.err.split())
-
 
 COMMANDS = ["", "demo", "methods", "train", "generate", "classify", "chat", "compose", "export", "import", "cache"]
 COMMANDS += ["plan", "spectrum", "library"]
@@ -97,21 +57,6 @@ def test_methods_lists_all_with_their_papers():
     assert "pissa" in run("methods").output
 
 
-def test_generate_with_one_and_with_weighted_adapters(model, adapters):
-    plain = json.loads(run("generate", model, "say one", "--json", "--max-new-tokens", "5").stdout)
-    none = json.loads(
-        run("generate", model, "say one", "-a", adapters["pirate"] + ":0", "--json", "--max-new-tokens", "5").stdout
-    )
-    assert plain[0]["tokens"] == none[0]["tokens"]
-    arguments = ["-a", adapters["pirate"] + ":0.7", "-a", adapters["chef"] + ":0.3"]
-    mixed = json.loads(run("generate", model, "say one", "say two", *arguments, "--json").stdout)
-    assert [reply["prompt"] for reply in mixed] == ["say one", "say two"]
-
-
-def test_generate_reads_stdin_and_prints_text(model):
-    assert run("generate", model, "--max-new-tokens", "3", stdin="say one\n").stdout.strip()
-
-
 def test_chat_remembers_resets_and_quits(model, adapters):
     result = run(
         "chat", model, "-a", adapters["pirate"], "--max-new-tokens", "3", stdin="say one\n\n/reset\nsay\n/quit\n"
@@ -141,33 +86,6 @@ def test_compose_of_different_methods_compresses(model, adapters, tmp_path):
     assert spectune.Adapter.load(out).layers["model.layers.0.self_attn.q_proj"].terms[0].method.rank == 2
 
 
-def test_export_to_peft_and_import_again(model, adapters, tmp_path):
-    result = json.loads(
-        run("export", adapters["pirate"], str(tmp_path / "peft"), "--rank", "4", "--allow-loss", "--json").stdout
-    )
-    assert 0 < result["error"] < 1
-    run("import", str(tmp_path / "peft"), str(tmp_path / "back"))
-    ours = spectune.Adapter.load(tmp_path / "back")
-    assert ours.layers["model.layers.0.mlp.up_proj"].terms[0].method == spectune.LoRA(rank=4, alpha=4)
-
-
-def test_one_rank_for_programs_that_read_no_patterns(model, tmp_path):
-    torch.manual_seed(0)
-    mixed, _ = spectune.load_base(model, "fp32")
-    spectune.adapt(mixed, "lora:rank=2", ["q_proj", "v_proj"], overrides={"v_proj": "lora:rank=3"})
-    with torch.no_grad():
-        for parameter in mixed.parameters():
-            parameter.add_(0.1) if parameter.requires_grad else None
-    mixed = spectune.extract(mixed)
-    mixed.save(tmp_path / "mixed")
-    run("export", str(tmp_path / "mixed"), str(tmp_path / "peft"), "--one-rank")
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})
-    padded = spectune.Adapter.load(tmp_path / "peft")
-    for name in mixed.layers:
-        torch.testing.assert_close(padded.delta(name), mixed.delta(name))
-
-
 def test_another_base_is_refused_unless_asked_for(monkeypatch, capsys, adapters, tmp_path):
     other = tmp_path / "other"
     save_folder(other)
@@ -178,14 +96,6 @@ def test_another_base_is_refused_unless_asked_for(monkeypatch, capsys, adapters,
     arguments = ["generate", str(other), "say one", "-a", adapters["chef"], "--dtype", "fp32"]
     assert "belongs to another base" in fails(monkeypatch, capsys, *arguments)
     run(*arguments, "--no-check", "--max-new-tokens", "2")
-
-
-def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tmp_path):
-    run("export", adapters["pirate"], str(tmp_path / "merged"), "--format", "merged")
-    arguments = ["say one", "--json", "--dtype", "fp32", "--max-new-tokens", "6"]
-    merged = json.loads(run("generate", str(tmp_path / "merged"), *arguments).stdout)
-    adapted = json.loads(run("generate", model, "-a", adapters["pirate"], *arguments).stdout)
-    assert merged[0]["tokens"] == adapted[0]["tokens"]
 
 
 def test_train_reads_yaml(model, tmp_path):

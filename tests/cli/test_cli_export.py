@@ -1,0 +1,43 @@
+"""spectune export and import."""
+
+import json
+
+import torch
+
+import spectune
+from cli.typed import run
+
+
+def test_export_to_peft_and_import_again(model, adapters, tmp_path):
+    result = json.loads(
+        run("export", adapters["pirate"], str(tmp_path / "peft"), "--rank", "4", "--allow-loss", "--json").stdout
+    )
+    assert 0 < result["error"] < 1
+    run("import", str(tmp_path / "peft"), str(tmp_path / "back"))
+    ours = spectune.Adapter.load(tmp_path / "back")
+    assert ours.layers["model.layers.0.mlp.up_proj"].terms[0].method == spectune.LoRA(rank=4, alpha=4)
+
+
+def test_one_rank_for_programs_that_read_no_patterns(model, tmp_path):
+    torch.manual_seed(0)
+    mixed, _ = spectune.load_base(model, "fp32")
+    spectune.adapt(mixed, "lora:rank=2", ["q_proj", "v_proj"], overrides={"v_proj": "lora:rank=3"})
+    with torch.no_grad():
+        for parameter in mixed.parameters():
+            parameter.add_(0.1) if parameter.requires_grad else None
+    mixed = spectune.extract(mixed)
+    mixed.save(tmp_path / "mixed")
+    run("export", str(tmp_path / "mixed"), str(tmp_path / "peft"), "--one-rank")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})
+    padded = spectune.Adapter.load(tmp_path / "peft")
+    for name in mixed.layers:
+        torch.testing.assert_close(padded.delta(name), mixed.delta(name))
+
+
+def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tmp_path):
+    run("export", adapters["pirate"], str(tmp_path / "merged"), "--format", "merged")
+    arguments = ["say one", "--json", "--dtype", "fp32", "--max-new-tokens", "6"]
+    merged = json.loads(run("generate", str(tmp_path / "merged"), *arguments).stdout)
+    adapted = json.loads(run("generate", model, "-a", adapters["pirate"], *arguments).stdout)
+    assert merged[0]["tokens"] == adapted[0]["tokens"]
