@@ -252,7 +252,7 @@ def parsed(kind: type[M], values: object, where: str) -> M:
     raise SpectuneError(f"{key:.60} in {place} is {first['input']!r:.60}: {message[:1].lower()}{message[1:]}")
 
 
-def _keys(kind: Any) -> list[str]:
+def _keys(kind: object) -> list[str]:
     """Return the keys of a schema and of those inside it."""
     fields = getattr(kind, "model_fields", {})
     own = [field.alias or name for name, field in fields.items()]

@@ -138,7 +138,7 @@ class MethodContract:
         with tempfile.TemporaryDirectory() as folder:
             extract(model).save(folder)
             loaded = Adapter.load(folder)
-        other: Any = nn.Sequential(copy.deepcopy(plain))
+        other = nn.Sequential(copy.deepcopy(plain))
         attach(other, loaded)
         torch.testing.assert_close(other(x), y)
 

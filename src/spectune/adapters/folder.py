@@ -55,7 +55,7 @@ class Unwritten:
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None
+        self, path: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None
     ) -> None:
         self.path, self.text, self.tensors, self.more = path, _text(config), dict(tensors), dict(more or {})
 
@@ -169,7 +169,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(path: Source, config: Mapping[str, object]) -> dict[str, Tensor]:
     """Read the tensors of an adapter's folder, and check the digests that are stored with them.
 
     Args:
@@ -282,7 +282,7 @@ def as_metadata(
     quantize: str | None = None,
 ) -> dict[str, str]:
     """Return what `read_more` reads, as texts."""
-    found: dict[str, Any] = {"labels": labels, "architecture": architecture}
+    found: dict[str, object] = {"labels": labels, "architecture": architecture}
     found["quantize"] = None if quantize is None else [quantize]
     if isinstance(labels, Labels) and labels.problem == SEVERAL:  # the others are known by the number of labels
         found["problem_type"] = [labels.problem]
@@ -301,7 +301,7 @@ def folder_digest(folder: Path) -> str:
 
 def write_folder(
     path: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     tensors: Mapping[str, Tensor],
     more: Mapping[str, str] | None = None,
     *,
@@ -368,7 +368,7 @@ def _linked(path: Path, other: Path) -> bool:
 
 
 def folder_sizes(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+    config: Mapping[str, object], tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
 ) -> tuple[int, int]:
     """Return the bytes of the weights' file and of the config that `write_folder` would write.
 
@@ -395,11 +395,11 @@ def _metadata(digest: str, config_digest: str) -> dict[str, str]:
     return {"format": "pt", _DIGEST: digest, _CONFIG_DIGEST: config_digest}
 
 
-def _text(config: Mapping[str, Any]) -> str:
+def _text(config: Mapping[str, object]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _config_digest(config: Mapping[str, Any]) -> str:
+def _config_digest(config: Mapping[str, object]) -> str:
     """Return the digest of what a config says of the update; a base's name, say, may be edited by hand."""
     bound = {key: value for key, value in config.items() if key in _BOUND_KEYS}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()

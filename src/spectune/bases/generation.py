@@ -64,7 +64,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     raw: bool = False,
-    streamer: Any = None,
+    streamer: object = None,
     fused: bool = True,
 ) -> list[Reply]:
     """Return a reply to each prompt, all in one batch.

@@ -140,7 +140,7 @@ def pack_the_rest(model: nn.Module, quantize: str | None, dtype: torch.dtype, de
 
 def _nearest(weight: Tensor, how: Quantization, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor]:
     """Return Q packed, L and R with Q + L R near W."""
-    bnb: Any = import_module("bitsandbytes")
+    bnb = import_module("bitsandbytes")
     weight, rank = weight.float(), min(how.rank, *weight.shape)
     rest, packed, found = weight, None, []
     for _ in range(how.refine + 1):

@@ -60,7 +60,7 @@ def generate(
         raise SpectuneError("the prompt is empty; give it as an argument or on stdin")
     from spectune.bases import generation
 
-    settings: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"seed": seed, "raw": raw, "fused": fused}
     if library is not None:
         if quantize is not None:

@@ -104,7 +104,7 @@ def serve(
                 sources[name] = partial(two.library.adapter, name)
         else:
             need_library(strategy=strategy, shots=shots)
-            options: Any = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
+            options = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
             loaded, tokenizer = load_base(base, dtype, **options)
         run.serve(loaded, tokenizer, sources, name=base, settings=settings, listening=listening, two=two)
 

@@ -53,7 +53,7 @@ def made_of(kind: type) -> tuple[list[Maker], Kind]:
     Each left in the class, as `made_by`, itself and the class that it was given.
     """
     makers: list[Maker] = []
-    made: Any = kind
+    made = kind
     while "made_by" in vars(made):
         maker, made = vars(made)["made_by"]
         makers.append(maker)

@@ -155,7 +155,7 @@ class Experts(Owner):
                 yield from ((f"{number}.{key}", _inside(layer)) for key, layer in holder._modules.items())
 
     @torch.compiler.disable
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         if not self.asked():
             return super().forward(*args, **kwargs)
         kind = self.plain_class
@@ -174,7 +174,7 @@ class _Grouped:
 
     _experts_implementation = "grouped_mm"
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: object) -> None:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
@@ -216,7 +216,7 @@ class ExpertsStandIn(StandIn):
     def _remedy(self) -> str:
         return f"the experts out with exclude=[{self._key!r}]"
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: object) -> Any:
         number = index.item() if isinstance(index, Tensor) and index.numel() == 1 and not index.dim() else index
         if self._index is not None or not isinstance(number, int) or isinstance(number, bool):
             return super().__getitem__(index)
@@ -287,7 +287,7 @@ class ExpertsStandIn(StandIn):
             return torch.stack([self._layer(i)(part) for i, part in enumerate(x.unbind())])
         return None
 
-    def _by_group(self, x: Tensor, offs: Tensor | None = None, **more: Any) -> Tensor | None:
+    def _by_group(self, x: Tensor, offs: Tensor | None = None, **more: object) -> Tensor | None:
         """Return x W'^T for x (tokens x in), sorted by expert, of which `offs` says where each's tokens end."""
         if offs is None or any(value is not None for value in more.values()):
             return None

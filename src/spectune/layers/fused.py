@@ -49,16 +49,16 @@ class Fused:
 
     in_place = False
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: object) -> None:
         self._layer: Any = layer
-        self._scope: Any = None
+        self._scope = None
         self._sources: list[_Source] = []
-        self._watched: list[Any] = []
+        self._watched: list[object] = []
         self._misses = 0
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def answer(self, scope: Any, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor | None:
+    def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor | None:
         """Return W' x + b', or None where that is not what these parts answer, or gradients for them are needed."""
         if parts is None or not parts:
             return None
@@ -74,7 +74,7 @@ class Fused:
         self._misses = 0
         return F.linear(x, self._weight, self._bias)
 
-    def _holds(self, scope: Any) -> bool:
+    def _holds(self, scope: object) -> bool:
         if self._scope is not scope:
             return False
         for source in self._sources:
@@ -105,7 +105,7 @@ class Fused:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make(self, scope: Any, parts: Sequence[Weighted]) -> bool:
+    def make(self, scope: object, parts: Sequence[Weighted]) -> bool:
         """Make W' of these updates with their weights; return whether every change of them can be noticed."""
         self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
         if not self._watch(parts):
@@ -150,11 +150,11 @@ class InPlace(Fused):
 
     in_place = True
 
-    def __init__(self, layer: Any, own: Tensor) -> None:
+    def __init__(self, layer: object, own: Tensor) -> None:
         super().__init__(layer)
         self._own: Tensor | None = own
 
-    def answer(self, scope: Any, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor:
+    def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor:
         """Return W' x + b'."""
         if parts is None or self._weight is None or not self._holds(scope) or not self._fits(x):
             raise SpectuneError(
@@ -170,7 +170,7 @@ class InPlace(Fused):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make(self, scope: Any, parts: Sequence[Weighted]) -> bool:
+    def make(self, scope: object, parts: Sequence[Weighted]) -> bool:
         """Write W' over W."""
         weight, bias = self._layer._parameters["weight"], whole_bias(self._layer, parts)
         new = _made(self._layer, parts)
@@ -208,7 +208,7 @@ def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | Non
     return total.to(dtype or weight.dtype)
 
 
-def _made(layer: Any, parts: Sequence[Weighted]) -> Tensor:
+def _made(layer: object, parts: Sequence[Weighted]) -> Tensor:
     """Return W' in W's dtype, by the quickest way that keeps it."""
     quick = _quick_weight(layer, parts)
     return whole_weight(layer, parts) if quick is None else quick

@@ -42,12 +42,14 @@ class Packed(Tensor):
     values: Callable[[object], Tensor]
 
     @staticmethod
-    def __new__(cls, held: Tensor, values: Callable[[Any], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Packed:
-        made: Any = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=held.device)
+    def __new__(
+        cls, held: Tensor, values: Callable[[object], Tensor], shape: Sequence[int], dtype: torch.dtype
+    ) -> Packed:
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=held.device)
         made.held, made.values = held, values
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
 
     def dense(self) -> Tensor:
@@ -71,7 +73,7 @@ class Packed(Tensor):
         return self.dense()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0].lend(args[0].held)

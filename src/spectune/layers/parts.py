@@ -49,7 +49,7 @@ class StandIn:
         """Return what stands in the tensor's place with the adapters that answer: W' of its parts, in a dtype."""
         raise NotImplementedError
 
-    def _product(self, func: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _product(self, func: object, *args: object, **kwargs: object) -> Tensor | None:
         """Return what a function of torch makes of it if that is a product of its layers', or None."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class StandIn:
             raise self._refused(name)
         return getattr(self._made(), name)
 
-    def _cast(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _cast(self, name: str, *args: object, **kwargs: object) -> Any:
         """Return it, or W', in another dtype or on another device."""
         held = self._held
         like = getattr(held.new_empty(0), name)(*args, **kwargs)
@@ -76,11 +76,11 @@ class StandIn:
     def __getitem__(self, index: Any) -> Any:
         return self._made()[index]
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: object, value: object) -> None:
         raise self._refused("writing to it")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         ones = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, StandIn)]
         answer = ones[0]._product(func, *args, **kwargs)
@@ -108,7 +108,7 @@ class StandIn:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def operate(self: StandIn, *others: Any) -> Any:
+    def operate(self: StandIn, *others: object) -> Any:
         return StandIn.__torch_function__(getattr(Tensor, name), (), (self, *others))
 
     return operate

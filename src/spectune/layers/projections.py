@@ -102,7 +102,7 @@ class FusedLinear(Owner):
     def adapted_parts(self) -> Iterator[tuple[str, Any]]:
         yield from ((key, part) for key, part in self._modules.items() if isinstance(part, ProjectionLinear))
 
-    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
+    def forward(self, input: Tensor, *more: object, **named: object) -> Tensor:
         if more or named or not (torch.compiler.is_compiling() or self.asked()):
             return super().forward(input, *more, **named)
         adapted = dict(self.adapted_parts())
@@ -155,7 +155,7 @@ def projections(around: nn.Module, key: str) -> dict[str, Rows]:
         around: the module that holds the layer.
         key: the layer's name in it.
     """
-    layer: Any = around._modules.get(key)
+    layer = around._modules.get(key)
     if key not in (*_ATTENTION, *_MLP) or not isinstance(layer, (nn.Linear, Conv1D)) or is_packed(layer):
         return {}
     out, into = tensor_of(layer, "weight").shape if not isinstance(layer, Conv1D) else (layer.nf, layer.nx)

@@ -63,7 +63,7 @@ def replaced_forward(layer: nn.Module) -> bool:
     return not (hooked and getattr(wrapped, "__func__", None) is type(layer).forward)
 
 
-def takes_values(func: Any, args: Any, result: Any) -> bool:
+def takes_values(func: object, args: Any, result: object) -> bool:
     """Whether a function of torch made something of a tensor's values, and did not just look at its kind.
 
     Args:
@@ -90,8 +90,8 @@ class WatchedWeight(Tensor):
     _is_param = True  # so that isinstance takes it for the parameter
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def plain(value: Any) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: object) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value
             return value.as_subclass(Tensor) if isinstance(value, WatchedWeight) else value

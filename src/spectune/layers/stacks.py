@@ -209,7 +209,7 @@ class _ByFactors:
             self._parts.append(Part(rows, start, start + len(part), weights, _column([w for _, w, _ in entries], x)))
             start += len(part)
 
-    def add(self, found: tuple[Pieces, Any], y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None) -> None:
+    def add(self, found: tuple[Pieces, object], y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None) -> None:
         """Add to y what the updates, given their pieces, make of x and of the base's answer to it."""
         pieces, _ = found
         for part in self._parts:

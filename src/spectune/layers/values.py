@@ -48,11 +48,11 @@ class Watched(nn.Parameter):
         self.lent += 1
         return super().numpy(**options)
 
-    def __array__(self, *args: Any, **options: Any) -> Any:
+    def __array__(self, *args: object, **options: object) -> Any:
         self.lent += 1
         return super().__array__(*args, **options)
 
-    def __dlpack__(self, *args: Any, **options: Any) -> Any:
+    def __dlpack__(self, *args: object, **options: object) -> Any:
         self.lent += 1
         return super().__dlpack__(*args, **options)
 
@@ -82,7 +82,7 @@ def watch(parameter: object) -> bool:
 
 def unwatch(parameter: object) -> None:
     """Make a watched parameter the plain one that it was."""
-    kind: Any = type(parameter)
+    kind = type(parameter)
     if kind is Watched:
         parameter.__class__ = nn.Parameter
         for count in ("asked", "lent"):

@@ -14,7 +14,9 @@ _taken: dict[tuple[int, str], list[Any]] = {}  # by module and name: how many co
 
 
 @contextmanager
-def exchanged(module: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def exchanged(
+    module: nn.Module, name: str, wrap: Callable[[Callable[..., object]], Callable[..., object]]
+) -> Iterator[None]:
     """Within the context have `wrap` of a method take its place; the last context to be left puts it back.
 
     All contexts share what the first one put there, which must find out for itself which context it is called in.

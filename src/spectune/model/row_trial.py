@@ -342,7 +342,7 @@ def leaves(tree: object, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, tree
 
 
-def walk(tree: Any, leaf: Callable[[Path, Any], object], path: Path = ()) -> Any:
+def walk(tree: object, leaf: Callable[[Path, object], object], path: Path = ()) -> Any:
     """Return sequences and mappings with other values: leaf(path, value) for each."""
     if isinstance(tree, Mapping):
         made: Any = copy.copy(tree)

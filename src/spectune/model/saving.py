@@ -27,7 +27,7 @@ class Saving:
     A folder named checkpoint-N, as trainers write it, holds the adapters' own tensors too, so that a run goes on.
     """
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, *args: object, **kwargs: object) -> Any:
         """Write the model as it answers now: with its adapters merged.
 
         Raises:

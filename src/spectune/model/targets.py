@@ -276,7 +276,7 @@ def output_embeddings(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     layers = linear_layers(model)
     for module in model.modules():
-        get: Any = getattr(module, "get_output_embeddings", None)
+        get = getattr(module, "get_output_embeddings", None)
         head = get() if callable(get) else None
         if isinstance(head, nn.Module):
             found |= set(head.modules())

@@ -295,7 +295,7 @@ def _tie(model: nn.Module, name: str) -> None:
     tied: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, Whole) and name in module.adapters:
-            own: Any = module.adapters[name]
+            own = module.adapters[name]
             if "weight" in own._parameters:
                 tied[id(module._parameters["weight"])].append((own, "weight"))
         elif isinstance(module, Adapted) and name in module.adapters:

@@ -26,7 +26,7 @@ class HeldUpdate(Update):
         adapter: the key.
     """
 
-    def __init__(self, method: Method, names: Iterable[str], holder: Any, adapter: str) -> None:
+    def __init__(self, method: Method, names: Iterable[str], holder: object, adapter: str) -> None:
         super().__init__(method, {})
         self.names = tuple(names)
         self.adapter = adapter
@@ -73,7 +73,7 @@ class HeldUpdate(Update):
         scores = self._scores(name)
         return super().__getattr__(name) if scores is None else scores[self.adapter]
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         scores = self._scores(name) if isinstance(value, Tensor) else None
         if scores is None:
             super().__setattr__(name, value)
@@ -84,7 +84,7 @@ class HeldUpdate(Update):
 class Scores(BufferDict):
     """A tensor that a schedule keeps for each adapter, which stays as it is where a folder has none."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         held: list[tuple[str, Any]] = list(self.items())
         for adapter, own in held:
             if f"{prefix}{adapter}" not in state_dict:
@@ -100,7 +100,7 @@ class Sketches(BufferDict):
         kind: BASE or SKETCH.
     """
 
-    def __init__(self, layer: Any, kind: str) -> None:
+    def __init__(self, layer: object, kind: str) -> None:
         super().__init__({}, persistent=True)
         self.kind = kind
         vars(self)["layer"] = layer  # not a submodule of its own child
@@ -117,7 +117,7 @@ class Sketches(BufferDict):
 
     def pop_told(self, adapter: str) -> Tensor | None:
         """Return what was loaded, and forget it; None where nothing was."""
-        told: Any = self._buffers.get(adapter)
+        told = self._buffers.get(adapter)
         if told is None or not told.any():
             return None
         self.add(adapter)

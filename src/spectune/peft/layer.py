@@ -162,7 +162,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
 
     # -- the answer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.unseen:
             self.check()
         if vars(self).get("_is_replica"):
@@ -405,13 +405,13 @@ def _refusal(layer: nn.Module) -> str | None:
     return None if why is None else f" {why}"
 
 
-def _see_base(layer: Any, state: Any, prefix: str, *_: Any) -> None:
+def _see_base(layer: Any, state: Any, prefix: str, *_: object) -> None:
     """Note that a state has W, behind a few tuners at most; whether it has an expert's is not looked for."""
     within = (f"{prefix}{'base_layer.' * depth}weight" for depth in range(1, 5))
     layer._reloaded = isinstance(layer.adapted, ExpertLinear) or any(key in state for key in within)
 
 
-def _look_again(layer: Any, incompatible: Any) -> None:
+def _look_again(layer: Any, incompatible: object) -> None:
     """After values were loaded, compare them with the base, as far as both are there."""
     layer.unseen.update(layer.own)
     layer.check()

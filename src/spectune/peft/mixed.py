@@ -55,7 +55,7 @@ class Mixed(mixed.MixedModel):
         return unloaded
 
 
-def let_mix(config: type[SpectuneConfig], tuner: type[SpectuneTuner], peft_type: Any) -> None:
+def let_mix(config: type[SpectuneConfig], tuner: type[SpectuneTuner], peft_type: object) -> None:
     """Put a method on PEFT's lists of those that may be mixed."""
     _tuners[config] = tuner
     mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, peft_type)

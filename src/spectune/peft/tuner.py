@@ -112,7 +112,7 @@ class SpectuneTuner(BaseTuner):
             SpectuneError: one of them is no tensor of experts, nor the weight of a linear layer.
         """
         targets, found = peft_config.target_parameters, []
-        parameters: Any = [
+        parameters = [
             (n, m, key) for n, m in named_modules(model) for key in m._parameters if m._parameters[key] is not None
         ]
         for name, module, key in parameters:
@@ -131,7 +131,9 @@ class SpectuneTuner(BaseTuner):
                     )
         return found
 
-    def _add_expert(self, peft_config: Any, adapter: str, name: str, module: nn.Module, key: str, index: int) -> None:
+    def _add_expert(
+        self, peft_config: object, adapter: str, name: str, module: nn.Module, key: str, index: int
+    ) -> None:
         there = called_for(module, key, index)
         target = expert_layer(module, key, index) if there is None else there
         layer = target if isinstance(target, self.tuner_layer_cls) else self.other_layer_cls(target, name)
@@ -268,7 +270,7 @@ def untie_merged(model: nn.Module) -> None:
 
 
 def _described(layer: PeftLayer, method: Any) -> Described:
-    inner: Any = layer.adapted
+    inner = layer.adapted
     experts = inner.count if isinstance(inner, ExpertLinear) else 0
     kind, kernel = described(inner)
     shape = layer.out_features, layer.in_features

@@ -160,7 +160,7 @@ class Planner:
     ) -> dict[str, object]:
         dtype = precision_of(precision).dtype
         costs = self._two(methods, dtype)
-        lines: dict[str, Any] = {"activations": None}
+        lines: dict[str, object] = {"activations": None}
         if costs is not None:
             lines = {"activations": self._line(costs, "activations"), "step": self._line(costs, "with_gradients")}
         parts = Parts(self.weights[precision], **lines, **fixed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,7 +166,7 @@ def _transposed(matrix: Tensor) -> bool:
     return matrix.stride(-1) != 1
 
 
-def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+def _flops(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, object], out: Any) -> float:
     if func._schema.name == _ONEDNN:
         return 2 * out.numel() * args[0].shape[-1]
     packet = func._overloadpacket

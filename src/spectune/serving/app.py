@@ -79,7 +79,7 @@ class Service:
         loop = asyncio.get_running_loop()
         make: Any = self.reader.chat if isinstance(body, ChatRequest) else self.reader.completion
         asked: Asked = await loop.run_in_executor(self.encoding, make, body)
-        told: dict[str, Any] = {}
+        told: dict[str, object] = {}
         if weights is None:
             decision = await self._decide(body)
             weights = dict(decision.weights)
@@ -197,7 +197,7 @@ class _Answering(Response):
         self._engine, self._job, self._events, self._answer = engine, job, events, answer
         self._stream, self._notes = stream, notes
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: object, receive: Any, send: object) -> None:
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -235,12 +235,12 @@ class _Answering(Response):
             response = _failed(error)
         await response(scope, receive, send)
 
-    async def _send_stream(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _send_stream(self, scope: object, receive: object, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         headers += [(b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
-        async def say(*chunks: Any) -> None:
+        async def say(*chunks: object) -> None:
             body = "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks)
             if body:
                 await send({"type": "http.response.body", "body": body.encode(), "more_body": True})

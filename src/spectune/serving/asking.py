@@ -112,7 +112,7 @@ class Reader:
         own = self.model.generation_config
         samples = bool(own.do_sample)
 
-        def value(name: str, default: Any = None) -> Any:
+        def value(name: str, default: object = None) -> Any:
             given = getattr(asked, name)
             if given is not None:
                 return given

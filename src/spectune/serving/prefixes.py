@@ -117,7 +117,7 @@ def origin_of(mixture: Mapping[Any, Any]) -> Hashable:
     return frozenset((who, _fixed(weight)) for who, weight in mixture.items())
 
 
-def mentions(gone: Collection[Any]) -> Callable[[Any], bool]:
+def mentions(gone: Collection[object]) -> Callable[[Any], bool]:
     """Return whether an origin has one of some adapters."""
     return lambda origin: any(who in gone for who, _ in origin)
 

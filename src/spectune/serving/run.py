@@ -166,13 +166,13 @@ def serve(
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def http_config(app: ASGIApp, **others: Any) -> Any:
+def http_config(app: ASGIApp, **others: object) -> Any:
     """Return uvicorn's configuration for an application; `others` are more of it."""
     import uvicorn
 
     # Clients keep a connection for 5 (httpx, openai) to 60 seconds (proxies).  A server that closes it sooner, or just
     # then, resets the request that is on its way.
-    quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
+    quiet: dict[str, object] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
     return uvicorn.Config(app, **{**quiet, "timeout_keep_alive": 75, "timeout_graceful_shutdown": 30, **others})
 
 
@@ -203,7 +203,7 @@ def build(
     service = Service(engine, reader, name, settings.seconds, choose, settings.may_load)
     app = make_app(service, page=PAGE.read_bytes() if PAGE.exists() else b"")
     hosts = LOOPBACK if settings.host in LOOPBACK else ()
-    guarded: Any = Guard(app, settings.key, settings.most_bytes, hosts, service.metrics.seen)
+    guarded = Guard(app, settings.key, settings.most_bytes, hosts, service.metrics.seen)
     if settings.origins:
         guarded = CORSMiddleware(guarded, settings.origins, allow_methods=["*"], allow_headers=["*"])
     return guarded, engine

@@ -174,7 +174,7 @@ def write_png(document: Document, values: Mapping[str, np.ndarray], path: Path, 
         upper, lower = parts
         draw_distribution(upper, document, values, other)
         lower.supxlabel("rank")
-        grid: Any = lower.subplots(lines, columns, squeeze=False, sharey=True)
+        grid = lower.subplots(lines, columns, squeeze=False, sharey=True)
         for axes, rows in zip(grid.flat, groups, strict=False):
             draw_spectra(axes, rows, values, document.range, limits)
         for axes in grid.flat[len(groups) :]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ _MX, _NV = 32, 16  # values that share a scale
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def fp8_blocks(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def fp8_blocks(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """8-bit floats with a scale for each block: `weight_scale_inv`, and compressed-tensors' `weight_scale`."""
     scale = by_name.get(f"{tensor.name}_scale_inv") or by_name.get(f"{tensor.name}_scale")
     if tensor.dtype not in _FP8 or scale is None or len(tensor.shape) != 2 or len(scale.shape) != 2:
@@ -45,7 +44,7 @@ def _block(size: int, count: int) -> int | None:
     return size // count if count and size % count == 0 else None
 
 
-def by_row(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def by_row(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """8-bit floats and whole numbers with a scale for each row, or one for all: `weight_scale`."""
     scale = by_name.get(f"{tensor.name}_scale")
     if tensor.dtype not in (*_FP8, "I8") or scale is None or not scale.floating or len(tensor.shape) != 2:
@@ -60,7 +59,7 @@ def by_row(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, A
     return Unpacked(tensor._replace(floating=True, read=read), (scale.name,))
 
 
-def mxfp4_experts(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def mxfp4_experts(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """GPT-OSS' MXFP4 experts: `_blocks` (experts x out x groups x bytes) and `_scales`, loaded transposed."""
     name = tensor.name.removesuffix("_blocks")
     scale = by_name.get(f"{name}_scales")
@@ -77,7 +76,7 @@ def mxfp4_experts(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping
     return Unpacked(Stored(name, (experts, 2 * width * groups, rows), "MXFP4", True, read), (scale.name,))
 
 
-def fp4(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def fp4(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """compressed-tensors' NVFP4 and MXFP4: `weight_packed` (out x in / 2), `weight_scale`, and NVFP4's `_global_scale`.
 
     The scale of a group of NVFP4 is its own 8-bit float divided by the whole tensor's; MXFP4's is a power of two.
@@ -101,7 +100,7 @@ def fp4(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]
     return Unpacked(Stored(name, (rows, inputs), "NVFP4" if nvidia else "MXFP4", True, read), tuple(used))
 
 
-def modelopt(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def modelopt(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """modelopt's NVFP4: `weight` (out x in / 2), `weight_scale`, and `weight_scale_2`, the whole tensor's.
 
     Experts in one tensor keep their own layout, (experts x in / 2 x out).
@@ -127,7 +126,7 @@ def modelopt(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str,
     return Unpacked(Stored(tensor.name, shapes[0], "NVFP4", True, read), (scale.name, whole.name))
 
 
-def mlx_floats(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def mlx_floats(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """MLX in the modes mxfp4, nvfp4 and mxfp8, which the config names: `weight` in words, `scales` in bytes."""
     layer = tensor.name.removesuffix(".weight")
     scale, mode = by_name.get(f"{layer}.scales"), mlx_says(config, layer).get("mode")

@@ -44,7 +44,7 @@ def unpacked(words: Tensor, bits: int, count: int, dim: int, *, spill: bool = Tr
     return out[:count].transpose(0, dim)
 
 
-def gptq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def gptq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """GPTQ: qweight (in * bits / 32 x out), a scale and a zero for each group of inputs, in the order of g_idx."""
     layer = tensor.name.removesuffix(".qweight")
     scales, zeros, order = (by_name.get(f"{layer}.{key}") for key in ("scales", "qzeros", "g_idx"))
@@ -74,7 +74,7 @@ def gptq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any
     return Unpacked(Stored(f"{layer}.weight", (out, inputs), f"GPTQ{bits}", True, read), tuple(used))
 
 
-def awq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def awq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """AWQ: qweight (in x out / 8) in 4 bits, with a scale and a zero for each group of inputs."""
     layer = tensor.name.removesuffix(".qweight")
     scales, zeros = (by_name.get(f"{layer}.{key}") for key in ("scales", "qzeros"))
@@ -99,7 +99,7 @@ def awq(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]
     )
 
 
-def compressed(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def compressed(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """compressed-tensors' "pack-quantized": weight_packed (out x in / n), n numbers with an offset in each word."""
     name = tensor.name.removesuffix("_packed")
     scale, zero, order = (by_name.get(f"{name}_{key}") for key in ("scale", "zero_point", "g_idx"))
@@ -136,7 +136,7 @@ def compressed(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[st
     return Unpacked(Stored(name, (out, inputs), f"INT{bits}", True, read), tuple(used))
 
 
-def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]) -> Unpacked | None:
+def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, object]) -> Unpacked | None:
     """MLX: weight (out x in * bits / 32), with a scale and a bias for each group, of a size that the config says."""
     layer = tensor.name.removesuffix(".weight")
     scales, biases = (by_name.get(f"{layer}.{key}") for key in ("scales", "biases"))
@@ -161,7 +161,7 @@ def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, Any]
     )
 
 
-def mlx_says(config: Mapping[str, Any], layer: str) -> dict[str, Any]:
+def mlx_says(config: Mapping[str, object], layer: str) -> dict[str, Any]:
     """Return what an MLX checkpoint's config says of a layer's packing."""
     said = _of(config, "quantization") or _of(config, "quantization_config")
     own = said.get(layer)
@@ -189,12 +189,12 @@ def _are(scales: Stored | None, others: Stored | None, axes: int, *, floating: b
     return len(others.shape) == axes and (others.floating if floating else others.dtype == "I32")
 
 
-def _of(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _of(config: Mapping[str, object], key: str) -> dict[str, Any]:
     found = config.get(key)
     return found if isinstance(found, dict) else {}
 
 
-def _bits_said(config: Mapping[str, Any]) -> int | None:
+def _bits_said(config: Mapping[str, object]) -> int | None:
     """Return the bits that all groups of layers have in compressed-tensors' configuration, or None."""
     groups = _of(_of(config, "quantization_config"), "config_groups").values()
     said = {_of(group, "weights").get("num_bits") for group in groups if isinstance(group, dict)}

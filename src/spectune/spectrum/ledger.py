@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +30,7 @@ class Ledger:
         header: what all results depend on.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, object]) -> None:
         self.path = path
         self.done: dict[str, dict[str, Any]] = {}
         head = json.dumps(header, sort_keys=True).encode() + b"\n"
@@ -79,7 +80,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if entry.pop(_DIGEST, None) == _digest(entry) else None
 
 
-def _digest(entry: dict[str, Any]) -> str:
+def _digest(entry: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from spectune.spectrum.floats import by_row, fp4, fp8_blocks, mlx_floats, modelopt, mxfp4_experts
 from spectune.spectrum.integers import awq, compressed, gptq, mlx
@@ -12,7 +11,7 @@ from spectune.spectrum.stored import Stored
 _WAYS = (fp8_blocks, by_row, mxfp4_experts, fp4, modelopt, gptq, awq, compressed, mlx, mlx_floats)
 
 
-def dequantized(stored: Sequence[Stored], config: Mapping[str, Any] | None = None) -> list[Stored]:
+def dequantized(stored: Sequence[Stored], config: Mapping[str, object] | None = None) -> list[Stored]:
     """Return the tensors of a checkpoint with those that are packed, and whose packing is known, as their values.
 
     Known is what `spectune.spectrum.floats` and `spectune.spectrum.integers` know. Scales are no tensors of their own

@@ -313,7 +313,7 @@ def _made(kind: type[C], values: dict[str, Any]) -> C:
     return kind(**values)
 
 
-def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = TrainConfig, **presets: Any) -> C:
+def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = TrainConfig, **presets: object) -> C:
     """Read a YAML file and apply key=value overrides.
 
     Args:

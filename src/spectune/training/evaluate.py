@@ -75,7 +75,7 @@ def evaluate(
     notes = [*_changed(run, chain(learned, held), data)]
     held = learned if data is not None else held
     if data is not None and adapter.labels:
-        options: Any = {"labels": adapter.labels, "new_head": True, "trust_remote_code": config.trust_remote_code}
+        options = {"labels": adapter.labels, "new_head": True, "trust_remote_code": config.trust_remote_code}
         options["quantize"] = config.quantize
         place = checked_device(config.device)
         model, tokenizer = load_base(config.model, config.dtype, device=place, **options)
@@ -155,7 +155,7 @@ def _measures(
     starts = range(0, len(examples), size)
     with fused_where_it_pays(model, len(starts) * 8, allowed=task.config.fused):
         for start in Bar(console, f"measuring the {side}").over(starts, each=1):
-            batch: Any = collate(examples[start : start + size])
+            batch = collate(examples[start : start + size])
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             totals.add(task.sums(model, batch))
     return task.metrics(totals.of_all())

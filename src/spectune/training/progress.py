@@ -119,7 +119,7 @@ class RunLog(TrainerCallback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._interrupt)
 
-    def _interrupt(self, number: int, frame: Any) -> None:
+    def _interrupt(self, number: int, frame: object) -> None:
         """Let the step end and save; a second signal stops at once."""
         self._signalled = True
         signal.signal(number, self._handlers.pop(number))
@@ -270,7 +270,7 @@ def memory() -> int:
 
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of a log up to a step; one that was cut off ends it."""
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, object]] = []
     if not path.is_file():
         return lines
     with path.open("rb") as file:

@@ -163,7 +163,7 @@ def _after(
     model: PreTrainedModel,
     trained: Mapping[str, Tensor],
     rate: float,
-    learned: Sequence[Any],
+    learned: Sequence[object],
 ) -> float | None:
     """Take the steps at a rate; return infinity where the loss stops being a number."""
     others = {**task.group_rates(model), **config.group_lr}
@@ -188,7 +188,7 @@ def _after(
 
 
 @torch.no_grad()
-def _loss(task: Task, model: PreTrainedModel, batches: Sequence[Any]) -> float:
+def _loss(task: Task, model: PreTrainedModel, batches: Sequence[object]) -> float:
     model.eval()
     sums = [task.sums(model, _placed(batch, model)) for batch in batches]
     return sum(float(each["loss"]) for each in sums) / sum(float(each["items"]) for each in sums)

@@ -74,7 +74,7 @@ def replies(
     """Return the model's likeliest reply to each prompt."""
     found: list[str] = []
     for each in prompts:
-        settings: Any = {"max_new_tokens": max_new_tokens, "raw": each.raw, "fused": fused}
+        settings = {"max_new_tokens": max_new_tokens, "raw": each.raw, "fused": fused}
         try:
             found.append(replying(model, tokenizer, [each.prompt], **settings)[0].text)
         except SpectuneError as error:  # longer than the context, say

@@ -219,7 +219,7 @@ def _model_of(self: Any, request: Any, adapter: Adapter) -> Any:
     places = _places(manager)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     shares: dict[tuple[str, int], dict[Kind, Share]] = {}
-    loras: dict[str, Any] = {}
+    loras: dict[str, object] = {}
     rank = 1
     for layer, update in adapter.layers.items():
         name = _vllm_name(layer, mapper)
@@ -308,7 +308,7 @@ def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Any) -> 
                 return matrix
             if module.n_slices == 1:
                 return getattr(module, name)(matrix)
-            of_parts: list[Any] = [None] * module.n_slices
+            of_parts: list[object] = [None] * module.n_slices
             of_parts[part] = matrix
             return getattr(module, name)(of_parts)[part]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def _some_of_them(adapter: Contents) -> bool:
 
 
 def own_names(
-    tensors: Mapping[str, Tensor], found: dict[str, Any], config: AdapterConfig, where: Path
+    tensors: Mapping[str, Tensor], found: Mapping[str, object], config: AdapterConfig, where: Path
 ) -> tuple[dict[str, Tensor], dict[str, list[WholeEntry]]]:
     """Return the tensors by Spectune's names, and the config's modules with those that PEFT saved whole."""
     from spectune.adapters.schema import TokenRows, WholeEntry  # pydantic, which adapters on a model go without

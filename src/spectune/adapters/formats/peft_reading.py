@@ -130,7 +130,7 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
             modules[name] = WholeTerm({"weight": parts["base"].float()}, complete=True)
     if not layers:
         raise SpectuneError(f"{path / WEIGHTS} has no update")
-    architecture: Any = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
+    architecture = tuple(names) if len(names) == 2 and all(type(name) is str for name in names) else None
     held = {name: (term,) for name, term in modules.items()}
     known = {"architecture": architecture, "groups": listed, "quantize": more.quantize}
     return Contents(layers, config.base_model_name_or_path, labels=more.labels, modules=held, **known)
@@ -155,7 +155,7 @@ def _experts(
     return layers
 
 
-def _check_config(config: dict[str, Any], path: Source) -> None:
+def _check_config(config: Mapping[str, object], path: Source) -> None:
     """Raise for what may change a layer's answer and is not known here."""
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_BASE):
@@ -176,7 +176,7 @@ def _check_config(config: dict[str, Any], path: Source) -> None:
         )
 
 
-def _read(path: Source, config: dict[str, Any], allow_bin: bool) -> dict[str, Tensor]:
+def _read(path: Source, config: Mapping[str, object], allow_bin: bool) -> dict[str, Tensor]:
     if isinstance(path, Path) and not (path / WEIGHTS).exists() and (path / PICKLED).exists():
         if not allow_bin:
             raise SpectuneError(
@@ -187,7 +187,7 @@ def _read(path: Source, config: dict[str, Any], allow_bin: bool) -> dict[str, Te
     return read_tensors(path, config)
 
 
-def _without_wrapped(tensors: Mapping[str, Tensor], config: dict[str, Any], path: Source) -> dict[str, Tensor]:
+def _without_wrapped(tensors: Mapping[str, Tensor], config: Mapping[str, object], path: Source) -> dict[str, Tensor]:
     """Return tensors without the biases that PEFT writes twice where it trains all of them and modules whole.
 
     It writes that of the module that is trained whole by the module's name, and again as the wrapper's around it has

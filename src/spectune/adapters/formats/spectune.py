@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -40,7 +40,7 @@ def contents(adapter: Contents, *, embed: bool = False) -> tuple[dict[str, objec
     if embed:
         adapter.complete()
     tensors: dict[str, Tensor] = {}
-    methods: list[dict[str, Any]] = []
+    methods: list[dict[str, object]] = []
     layers: dict[str, Any] = {}
     for name in adapter.layers:
         base = adapter.base_sketch(name)
@@ -139,7 +139,7 @@ def _are_rows(rows: list[int], tensor: Tensor) -> bool:
     return rows == sorted(set(rows)) and tensor.dim() == 2 and len(rows) == len(tensor)
 
 
-def _method(fields: dict[str, Any], path: Source) -> Method:
+def _method(fields: Mapping[str, object], path: Source) -> Method:
     try:
         return from_fields(fields)
     except (SpectuneError, TypeError, AttributeError, OverflowError) as error:

@@ -323,7 +323,7 @@ def _seconds(result: Result) -> float:
     return (result.get("setup_seconds") or 0.0) + (result.get("train_seconds") or 0.0)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     """Return a result with None for every number that is not finite, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

@@ -29,12 +29,12 @@ class Kind(ABC):
     looks_up: ClassVar[bool] = False
     several: ClassVar[bool] = False
 
-    def takes(self, layer: Any) -> bool:
+    def takes(self, layer: object) -> bool:
         """Whether a layer is of this kind."""
         return isinstance(layer, self.classes)
 
     @abstractmethod
-    def refusal(self, layer: Any) -> str | None:
+    def refusal(self, layer: object) -> str | None:
         """Return why a layer's answer is no x W^T + b, as words that follow its class, or None."""
 
     @abstractmethod
@@ -45,27 +45,27 @@ class Kind(ABC):
     def held(self, matrix: Tensor, kernel: Sequence[int]) -> Tensor:
         """Return the tensor that a layer holds of W (out x in); the inverse of `matrix`."""
 
-    def kernel(self, layer: Any) -> tuple[int, ...]:
+    def kernel(self, layer: object) -> tuple[int, ...]:
         """Return the axes that `matrix` has flattened into the last."""
         return ()
 
     @abstractmethod
-    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, layer: object, input: Tensor, matrix: Tensor) -> Tensor:
         """Return x M^T (..., rows) for M (rows x in)."""
 
-    def finish(self, layer: Any, t: Tensor, left: Tensor) -> Tensor:
+    def finish(self, layer: object, t: Tensor, left: Tensor) -> Tensor:
         """Return t L^T (..., out) for L (out x p), where t (..., p) is made of what `product` returns."""
         return F.linear(t, left)
 
-    def of_rows(self, layer: Any, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+    def of_rows(self, layer: object, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
         """Return x M^T (..., n) for M (n x in) in the place of these rows (n) of W."""
         return self.product(layer, input, matrix)
 
-    def features_last(self, layer: Any, answer: Tensor) -> Tensor:
+    def features_last(self, layer: object, answer: Tensor) -> Tensor:
         """Return a layer's answer with the axis of W's rows as the last."""
         return answer
 
-    def as_answered(self, layer: Any, y: Tensor) -> Tensor:
+    def as_answered(self, layer: object, y: Tensor) -> Tensor:
         """Return y (..., out) as the layer answers; the inverse of `features_last`."""
         return y
 

@@ -30,7 +30,7 @@ class Convolution(Kind):
     def takes(self, layer: Any) -> bool:
         return Kind.takes(self, layer) and layer.groups == 1
 
-    def refusal(self, layer: Any) -> str | None:
+    def refusal(self, layer: object) -> str | None:
         return None
 
     def matrix(self, held: Tensor) -> Tensor:

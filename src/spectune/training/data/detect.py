@@ -92,7 +92,7 @@ def _judged(read: Sequence[Mapping[str, object]]) -> bool:
     return all(isinstance(value, bool) for value in values) and len(set(values)) == 2
 
 
-def _values(read: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+def _values(read: Sequence[Mapping[str, object]], name: str) -> list[Any]:
     return [row.get(name) for row in read if row.get(name) not in (None, "")]
 
 
@@ -129,7 +129,7 @@ def _is_nested(value: object) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(each, Mapping) for each in value))
 
 
-def _length(read: Sequence[Mapping[str, Any]], name: str) -> float:
+def _length(read: Sequence[Mapping[str, object]], name: str) -> float:
     values = _values(read, name)
     if not values or not all(isinstance(value, str) for value in values):
         return 0.0

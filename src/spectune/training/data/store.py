@@ -233,7 +233,7 @@ def _prune(folder: Path) -> None:
 
 def _key(encoder: Encoder, records: Iterable[Record], what: str) -> str | None:
     """Return a digest of all that examples depend on, None where a tokenizer cannot say what it is."""
-    backend: Any = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return None
     tokenizer = encoder.tokenizer

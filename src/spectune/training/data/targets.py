@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
-from typing import Any, cast
+from typing import cast
 
 from spectune.adapters.labels import NUMBER, ONE, SEVERAL
 from spectune.errors import SpectuneError
@@ -84,7 +84,7 @@ def settle(records: Sequence[Record], problem: str) -> None:
         SpectuneError: a label that is of another kind than the others, with its place.
     """
     for record in records:
-        label: Any = record["label"]
+        label = record["label"]
         if problem == ONE:
             continue
         found = _number(label) if problem == NUMBER else _listed(label)

@@ -171,7 +171,7 @@ class Task:
         """
         config = self.config
         device = processes.load_device(config.device, config.fsdp)
-        options: Any = {"quantize": config.quantize, "trust_remote_code": config.trust_remote_code}
+        options = {"quantize": config.quantize, "trust_remote_code": config.trust_remote_code}
         model, tokenizer = load_base(config.model, config.dtype, device=device, **options)
         if not model.can_generate() or model.config.is_encoder_decoder:  # whose target its decoder would be given
             raise SpectuneError(

@@ -71,7 +71,7 @@ class PolicyTrainer(AdapterTrainer):
             del self.task.outcomes[known:]
         return sums
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the means over the completions since the last line."""
         if "loss" in logs and self._since_log:
             sums: dict[str, Any] = {key: self.accelerator.reduce(value) for key, value in self._since_log.items()}
