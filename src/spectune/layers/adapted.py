@@ -171,6 +171,16 @@ class Adapted(Stored):
             vars(self)["prepared"] = scope, parts
         return parts
 
+    def alone(self, scope: Scope) -> Update | None:
+        """Return the update that answers with weight one for all rows, if nothing else has a part in the layer."""
+        called = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if called or self.fused is not None or "forward" in vars(self) or isinstance(scope.choice, Rows):
+            return None
+        parts = self.parts(scope)
+        if len(parts) != 1 or isinstance(parts[0][1], Tensor) or parts[0][1] * parts[0][0].weight != 1.0:
+            return None
+        return parts[0][0]
+
     def _resized(self) -> SpectuneError | None:
         """Return what there is to say where W has another shape than when it was adapted."""
         return None if self.adapted_as not in self.selection.lost() else SpectuneError(replaced(self.adapted_as))
@@ -215,7 +225,7 @@ class Adapted(Stored):
 
     def _by_row(self, x: Tensor, rows: Rows, layout: Layout) -> Tensor:
         """Return the answer to x (rows x ... x in), each row with a mixture of its own."""
-        if not torch.is_grad_enabled() and self._fuses(x):
+        if not torch.is_grad_enabled() and self.fuses(x):
             return rows.forward_of(self, x, layout).answer(x, self._own(x))
         shares = rows.shares(self, x, layout).items()
         updates = [(u, share) for name, share in shares for u in updates_in(self.adapters, name)]
@@ -266,7 +276,7 @@ class Adapted(Stored):
         if method.replaces:
             return method.replacement(tensors, x, self.bias)
         with unseen():  # modes, such as a checkpointed region's, would be asked at every access
-            if method.in_factors and self._fuses(x) and not (training and method.drop):
+            if method.in_factors and self.fuses(x) and not (training and method.drop):
                 ratio = update.ratio(tensors, self.base())
                 if ratio is None or ratio.rows is None:
                     return self._fused(update, x, tensors, None if ratio is None else ratio.values)
@@ -275,7 +285,7 @@ class Adapted(Stored):
 
     def _fused(self, update: Update, x: Tensor, tensors: dict[str, Tensor], ratio: Tensor | None) -> Tensor:
         method, training = update.method, update.training
-        whole = self._whole(update, tensors)
+        whole = self.whole(update, tensors)
         y = adapted_linear(
             x.reshape(-1, x.shape[-1]),
             effective_weight(self) if whole is None else None,
@@ -286,7 +296,7 @@ class Adapted(Stored):
         )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _whole(self, update: Update, tensors: Mapping[str, Tensor]) -> Factors | None:
+    def whole(self, update: Update, tensors: Mapping[str, Tensor]) -> Factors | None:
         """Return the factors of W + dW, where W is to be answered through its own."""
         if not update.training or not self.selection.factored or not self.owns(update.basis_key):
             return None
@@ -302,9 +312,9 @@ class Adapted(Stored):
             update, weight = parts[0]
             method, training = update.method, update.training
             dropped = training and method.drop
-            if weight * update.weight == 1.0 and method.in_factors and self._fuses(x) and not dropped:
+            if weight * update.weight == 1.0 and method.in_factors and self.fuses(x) and not dropped:
                 tensors = method.still(self.tensors(update))
-                whole = self._whole(update, tensors)
+                whole = self.whole(update, tensors)
                 if whole is not None or not method.additive:
                     y = adapted_linear(
                         x.reshape(-1, x.shape[-1]),
@@ -319,7 +329,7 @@ class Adapted(Stored):
 
     def _plain(self, x: Tensor) -> Tensor:
         """Return the answer of the frozen layer."""
-        if self.training and self.is_plain and by_onednn(x, effective_weight(self)) and self._fuses(x):
+        if self.training and self.is_plain and by_onednn(x, effective_weight(self)) and self.fuses(x):
             return frozen_linear(x, effective_weight(self), self.bias)
         return self._own(x)
 
@@ -338,7 +348,7 @@ class Adapted(Stored):
             return super().forward(x)
         return packed_product(x, self, super().forward)
 
-    def _fuses(self, x: Tensor) -> bool:
+    def fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
         own, bias = self._parameters.get("weight"), self.bias
         weight = effective_weight(self) if isinstance(self, PartLinear) else own

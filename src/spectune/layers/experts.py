@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectune.layers.grouped import together
 from spectune.layers.parts import Owner, PartLinear, StandIn, be_owner, be_plain, tensor_of
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
@@ -48,6 +49,11 @@ class ExpertLinear(PartLinear):
 
     def put(self, held: Tensor, weight: Tensor) -> None:
         held[self.index] = weight
+
+    def weight_of_all(self) -> Tensor:
+        """Return W of every expert (experts x out x in)."""
+        held = tensor_of(self.owner, self.key)
+        return held.mT if self.is_held_transposed else held
 
     @property
     def count(self) -> int:
@@ -294,10 +300,17 @@ class ExpertsStandIn(StandIn):
         count = len(offs)
         ends = [len(x) * (i + 1) // count for i in range(count)] if x.is_meta else offs.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        *pieces, rest = x.split([*sizes, len(x) - ends[-1]])  # not sliced, whose gradients are each as large as x's
-        parts = [self._layer(i)(piece) for i, piece in enumerate(pieces) if len(piece)]
-        if len(rest) or not parts:
-            parts.append(x.new_zeros(len(rest), self.shape[-1]))
+        places = [i for i, size in enumerate(sizes) if size]
+        layers, rest = [self._layer(i) for i in places], len(x) - ends[-1]
+        if layers:
+            own = x if not rest else x.narrow(0, 0, ends[-1])
+            written = getattr(self._owner, "has_bias", True)  # to which transformers adds in place
+            if (y := together(layers, own, [sizes[i] for i in places], written)) is not None:
+                return torch.cat([y, x.new_zeros(rest, self.shape[-1])]) if rest else y
+        *pieces, _ = x.split([*sizes, rest])  # not sliced, whose gradients are each as large as x's
+        parts = [layer(pieces[i]) for i, layer in zip(places, layers, strict=True)]
+        if rest or not parts:
+            parts.append(x.new_zeros(rest, self.shape[-1]))
         return torch.cat(parts)
 
     def _layer(self, index: int) -> Callable[[Tensor], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def adapted_linear(
     )
 
 
-def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> ModuleType:
+def products_of(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> ModuleType:
     """Return the module whose products with thin factors these operands take."""
     if weight is None or len(x) < _FEW_ROWS:
         return products
@@ -59,7 +59,7 @@ def _products(x: Tensor, weight: Tensor | None, left: Tensor, right: Tensor) -> 
     return products if low_rank is None or max(left.shape[1], right.shape[0]) > low_rank.WIDEST[x.dtype] else low_rank
 
 
-def _output(
+def output(
     ops: ModuleType,
     x: Tensor,
     weight: Tensor | None,
@@ -98,23 +98,19 @@ class _AdaptedLinear(torch.autograd.Function):
         scale: float,
         training: bool,
     ) -> Tensor:
-        ops = _products(x, weight, left, right)
+        ops = products_of(x, weight, left, right)
         L, R = ops.factor(left, x.dtype), ops.factor(right, x.dtype)
-        own_ratio = ratio
-        # DoRA's m can pass through zero, where y / ratio, from which the gradient of the ratio is taken, would not be
-        # finite
-        if ratio is not None:
-            ratio = torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
+        own_ratio, ratio = ratio, None if ratio is None else away_from_zero(ratio)
         cache = current_cache()
         of_left, of_right, of_values, of_ratio = ctx.needs_input_grad[3:7]
         if cache is None or (known := cache.recall()) is None:
             t, u = ops.project(x, R, core)
-            y = _output(ops, x, weight, bias, u, L, scale, ratio, training)
+            y = output(ops, x, weight, bias, u, L, scale, ratio, training)
         else:
             kept, t = cast("tuple[Tensor | None, Tensor]", known)
             u = core.apply(t)
             if (y := kept) is None:  # a region's last product, which mostly nobody looks at
-                y = cache.again(len(L), x, lambda: _output(ops, x, weight, bias, u, L, scale, ratio, training))
+                y = cache.again(len(L), x, lambda: output(ops, x, weight, bias, u, L, scale, ratio, training))
         if cache is not None:
             cache.keep(y, t, looked_at=of_ratio)
         kept: Any = (  # None stays None, which the type of `save_for_backward` does not say
@@ -130,62 +126,99 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _LinearContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        try:
-            x, t, u, y, weight, bias, L, R, values, ratio, own_ratio = ctx.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error) or not ctx.needs_input_grad[6]:
-                raise
-            raise SpectuneError(
-                "an operation in place, such as ReLU(inplace=True), wrote over the output of a DoRA layer, which its "
-                "magnitude learns from: make that operation one with inplace=False"
-            ) from None
+        needs = ctx.needs_input_grad
+        x, t, u, y, weight, bias, L, R, values, ratio, own_ratio = saved(ctx, needs[6])
+        wanted = Gradients(needs[0], *needs[3:7])
+        operands = Operands(weight, bias, L, R, ctx.core if values is None else ctx.core.holding(values), ctx.scale)
         # a backward pass with create_graph=True: the fast formulas below write in place, and no graph could come of
         # them
         if torch.is_grad_enabled():
-            return _differentiable(ctx, grads[0], x, weight, bias, L, R, values, own_ratio)
-        (grad,) = grads
-        ops = ctx.ops
-        to_left = to_right = to_ratio = to_x = None
-        if ratio is not None:
-            grad, to_ratio = ops.through_ratio(grad, y, bias, ratio)
-        core = ctx.core if values is None else ctx.core.holding(values)
-        to_u, _ = ops.project(grad, L.mT, scale=ctx.scale)
-        if ctx.needs_input_grad[3]:
-            to_left = ops.over_rows(grad, u, ctx.scale)
-        to_t, to_values = core.gradients(t, to_u, ctx.needs_input_grad[5])
-        if ctx.needs_input_grad[4]:
-            to_right = ops.over_rows(to_t, x)
-        if ctx.needs_input_grad[0]:
-            to_x = matmul(to_t, R) if weight is None else ops.add(matmul(grad, weight), to_t, R.mT)
-        return to_x, None, None, to_left, to_right, to_values, to_ratio, None, None, None
+            found = differentiable(wanted, grads[0], x, operands, own_ratio)
+        else:
+            found = gradients(wanted, grads[0], Kept(x, t, u, y), operands, ratio, ctx.ops)
+        return found[0], None, None, *found[1:], None, None, None
 
 
-def _differentiable(
-    ctx: _LinearContext,
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    L: Tensor,
-    R: Tensor,
-    values: Tensor | None,
-    ratio: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def away_from_zero(ratio: Tensor) -> Tensor:
+    """Return a ratio that y can be divided by, as its gradient is taken: DoRA's m can pass through zero."""
+    return torch.where(ratio.abs() < _SMALLEST, _SMALLEST, ratio)
+
+
+def saved(ctx: Context, of_ratio: bool) -> tuple[Any, ...]:
+    """Return what a call kept, y among it where a ratio trains."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error) or not of_ratio:
+            raise
+        raise SpectuneError(
+            "an operation in place, such as ReLU(inplace=True), wrote over the output of a DoRA layer, which its "
+            "magnitude learns from: make that operation one with inplace=False"
+        ) from None
+
+
+class Operands(NamedTuple):
+    """What x is multiplied by: W, its bias, and s L C R."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    L: Tensor
+    R: Tensor
+    core: Core
+    scale: float
+
+
+class Kept(NamedTuple):
+    """What the backward pass looks at: x, x R^T, that through the core, and y."""
+
+    x: Tensor | None
+    t: Tensor | None
+    u: Tensor | None
+    y: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of x, L, R, the core's values and the ratio: whether they are wanted, or what they are."""
+
+    x: Any = None
+    left: Any = None
+    right: Any = None
+    values: Any = None
+    ratio: Any = None
+
+
+def gradients(
+    wanted: Gradients, grad: Tensor, kept: Kept, to: Operands, ratio: Tensor | None, ops: ModuleType
+) -> Gradients:
+    """Return the gradients, given that of y; in place, so that nothing could be differentiated again."""
+    to_left = to_right = to_ratio = to_x = None
+    if ratio is not None:
+        grad, to_ratio = ops.through_ratio(grad, kept.y, to.bias, ratio)
+    to_u, _ = ops.project(grad, to.L.mT, scale=to.scale)
+    if wanted.left:
+        to_left = ops.over_rows(grad, kept.u, to.scale)
+    to_t, to_values = to.core.gradients(cast(Tensor, kept.t), to_u, wanted.values)
+    if wanted.right:
+        to_right = ops.over_rows(to_t, kept.x)
+    if wanted.x:
+        to_x = matmul(to_t, to.R) if to.weight is None else ops.add(matmul(grad, to.weight), to_t, to.R.mT)
+    return Gradients(to_x, to_left, to_right, to_values, to_ratio)
+
+
+def differentiable(wanted: Gradients, grad: Tensor, x: Tensor | None, to: Operands, ratio: Tensor | None) -> Gradients:
     """Return the gradients as functions that can be differentiated again: those of the plain operations."""
-    needs = ctx.needs_input_grad
     if x is None or (x.dtype is not torch.float64 and x.dtype is not torch.float32):
         raise SpectuneError(
             "a gradient of a gradient is not there for an adapted layer in 16 bits, nor where its factors are frozen "
             "(svf, svft, lora_xs): take it with torch.func.grad, in float32"
         )
-    core = ctx.core if values is None else ctx.core.holding(values)
-    y = F.linear(core.apply(F.linear(x, R)), L) * ctx.scale
-    if weight is not None:
-        y = y + F.linear(x, weight)
+    y = F.linear(to.core.apply(F.linear(x, to.R)), to.L) * to.scale
+    if to.weight is not None:
+        y = y + F.linear(x, to.weight)
     if ratio is not None:
         y = y * ratio
-    inputs: dict[int, Tensor | None] = {0: x, 3: L, 4: R, 5: values, 6: ratio}
-    wanted = [i for i, tensor in inputs.items() if needs[i] and tensor is not None]
-    found = torch.autograd.grad(y, [t for i in wanted if (t := inputs[i]) is not None], grad, create_graph=True)
-    grads = dict(zip(wanted, found, strict=True))
-    return tuple(grads.get(i) for i in range(10))
+    inputs = (x, to.L, to.R, to.core.values, ratio)
+    which = [i for i, tensor in enumerate(inputs) if wanted[i] and tensor is not None]
+    found = torch.autograd.grad(y, [t for i in which if (t := inputs[i]) is not None], grad, create_graph=True)
+    grads = dict(zip(which, found, strict=True))
+    return Gradients(*(grads.get(i) for i in range(len(inputs))))

@@ -86,6 +86,10 @@ class Method(abc.ABC):
         """Return what W + s L C R is multiplied by to give W', or None where they are the same."""
         return None
 
+    def ratios(self, ts: Sequence[Tensors], bases: Sequence[Base]) -> Tensor | None:
+        """Return the ratios of several layers (layers x out), or None where each is to be asked by `ratio`."""
+        return None
+
     def whole_layer(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Return the trained tensors with which W' = W and b' = b, where W' does not depend on W."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.cores import Identity
 from spectune.layers.factors import Base, Factors, Ratio
 from spectune.layers.kinds import Vectors
 from spectune.layers.updates import Update
@@ -111,7 +112,10 @@ class DoRA(Method):
 
     @torch.no_grad()
     def _norms(self, t: Tensors, f: Factors, base: Base) -> tuple[Tensor, Tensor]:
-        """Return ||W_i + dW_i|| and in which rows it is too little to be had so (out)."""
+        """Return ||W_i + dW_i|| and in which rows it is too little to be had so (out).
+
+        Tensors, factors and what the base says may be those of several layers (layers x ...).
+        """
         cache = current_cache()
         known = cache.recall_whole() if cache is not None else None
         if known is not None:
@@ -125,19 +129,20 @@ class DoRA(Method):
             right = f.right if diagonals else f.right.to(dtype)
             g, h = diagonals or (base.project(f.right), right @ right.mT)
             lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))
-            g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal())[:, None]
-            step = max(1, _CHUNK // f.left.shape[1])
-            for left, cross in zip(f.left.split(step), repeat(g) if diagonals else g.split(step), strict=False):
+            g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal(dim1=-2, dim2=-1))[..., None]
+            step = max(1, _CHUNK // (f.left.numel() // f.left.shape[-2]))
+            for left, cross in zip(f.left.split(step, -2), repeat(g) if diagonals else g.split(step, -2), strict=False):
                 left = left.to(dtype)
                 p = f.core.transposed(left)
                 if diagonals:
                     rest = 2 * f.scale * left * cross + f.scale**2 * p * h
                 else:
-                    rest = torch.addmm(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
-                squared.append((p * rest).sum(1))
-                largest.append((p.square() @ lengths.to(dtype))[:, 0])
-        of_sum = of_weight**2 + torch.cat(squared)
-        terms = of_weight + torch.cat(largest).sqrt()  # as long as W_i and the terms of dW_i together, end to end
+                    add = torch.addmm if p.dim() == 2 else torch.baddbmm
+                    rest = add(cross, p, h, beta=2 * f.scale, alpha=f.scale**2)
+                squared.append((p * rest).sum(-1))
+                largest.append((p.square() @ lengths.to(dtype))[..., 0])
+        of_sum = of_weight**2 + torch.cat(squared, -1)
+        terms = of_weight + torch.cat(largest, -1).sqrt()  # as long as W_i and the terms of dW_i together, end to end
         norms = of_sum.clamp_min(0).sqrt()
         little = (of_sum < lost * terms**2) | (t["magnitude"].abs() < _SMALLEST * norms)
         if cache is not None:
@@ -154,6 +159,27 @@ class DoRA(Method):
         sums = self._sums(t, base, rows)
         exact = torch.linalg.vector_norm(sums.detach(), dim=1).to(norms.dtype)
         return Ratio(_ratio(t["magnitude"], norms.index_copy(0, rows, exact)), rows, sums.to(norms.dtype))
+
+    def ratios(self, ts: Sequence[Tensors], bases: Sequence[Base]) -> Tensor | None:
+        factors = [self.factors(t) for t in ts]
+        f = factors[0]
+        thin = 4 * f.left.shape[1] <= min(f.left.shape[0], f.right.shape[1])
+        if not thin or not isinstance(f.core, Identity) or any(base.norms is None for base in bases):
+            return None  # factors as large as W are not laid side by side
+        with torch.no_grad():
+            f = f._replace(left=torch.stack([f.left for f in factors]), right=torch.stack([f.right for f in factors]))
+            norms = torch.stack([base.norms() for base in bases if base.norms is not None])
+        magnitude = torch.stack([t["magnitude"] for t in ts])
+
+        def project(right: Tensor) -> Tensor:
+            return torch.stack([base.project(one) for base, one in zip(bases, right, strict=True)])
+
+        base = bases[0]._replace(project=project, norms=lambda: norms, owns=lambda key: False)
+        stacked = {"magnitude": magnitude, "norms": torch.stack([t["norms"] for t in ts])}
+        norms_now, little = self._norms(stacked, f, base)
+        if not little.is_meta and little.any():
+            return None
+        return _ratio(magnitude, norms_now)
 
     def _sums(self, t: Tensors, base: Base, rows: Tensor) -> Tensor:
         """Return W + dW (n x in) in some rows, as exactly as they can be had."""
