@@ -27,7 +27,7 @@ from spectune.layers.updates import Basis, Update
 from spectune.layers.values import PLAIN, Made, made_of
 from spectune.layers.whole import Part, parts_of
 from spectune.methods import Method
-from spectune.spectral import Request, decompose_many
+from spectune.spectral import Request, decompose_each
 
 
 class Prepared(NamedTuple):
@@ -153,20 +153,36 @@ def bases_for(
     needed = dict.fromkeys(name for pairs in wanted.values() for name, _ in pairs)
     weights = {n: fingerprint.as_trained(effective_weight(layers[n]).detach(), trained_on.get(n)) for n in needed}
     for request, pairs in wanted.items():
-        found: Mapping[str, Any] = {}
-        if request is not None:
-            sources = {name: w.dense if isinstance(w := weights[name], Packed) else w for name, _ in pairs}
-            found = decompose_many(sources, request, progress=progress)
+        methods: defaultdict[str, list[Method]] = defaultdict(list)
         for name, method in pairs:
-            try:
-                frozen = method.basis(weights[name], found.get(name))
-            except SpectuneError as error:
-                raise SpectuneError(f"{name!r} cannot be adapted: {error}") from None
-            if frozen:
-                made = frozen_basis(layers[name], method, frozen, around)
-                made.made = made_of(effective_weight(layers[name]))
-                bases[name].setdefault(method.basis_key, made)
+            methods[name].append(method)
+        found: Iterable[tuple[str, Any]] = ((name, None) for name in methods)
+        if request is not None:
+            sources = {name: w.dense if isinstance(w := weights[name], Packed) else w for name in methods}
+            found = decompose_each(sources, request, progress=progress)
+        # what is kept of a decomposition may be half as large, so that none waits for the others
+        for name, decomposition in found:
+            for method in methods[name]:
+                made = _made_basis(name, layers[name], method, weights[name], decomposition, around)
+                if made is not None:
+                    bases[name].setdefault(method.basis_key, made)
+            del decomposition
     return bases
+
+
+def _made_basis(
+    name: str, layer: nn.Module, method: Method, weight: Tensor, decomposition: Any, around: torch.dtype | None
+) -> Basis | None:
+    """Return the frozen tensors that a method makes of a layer's weight, if there are any."""
+    try:
+        frozen = method.basis(weight, decomposition)
+    except SpectuneError as error:
+        raise SpectuneError(f"{name!r} cannot be adapted: {error}") from None
+    if not frozen:
+        return None
+    made = frozen_basis(layer, method, frozen, around)
+    made.made = made_of(effective_weight(layer))
+    return made
 
 
 def _shares(name: str, layer: Adapted, term: Term) -> bool:
@@ -209,7 +225,9 @@ def frozen_basis(
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to(weight.device)
-        return tensor.to(weight.device, own if method.core_only and tensor.dim() > 1 else master)
+        if tensor.dim() < 2:  # a part of the cache's file would hold all of it in memory
+            return tensor.to(weight.device, master, copy=True)
+        return tensor.to(weight.device, own if method.core_only else master)
 
     return Basis({key: moved(tensor) for key, tensor in tensors.items()})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spectune.spectral import cache
 from spectune.spectral._certificate import Certificate, certificate
-from spectune.spectral._many import decompose_many
+from spectune.spectral._many import decompose_each, decompose_many
 from spectune.spectral._stream import Streamed, shards, stream, weight_map
 from spectune.spectral._svd import one_sided, singular_values, svd
 from spectune.spectral._types import SVD, OneSided, Request
@@ -17,6 +17,7 @@ __all__ = [
     "Streamed",
     "cache",
     "certificate",
+    "decompose_each",
     "decompose_many",
     "one_sided",
     "shards",

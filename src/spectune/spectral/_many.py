@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,6 +49,18 @@ def decompose_many(
     Raises:
         SpectuneError: a weight that cannot be decomposed, named.
     """
+    results = dict(decompose_each(weights, request, cache=cache, progress=progress))
+    return {name: results[name] for name in weights}
+
+
+def decompose_each(
+    weights: Mapping[str, Weight],
+    request: Request,
+    *,
+    cache: bool | str | os.PathLike[str] = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, SVD | OneSided]]:
+    """Yield the names and results of `decompose_many` as they are found, the longest work first, and hold none."""
     folder = None
     if cache is not False:
         folder = _cache.directory() if cache is True else Path(cache)
@@ -56,25 +69,17 @@ def decompose_many(
     # the longest first, so that no core begins a long one when the others are done
     order = sorted(weights, key=lambda name: -work[name])
     small = [name for name in order if _is_small(weights[name])]
-    results: dict[str, SVD | OneSided] = {}
     done, total = 0, sum(work.values())
-
-    def finished(name: str, result: SVD | OneSided) -> None:
-        nonlocal done
-        results[name] = result
+    # before the pool is there, whose threads would share the cores with their products
+    large = ((name, job.run(name, weights[name])) for name in order if name not in small)
+    for name, result in chain(large, _on_cores(job.run, {name: weights[name] for name in small})):
+        yield name, result
+        del result
         done += work[name]
         if progress is not None:
             progress(done, total)
-
-    # before the pool is there, whose threads would share the cores with their products
-    for name in order:
-        if name not in small:
-            finished(name, job.run(name, weights[name]))
-    for name, result in _on_cores(job.run, {name: weights[name] for name in small}):
-        finished(name, result)
     if job.stored and folder is not None:
         _cache.prune(folder=folder)
-    return {name: results[name] for name in weights}
 
 
 class _Job:
@@ -163,8 +168,8 @@ def _on_cores(
         with ThreadPoolExecutor(workers, "spectune", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = {pool.submit(run, name, weight): name for name, weight in weights.items()}
             try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
+                for future in as_completed(list(futures)):
+                    yield futures.pop(future), future.result()
             finally:
                 # one weight that cannot be decomposed ends the rest, which nobody will ask for
                 pool.shutdown(cancel_futures=True)

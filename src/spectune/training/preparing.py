@@ -11,6 +11,7 @@ from spectune.bases.loading import Outline
 from spectune.model.adapting import adapt, attach
 from spectune.spectral import cache
 from spectune.speed.checkpointing import checkpoint_activations
+from spectune.speed.heap import release_memory
 from spectune.training import processes
 from spectune.training.config import TrainConfig
 
@@ -38,6 +39,7 @@ def prepare(config: TrainConfig, model: PreTrainedModel, start_from: Adapter | N
             adapted()
     else:
         processes.main_first(adapted)
+    release_memory()  # of decompositions
     checkpoint_activations(model, config.gradient_checkpointing)
     model.train()
     if processes.wants_shards(config.fsdp):
