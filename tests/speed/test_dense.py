@@ -33,6 +33,42 @@ def test_matrices_may_be_held_transposed_or_in_part(slow_mkl):
     torch.testing.assert_close(dense.linear(a[:1].expand(4, 10), b[:, :10]), a[:1].expand(4, 10) @ b[:, :10].mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,), (0, 7), (1, 7), (7, 2)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dtype):
+    weight, bias = torch.randn(4, 7).to(dtype), torch.randn(4).to(dtype) if biased else None
+    x = torch.randn(shape).to(dtype)
+    x = x.T if shape[-1] != 7 else x
+    if not dense.PackedWeight.takes(weight):
+        pytest.skip(f"no such product of {dtype} here")
+    packed = dense.PackedWeight(weight.T.contiguous().T)
+    torch.testing.assert_close(packed.linear(x, bias), F.linear(x, weight, bias))
+
+
+def test_a_weight_that_is_laid_out_leaves_what_is_not_its_own(monkeypatch):
+    packed, x = dense.PackedWeight(torch.randn(4, 7)), torch.randn(2, 7)
+    assert packed.linear(x.double()) is None
+    assert packed.linear(x.clone().requires_grad_()) is None
+    with torch.no_grad():
+        assert packed.linear(x.clone().requires_grad_()) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed.linear(x) is None
+    asked = []
+    torch.func.vmap(lambda row: asked.append(packed.linear(row)) or row)(x)
+    assert asked == [None]
+    takes = dense.PackedWeight.takes
+    assert not takes(torch.randn(4, 7).double())
+    assert not takes(torch.randn(4, 7, device="meta"))
+    assert not takes(torch.randn(7))
+    for name, value in (("_lay_out", None), ("_product", None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dense, name, value)
+            assert not takes(torch.randn(4, 7))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not takes(torch.randn(4, 7))
+
+
 def test_only_float32_on_a_processor_is_onednns_and_only_where_it_pays(slow_mkl, monkeypatch):
     def by_onednn(**options):
         return dense.by_onednn(torch.zeros(2, 3, **options), torch.zeros(4, 3, **options))

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight
 from spectune.layers.values import Watched, digest, unwatch, values_of, watch
+from spectune.speed.dense import PackedWeight
 
 Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
@@ -55,7 +56,7 @@ class Fused:
         self._sources: list[_Source] = []
         self._watched: list[object] = []
         self._misses = 0
-        self._weight: Tensor | None = None
+        self._weight: Tensor | PackedWeight | None = None
         self._bias: Tensor | None = None
 
     def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor | None:
@@ -72,6 +73,8 @@ class Fused:
         if self._weight is None or not self._fits(x):
             return None
         self._misses = 0
+        if isinstance(self._weight, PackedWeight):
+            return self._weight.linear(x, self._bias)
         return F.linear(x, self._weight, self._bias)
 
     def _holds(self, scope: object) -> bool:
@@ -110,7 +113,8 @@ class Fused:
         self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
         if not self._watch(parts):
             return False
-        self._weight = _made(self._layer, parts)
+        made = _made(self._layer, parts)
+        self._weight = PackedWeight(made) if PackedWeight.takes(made) else made
         self._bias = whole_bias(self._layer, parts)
         return True
 
@@ -156,12 +160,13 @@ class InPlace(Fused):
 
     def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor:
         """Return W' x + b'."""
-        if parts is None or self._weight is None or not self._holds(scope) or not self._fits(x):
+        weight = self._weight
+        if parts is None or not isinstance(weight, Tensor) or not self._holds(scope) or not self._fits(x):
             raise SpectuneError(
                 'the weights hold what was active when fused(where="inplace") was entered, and another choice, another '
                 "dtype, gradients or changed weights were met inside of it: leave it first"
             )
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, weight, self._bias)
 
     def check_own_weight(self) -> None:
         raise SpectuneError(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spectune.bases.generation import last_logits, left_padded
 from spectune.model.fusing import fused_where_it_pays
+from spectune.speed.key_cache import growing_cache
 from spectune.training.data.packing import Packer
 
 if TYPE_CHECKING:
@@ -72,69 +73,116 @@ def sample(
         ends: tokens that end a completion; the one that does is its last token.
         fused: sample from merged weights beside the base's, where that is faster (`spectune.fused`).
     """
-    training, habits = model.training, model.generation_config
+    training = model.training
     model.eval()
     ids, mask = left_padded(prompts, pad, model.device)
-    cache: dict[str, object] = {}
-    with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
-        if samples > 1 and ids.shape[1] > 1 and shares_prompts(model):
-            # the prompt is computed once, and its keys and values copied for the samples: `generate` would compute it
-            # for each
-            past = DynamicCache(config=model.config)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-            model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions,
-                past_key_values=past,
-                use_cache=True,
-                **last_logits(model),
-            )
-            past.batch_repeat_interleave(samples)
-            cache = {"past_key_values": past}
-        drawn = {"logits_processor": LogitsProcessorList([_Drawn(temperature)])} if temperature > 0 else {}
-        # a model's own top_k or penalty would make it another distribution
-        model.generation_config = GenerationConfig()
-        try:
-            out = cast(Any, model).generate(
-                input_ids=ids.repeat_interleave(samples, 0),
-                attention_mask=mask.repeat_interleave(samples, 0),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=list(ends) or None,
-                do_sample=False,  # the largest logit, which is that of what was drawn
-                **drawn,
-                **last_logits(model),
-                **cache,
-            )
-        finally:
-            model.generation_config = habits
-            model.train(training)
-    cut = [_until_end(row[ids.shape[1] :], ends) for row in out.tolist()]
-    return [cut[i : i + samples] for i in range(0, len(cut), samples)]
+    try:
+        with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
+            go_on = _continued if shares_prompts(model) else _generated
+            found = go_on(model, ids, mask, samples, max_new_tokens, temperature, pad, ends)
+    finally:
+        model.train(training)
+    return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+
+def _continued(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    samples: int,
+    most: int,
+    temperature: float,
+    pad: int,
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """Go on with prompts that are computed once each, their keys and values copied for the samples.
+
+    `generate` would compute them for each, and a row that has ended until the last one has.
+    """
+    cache = growing_cache(model) or DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"past_key_values": cache, "use_cache": True, **last_logits(model)}
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given).logits[:, -1]
+    cache.batch_repeat_interleave(samples)
+    logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    found: list[list[int]] = [[] for _ in range(len(logits))]
+    rows, stop = list(range(len(found))), frozenset(ends)
+    for left in reversed(range(most)):
+        tokens = _drawn(logits, temperature)
+        chosen = tokens[:, 0].tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            found[row].append(token)
+        kept = [i for i, token in enumerate(chosen) if token not in stop]
+        if not left or not kept:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        if len(kept) < len(rows):
+            index = torch.tensor(kept, device=ids.device)
+            cache.batch_select_indices(index)
+            rows, tokens, mask = [rows[i] for i in kept], tokens[index], mask[index]
+        at = mask.sum(1, keepdim=True) - 1
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=at, **given).logits[:, -1]
+    return found
+
+
+def _generated(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    samples: int,
+    most: int,
+    temperature: float,
+    pad: int,
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """Go on with prompts as transformers does, for models whose rows or states are other ones'."""
+
+    class Drawn(LogitsProcessor):
+        """Leave one token of each row, which is then the one with the largest logit."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.full_like(scores, -math.inf).scatter_(-1, _drawn(scores, temperature), 0.0)
+
+    habits = model.generation_config
+    # a model's own top_k or penalty would make it another distribution
+    model.generation_config = GenerationConfig()
+    try:
+        out = cast(Any, model).generate(
+            input_ids=ids.repeat_interleave(samples, 0),
+            attention_mask=mask.repeat_interleave(samples, 0),
+            max_new_tokens=most,
+            pad_token_id=pad,
+            eos_token_id=list(ends) or None,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Drawn()] if temperature > 0 else []),
+            **last_logits(model),
+        )
+    finally:
+        model.generation_config = habits
+    return [_until_end(row[ids.shape[1] :], ends) for row in out.tolist()]
 
 
 _BLOCK = 256  # tokens, of which one sum is taken before one of them is drawn
 
 
-class _Drawn:
-    """Leave one token of each row, drawn from softmax(logits / temperature): first a block of them, then one of it.
+def _drawn(logits: Tensor, temperature: float) -> Tensor:
+    """Return a token of each row (rows, 1), drawn from softmax(logits / temperature), or the likeliest one.
 
-    What PyTorch draws takes a random number for each token of the vocabulary, a quarter of a small model's time.
+    First a block of tokens is drawn and then one of it: what PyTorch draws takes a random number for each token of the
+    vocabulary, a quarter of a small model's time.
 
     Args:
-        temperature: above 0.
+        logits: (rows, vocabulary).
+        temperature: 0 is greedy.
     """
-
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        p = torch.softmax(scores.float() / self._temperature, -1)
-        blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-        block = _one_of(blocks.sum(-1))
-        token = block * _BLOCK + _one_of(blocks.take_along_dim(block[..., None], 1)[:, 0])
-        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
+    if not temperature:
+        return logits.argmax(-1, keepdim=True)
+    # the sums of blocks say what a weight is of the whole; in place, since a vocabulary's floats are memory to clear
+    p = logits.to(torch.float32, copy=True)
+    p.sub_(p.amax(-1, keepdim=True)).div_(temperature).exp_()
+    blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    block = _one_of(blocks.sum(-1))
+    return block * _BLOCK + _one_of(blocks.take_along_dim(block[..., None], 1)[:, 0])
 
 
 def _one_of(weights: Tensor) -> Tensor:
