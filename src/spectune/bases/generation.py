@@ -13,6 +13,7 @@ from spectune.bases.prompts import Message, prompt_tokens, stop_tokens
 from spectune.bases.tokens import padding
 from spectune.errors import SpectuneError
 from spectune.model.fusing import fused_where_it_pays
+from spectune.speed.key_cache import growing_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +105,7 @@ def generate(
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
+    cache = growing_cache(model)
     with fused_where_it_pays(model, max_new_tokens * (1 + len(rows) // 8), allowed=fused):
         out = cast(Any, model).generate(
             input_ids=ids,
@@ -112,6 +114,7 @@ def generate(
             pad_token_id=pad,
             eos_token_id=ends or None,
             streamer=streamer,
+            **({} if cache is None else {"past_key_values": cache}),
             **last_logits(model),
             **sampling,
         )

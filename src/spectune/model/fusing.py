@@ -25,6 +25,8 @@ from spectune.layers.shards import is_part
 from spectune.layers.whole import parts_of
 from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
+from spectune.speed.laid_out import laid_out
+from spectune.speed.laid_out import room_needed as laid_out_takes
 
 _lock = Lock()
 _PLACES = ("beside", "inplace")
@@ -104,24 +106,28 @@ def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True
     """Within the context answer from W' beside W, as `fused` does, where that saves time and changes nothing.
 
     It is left where it cannot be done, where memory would be short, and where W' in 16 bits would lose a part of the
-    update, as a small one added to a large weight does.
+    update, as a small one added to a large weight does.  On a processor layers without an adapter, the output embedding
+    among them, are laid out for its products.
 
     Args:
         model: a model, with or without adapters.
         passes: forward passes of few rows that are to be expected; 64 tokens in one count for one.
         allowed: False leaves it.
     """
-    layers = adapted_layers(model)
-    if not allowed or passes < _PASSES or not layers or not _may_be_fused(layers.values()):
+    if not allowed or passes < _PASSES:
         yield
         return
+    layers = adapted_layers(model)
     with ExitStack() as stack:
-        try:
-            stack.enter_context(fused(model))
-        except SpectuneError:  # memory that is short by now
-            pass
-        else:
-            _say("answering from merged weights, which lie beside the base's until it is done; fused: false leaves it")
+        if layers and _may_be_fused(layers.values()):
+            try:
+                stack.enter_context(fused(model))
+            except SpectuneError:  # memory that is short by now
+                pass
+            else:
+                _say("answering from merged weights beside the base's, until it is done; fused: false leaves it")
+        if 2 * laid_out_takes(model) <= room(torch.device("cpu")):
+            stack.enter_context(laid_out(model))
         yield
 
 

@@ -50,7 +50,8 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        assert _lay_out is not None and _product is not None
+        assert _lay_out is not None  # or it takes no weight
+        assert _product is not None
         self._product, self._packed, self.dtype = _product, _lay_out(weight.contiguous()), weight.dtype
 
     @staticmethod

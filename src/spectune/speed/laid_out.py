@@ -1,0 +1,74 @@
+"""Linear layers of a model that answers, their weights laid out once as the processor multiplies by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from spectune.speed.dense import PackedWeight
+
+
+class _Forward:
+    """Takes the place of a linear layer's forward method, and lays its weight out when it is first called.
+
+    A weight that another one took the place of, or that was written to, is multiplied by as it is.
+    """
+
+    def __init__(self, module: nn.Linear, weight: nn.Parameter) -> None:
+        self._module, self._weight, self._version = module, weight, weight._version
+        self._packed: PackedWeight | None = None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if self._is_as_it_was():
+            if self._packed is None:
+                self._packed = PackedWeight(self._weight.detach())
+            y = self._packed.linear(input, self._module.bias)
+            if y is not None:
+                return y
+        return type(self._module).forward(self._module, input)
+
+    def __reduce__(self) -> tuple[object, ...]:  # a copy of the layer is not laid out
+        return MethodType, (nn.Linear.forward, self._module)
+
+    def _is_as_it_was(self) -> bool:
+        module, weight = self._module, self._weight
+        if type(module) is not nn.Linear or module._parameters.get("weight") is not weight:
+            return False
+        if weight._version != self._version or torch.compiler.is_compiling():
+            return False
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False)))
+
+
+def _takes(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight") if type(module) is nn.Linear else None
+    if type(weight) is not nn.Parameter or weight.is_inference() or "forward" in vars(module):
+        return False
+    return PackedWeight.takes(weight.detach())
+
+
+def room_needed(model: nn.Module) -> int:
+    """Return the bytes that `laid_out` may take."""
+    return sum(p.nbytes for module in model.modules() if _takes(module) for p in [module.get_parameter("weight")])
+
+
+@contextmanager
+def laid_out(model: nn.Module) -> Iterator[None]:
+    """Within the context a model's plain linear layers, its head among them, answer few rows in half of the time.
+
+    What is called takes its memory once more.  Adapted layers, layers of other classes and what someone replaced stay
+    as they are; gradients, autocast and compiled code go by the layers themselves.
+    """
+    taken = [module for module in model.modules() if _takes(module)]
+    for module in taken:
+        vars(module)["forward"] = _Forward(module, module.get_parameter("weight"))
+    try:
+        yield
+    finally:
+        for module in taken:
+            if isinstance(vars(module).get("forward"), _Forward):
+                del vars(module)["forward"]
