@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import forked
+import spectune
 from adapters.adapter_cases import assert_identical, made
 from spectune import Adapter, SpectuneError
 from spectune.adapters import folder as files
@@ -265,3 +267,20 @@ def test_one_part_has_one_tensor_of_real_numbers(tmp_path, more, told):
     )
     with pytest.raises(SpectuneError, match=told):
         Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.bool])
+@pytest.mark.parametrize(
+    ("method", "odd"),
+    [("pissa:rank=2", ["A0", "B0"]), ("svf", ["L", "R"]), ("dora:inner=pissa,rank=2", ["A0", "B0", "norms"])],
+)
+def test_a_stored_basis_of_an_odd_dtype_is_refused(method, odd, dtype, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5))
+    spectune.adapt(model, method)
+    path = spectune.extract(model).save(tmp_path / "a", bases="embed") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in odd:
+        [key] = [key for key in tensors if key.endswith(f"_basis_{name}")]
+        save_file(tensors | {key: torch.zeros(tensors[key].shape).to(dtype)}, path)
+        with pytest.raises(SpectuneError, match="does not fit the layer"):
+            Adapter.load(tmp_path / "a")

@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-import tiny
 import torch
 import torch.nn as nn
 
 import spectune
+import tiny
 from spectune.speed.dense import PackedWeight
 from spectune.speed.laid_out import laid_out, room_needed
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight
 from spectune.layers.values import Watched, digest, unwatch, values_of, watch
-from spectune.speed.dense import PackedWeight
+from spectune.speed.dense import PackedWeight, matmul
 
 Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
@@ -207,7 +207,7 @@ def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | Non
         method = update.method
         if method.additive and not method.replaces:
             f = method.factors(tensors)
-            total.addmm_(f.core.transposed(f.left), f.right, alpha=f.scale * factor * update.weight)
+            total.add_(matmul(f.core.transposed(f.left), f.right), alpha=f.scale * factor * update.weight)
         else:
             total.add_(method.delta(tensors, start), alpha=factor * update.weight)
     return total.to(dtype or weight.dtype)

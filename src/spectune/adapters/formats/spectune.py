@@ -174,7 +174,8 @@ def _fits(term: Term, out_features: int, in_features: int) -> bool:
     tensors = term.tensors()
     indices = [t for t in tensors.values() if not t.is_floating_point()]
     if not needs_basis(term.method) or any(
-        t.numel() and not 0 <= t.min() <= t.max() < min(out_features, in_features) for t in indices
+        t.dtype != torch.int64 or (t.numel() and not 0 <= t.min() <= t.max() < min(out_features, in_features))
+        for t in indices
     ):
         return False
     base = Base(lambda: torch.zeros(1, out_features), lambda R: torch.zeros(out_features, R.shape[0]))
@@ -182,8 +183,10 @@ def _fits(term: Term, out_features: int, in_features: int) -> bool:
         f = term.method.factors(tensors)
         if (f.left.shape[0], f.right.shape[1]) != (out_features, in_features):
             return False
+        if not (f.left.is_floating_point() and f.right.is_floating_point()):
+            return False
         return term.method.respond(tensors, torch.zeros(1, in_features), base, False).shape == (1, out_features)
-    except (KeyError, IndexError, RuntimeError, ValueError):
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError):
         return False
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import spectune
+import spectune.training.tasks.reinforce.rollout as rollout_module
 from spectune.speed.attention import packed_attention
 from spectune.training.tasks.reinforce.rollout import completion_logits, lay_out, sample, shares_prompts
 from tiny import ARCHITECTURES
@@ -66,3 +67,34 @@ def test_greedy_completions_are_the_most_likely_tokens_and_end_where_they_end():
         row.append(token)
     [[cut]] = sample(model, [[5, 6, 7]], 1, max_new_tokens=5, temperature=0.0, pad=0, ends=[found[2]])
     assert cut == found[: found.index(found[2]) + 1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_rows_end_by_themselves_and_leave_the_others_as_they_are(architecture):
+    model = ARCHITECTURES[architecture]()
+    whole = sample(model, PROMPTS, 1, max_new_tokens=9, temperature=0.0, pad=0, ends=[])
+    assert {len(c) for [c] in whole} == {9}
+    ends = [whole[0][0][1], whole[2][0][4]]
+    cut = sample(model, PROMPTS, 1, max_new_tokens=9, temperature=0.0, pad=0, ends=ends)
+    for [completion], [longer] in zip(cut, whole, strict=True):
+        length = next((i + 1 for i, token in enumerate(longer) if token in ends), 9)
+        assert completion == longer[:length]
+
+
+def test_both_ways_of_drawing_are_one_distribution(monkeypatch):
+    model = ARCHITECTURES["llama"]()
+    counts = []
+    for shares in (True, False):
+        monkeypatch.setattr(rollout_module, "shares_prompts", lambda _, shares=shares: shares)
+        torch.manual_seed(0)
+        counts.append(sample(model, PROMPTS, 3, max_new_tokens=4, temperature=1.0, pad=0, ends=[]))
+    assert counts[0] == counts[1]  # by the same random numbers
+
+
+def test_tokens_beyond_the_last_whole_block_are_drawn():
+    torch.manual_seed(0)
+    logits = torch.full((4000, rollout_module._BLOCK + 3), -20.0)
+    logits[:, -2], logits[:, 5] = 1.0, 0.0
+    drawn = rollout_module._drawn(logits, 1.0)[:, 0]
+    assert set(drawn.tolist()) == {5, rollout_module._BLOCK + 1}
+    assert abs((drawn == 5).float().mean() - 1 / (1 + 2.718281828)) < 0.035  # five standard errors

@@ -180,7 +180,9 @@ def _drawn(logits: Tensor, temperature: float) -> Tensor:
     # the sums of blocks say what a weight is of the whole; in place, since a vocabulary's floats are memory to clear
     p = logits.to(torch.float32, copy=True)
     p.sub_(p.amax(-1, keepdim=True)).div_(temperature).exp_()
-    blocks = F.pad(p, (0, -p.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    if rest := -p.shape[-1] % _BLOCK:
+        p = F.pad(p, (0, rest))
+    blocks = p.unflatten(-1, (-1, _BLOCK))
     block = _one_of(blocks.sum(-1))
     return block * _BLOCK + _one_of(blocks.take_along_dim(block[..., None], 1)[:, 0])
 
