@@ -48,3 +48,11 @@ def test_a_file_that_is_not_there_is_made(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"x"
     with pytest.raises(FileNotFoundError):
         open_itself(tmp_path / "none" / "a", "ab")
+
+
+def test_a_write_takes_away_what_killed_ones_of_the_same_file_left(tmp_path):
+    left = [tmp_path / f".{name}.{'0a' * 6}.tmp" for name in ("a[1].png", "other.png")]
+    for path in left:
+        path.touch()
+    write_atomically(tmp_path / "a[1].png", lambda to: to.write_text("new"))
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a[1].png", left[1]])

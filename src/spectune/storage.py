@@ -107,7 +107,7 @@ def _remove(path: Path) -> None:
 
 def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name beside the target, flush it to disk, and rename it."""
-    collect_temporaries(target.parent, f"{glob.escape(target.name[:200])}.*")
+    collect_temporaries(target.parent, glob.escape(target.name[:200]))
     with temporary_beside(target) as temporary:
         write(temporary)
         flush(temporary)
