@@ -21,6 +21,7 @@ from spectune.bases.devices import checked_device, resolve_dtype
 from spectune.bases.quantizing import pack_the_rest, quantization
 from spectune.errors import SpectuneError, nearest, need
 from spectune.home import cache_dir
+from spectune.layers.packed import keep_odd_layouts, unpack_new_heads
 from spectune.layers.stored import is_beside
 from spectune.model.lifecycle import QUANTIZE
 from spectune.reading import BASE_JSON_BYTES, check_file, open_tensors, read_json
@@ -264,6 +265,8 @@ def load_base(
         model.config._name_or_path = os.fspath(name)
     model.eval()
     pack_the_rest(model, quantize, wanted, device)
+    unpack_new_heads(model)
+    keep_odd_layouts(model)
     if quantize is not None:
         setattr(model, QUANTIZE, quantize)
     return (model if device is None or packed else cast(Any, model).to(device)), tokenizer

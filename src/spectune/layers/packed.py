@@ -24,6 +24,7 @@ from spectune.layers.classes import Remade, change_class
 
 _SUBCLASSES = ("torchao", "optimum")  # whose weights are tensors that know how to dequantize themselves
 _REPACKING = "support_avx512bf16_for_cpu"  # lets bitsandbytes lay a weight out anew, and round its scales
+_BLOCK_ROWS = 32  # that lie side by side there
 
 
 class Packed(Tensor):
@@ -249,6 +250,23 @@ def keep_layout(model: nn.Module, keep: bool) -> None:
             held[_REPACKING] = None  # as false as False, and tells what it was
         elif not keep and held.get(_REPACKING, False) is None:
             held[_REPACKING] = True
+
+
+def unpack_new_heads(model: nn.Module) -> None:
+    """Make plain linear layers of those that the checkpoint lacked: transformers initializes them and packs nothing."""
+    for module in model.modules():
+        ours = isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes")
+        if ours and type(module.weight) is nn.Parameter and module.weight.is_floating_point():
+            change_class(module, nn.Linear)
+
+
+def keep_odd_layouts(model: nn.Module) -> None:
+    """Have bitsandbytes leave for good the weights whose sides its other layout does not divide: it fails on them."""
+    for module in model.modules():
+        if vars(module).get(_REPACKING) and isinstance(weight := packed_weight(module), Packed):
+            held: Any = weight.held
+            if weight.shape[0] % _BLOCK_ROWS or weight.shape[1] % held.quant_state.blocksize:
+                vars(module)[_REPACKING] = False
 
 
 @contextmanager
