@@ -127,7 +127,7 @@ def test_what_no_kernel_takes(switched_on, monkeypatch):
 def test_few_rows_and_high_ranks_are_left_to_pytorch(rows, rank, switched_on):
     x, W = torch.zeros(rows, 8, device=DEVICE), torch.zeros(9, 8, device=DEVICE)
     L, R = torch.zeros(9, rank, device=DEVICE), torch.zeros(rank, 8, device=DEVICE)
-    assert linear._products(x, W, L, R) is linear.products
+    assert linear.products_of(x, W, L, R) is linear.products
 
 
 def test_without_triton_pytorch_answers_and_nothing_is_said(switched_on, monkeypatch):
