@@ -65,12 +65,12 @@ def _made(kind: Any, place: Place, settings: dict[str, Any], dtype: torch.dtype 
 @contextmanager
 def made_up_decompositions() -> Iterator[None]:
     """Within the context `adapt` gets random factors of the right shapes: they take as long to multiply by."""
-    with patch("spectune.model.install.decompose_many", _made_up):
+    with patch("spectune.model.install.decompose_each", _made_up):
         yield
 
 
-def _made_up(weights: Mapping[str, Tensor], request: Request, **_: Any) -> dict[str, SVD | OneSided]:
-    return {name: _factors(weight, request) for name, weight in weights.items()}
+def _made_up(weights: Mapping[str, Tensor], request: Request, **_: Any) -> Iterator[tuple[str, SVD | OneSided]]:
+    return ((name, _factors(weight, request)) for name, weight in weights.items())
 
 
 def _factors(weight: Tensor, request: Request) -> SVD | OneSided:
