@@ -29,6 +29,7 @@ from transformers import DynamicCache
 
 import spectune
 from _machine import processor, save, saved
+from spectune.bases.generation import cache_key
 from spectune.planning.probe import clock
 
 OURS = {
@@ -92,11 +93,11 @@ def measure(base: Any, side: str, given: Any) -> dict[str, Any]:
             return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=LAST)
 
         def decode(model: Any, ids: Any = ids) -> Any:
-            cache = DynamicCache()
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=LAST)
+            cache, key = DynamicCache(), cache_key(model)
+            model(input_ids=ids, **{key: cache}, logits_to_keep=LAST)
 
             def step() -> None:
-                model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=LAST)
+                model(input_ids=ids[:, :1], **{key: cache}, logits_to_keep=LAST)
                 cache.crop(-1)
 
             return step

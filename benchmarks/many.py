@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 import spectune
 from _machine import save
+from spectune.bases.generation import cache_key
 from spectune.planning.probe import clock
 
 METHODS = {"svf": "svf", "lora_xs": "lora_xs:rank=16", "lora": "lora:rank=16,alpha=32"}
@@ -96,7 +97,8 @@ def timed(
         return seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=LAST))
 
     def decode(model: Any) -> float:
-        took = seconds(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=LAST))
+        key = cache_key(model)
+        took = seconds(lambda: model(input_ids=ids[:, :1], **{key: cache}, logits_to_keep=LAST))
         cache.crop(-1)
         return took
 
@@ -166,7 +168,7 @@ def measure(given: Any, dtype: str, method: str, counts: list[int], results: dic
     with torch.no_grad():
         cache = DynamicCache()
         with side.one() as one:
-            one(input_ids=ids, past_key_values=cache, logits_to_keep=LAST)
+            one(input_ids=ids, **{cache_key(one): cache}, logits_to_keep=LAST)
         slower = 4 if method == "peft_lora" and max(counts) > 64 else 1  # so many in a loop take their time
         for count in counts:
             names = [f"a{i % count}" for i in range(rows)]

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 import spectune
 from gpu import models
 from gpu.part import Part, Place, Skipped, ratio
+from spectune.bases.generation import cache_key
 
 METHODS = {"svf": "svf", "lora_xs": "lora_xs:rank=16", "lora": "lora:rank=16,alpha=32"}
 ROUNDS = 5
@@ -104,13 +105,14 @@ def timed(place: Place, side: Any, count: int, rows: int, length: int) -> dict[s
     last, names = torch.tensor([-1], device=place.device), [f"a{i % count}" for i in range(rows)]
     cache = DynamicCache()
     with side.one() as model:
-        model(input_ids=ids, past_key_values=cache, logits_to_keep=last)
+        key = cache_key(model)
+        model(input_ids=ids, **{key: cache}, logits_to_keep=last)
 
     def prefill(model: Any) -> None:
         model(input_ids=ids, use_cache=False, logits_to_keep=last)
 
     def decode(model: Any) -> None:
-        model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=last)
+        model(input_ids=ids[:, :1], **{key: cache}, logits_to_keep=last)
         cache.crop(-1)
 
     found: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import transformers as tf
 import spectune
 import tiny
 from spectune import DoRA, LoRA, SpectuneError
+from spectune.bases.generation import cache_key
 
 ENCODER_DECODER: dict[str, Any] = {
     "vocab_size": 96,
@@ -184,9 +185,9 @@ def test_a_trial_leaves_no_trace():
     state = torch.get_rng_state()
     cache = tf.DynamicCache(config=model.config)
     with torch.no_grad(), spectune.route(model, ["a", "b"]):
-        model(ids(2), past_key_values=cache)
+        model(ids(2), **{cache_key(model): cache})
         once = torch.get_rng_state()
-        model(ids(2)[:, :1], past_key_values=cache)
+        model(ids(2)[:, :1], **{cache_key(model): cache})
     assert cache.get_seq_length() == 7
     torch.set_rng_state(state)
     with torch.no_grad():

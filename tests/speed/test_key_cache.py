@@ -16,6 +16,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import tiny
+from spectune.bases.generation import cache_key
 from spectune.speed import key_cache
 from spectune.speed.key_cache import GrowingLayer, growing_cache
 
@@ -102,7 +103,7 @@ def test_a_model_goes_on_as_it_does_with_transformers_own(beams):
     ids, mask = torch.randint(3, 50, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     settings = {"max_new_tokens": 30, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
     found = [
-        model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+        model.generate(input_ids=ids, attention_mask=mask, **{cache_key(model): cache}, **settings)
         for cache in (growing_cache(model), DynamicCache(config=model.config))
     ]
     assert torch.equal(*found)

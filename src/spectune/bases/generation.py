@@ -16,7 +16,7 @@ from spectune.model.fusing import fused_where_it_pays
 from spectune.speed.key_cache import growing_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reply(NamedTuple):
@@ -42,6 +42,16 @@ def last_logits(model: PreTrainedModel, count: int = 1) -> dict[str, Tensor]:
     """
     takes = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": torch.arange(-count, 0, device=model.device)} if takes else {}
+
+
+def cache_key(model: PreTrainedModel) -> str:
+    """Return the name of the argument that gives a model its cache; transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def kept_cache(output: Any) -> Cache:
+    """Return the cache of a model's output, by either name."""
+    return cast("Cache", output.cache if hasattr(output, "cache") else output.past_key_values)
 
 
 def check_generates(model: PreTrainedModel) -> None:
@@ -114,7 +124,7 @@ def generate(
             pad_token_id=pad,
             eos_token_id=ends or None,
             streamer=streamer,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {cache_key(model): cache}),
             **last_logits(model),
             **sampling,
         )

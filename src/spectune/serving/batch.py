@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from spectune.bases.generation import last_logits, left_padded
+from spectune.bases.generation import cache_key, last_logits, left_padded
 from spectune.errors import SpectuneError
 from spectune.layers.whole import parts_of
 from spectune.model.routing import route
@@ -95,7 +95,7 @@ class Batch:
         check_cache(model)
         self.model, self.rows, self.prefixes = model, list[Row](), prefixes
         self._cache = RowCache()
-        self._last = last_logits(model)
+        self._last, self._cache_key = last_logits(model), cache_key(model)
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         self._routed = ExitStack()
         self._routes: list[Mapping[str, object]] | None = None  # those of the context that is open
@@ -204,7 +204,7 @@ class Batch:
     def _forward(self, ids: object, mask: Tensor, cache: object) -> Tensor:
         device = self.model.device
         ids, mask = torch.as_tensor(ids, device=device), mask.to(device)
-        given: dict[str, object] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, **self._last}
+        given: dict[str, object] = {"attention_mask": mask, self._cache_key: cache, "use_cache": True, **self._last}
         if self._positions:
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return self.model(input_ids=ids, **given).logits[:, -1].float()

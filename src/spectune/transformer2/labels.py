@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.bases.generation import last_logits
+from spectune.bases.generation import cache_key, kept_cache, last_logits
 from spectune.bases.prompts import prompt_tokens
 from spectune.errors import SpectuneError
 from spectune.transformer2.library import NONE, Library
@@ -104,7 +104,7 @@ def _scores(model: PreTrainedModel, prefixes: Sequence[Sequence[int]], answers: 
     rest = []
     for i, part in enumerate(parts):
         # the last part may have the cache itself, which would otherwise be there twice
-        cache = out.past_key_values if i == len(parts) - 1 else copy.deepcopy(out.past_key_values)
+        cache = kept_cache(out) if i == len(parts) - 1 else copy.deepcopy(kept_cache(out))
         rest.append(_rest(model, cache, mask, part))
     return (total + torch.cat(rest, dim=1)).cpu()
 
@@ -125,7 +125,7 @@ def _rest(model: PreTrainedModel, cache: Cache, mask: Tensor, answers: Sequence[
         input_ids=given,
         attention_mask=torch.cat([mask.repeat_interleave(count, dim=0), there], dim=1),
         position_ids=lengths[:, None] + torch.arange(most - 1, device=device),
-        past_key_values=cache,
+        **{cache_key(model): cache},
         use_cache=True,
     )
     log = F.log_softmax(out.logits.float(), dim=-1).gather(-1, following[..., None])[..., 0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from spectune.bases.generation import last_logits, left_padded
+from spectune.bases.generation import cache_key, last_logits, left_padded
 from spectune.model.fusing import fused_where_it_pays
 from spectune.speed.key_cache import growing_cache
 from spectune.training.data.packing import Packer
@@ -101,7 +101,7 @@ def _continued(
     """
     cache = growing_cache(model) or DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given = {"past_key_values": cache, "use_cache": True, **last_logits(model)}
+    given = {cache_key(model): cache, "use_cache": True, **last_logits(model)}
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given).logits[:, -1]
     cache.batch_repeat_interleave(samples)
     logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
