@@ -1,72 +1,91 @@
 """The suite with the oldest and the newest releases of what spectune stands on: `make test-matrix`.
 
-Each variant is an environment of its own that holds the named releases, and sees the development environment for the
-rest.  Releases of torch come as CPU builds from PyTorch's own index; where a release cannot be had, that is said, and
-the variant runs with the torch there is.
+Each variant is an environment of its own in .matrix that holds the named releases; "oldest" and "newest" see the
+development environment for the rest.  torch comes as a CPU build from PyTorch's own index or, where that cannot be
+reached, as the registry has it: with CUDA, which takes several GB and runs on a CPU as well.
 
-    python tests/matrix.py                          # every variant, all of the suite
-    python tests/matrix.py oldest -- tests/model    # one, and a part of it
+    python tests/matrix.py                                         # every variant, all of the suite
+    python tests/matrix.py oldest -- tests/model                   # one, and a part of it
+    python tests/matrix.py oldest newest -- --share 1/8 tests      # the first eighth of the files, in two
+    python tests/matrix.py "gpu image"                             # `make gpu` in its tiny form, with little else
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import tomllib
+
+from portable import ROOT, watched
+
 TORCH = "https://download.pytorch.org/whl/cpu"
-TELL = (
-    "import torch, transformers, trl, peft\nfor m in torch, transformers, trl, peft: print(m.__name__, m.__version__)"
-)
-VARIANTS = {  # those that pyproject.toml allows
-    "oldest": ["torch==2.6.0", "transformers==5.0.0", "trl==1.0.0", "peft==0.20.0"],
-    "oldest but torch": ["transformers==5.0.0", "trl==1.0.0", "peft==0.20.0"],
-    "newest": ["torch", "transformers<5.24", "trl", "peft<0.22"],
-}
+MAIN = ("torch", "transformers", "trl", "peft")
+TELL = f"""from importlib.metadata import distributions
+print(*sorted({{f"{{d.name}} {{d.version}}" for d in distributions() if d.name in {MAIN}}}), sep=", ")"""
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = [
+    PROJECT["optional-dependencies"][name] for name in ("demo", "rl", "compare", "ray", "quantized", "serve", "peft")
+]
+NEEDED = [one for one in sum(EXTRAS, PROJECT["dependencies"]) if not one.startswith("spectune[")]
+VARIANTS = {
+    # every lower bound at once, with releases of pyarrow, click and pyparsing that know numpy, typer and matplotlib
+    "oldest": [*(re.sub(r">=([\w.]+).*", r"==\1", one) for one in NEEDED), "pyarrow<22", "click<8.3", "pyparsing<3.3"],
+    "newest": ["--upgrade", *(one for one in NEEDED if one.startswith(MAIN))],
+    # what is there where a GPU is: neither data sets, nor TRL, nor PEFT
+    "gpu image": [
+        "torch==2.11.0", "transformers==5.17.0", "numpy", "safetensors", "huggingface_hub", "pydantic", "typer", "rich",
+        "pyyaml", "psutil", "xxhash", "regex", "filelock",
+    ],
+}  # fmt: skip
+COMMANDS = {"gpu image": ["-W", "ignore", "benchmarks/gpu/run.py", "--tiny"]}
 
 
 def pip(python: Path, *arguments: str) -> bool:
     """Have an environment's pip install something, and return whether it could."""
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=False).returncode == 0
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+    return subprocess.run([*command, *arguments], check=False).returncode == 0
 
 
-def environment(name: str, wanted: list[str]) -> tuple[Path, list[str]]:
-    """Return the Python of an environment with these releases, and those that could not be had."""
+def environment(name: str) -> Path:
+    """Return the Python of a variant's environment, with what could be had of its releases."""
     folder = ROOT / ".matrix" / name.replace(" ", "-")
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
     (own,) = (folder / "lib").glob("python3*/site-packages")
-    (own / "development.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'src'}\n")
-    torch = [one for one in wanted if one.startswith("torch")]
-    missing = [one for one in torch if not pip(python, "--index-url", TORCH, one)]
-    rest = [one for one in wanted if one not in torch]  # with what they need in another version than there is
-    missing += [] if pip(python, *rest) else rest
-    return python, missing
+    seen = [str(ROOT / "src")] if name in COMMANDS else [sysconfig.get_path("purelib"), str(ROOT / "src")]
+    (own / "development.pth").write_text("\n".join(seen), encoding="utf-8")
+    options = [one for one in VARIANTS[name] if one.startswith("-")]
+    torch, *rest = (one for one in VARIANTS[name] if one not in options)
+    if not pip(python, "--retries", "0", "--index-url", TORCH, *options, torch):
+        print(f"{name}: no CPU build of {torch} can be had here, so it is that of the registry, with CUDA", flush=True)
+        if not pip(python, *options, torch):
+            print(f"{name}: {torch} cannot be installed here: it runs with what there is", flush=True)
+    if not pip(python, *options, *rest):  # with what they need in another version than there is
+        print(f"{name}: {', '.join(rest)} cannot be installed together", flush=True)
+    return python
 
 
 def main() -> None:
     """Run the variants that are named, or all, with what follows `--` for pytest."""
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
-    names, tests = given[:end], given[end + 1 :]
-    failed = []
-    for name in names or VARIANTS:
-        python, missing = environment(name, VARIANTS[name])
-        for one in missing:
-            print(f"{name}: {one} cannot be installed here", flush=True)
-        settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        subprocess.run([python, "-c", TELL], env=settings, check=False)
-        done = subprocess.run(
-            [python, "-m", "pytest", "-q", *(tests or ["tests"])], cwd=ROOT, env=settings, check=False
-        )
-        failed += [name] if done.returncode else []
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    names, tests = given[:end] or list(VARIANTS), given[end + 1 :] or ["tests"]
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    outcomes = []
+    for name in names:
+        python = environment(name)
+        subprocess.run([python, "-c", TELL], check=False)
+        command = COMMANDS.get(name, ["-m", "pytest", "-rf", "--tb", "short", *tests])
+        outcomes.append(watched(name, [str(python), *command], settings))
+    print("\n" + "\n".join(line for line, _ in outcomes))
+    sys.exit(not all(passed for _, passed in outcomes))
 
 
 if __name__ == "__main__":

@@ -33,23 +33,27 @@ VARIANTS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
-def run(name: str, arguments: list[str], share: int) -> tuple[str, bool]:
-    """Return a line that says what came of a variant, and whether all tests passed."""
-    environment, options = VARIANTS[name]
-    options = [*options, *(["--share", f"{list(VARIANTS).index(name) % share + 1}/{share}"] if share > 1 else [])]
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope", "-rf", "--tb", "short"]
-    print(f"\n== {name}: {environment} {options}", flush=True)
+def watched(name: str, command: list[str], environment: dict[str, str]) -> tuple[str, bool]:
+    """Run pytest as it prints; return a line that says what came of it, and whether all tests passed."""
     begin, said = time.monotonic(), []
     with subprocess.Popen(
-        [*command, *options, *(arguments or ["tests"])],
-        cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-    ) as process:  # fmt: skip
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             said.append(line)
     counts = re.findall(r"\d+ (?:passed|failed|skipped|error)", "".join(said[-3:]))
     return f"{name:30s} {', '.join(counts):40s} {(time.monotonic() - begin) / 60:5.1f} min", process.returncode == 0
+
+
+def run(name: str, arguments: list[str], share: int) -> tuple[str, bool]:
+    """Run the tests in a variant; return a line that says what came of it, and whether all tests passed."""
+    environment, options = VARIANTS[name]
+    options = [*options, *(["--share", f"{list(VARIANTS).index(name) % share + 1}/{share}"] if share > 1 else [])]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope", "-rf", "--tb", "short"]
+    print(f"\n== {name}: {environment} {options}", flush=True)
+    return watched(name, [*command, *options, *(arguments or ["tests"])], {**os.environ, **environment})
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Run Spectune on a GPU: one command, at most 8 minutes, no network, random weights of real shapes.
 
-    make gpu [PYTHON=python3] [GPU="--only steps"]      which is, with any Python that has torch and transformers:
+    make gpu [PYTHON=python3] [GPU="--only steps"]      which is, with the packages that docs/training.md names:
     PYTHONPATH=src python benchmarks/gpu/run.py [--only PART ...] [--again] [--out FOLDER] [--minutes 8] [--tiny]
 
 Parts run one after the other, each in a process and a share of the time of its own: what breaks one leaves the others

@@ -55,6 +55,11 @@ def test_the_sparse_gradient_is_the_same_however_it_is_taken(monkeypatch):
         torch.testing.assert_close(sparse_entries(grad, t, ROWS, COLUMNS), (grad.T @ t)[ROWS, COLUMNS])
 
 
+# of the check, in PyTorch 2.15
+own_warning = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@own_warning
 def test_the_banded_products_are_well_formed_operators():
     t, grad = torch.randn(3, SIZE, requires_grad=True), torch.randn(3, SIZE, requires_grad=True)
     values = torch.randn(band_entries(SIZE, WIDTH), requires_grad=True)
@@ -63,6 +68,7 @@ def test_the_banded_products_are_well_formed_operators():
         assert set(checks.values()) == {"SUCCESS"}
 
 
+@own_warning
 @pytest.mark.parametrize("dense", [0, 100])
 def test_the_sparse_product_is_a_well_formed_operator(dense, monkeypatch):
     monkeypatch.setattr("spectune.layers.core_ops._DENSE", dense)

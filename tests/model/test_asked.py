@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers as tf
+from packaging.version import Version
 
 import spectune
 import tiny
@@ -46,7 +47,10 @@ def layoutlmv3():
     return tf.LayoutLMv3Model(config).eval()
 
 
-@pytest.mark.parametrize(("build", "past"), [(jamba, "dt_proj"), (layoutlmv3, "rel_pos")])
+since_5_16 = pytest.mark.skipif(Version(tf.__version__) < Version("5.16"), reason="until then Jamba calls dt_proj")
+
+
+@pytest.mark.parametrize(("build", "past"), [pytest.param(jamba, "dt_proj", marks=since_5_16), (layoutlmv3, "rel_pos")])
 def test_layers_whose_weight_the_model_reads_are_left_out_and_refused_by_name(build, past):
     model = build()
     rng, modes = torch.random.get_rng_state(), [m.training for m in model.modules()]
@@ -159,9 +163,9 @@ def test_attach_refuses_what_adapt_refuses():
             self.out = nn.Linear(8, 8)
 
     term = spectune.extract(spectune.adapt(Plain(), "lora:rank=2", ["out"])).layers["out"]
-    name = "model.layers.0.mamba.dt_proj"
+    name = "encoder.rel_pos_bias"
     with pytest.raises(spectune.SpectuneError, match=f"no effect on '{name}'"):
-        spectune.attach(jamba(), spectune.Adapter({name: term}))
+        spectune.attach(layoutlmv3(), spectune.Adapter({name: term}))
 
 
 def test_a_tied_output_embedding_is_asked_though_the_input_embedding_reads_its_weight():

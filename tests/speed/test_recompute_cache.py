@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import spectune
 
@@ -119,11 +119,10 @@ class Residual(Block):
 def test_the_last_product_is_neither_held_nor_taken_again(method, stop, nothing_known):
     block, x = Residual().double(), torch.randn(4, 6, dtype=torch.float64)
     spectune.adapt(block, method, ["down"], factored=True)
-    options = {**LIGHT, "early_stop": stop}
-    with Products([block.down.weight, *block.down.buffers()]) as products:
+    with set_checkpoint_early_stop(stop), Products([block.down.weight, *block.down.buffers()]) as products:
         plain = gradients(block.train(), x)
         without, products.count = products.count, 0
-        light = gradients(block, x, **options)
+        light = gradients(block, x, **LIGHT)
     assert all(torch.equal(a, b) for a, b in zip(plain, light, strict=True))
     assert (products.count == without) is (stop and "dropout" not in method)  # else something is done with it
 

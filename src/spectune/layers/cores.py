@@ -102,6 +102,9 @@ class Identity(Core):
         return grad, None
 
 
+IDENTITY = Identity()  # by name where torch.compile passes: PyTorch 2.9 traces no default that is an object
+
+
 @dataclass(frozen=True)
 class Diagonal(Core):
     """C = diag(values), values (k) or (batch, k)."""

@@ -20,6 +20,7 @@ from spectune.layers.parts import Owner, PartLinear, StandIn, be_owner, be_plain
 
 KEYS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as transformers calls them, in the order of use
 _GROUPED = tuple(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
+_GROUPED_BY_TRANSFORMERS = "grouped_mm_fallback"  # an operator of its own, where PyTorch has none
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__)
 
 
@@ -287,7 +288,7 @@ class ExpertsStandIn(StandIn):
             return None
         if func in _PRODUCTS and self._index is not None and not more:
             return self._layer(self._index)(x)
-        if func in _GROUPED and self._index is None:
+        if self._index is None and (func in _GROUPED or getattr(func, "__name__", "") == _GROUPED_BY_TRANSFORMERS):
             return self._by_group(x, **named)
         if func in (torch.bmm, torch.Tensor.bmm) or (func in _PRODUCTS and x.dim() == 3):
             return torch.stack([self._layer(i)(part) for i, part in enumerate(x.unbind())])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectune.layers.cores import Core, Identity
+from spectune.layers.cores import IDENTITY, Core
 from spectune.layers.kinds import Vectors
 from spectune.private import multiplies_bfloat16
 from spectune.speed.dense import linear
@@ -64,7 +64,7 @@ class Factors(NamedTuple):
 
     left: Tensor
     right: Tensor
-    core: Core = Identity()
+    core: Core = IDENTITY
     scale: float = 1.0
 
     def apply(self, x: Tensor | Vectors) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import ClassVar
 
 import torch
@@ -131,7 +130,8 @@ class DoRA(Method):
             lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))
             g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal(dim1=-2, dim2=-1))[..., None]
             step = max(1, _CHUNK // (f.left.numel() // f.left.shape[-2]))
-            for left, cross in zip(f.left.split(step, -2), repeat(g) if diagonals else g.split(step, -2), strict=False):
+            pieces = f.left.split(step, -2)
+            for left, cross in zip(pieces, [g] * len(pieces) if diagonals else g.split(step, -2), strict=True):
                 left = left.to(dtype)
                 p = f.core.transposed(left)
                 if diagonals:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spectune.layers.cores import IDENTITY
 from spectune.layers.factors import Factors
 from spectune.methods.base import Method, Shapes, Tensors, check_bool, check_int, check_range
 from spectune.methods.registry import register
@@ -64,4 +65,4 @@ class LoRA(Method):
         return {"A": torch.zeros(shapes["A"]), "B": torch.randn(shapes["B"])}
 
     def factors(self, t: Tensors) -> Factors:
-        return Factors(left=t["B"], right=t["A"], scale=self.scale)
+        return Factors(t["B"], t["A"], IDENTITY, self.scale)

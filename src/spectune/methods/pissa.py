@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from spectune.layers.cores import IDENTITY
 from spectune.layers.factors import Factors, add_product, project, taken
 from spectune.methods.base import Method, Shapes, Tensors, at_most, check_int, check_range
 from spectune.methods.registry import register
@@ -82,7 +83,7 @@ class PiSSA(Method):
     def factors(self, t: Tensors) -> Factors:
         left = torch.cat([t["dB"], t["B0"]], dim=1)
         right = torch.cat([t["A0"] + t["dA"], t["dA"]], dim=0)
-        return Factors(left, right, scale=self.scale)
+        return Factors(left, right, IDENTITY, self.scale)
 
     def add(self, t: Tensors, x: Tensor, y: Tensor) -> None:
         # (dB + B0) dA + dB A0, with nothing joined that would be copied for each token

@@ -9,7 +9,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import peft
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 
 from spectune.adapters.formats.bilingual import VERSION as FORMAT_VERSION
 from spectune.adapters.formats.dialect import fields_of, option_of, type_for
@@ -17,6 +19,8 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.kinds import LINEAR
 from spectune.methods import Method, find, from_fields
 from spectune.patterns import matches_end
+
+_SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")  # of methods that are not PEFT's own
 
 C = TypeVar("C", bound="type[SpectuneConfig]")
 
@@ -132,6 +136,11 @@ class SpectuneConfig(PeftConfig):
         if self.bias not in ("none", "all", f"{self.peft_type.value.lower()}_only"):
             raise SpectuneError(
                 f'bias must be "none", "all" or "{self.peft_type.value.lower()}_only", not {self.bias!r}'
+            )
+        if self.bias != "none" and not _SAVES_BIASES:
+            raise SpectuneError(
+                f"bias={self.bias!r}: this PEFT ({peft.__version__}) would leave trained biases out of what it saves; "
+                'pip install "peft>=0.21", or bias="none"'
             )
         try:
             self.method_for("", None)

@@ -129,6 +129,8 @@ class SpectuneTuner(BaseTuner):
                         f"target_parameters: {full!r} is a parameter of {type(module).__name__}, and here they are the "
                         "tensors that hold a matrix for each of several experts; name linear layers in target_modules"
                     )
+        # PEFT before 0.21 counts those that it finds here, and later ones once
+        self.targeted_parameter_names.extend(name for name in found if name not in self.targeted_parameter_names)
         return found
 
     def _add_expert(

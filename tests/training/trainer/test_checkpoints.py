@@ -145,6 +145,13 @@ def test_the_best_checkpoint_is_loaded_again(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
+def answer_as_hub(monkeypatch, **functions):
+    """Put functions in the place of the hub's, which transformers asks for by name, and later as one object."""
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(**functions), raising=False)
+    for name, function in functions.items():
+        monkeypatch.setattr(transformers.trainer, name, function, raising=False)
+
+
 def test_a_push_uploads_the_adapter_and_not_the_base(tmp_path, monkeypatch):
     pushed = {}
 
@@ -152,7 +159,7 @@ def test_a_push_uploads_the_adapter_and_not_the_base(tmp_path, monkeypatch):
         pushed.update({file.name: file.stat().st_size for file in tmp_path.iterdir()})
         return SimpleNamespace(repo_id=kwargs["repo_id"])
 
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
+    answer_as_hub(monkeypatch, upload_folder=upload_folder)
     trainer = plain(tmp_path)
     trainer.hub_model_id = "someone/something"
     trainer.push_to_hub()
@@ -171,7 +178,7 @@ def test_pushing_as_it_trains_uploads_the_adapter_and_no_pickles(tmp_path, monke
     def create_repo(name, **kwargs):
         return SimpleNamespace(repo_id=name)
 
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(create_repo=create_repo))
+    answer_as_hub(monkeypatch, create_repo=create_repo)
     monkeypatch.setattr(transformers.trainer, "is_peft_available", lambda: False)
     monkeypatch.setattr(checkpoints_module, "upload_folder", upload_folder)
     more = {"push_to_hub": True, "hub_model_id": "someone/something", "max_steps": 2, "logging_strategy": "no"}
