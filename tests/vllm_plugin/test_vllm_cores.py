@@ -36,7 +36,7 @@ def own(base, method, seed):
     return Adapter.load(base.parent / f"{seed}")
 
 
-def cores_of(base, adapters, slots=8, dtype=torch.float32):
+def cores_of(base, adapters, slots=8, dtype=torch.float32, eight_bits=False):
     """Bind adapters to a layer, one in each slot; return its cores and the checkpoint."""
     source, cores = Checkpoint(base), LayerCores()
     for slot, one in enumerate(adapters):
@@ -47,10 +47,26 @@ def cores_of(base, adapters, slots=8, dtype=torch.float32):
                 like, same = torch.empty(0, dtype=dtype), lambda matrix: matrix
                 beside = cores.bases(0).get(kind[0])
                 outputs = slice(3, 3 + one.layers[LAYER].shape[0])
-                cores.bounds[0, kind] = Bound(share, slots, outputs, like, same, same, beside)
+                cores.bounds[0, kind] = Bound(share, slots, outputs, like, same, same, beside, eight_bits)
         source.release()
         cores.set(slot, 0, shares)
     return cores, source
+
+
+def test_bases_in_eight_bits_take_a_quarter_of_32_and_answer_within_hundredths(base):
+    adapters = [own(base, method, seed) for seed, method in enumerate(METHODS)]
+    slots, answers, sizes = torch.arange(len(METHODS)), [], []
+    for eight_bits in (False, True):
+        cores, source = cores_of(base, adapters, eight_bits=eight_bits)
+        out, in_features = source.weight(LAYER).shape
+        torch.manual_seed(0)
+        cores.add(torch.randn(len(METHODS), in_features), y := torch.zeros(len(METHODS), out + 5), slots)
+        answers.append(y)
+        sizes.append(sum(b.left.bytes + b.right.bytes for b in cores.bounds.values()))
+    error = (answers[1] - answers[0]).norm(dim=1) / answers[0].norm(dim=1)
+    assert (error < 0.03).all()  # a step of 1/127 of the largest, in vectors of some tens of values
+    assert (error > 0).all()
+    assert sizes[1] < 0.35 * sizes[0]  # a quarter, and a scale for each of the few vectors
 
 
 def test_each_token_is_answered_by_its_own_adapter(base):

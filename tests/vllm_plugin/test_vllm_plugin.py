@@ -69,3 +69,12 @@ def test_engines_that_would_go_past_the_cores_are_refused():
         plugin._check_engine(manager(eager=False))
     with pytest.raises(SpectuneError, match="fully-sharded"):
         plugin._check_engine(manager(sharded=True))
+
+
+def test_how_bases_are_kept_is_asked_for_by_name(monkeypatch):
+    assert not plugin._in_eight_bits()
+    monkeypatch.setenv("SPECTUNE_VLLM_BASES", "INT8")
+    assert plugin._in_eight_bits()
+    monkeypatch.setenv("SPECTUNE_VLLM_BASES", "fp4")
+    with pytest.raises(SpectuneError, match="SPECTUNE_VLLM_BASES is 'fp4', and not 'model' or 'int8'"):
+        plugin._in_eight_bits()

@@ -9,7 +9,7 @@ import os
 def register() -> None:
     """Have vLLM take our adapters' folders where it takes LoRAs; called by vLLM in each of its processes.
 
-    `SPECTUNE_VLLM=off` leaves vLLM as it is.
+    `SPECTUNE_VLLM=off` leaves vLLM as it is; `SPECTUNE_VLLM_BASES=int8` keeps singular vectors in 8 bits.
     """
     if os.environ.get("SPECTUNE_VLLM", "on").lower() in ("off", "0", "false"):
         return

@@ -9,6 +9,7 @@ torch.compile.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from itertools import count
@@ -37,6 +38,7 @@ def patch() -> None:
         SpectuneError: a release that this was not tested with.
     """
     _check_release()
+    _in_eight_bits()
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.worker_manager import WorkerLoRAManager
@@ -61,6 +63,14 @@ def _check_release() -> None:
             f"Spectune's plug-in is tested with vLLM {', '.join(TESTED)} and not with {installed}, which is left as it "
             "is: it serves no SVF, SVFT or LoRA-XS; SPECTUNE_VLLM=off says this no more"
         )
+
+
+def _in_eight_bits() -> bool:
+    """Whether L and R are to be kept in 8 bits, which `SPECTUNE_VLLM_BASES=int8` says."""
+    asked = os.environ.get("SPECTUNE_VLLM_BASES", "model").lower()
+    if asked not in ("model", "int8"):
+        raise SpectuneError(f"SPECTUNE_VLLM_BASES is {asked!r}, and not 'model' or 'int8': vLLM is left as it is")
+    return asked == "int8"
 
 
 def _version(name: str) -> str | None:
@@ -320,4 +330,5 @@ def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Any) -> 
             left, right = sliced("slice_lora_b"), sliced("slice_lora_a")
             outputs = slice(begin, begin + sizes[part])
             beside = cores.bases(part).get(key[0])
-            cores.bounds[part, key] = Bound(share, manager.lora_slots, outputs, like, left, right, beside)
+            eight = _in_eight_bits()
+            cores.bounds[part, key] = Bound(share, manager.lora_slots, outputs, like, left, right, beside, eight)
