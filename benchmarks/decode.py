@@ -1,14 +1,15 @@
 """A token with an adapter against one without: SmolLM2-135M, all 210 linears, ours and PEFT's, beside W and fused.
 
 A step of decoding with a prompt in the cache, and the pass over the prompt, in batches of 1, 8 and 64 rows; and
-`generate`, which takes both and what transformers does around them, W' made anew for each answer.  Each side
+`generate`, which takes both and what transformers does around them, W' made anew for each answer; `answers` is
+`spectune generate`'s own call on that side against the base's `model.generate`.  Each side
 is compared with the same model without an adapter, which shares its weights, the two taking turns; kept are the least
 time of each and the median of the ratios.  `of_memory` is the part of a step of the base that reading its weights once
 takes, at the speed measured here.  Rows with different adapters: `many.py`.  With one thread (OMP_NUM_THREADS=1) times
 are the processor's.
 
     python benchmarks/decode.py [--dtype fp32 bf16] [--sides lora svf dora pissa lora_xs peft_lora peft_dora ...]
-        [--rows 1 8 64] [--kinds decode prefill generate] [--length 16] [--tokens 48] [--layers 30] [--rounds 9]
+        [--rows 1 8 64] [--kinds decode prefill generate answers] [--length 16] [--tokens 48] [--layers 30] [--rounds 9]
         [--add] [--name decode]
 """
 
@@ -30,6 +31,7 @@ from transformers import DynamicCache
 import spectune
 from _machine import processor, save, saved
 from spectune.bases.generation import cache_key
+from spectune.bases.generation import generate as answer
 from spectune.planning.probe import clock
 
 OURS = {
@@ -81,7 +83,7 @@ def in_turns(base: Callable[[], Any], side: Callable[[], Any], rounds: int) -> d
     }
 
 
-def measure(base: Any, side: str, given: Any) -> dict[str, Any]:
+def measure(base: Any, tokenizer: Any, side: str, given: Any) -> dict[str, Any]:
     """Return the times of one side, for each number of rows."""
     model, fused = with_adapter(base, side)
     found: dict[str, Any] = {}
@@ -116,6 +118,14 @@ def measure(base: Any, side: str, given: Any) -> dict[str, Any]:
                     times["decode"] = in_turns(decode(base), decode(model), 3 * given.rounds)
                 if "prefill" in given.kinds:
                     times["prefill"] = in_turns(prefill(base), prefill(model), given.rounds)
+            if "answers" in given.kinds and count < MANY and side in OURS:
+                texts = tokenizer.batch_decode(ids)
+                model.generation_config.min_new_tokens = given.tokens
+
+                def answers(model: Any = model, texts: Any = texts) -> Any:
+                    return lambda: answer(model, tokenizer, texts, max_new_tokens=given.tokens, raw=True)
+
+                times["answers"] = in_turns(generate(base), answers(), given.rounds // 3 + 1)
             if "generate" in given.kinds and count < MANY:
                 times["generate"] = in_turns(generate(base), generate(model, around=fused), given.rounds // 3 + 1)
     return found
@@ -133,7 +143,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--sides", nargs="+", default=[*OURS, *FUSED, *PEFTS])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--kinds", nargs="+", default=["decode", "prefill", "generate"])
+    parser.add_argument("--kinds", nargs="+", default=["decode", "prefill", "generate", "answers"])
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--layers", type=int)
@@ -147,7 +157,7 @@ def main() -> None:
         parser.error("--add: the file is of a run with another length, tokens or layers")
     results: dict[str, Any] = before.get("results", {})
     for dtype in given.dtype:
-        base, _ = spectune.load_base("smollm2-135m", dtype)
+        base, tokenizer = spectune.load_base("smollm2-135m", dtype)
         if given.layers:
             del base.model.layers[given.layers :]
         base.eval().requires_grad_(False)
@@ -155,7 +165,7 @@ def main() -> None:
         sides = results.setdefault(dtype, {})
         for side in given.sides:
             gc.collect()
-            sides[side] = measure(base, side, given)
+            sides[side] = measure(base, tokenizer, side, given)
             first = sides[side].get("1", {})
             if "decode" in first:
                 first["decode"]["of_memory"] = round(size / bytes_a_second() / first["decode"]["base_seconds"], 2)
