@@ -137,6 +137,13 @@ def test_a_model_on_the_meta_device_is_adapted_for_counting():
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_memory_of_zeros_is_never_taken_for_what_was_kept():
+    (basis,) = spectune.adapt(nn.Sequential(nn.Linear(6, 5)), "svf")[0].bases.values()
+    for _ in range(101):
+        with pytest.raises(SpectuneError, match="to_empty"):
+            basis.check_kept(torch.zeros_like)
+
+
 @pytest.mark.parametrize("method", ["svf", "pissa:rank=2", "dora:inner=svf"])
 def test_frozen_tensors_that_no_state_has_are_not_thrown_away(method):
     model: Any = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))

@@ -47,8 +47,8 @@ class Basis(_Resident):
         held = next((t for t in self.tensors().values() if t.is_floating_point() and not t.is_meta), None)
         if held is None:
             return
-        # another number at each call: memory that is handed out again may hold the last one
-        known = held.new_full((2,), float(next(_numbers) % 100))
+        # another number at each call: memory that is handed out again may hold the last one, and fresh memory zeros
+        known = held.new_full((2,), float(1 + next(_numbers) % 100))
         moved = fn(known)
         if not moved.is_meta and not torch.equal(moved.cpu().float(), known.cpu().float()):
             raise SpectuneError(
