@@ -115,7 +115,7 @@ class Counted(Sequence[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> object:
         return self._items[index]
 
     def __iter__(self) -> Iterator[T]:

@@ -136,7 +136,7 @@ def parse_json(text: str, where: str, items: int = ITEMS) -> Any:
     return found
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> object:
     """Return what a YAML file holds: plain values, each key once.
 
     Raises:
@@ -150,7 +150,7 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> object:
     """Return what YAML holds, as `read_yaml`."""
     try:
         _check_events(text)
@@ -200,7 +200,7 @@ _HALVES = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of characters
 class _Loader(_Safe):
     """PyYAML's safe loader, for which a key that is given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         if isinstance(node, yaml.MappingNode):
             self.flatten_mapping(node)
             seen: set[object] = set()

@@ -69,7 +69,7 @@ def check_quantization(quantize: str | None) -> None:
     need("bitsandbytes", f"quantize={quantize}", "spectune[quantized]")
 
 
-def quantization(quantize: str | None, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+def quantization(quantize: str | None, dtype: torch.dtype, device: torch.device | None) -> dict[str, object]:
     """Return what `from_pretrained` is given beside the rest; nothing where `pack_the_rest` is to follow.
 
     Args:

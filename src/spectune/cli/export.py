@@ -159,6 +159,6 @@ def _vllm_rank(out: Path) -> tuple[str, ...]:
     """Return the option without which vLLM takes no rank above 16, where a LoRA has one."""
     from spectune.adapters.folder import read_config
 
-    config = read_config(out)
+    config: dict[str, Any] = read_config(out)
     most = max([config["r"], *config.get("rank_pattern", {}).values()])
     return () if most <= 16 else ("--max-lora-rank", str(next(rank for rank in _VLLM_RANKS if rank >= most)))

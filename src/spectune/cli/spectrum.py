@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.box import SIMPLE
@@ -132,7 +133,7 @@ class _Bar:
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[at]}"))
         self._progress = Progress(*columns, *times, console=Console(file=sys.stderr))
 
-    def __call__(self, what: str) -> Any:
+    def __call__(self, what: str) -> Callable[[float, float, str], None]:
         self._progress.start()
         task = self._progress.add_task(Path(what).name, total=None, at="")
 

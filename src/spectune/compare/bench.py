@@ -212,7 +212,7 @@ class Bench:
         with training_parts(model), base_alone(model):
             return floor(model, trainer.task, batches)
 
-    def _judged(self, model: PreTrainedModel, trainer: Any, fold: Fold) -> dict[str, Any]:
+    def _judged(self, model: PreTrainedModel, trainer: Any, fold: Fold) -> dict[str, object]:
         """Measure what has been learned on the test, on as much of the training data, and on general text."""
         model.eval()
         found: dict[str, Any] = {}

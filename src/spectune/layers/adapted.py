@@ -495,7 +495,7 @@ class Adapted(Stored):
         """Return W' and b', as far as the adapters that answer now make them, given the layer's name in the model."""
         return merged_tensors(name, self)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> object:
         for basis in self.bases._modules.values():
             cast(Basis, basis).check_kept(fn)
         return super()._apply(fn, recurse)

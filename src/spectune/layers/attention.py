@@ -76,7 +76,7 @@ class Attention(Owner):
         yield from ((key, part) for key, part in self._modules.items() if isinstance(part, InProjection))
 
     @torch.compiler.disable
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         out: Any = self._modules["out_proj"]
         of_out = _is_adapted(out) and (bool(out._forward_pre_hooks) or out.is_asked())
         if not self.asked() and not of_out:
@@ -99,7 +99,7 @@ class Slowly(Remade):
     plain_class: type[nn.Module]
 
     @torch.compiler.disable
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         kind, copy = self.plain_class, object.__new__(self.plain_class)
         more = next(values for of, values in _SLOWLY.items() if issubclass(kind, of))
         vars(copy).update({**vars(self), **more})
@@ -167,7 +167,7 @@ class WeightStandIn(StandIn):
     def _remedy(self) -> str:
         return "it out with exclude"
 
-    def split(self, sizes: int | Sequence[int], dim: int = 0) -> Sequence[Any]:
+    def split(self, sizes: int | Sequence[int], dim: int = 0) -> Sequence[object]:
         """Return stand-ins for rows one after another."""
         rows = self._part[1] - self._part[0]
         if isinstance(sizes, int):

@@ -82,5 +82,5 @@ def _made(makers: Sequence[Maker], kind: Kind) -> Kind:
 class Remade:
     """Mixed into classes that are made at run time: copies and pickles name the one that a class was made from."""
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
         return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]

@@ -47,8 +47,8 @@ class Core(abc.ABC):
     """The contract of a core C (p x q): two products, their gradients, and how cores over one basis add.
 
     A subclass is a frozen dataclass; what trains is one tensor, its field `values`.  A leading axis (batch) before the
-    shape that the class states gives every row of a batch a core of its own.  `tests/layers/core_contract.py` proves a
-    core, given an example of it.
+    shape that the class states gives every row of a batch a core of its own.  `spectune.testing.CoreContract`
+    proves a core, given an example of it.
     """
 
     values: Tensor | None  # None where nothing trains

@@ -162,7 +162,7 @@ class Experts(Owner):
                 yield from ((f"{number}.{key}", _inside(layer)) for key, layer in holder._modules.items())
 
     @torch.compiler.disable
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         if not self.asked():
             return super().forward(*args, **kwargs)
         kind = self.plain_class
@@ -233,11 +233,11 @@ class ExpertsStandIn(StandIn):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._made() if self._index is not None else [self[i] for i in range(self.shape[0])])
 
-    def unbind(self, dim: int = 0) -> Sequence[Any]:
+    def unbind(self, dim: int = 0) -> Sequence[object]:
         """Return each expert's."""
         return tuple(self) if dim == 0 and self._index is None else self._made().unbind(dim)
 
-    def transpose(self, first: int, second: int) -> Any:
+    def transpose(self, first: int, second: int) -> object:
         """Return W'^T of each expert."""
         axes = {axis % (3 if self._index is None else 2) for axis in (first, second)}
         if axes != ({1, 2} if self._index is None else {0, 1}):
@@ -252,7 +252,7 @@ class ExpertsStandIn(StandIn):
         return ExpertsStandIn(self._owner, self._key, self._index, not self._flipped)
 
     @property
-    def T(self) -> Any:
+    def T(self) -> object:
         """W'^T."""
         return self._made().T if self._index is None else self.mT
 

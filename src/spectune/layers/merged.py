@@ -13,6 +13,7 @@ from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import as_held, effective_weight, stored_weight
 from spectune.layers.packed import Packed
+from spectune.layers.updates import Update
 
 
 def active_adapters(part: Any, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
@@ -58,7 +59,7 @@ def merged_weight(
     return as_held(layer, total)
 
 
-def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Any, float]]:
+def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Update, float]]:
     return [(update, factor) for name, factor in active if name in layer.adapters for update in layer.adapters[name]]
 
 

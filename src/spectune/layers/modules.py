@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,13 @@ def is_another_function(layer: nn.Module) -> bool:
     return False
 
 
+class Offloading(Protocol):
+    """accelerate's hook that holds a layer's parameters elsewhere."""
+
+    weights_map: Mapping[str, Tensor]
+    execution_device: torch.device | int | str | None
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a layer is a Conv1D, whose weight is stored (in x out)."""
     return isinstance(module, Conv1D)
@@ -119,7 +126,7 @@ def stored_weight(layer: nn.Module) -> Tensor | None:
     return layer._parameters.get("weight")
 
 
-def offloading(layer: nn.Module) -> Any:
+def offloading(layer: nn.Module) -> Offloading | None:
     """Return accelerate's hook that holds a layer's parameters elsewhere until the layer is called, or None."""
     hook = vars(layer).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])

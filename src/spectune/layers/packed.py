@@ -74,7 +74,7 @@ class Packed(Tensor):
         return self.dense()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0].lend(args[0].held)

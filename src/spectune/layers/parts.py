@@ -62,7 +62,7 @@ class StandIn:
             raise self._refused(name)
         return getattr(self._made(), name)
 
-    def _cast(self, name: str, *args: object, **kwargs: object) -> Any:
+    def _cast(self, name: str, *args: object, **kwargs: object) -> object:
         """Return it, or W', in another dtype or on another device."""
         held = self._held
         like = getattr(held.new_empty(0), name)(*args, **kwargs)
@@ -73,14 +73,14 @@ class StandIn:
     def __len__(self) -> int:
         return len(self._held)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> object:
         return self._made()[index]
 
     def __setitem__(self, index: object, value: object) -> None:
         raise self._refused("writing to it")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
         ones = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, StandIn)]
         answer = ones[0]._product(func, *args, **kwargs)
@@ -107,8 +107,8 @@ class StandIn:
         )
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def operate(self: StandIn, *others: object) -> Any:
+def _operator(name: str) -> Callable[..., object]:
+    def operate(self: StandIn, *others: object) -> object:
         return StandIn.__torch_function__(getattr(Tensor, name), (), (self, *others))
 
     return operate
@@ -126,7 +126,7 @@ def _writes(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _flat(values: Any) -> Iterator[Any]:
+def _flat(values: Any) -> Iterator[object]:
     for value in values:
         yield from _flat(value) if isinstance(value, (list, tuple)) else (value,)
 

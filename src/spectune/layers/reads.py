@@ -90,7 +90,7 @@ class WatchedWeight(Tensor):
     _is_param = True  # so that isinstance takes it for the parameter
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         def plain(value: object) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from spectune.layers.cores import Core
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
 from spectune.layers.updates import Update, updates_in
@@ -115,7 +116,7 @@ class Stack:
         self._kept = _Kept(list(updates), [t.clone() for t in seen], of_weight or (), pieces, version)
         return self._kept
 
-    def _of(self, update: Update) -> tuple[Pieces, Any]:
+    def _of(self, update: Update) -> tuple[Pieces, Core]:
         tensors = self._layer.tensors(update)
         factors, ratio = update.method.factors(tensors), update.ratio(tensors, self._layer.base())
         update.scale = factors.scale
@@ -161,7 +162,7 @@ class Part(NamedTuple):
     shares: Tensor | float = 1.0
 
     def add(
-        self, y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None, pieces: Pieces, core: Any, n: int | None = None
+        self, y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None, pieces: Pieces, core: Core, n: int | None = None
     ) -> None:
         """Add to y (batch x m x out) what n updates make of x (batch x m x in) and of the base's answer to it."""
         left, right, values, ratio = pieces
@@ -169,7 +170,7 @@ class Part(NamedTuple):
         if n is None:
             n = self.stop - self.start
             left, right = (m[own] if m.dim() == 3 and n < len(m) else m for m in (left, right))
-            core = core if values is None else replace(core, values=values[own])
+            core = core if values is None else core.holding(values[own])
         rows = self.rows
         x = x if rows is None else x.index_select(0, rows)
         count, m, in_features = x.shape
@@ -246,7 +247,7 @@ class _ByCore:
         mixed = self._mixed
         if mixed is None or version is None or mixed[0] != version:
             mixed = self._mixed = version, self._mix(pieces.values, x.dtype)
-        core = replace(self.stack.core, values=mixed[1])
+        core = self.stack.core.holding(mixed[1])
         self._part.add(y, x, plain, bias, pieces, core, self._rows)
 
     @torch.inference_mode(False)

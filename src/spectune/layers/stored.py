@@ -44,7 +44,7 @@ class Stored(Remade, nn.Module):
         """Return the tensors that the adapters that answer now make, by their names in the module."""
         raise NotImplementedError
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, **kwargs: Any) -> object:
         if (fused := vars(self).get("fused")) is not None:
             fused.check_own_weight()
         state = super().state_dict(*args, **kwargs)

@@ -44,15 +44,15 @@ class Watched(nn.Parameter):
         self.lent += 1
         return values_of(self)
 
-    def numpy(self, **options: Any) -> Any:
+    def numpy(self, **options: Any) -> object:
         self.lent += 1
         return super().numpy(**options)
 
-    def __array__(self, *args: object, **options: object) -> Any:
+    def __array__(self, *args: object, **options: object) -> object:
         self.lent += 1
         return super().__array__(*args, **options)
 
-    def __dlpack__(self, *args: object, **options: object) -> Any:
+    def __dlpack__(self, *args: object, **options: object) -> object:
         self.lent += 1
         return super().__dlpack__(*args, **options)
 

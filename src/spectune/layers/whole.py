@@ -75,7 +75,7 @@ class Whole(Stored):
             self.selection.in_graph(scope, y)
         return y
 
-    def _chosen(self, rows: Any, args: Any, kwargs: Any) -> Any:
+    def _chosen(self, rows: Any, args: Any, kwargs: Any) -> object:
         if not isinstance(rows, Rows):
             return self._answer(self._weights(rows), args, kwargs)
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
@@ -106,7 +106,7 @@ class Whole(Stored):
         weights = [(name, weight_at(mixture, name, self)) for name in mixture if name in self.adapters]
         return tuple((name, w) for name, w in weights if isinstance(w, Tensor) or w)
 
-    def _answer(self, weights: Weights, args: Any, kwargs: Any) -> Any:
+    def _answer(self, weights: Weights, args: Any, kwargs: Any) -> object:
         partial = [name for name, _ in weights if self.values(name).rows is not None]
         whole = tuple((name, weight) for name, weight in weights if name not in partial)
         plain = self.version(whole) if whole else None

@@ -255,7 +255,7 @@ class _FirstPass:
     def __deepcopy__(self, memo: object) -> _FirstPass:
         return _FirstPass()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _FirstPass, ()
 
 

@@ -100,11 +100,11 @@ class Reference(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: modes, devices and checkpoints are the model's business
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with base_alone(self.__dict__["model"]):
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.__dict__["model"](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -164,7 +164,7 @@ def _unlike_the_first(call: Call, guess: _Guess) -> tuple[int, bool]:
 
 def _part(
     call: Call, guess: _Guess, wanted: Sequence[int], turned: int | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments for some rows, sharing nothing that a forward pass may write to."""
     first = True
 

@@ -27,7 +27,7 @@ class Saving:
     A folder named checkpoint-N, as trainers write it, holds the adapters' own tensors too, so that a run goes on.
     """
 
-    def save_pretrained(self, *args: object, **kwargs: object) -> Any:
+    def save_pretrained(self, *args: object, **kwargs: object) -> object:
         """Write the model as it answers now: with its adapters merged.
 
         Raises:
@@ -64,7 +64,7 @@ class Saving:
             part.check_state(state_dict, f"{name}.")  # all of them before any tensor is copied
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
         # the class is made at run time: copies and pickles name the one that it was made from
         return blank, made_of(type(self)), *super().__reduce_ex__(protocol)[2:]
 

@@ -62,7 +62,7 @@ class HeldUpdate(Update):
             holder.other_param_names = (*holder.other_param_names, attribute)
         holder._modules[attribute][self.adapter] = tensor
 
-    def _scores(self, name: str) -> Any:
+    def _scores(self, name: str) -> Scores | None:
         holder = vars(self).get("holder")
         held = None if holder is None else holder._modules.get(f"{holder.prefix}{name}")
         return held if isinstance(held, Scores) and self.adapter in held else None

@@ -170,7 +170,7 @@ class PeftLayer(nn.Module, BaseTunerLayer):
                 vars(update)["holder"] = self
         return self.base_layer(x, *args, **kwargs)
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> object:
         if self.unseen:  # of which a replica, whose tensors are others, could not tell
             self.check()
         return super()._replicate_for_data_parallel()

@@ -27,7 +27,7 @@ class Mixed(mixed.MixedModel):
         else:
             super()._check_new_adapter_config(config)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> object:
         tuner = _tuners.get(type(peft_config))
         if tuner is None:
             return mixed.MixedModel._prepare_adapter_config(peft_config, model_config)
@@ -46,7 +46,7 @@ class Mixed(mixed.MixedModel):
         if tuner is not None:
             tuner.fill(model, adapter_name, self.peft_config[adapter_name])
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> object:
         ours = [module for module in self.model.modules() if isinstance(module, PeftLayer)]
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         for layer in ours:

@@ -50,11 +50,11 @@ class SpectuneTuner(BaseTuner):
 
     # -- adding adapters
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> object:
         return self.prepared(self.model, peft_config, model_config)
 
     @classmethod
-    def prepared(cls, model: nn.Module, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def prepared(cls, model: nn.Module, peft_config: Any, model_config: dict[str, Any]) -> object:
         """Return a config with its targets: all linear layers of a model where there are none."""
         if peft_config.target_modules is None:
             if model_config.get("model_type") in (None, "custom"):
@@ -171,7 +171,7 @@ class SpectuneTuner(BaseTuner):
         for method, updates in beginning.items():
             method.start_schedule(updates)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> object:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         untie_merged(self.model)
         return unloaded
@@ -279,7 +279,7 @@ def _described(layer: PeftLayer, method: Any) -> Described:
     return Described(shape, is_stored_transposed(inner), method, experts, (kind, *kernel))
 
 
-def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[Any, dict[str, Tensor]]:
+def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[object, dict[str, Tensor]]:
     """Return the method and the trained tensors of a weighted sum of adapters on a layer."""
     found = []
     for adapter, weight in parts:

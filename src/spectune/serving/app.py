@@ -35,8 +35,9 @@ from spectune.serving.protocol import (
     read_body,
 )
 from spectune.serving.shelf import AUTO, BASE, UnknownAdapter, Unreadable, Version
+from spectune.transformer2.strategies import Decision
 
-Choose = Callable[[str], Any]  # a prompt's decision
+Choose = Callable[[str], Decision]  # of a prompt
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -113,7 +114,7 @@ class Service:
         except asyncio.TimeoutError:
             raise TooSlow(f"the body of the request did not come within {self.seconds} s") from None
 
-    async def _decide(self, body: ChatRequest | CompletionRequest) -> Any:
+    async def _decide(self, body: ChatRequest | CompletionRequest) -> Decision:
         if isinstance(body, ChatRequest):
             prompt = _last_of_user(body)
         else:
@@ -285,11 +286,11 @@ def _failed(error: Exception) -> JSONResponse:
     return JSONResponse(document, status, {"retry-after": "1"} if status in (429, 503) else None)
 
 
-def _short(version: Version) -> dict[str, Any]:
+def _short(version: Version) -> dict[str, object]:
     return {**version.about, "layers": len(version.about["layers"]), "resident": version.slot is not None}
 
 
-def _plain(weights: Any) -> dict[str, Any]:
+def _plain(weights: Any) -> dict[str, object]:
     """Return weights as JSON: numbers, or for each layer a number."""
     return {
         name: {k: float(v) for k, v in weight.items()} if isinstance(weight, dict) else float(weight)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from spectune.serving.engine import Engine
@@ -40,7 +39,7 @@ class Metrics:
         """Return all in Prometheus' format."""
         return generate_latest(self._registry)
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         """Yield what the engine says."""
         engine, prefixes = self._engine, self._engine.batch.prefixes
         for name, told, value in (

@@ -184,7 +184,7 @@ def build(
     name: str,
     settings: Settings,
     two: Transformer2 | None = None,
-) -> tuple[Any, Engine]:
+) -> tuple[ASGIApp, Engine]:
     """Return the ASGI application of a server, and its engine, which has begun.
 
     Raises:

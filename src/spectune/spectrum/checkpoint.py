@@ -283,7 +283,7 @@ def _bin(file: Path) -> Iterator[Stored]:
             yield Stored(name, tuple(tensor.shape), dtype, dtype in _FLOATING, partial(read, tensor.detach()))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, object]:
     config = folder / "config.json"
     found = read_json(config) if config.exists() else {}
     return found if isinstance(found, dict) else {}

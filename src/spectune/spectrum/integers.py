@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +160,7 @@ def mlx(tensor: Stored, by_name: Mapping[str, Stored], config: Mapping[str, obje
     )
 
 
-def mlx_says(config: Mapping[str, object], layer: str) -> dict[str, Any]:
+def mlx_says(config: Mapping[str, object], layer: str) -> dict[str, object]:
     """Return what an MLX checkpoint's config says of a layer's packing."""
     said = _of(config, "quantization") or _of(config, "quantization_config")
     own = said.get(layer)
@@ -189,7 +188,7 @@ def _are(scales: Stored | None, others: Stored | None, axes: int, *, floating: b
     return len(others.shape) == axes and (others.floating if floating else others.dtype == "I32")
 
 
-def _of(config: Mapping[str, object], key: str) -> dict[str, Any]:
+def _of(config: Mapping[str, object], key: str) -> dict[str, object]:
     found = config.get(key)
     return found if isinstance(found, dict) else {}
 

@@ -38,7 +38,7 @@ _EXTRAS = {
 _STEPS = 3
 
 
-def examine(tell: Callable[[int, int, str], None] = lambda done, total, what: None) -> dict[str, Any]:
+def examine(tell: Callable[[int, int, str], None] = lambda done, total, what: None) -> dict[str, object]:
     """Return versions, devices, what is installed of the extras, and a short test of every method.
 
     Args:

@@ -50,7 +50,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     device: str | None = None,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what the base and the base with a run's adapter answer and measure, as a document for JSON.
 
     Args:
@@ -104,7 +104,7 @@ def evaluate(
 
 def _harness(
     harness: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     models = need("lm_eval.models.huggingface", "an evaluation with tasks of lm-evaluation-harness", "lm_eval")
     wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer)
     found = harness.simple_evaluate(model=wrapped, tasks=list(tasks))

@@ -270,7 +270,7 @@ def memory() -> int:
 
 def _lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of a log up to a step; one that was cut off ends it."""
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
     with path.open("rb") as file:

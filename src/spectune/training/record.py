@@ -68,7 +68,7 @@ def write_run(config: TrainConfig, output: Path, parts: Sequence[Sequence[Record
         write_atomically(output / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
-def read_run(output: Path) -> Mapping[str, Any]:
+def read_run(output: Path) -> Mapping[str, object]:
     """Return the configuration that a run folder holds, the number of "processes" and the "digest" of its data.
 
     Raises:

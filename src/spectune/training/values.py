@@ -12,7 +12,7 @@ from spectune.errors import SpectuneError
 from spectune.reading import parse_yaml
 
 
-def in_full(value: Any) -> Any:
+def in_full(value: Any) -> object:
     """Return paths of what is there in full; ids and all else stay as they are."""
     if isinstance(value, list):
         return [in_full(each) for each in value]

@@ -173,7 +173,7 @@ def _activate(original: Any, self: Any, lora_id: int) -> bool:
 
 @torch.inference_mode(False)  # in which vLLM loads, and whose tensors have no versions
 @torch.no_grad()
-def _load(original: Any, self: Any, request: Any) -> Any:
+def _load(original: Any, self: Any, request: Any) -> object:
     from vllm.lora.utils import get_adapter_absolute_path
 
     folder = Path(get_adapter_absolute_path(request.lora_path))
@@ -220,7 +220,7 @@ def _folder_of(config: Any) -> Path:
     return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
 
 
-def _model_of(self: Any, request: Any, adapter: Adapter) -> Any:
+def _model_of(self: Any, request: Any, adapter: Adapter) -> object:
     """Return an adapter as vLLM keeps them: LoRAs, and beside them the cores over frozen bases."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights

@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from spectune.compare.config import LESS, SHARES
 from spectune.compare.report.command import train_command
-from spectune.compare.report.model import Difference, Document, Failure, MethodRow, Paired, Sensitivity, Trial
+from spectune.compare.report.model import (
+    Difference,
+    Document,
+    Failure,
+    Mean,
+    MethodRow,
+    Paired,
+    SearchPoint,
+    Sensitivity,
+    Trial,
+)
 from spectune.compare.report.soundness import fell_apart, uncounted, width
 from spectune.compare.report.statistics import (
     crossed_difference,
@@ -66,7 +76,8 @@ def document(header: Mapping[str, Any], finals: Sequence[Result], searches: Sequ
                 ran=bool(runs),
                 cost_seconds=sum(_seconds(r) for r in [*finals, *searches] if r["method"] == method),
                 **_measured(runs, metric, gap_of),
-                **_search(tried, runs, searched_by),
+                search=_tried(tried, searched_by),
+                edge=_edge(tried, runs),
                 sensitivity=_sensitivity(tried, searched_by, _start(tried, searched_by)),
             )
         )
@@ -136,7 +147,7 @@ def _start(results: Sequence[Result], key: str) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _uncounted(made: Document) -> Any:
+def _uncounted(made: Document) -> Literal["floor", "ceiling"] | None:
     rows = [row for row in made.ran if adapts(row)]
     if not rows:
         return None
@@ -152,16 +163,19 @@ def _sensitivity(tried: Sequence[Result], key: str, start: float | None) -> Sens
     return None if found is None else Sensitivity(**found._asdict())
 
 
-def _search(tried: Sequence[Result], runs: Sequence[Result], searched_by: str) -> dict[str, Any]:
-    """Return the learning rates tried, and at which end of them the chosen one lies, if at one."""
+def _tried(tried: Sequence[Result], searched_by: str) -> list[SearchPoint]:
+    """Return the learning rates tried, in order."""
     keys = ("lr", "seed", "steps", "pruned", "error")
-    points = [{**{k: r.get(k) for k in keys}, "value": _at(r, "validation", searched_by)} for r in tried]
-    points.sort(key=lambda point: point["lr"] or 0)
-    lr, rates = (runs[0].get("lr") if runs else None), [point["lr"] for point in points]
-    edge = None
-    if len(rates) > 1 and lr is not None:
-        edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(lr)
-    return {"search": points, "edge": edge}
+    points = [SearchPoint(**{k: r.get(k) for k in keys}, value=_at(r, "validation", searched_by)) for r in tried]
+    return sorted(points, key=lambda point: point.lr or 0)
+
+
+def _edge(tried: Sequence[Result], runs: Sequence[Result]) -> Literal["lowest", "highest"] | None:
+    """Return at which end of the learning rates tried the chosen one lies, if at one."""
+    lr, rates = (runs[0].get("lr") if runs else None), sorted(r.get("lr") or 0 for r in tried)
+    if len(rates) < 2 or lr is None:
+        return None
+    return "highest" if lr == rates[-1] else "lowest" if lr == rates[0] else None
 
 
 def _compare(made: Document, sound: Mapping[str, Sequence[Result]]) -> None:
@@ -291,17 +305,17 @@ def _curve(runs: Sequence[Result], key: str) -> list[list[float]]:
     return [[step, float(np.mean([curve[step] for curve in curves]))] for step in shared]
 
 
-def _interval(values: Sequence[float | None]) -> dict[str, Any] | None:
+def _interval(values: Sequence[float | None]) -> Mean | None:
     known = [value for value in values if value is not None]
-    return {**mean_interval(known)._asdict(), "values": known} if known else None
+    return Mean(**mean_interval(known)._asdict(), values=known) if known else None
 
 
-def _metric(runs: Sequence[Result], metric: str) -> dict[str, Any] | None:
+def _metric(runs: Sequence[Result], metric: str) -> Mean | None:
     """Return the mean of the metric and its interval, over seeds and records where it is of single ones."""
     found, table = _interval([_at(r, "test", metric) for r in runs]), _table(runs, metric)
     if found is None or table is None or len(table) < 2:
         return found
-    return {**found, **crossed_interval(table)._asdict(), "mean": found["mean"], "over": "both"}
+    return Mean(**{**found.model_dump(), **crossed_interval(table)._asdict(), "mean": found.mean, "over": "both"})
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 _APART = 0.5  # of what the best method learns: so far below a method's best seed, another fell apart
 _SURE = 3.0  # standard errors over records
@@ -37,7 +37,9 @@ def fell_apart(
     return [seed for seed, value in values.items() if learned > 0 and own - sign * value > far]
 
 
-def uncounted(best: float, start: float | None, resolution: float | None, *, greater: bool, share: bool) -> str | None:
+def uncounted(
+    best: float, start: float | None, resolution: float | None, *, greater: bool, share: bool
+) -> Literal["floor", "ceiling"] | None:
     """Return why a task cannot tell methods apart, "floor" or "ceiling"; None where it may.
 
     Args:

@@ -115,7 +115,7 @@ class Vectors:
         return Vectors(self._kind, self._layer, self._input[rows], shape, self.dtype)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> object:
         # what a method of somebody else's does with x; those here ask `product`
         named: Mapping[str, Any] = kwargs or {}
         if func is F.linear and isinstance(args[0], Vectors) and not args[0]._kind.several:

@@ -240,7 +240,7 @@ def _encoding(content: bytes) -> str:
     return _UTF8
 
 
-def _zstd(file: BinaryIO, path: Path) -> Any:
+def _zstd(file: BinaryIO, path: Path) -> object:
     pyarrow = need("pyarrow", f"reading {str(path)!r}")
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 

@@ -28,7 +28,7 @@ def as_messages(value: object) -> list[Any] | None:
     return [_as_message(message) for message in value]
 
 
-def _as_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _as_message(message: Mapping[str, Any]) -> dict[str, object]:
     said = dict(message)
     for ours, theirs in (("role", ("from", "speaker", "author")), ("content", ("value", "text", "message"))):
         name = next((key for key in theirs if ours not in said and key in said), None)

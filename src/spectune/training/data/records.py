@@ -6,7 +6,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -185,10 +185,10 @@ def _says_nothing(messages: object) -> bool:
     return isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == "" and len(last) == 2
 
 
-def _renamed(record: object, task: Form) -> Any:
+def _renamed(record: Record, task: Form) -> Record:
     """Return a record with the task's names for the columns that `columns` names."""
     columns = task.config.columns
-    if not columns or not isinstance(record, dict):
+    if not columns:
         return record
     wanted = {name for theirs in columns.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
     for theirs in sorted(wanted):

@@ -96,7 +96,7 @@ class AdapterCheckpoints(_Base):
     on_silent: OnSilent = "raise"
     _silent_told = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> object:
         """Train, as the trainer does by itself.
 
         Raises:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spectune.errors import SpectuneError, nearest
 from spectune.training.data.records import Record
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 _DRAWS = 4  # problems drawn for each that is wanted, before an environment counts as exhausted
 
@@ -36,7 +39,7 @@ class Environment:
         found: dict[str, Record] = {}  # by question
         for index in range(_DRAWS * self._count):
             entry = self._data[index]
-            question, answer = entry["question"], str(entry["answer"])
+            question, answer = str(entry["question"]), str(entry["answer"])
             found.setdefault(question, {"prompt": question, "answer": answer, "index": index})
             if len(found) == self._count:
                 break
@@ -49,7 +52,7 @@ class Environment:
         ]
 
 
-def _create(name: str, options: Mapping[str, object], **own: int) -> Any:  # reasoning-gym has no types
+def _create(name: str, options: Mapping[str, object], **own: int) -> ProceduralDataset:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

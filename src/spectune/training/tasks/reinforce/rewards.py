@@ -133,7 +133,7 @@ class Said(str):
     `completion[0]["content"]` is the text, and everything that a text has stays as it is.
     """
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> object:
         if key in (0, -1) and not isinstance(key, slice):
             return _Begun(super().__getitem__(slice(key, None) if key else slice(0, 1)), self)
         return super().__getitem__(key)
@@ -149,7 +149,7 @@ class _Begun(str):
         made._said = said
         return made
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Any) -> object:
         if isinstance(key, str):
             return {"role": "assistant", "content": str(self._said)}[key]
         return super().__getitem__(key)
