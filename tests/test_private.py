@@ -10,7 +10,7 @@ from torch import nn
 
 import spectune
 from spectune import private
-from spectune.layers import adapted, factors, selection, stacks
+from spectune.layers import adapted, factors, frozen, selection, stacks
 from spectune.layers.core_ops import band_entries
 from spectune.layers.cores import Banded
 from spectune.speed import attention
@@ -117,7 +117,7 @@ def test_an_adapted_model_answers_alike_without_any(without, monkeypatch):
         return [routed, *torch.autograd.grad(model(x).square().sum(), trained)]
 
     expected = found()
-    for module in (adapted, selection, stacks, factors):
+    for module in (adapted, frozen, selection, stacks, factors):
         for name in vars(module).keys() & vars(without).keys() - {"Callable", "Sequence", "Tensor", "torch"}:
             if getattr(module, name) is getattr(private, name, None):
                 monkeypatch.setattr(module, name, getattr(without, name))

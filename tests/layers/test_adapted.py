@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 import spectune
-from spectune.layers import adapted
+from spectune.layers import adapted, watched_layer
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.modules import find_linear, is_linear
 from spectune.layers.taking import adapted_class
@@ -120,7 +120,8 @@ def test_a_routed_answer_asks_each_row_once(monkeypatch):
         spectune.adapt(model, "lora:rank=2", name=name)
     asked = []
     own = adapted.weight_at
-    monkeypatch.setattr(adapted, "weight_at", lambda *where: asked.append(where) or own(*where))
+    for module in (adapted, watched_layer):
+        monkeypatch.setattr(module, "weight_at", lambda *where: asked.append(where) or own(*where))
     with torch.no_grad(), spectune.route(model, names):
         model(torch.randn(24, 6))
         assert len(asked) <= 24

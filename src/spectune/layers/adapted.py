@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -13,94 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.cores import mix
-from spectune.layers.factors import Base, Factors
-from spectune.layers.fused import Fused, has_bias
+from spectune.layers.factors import Factors
+from spectune.layers.fused import Fused
 from spectune.layers.layouts import Layout
 from spectune.layers.linear import adapted_linear
-from spectune.layers.merged import merged_tensors
-from spectune.layers.mixtures import RowWeights, Weight, weight_at
-from spectune.layers.modules import children_of, effective_weight, stored_weight
-from spectune.layers.packed import packed_product
+from spectune.layers.merged import merged_tensors, weight_with_gradients
+from spectune.layers.mixtures import Part, weight_at
+from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
-from spectune.layers.reads import read_outside, reader_of, watched
-from spectune.layers.selection import Rows, Scope, Selection, replaced
-from spectune.layers.shards import is_part
-from spectune.layers.stored import Stored
+from spectune.layers.selection import Rows, Scope, replaced
+from spectune.layers.sums import with_updates
 from spectune.layers.updates import Basis, Update, updates_in
-from spectune.layers.values import Seen, WeightValues, is_made_of, row_norms
+from spectune.layers.values import WeightValues
+from spectune.layers.watched_layer import WatchedLayer
 from spectune.private import any_autocast, is_transformed, unseen
-from spectune.speed.dense import by_onednn, linear
-from spectune.speed.recompute_cache import frozen_linear, learns
-
-Part = tuple[Update, Weight]
+from spectune.speed.recompute_cache import learns
 
 
-class Adapted(Stored):
+class Adapted(WatchedLayer):
     """Mixed into a linear layer's class: y = W x + b + the updates of the selected adapters."""
 
-    adapters: nn.ModuleDict
-    bases: nn.ModuleDict
-    selection: Selection
-    plain_class: type[nn.Module]
-    is_transposed: bool  # W is held (in x out), as Conv1D does
-    is_plain: bool  # W x + b is computed by nn.Linear or Conv1D and nothing else
-    is_packed: bool  # and by the library that holds W packed
-    is_called: bool = False  # a trial of the model saw it called, and not read past
-    is_own: bool = False  # within compiled code of its class's own forward method, which asks for the weight
-    adapted_as: str
-    bias: nn.Parameter | None
     fused: Fused | None  # W', within `spectune.fused`
-    weight_values: WeightValues  # what W was when it was last looked at
-    prepared: tuple[Scope | None, list[Part]]  # what the model was last set to, and what that is in this layer
-
-    @property
-    def weight(self) -> Any:
-        """W as the layer holds it; to other modules, in their forward passes, it tells its kind and no values."""
-        weight = self._parameters.get("weight")
-        if weight is None and isinstance(self, PartLinear):
-            weight = self.own_weight()
-        elif weight is None:  # a replica's or FSDP's plain tensor, or what a parametrization computes
-            weight = vars(self)["weight"] if "weight" in vars(self) else super().weight  # type: ignore[misc]
-        if torch.compiler.is_compiling():
-            # the layer's own product, where it is a plain one, does not come by here
-            if self.is_packed or self.is_called or self.is_own or not isinstance(weight, nn.Parameter):
-                return weight
-            asked = bool(self.prepared[1]) or bool(self.selection.contexts)
-            return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight
-        frame = sys._getframe(1)
-        if frame.f_back is not None and frame.f_back.f_code is _FORWARD:
-            return weight
-        if not self._asks() or reader_of(self, frame, _FORWARD) is None:
-            return weight
-        return watched(weight, self.adapted_as)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        vars(self)["weight"] = value
-
-    @weight.deleter
-    def weight(self) -> None:
-        del vars(self)["weight"]
-
-    def _asks(self) -> bool:
-        """Whether an adapter that is in use has a part in this layer, in some row."""
-        choice = (scope := self.selection.scope()).choice
-        if not isinstance(choice, Rows):
-            return bool(self.parts(scope))
-        # the first row answers, as a rule: all rows times all adapters are too many for every layer and token
-        return any(
-            isinstance(weight := weight_at(mixture, name, self), Tensor) or bool(weight)
-            for mixture in choice.mixtures
-            for name in mixture
-            if name in self.adapters
-        )
-
-    def is_asked(self) -> bool:
-        """Whether an adapter may have a part in the layer's answer."""
-        scope = self.selection.scope()
-        return isinstance(scope.choice, Rows) or bool(scope.aside) or bool(self.parts(scope))
 
     def forward(self, input: Tensor | None = None, *more: object, **named: object) -> Tensor:
         if more or named or input is None:
@@ -229,14 +162,14 @@ class Adapted(Stored):
             return rows.forward_of(self, x, layout).answer(x, self._own(x))
         shares = rows.shares(self, x, layout).items()
         updates = [(u, share) for name, share in shares for u in updates_in(self.adapters, name)]
-        return self.sum(updates, x, plain := self._plain(x), plain) if updates else self._own(x)
+        return with_updates(self, updates, x, plain := self._plain(x), plain) if updates else self._own(x)
 
     def _of_parts(self, parts: list[Part], x: Tensor) -> Tensor:
         if not parts:
             return self._own(x)
         update, weight = parts[0]
         if len(parts) > 1 or isinstance(weight, Tensor) or weight * update.weight != 1.0:
-            return self.sum(parts, x, plain := self._plain(x), plain)
+            return with_updates(self, parts, x, plain := self._plain(x), plain)
         return self._alone(update, x)
 
     def _is_lean(self, x: Tensor) -> bool:
@@ -327,142 +260,6 @@ class Adapted(Stored):
                     return y.reshape(*x.shape[:-1], y.shape[-1])
         return self._plain(x)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        """Return the answer of the frozen layer."""
-        if self.training and self.is_plain and by_onednn(x, effective_weight(self)) and self.fuses(x):
-            return frozen_linear(x, effective_weight(self), self.bias)
-        return self._own(x)
-
-    def _own(self, x: Tensor) -> Tensor:
-        """Return the answer of the layer's own class."""
-        if torch.compiler.is_compiling() and self.is_plain and self._parameters.get("weight") is not None:
-            return F.linear(x, effective_weight(self), self.bias)
-        if torch.compiler.is_compiling() and not self.is_packed:
-            self.is_own = True  # as the code is traced, which knows no frames; no more than that is left of it
-            y = super().forward(x)
-            self.is_own = False
-            return y
-        if not self.is_packed or not x.requires_grad or not torch.is_grad_enabled():
-            return super().forward(x)
-        if torch.compiler.is_compiling() or is_transformed() or (self.bias is not None and self.bias.requires_grad):
-            return super().forward(x)
-        return packed_product(x, self, super().forward)
-
-    def fuses(self, x: Tensor) -> bool:
-        """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""
-        own, bias = self._parameters.get("weight"), self.bias
-        weight = effective_weight(self) if isinstance(self, PartLinear) else own
-        return (
-            self.is_plain
-            and weight is not None
-            and weight.dtype == x.dtype
-            and not weight.requires_grad
-            and not (bias is not None and bias.requires_grad)
-            and not torch.compiler.is_compiling()
-            and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-            and not is_transformed()
-        )
-
-    def sum(self, updates: Sequence[tuple[Update, Weight | RowWeights]], x: Tensor, plain: Tensor, y: Tensor) -> Tensor:
-        """Return y and the answer of several updates, or of updates that differ by row; the base's is `plain`."""
-        over_bases: dict[object, list[tuple[Factors, Weight | RowWeights, float]]] = {}
-        for update, weight in updates:
-            if not update.method.core_only:
-                y = self._add(y, update, weight, x, plain)
-                continue
-            factors = update.method.factors(self.tensors(update))
-            # factors of the same basis are the same tensors, so that only the cores are added, whatever the number of
-            # adapters
-            core: object = factors.core  # never the identity, which has nothing to train
-            key = (update.basis_key, core.layout)
-            over_bases.setdefault(key, []).append((factors, weight, update.weight))
-        for group in over_bases.values():
-            y = y + _joined(group).apply(x)
-        return y
-
-    def _add(self, y: Tensor, update: Update, weight: Weight | RowWeights, x: Tensor, plain: Tensor) -> Tensor:
-        tensors = self.tensors(update)
-        if isinstance(weight, RowWeights):
-            rows = weight.rows
-            part = update.method.respond(tensors, x[rows], self.base(plain[rows]), update.training)
-            scale = (weight.weights * update.weight).to(part.dtype)
-            return y.index_add(0, rows, part * scale.reshape(-1, *(1,) * (part.dim() - 1)))
-        part = update.method.respond(tensors, x, self.base(plain), update.training)
-        return y + part * (weight * update.weight)
-
-    def base(self, output: Tensor | None = None) -> Base:
-        """Return what an update may ask of the frozen layer whose output is `output`."""
-
-        def without_bias(x: Tensor | None = None) -> Tensor:
-            y = output if x is None else self._plain(x)
-            if y is None:
-                raise RuntimeError("this update was asked for outside a forward pass")
-            return y if self.bias is None else y - self.bias.to(y.dtype)
-
-        def project(R: Tensor) -> Tensor:
-            weight: Any = effective_weight(self)
-            weight = weight.dense() if self.is_packed else weight
-            return linear(weight, R.to(weight.dtype))
-
-        def rows(index: Tensor) -> Tensor:
-            return effective_weight(self).index_select(0, index)
-
-        return Base(without_bias, project, self.bias, rows, self._norms, self._seen, self.owns)
-
-    def _seen(self) -> tuple[Tensor, ...] | None:
-        if self.is_packed:  # which nobody writes to
-            return ()
-        now = self._values_now()
-        return None if now is None else (now.digest,)
-
-    def _norms(self) -> Tensor:
-        """Return ||W_i|| (out) of the W that is there now."""
-        now = self._values_now()
-        weight: Any = effective_weight(self)
-        return row_norms(weight.dense() if self.is_packed else weight) if now is None else now.norms
-
-    def _values_now(self, *, once: bool = False) -> Seen | None:
-        """Return what W is now; None where it is to be looked at each time, or nobody can have written to it."""
-        if torch.compiler.is_compiling() or is_transformed() or self.is_packed:
-            return None
-        weight = effective_weight(self)
-        return None if weight.is_meta or is_part(weight) else self.weight_values.of(weight, stored_weight(self), once)
-
-    def owns(self, basis_key: str, *, once: bool = False) -> bool:
-        """Whether frozen tensors of this name were made of the W that is there now.
-
-        Args:
-            basis_key: the name.
-            once: this is not asked in each forward pass, so that W need not be watched for it.
-        """
-        basis = cast("Basis | None", self.bases._modules.get(basis_key))
-        if basis is None or basis.made is None or (now := self._values_now(once=once)) is None:
-            return True
-        if basis.compared is None or basis.compared[0] is not now.digest:
-            basis.compared = now.digest, is_made_of(basis.made, now, effective_weight(self))
-        return basis.compared[1]
-
-    def tensors(self, update: Update) -> dict[str, Tensor]:
-        """Return an update's trained and frozen tensors by name."""
-        basis = cast("Basis | None", self.bases._modules.get(update.basis_key))
-        if update.unmade:
-            real = not effective_weight(self).is_meta
-            if (basis is None and update.needs_basis) or (real and any(p.is_meta for p in update.trained().values())):
-                raise SpectuneError(
-                    f"the weight of {self.adapted_as!r} was on the meta device when it was adapted, and the adapter "
-                    "has no values: adapt the model when its weights are loaded"
-                )
-            update.unmade = not real
-        return (
-            update.trained()
-            if basis is None
-            else {
-                **basis.tensors(),
-                # of which a copy, as `trained` makes one, would cost as much as all else here
-                **cast("dict[str, Tensor]", update._parameters or update.trained()),
-            }
-        )
-
     def made_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W' (out x in) of the adapters that answer here, with their gradients, in a dtype or in W's.
 
@@ -471,21 +268,7 @@ class Adapted(Stored):
         Raises:
             SpectuneError: there is no one W', or it is not all that the adapters do.
         """
-        scope = self.selection.scope_with_gradients() if torch.is_grad_enabled() else self.selection.scope()
-        if isinstance(scope.choice, Rows) and not scope.choice.same(self):
-            raise SpectuneError("rows of the batch have different adapters")
-        parts = self.parts(scope)
-        if any(update.drops and update.training for update, _ in parts):
-            raise SpectuneError("with dropout, which is of its products' inputs")
-        if any(has_bias(update) for update, _ in parts):
-            raise SpectuneError("an adapter brings a bias")
-        weight = effective_weight(self)
-        total = weight if dtype is None else weight.to(dtype)
-        for update, factor in parts:
-            total = total + update.method.delta(self.tensors(update), weight) * (factor * update.weight)
-        total = total.to(dtype or weight.dtype)
-        self.selection.in_graph(scope, total)
-        return total
+        return weight_with_gradients(self, dtype)
 
     def merged(self, name: str) -> dict[str, Tensor]:
         # a part of a tensor is in the state of the tensor's owner
@@ -512,16 +295,7 @@ class Adapted(Stored):
         self.selection.note(self, self.adapted_as)  # which knows of no part when it is a copy
 
 
-_FORWARD = Adapted.forward.__code__
-
-
-def _joined(group: list[tuple[Factors, Weight | RowWeights, float]]) -> Factors:
-    """Add updates over one basis into one, with a core for each row where the weights differ by row."""
-    first, weight, factor = group[0]
-    if len(group) == 1 and not isinstance(weight, RowWeights):
-        return first._replace(scale=first.scale * weight * factor)
-    weights = [(w.column if isinstance(w, RowWeights) else w) * (factor * f.scale) for f, w, factor in group]
-    return first._replace(core=mix([f.core for f, _, _ in group], weights), scale=1.0)
+Adapted.forward_code = Adapted.forward.__code__
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

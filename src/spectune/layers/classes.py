@@ -35,12 +35,19 @@ def check_free(name: str, module: nn.Module, mixed_in: type) -> None:
     if isinstance(module, mixed_in):
         return
     own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
-    taken = sorted(own & (mixed_in.__annotations__.keys() - {"weight", "bias"}))
+    taken = sorted(own & (_declared(mixed_in) - {"weight", "bias"}))
     if taken:
         raise SpectuneError(
             f"{name!r} ({type(module).__name__}) has {taken[0]!r} of its own, where an adapter would be kept: "
             "rename it, or leave the module out"
         )
+
+
+def _declared(mixed_in: type) -> set[str]:
+    """Return the attributes that a class and those of ours that it is made from declare."""
+    return {
+        name for kind in mixed_in.__mro__ if issubclass(kind, Remade) for name in vars(kind).get("__annotations__", ())
+    }
 
 
 Kind = type[nn.Module]

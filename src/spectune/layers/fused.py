@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.frozen import FrozenLayer
+from spectune.layers.mixtures import Part
 from spectune.layers.modules import effective_weight
+from spectune.layers.selection import Scope
+from spectune.layers.updates import Update
 from spectune.layers.values import Watched, digest, unwatch, values_of, watch
 from spectune.speed.dense import PackedWeight, matmul
 
-Weighted = tuple[Any, Any]  # an update, and its adapter's weight: a number
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
 _UNSEEN = -2  # of a tensor that holds W' itself: what is written there answers
 _PATIENCE = 4  # passes that a change lasts before W' is made anew
@@ -23,9 +27,9 @@ _PATIENCE = 4  # passes that a change lasts before W' is made anew
 class _Source(NamedTuple):
     """A tensor that W' is made of, as it was then."""
 
-    held: dict[str, Any]
+    held: dict[str, nn.Parameter | None]
     key: str
-    tensor: Any
+    tensor: Watched
     version: int
     pointer: int
     asked: int
@@ -33,8 +37,8 @@ class _Source(NamedTuple):
     digest: Tensor
 
 
-def _as_it_is(held: dict[str, Any], key: str) -> _Source:
-    tensor = held[key]
+def _as_it_is(held: dict[str, nn.Parameter | None], key: str) -> _Source:
+    tensor = cast(Watched, held[key])
     seen = digest(tensor).clone()
     return _Source(held, key, tensor, tensor._version, tensor.data_ptr(), tensor.asked, tensor.lent, seen)
 
@@ -50,16 +54,16 @@ class Fused:
 
     in_place = False
 
-    def __init__(self, layer: object) -> None:
-        self._layer: Any = layer
-        self._scope = None
+    def __init__(self, layer: FrozenLayer) -> None:
+        self._layer = layer
+        self._scope: Scope | None = None
         self._sources: list[_Source] = []
-        self._watched: list[object] = []
+        self._watched: list[nn.Parameter] = []
         self._misses = 0
         self._weight: Tensor | PackedWeight | None = None
         self._bias: Tensor | None = None
 
-    def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor | None:
+    def answer(self, scope: Scope, parts: Sequence[Part] | None, x: Tensor) -> Tensor | None:
         """Return W' x + b', or None where that is not what these parts answer, or gradients for them are needed."""
         if parts is None or not parts:
             return None
@@ -77,7 +81,7 @@ class Fused:
             return self._weight.linear(x, self._bias)
         return F.linear(x, self._weight, self._bias)
 
-    def _holds(self, scope: object) -> bool:
+    def _holds(self, scope: Scope) -> bool:
         if self._scope is not scope:
             return False
         for source in self._sources:
@@ -108,7 +112,7 @@ class Fused:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make(self, scope: object, parts: Sequence[Weighted]) -> bool:
+    def make(self, scope: Scope, parts: Sequence[Part]) -> bool:
         """Make W' of these updates with their weights; return whether every change of them can be noticed."""
         self._misses, self._scope, self._weight, self._bias = 0, scope, None, None
         if not self._watch(parts):
@@ -118,16 +122,16 @@ class Fused:
         self._bias = whole_bias(self._layer, parts)
         return True
 
-    def _watch(self, parts: Sequence[Weighted]) -> bool:
+    def _watch(self, parts: Sequence[Part]) -> bool:
         held = [(self._layer._parameters, key) for key in ("weight", "bias")]
         held += [place for update, _ in parts for place in update.places().values()]
-        held = [(d, key) for d, key in held if d.get(key) is not None]
-        for parameter in {d[key] for d, key in held}:
+        there = [(d, key, parameter) for d, key in held if (parameter := d.get(key)) is not None]
+        for parameter in {parameter for _, _, parameter in there}:
             if watch(parameter):
                 self._watched.append(parameter)
-        if any(type(d[key]) is not Watched or d[key].asked for d, key in held):
+        if not all(type(parameter) is Watched and not parameter.asked for _, _, parameter in there):
             return False  # whoever asked for `data` may write there at any time
-        self._sources = [_as_it_is(d, key) for d, key in held]
+        self._sources = [_as_it_is(d, key) for d, key, _ in there]
         return True
 
     def end(self) -> None:
@@ -154,11 +158,11 @@ class InPlace(Fused):
 
     in_place = True
 
-    def __init__(self, layer: object, own: Tensor) -> None:
+    def __init__(self, layer: FrozenLayer, own: Tensor) -> None:
         super().__init__(layer)
         self._own: Tensor | None = own
 
-    def answer(self, scope: object, parts: Sequence[Weighted] | None, x: Tensor) -> Tensor:
+    def answer(self, scope: Scope, parts: Sequence[Part] | None, x: Tensor) -> Tensor:
         """Return W' x + b'."""
         weight = self._weight
         if parts is None or not isinstance(weight, Tensor) or not self._holds(scope) or not self._fits(x):
@@ -175,9 +179,9 @@ class InPlace(Fused):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make(self, scope: object, parts: Sequence[Weighted]) -> bool:
+    def make(self, scope: Scope, parts: Sequence[Part]) -> bool:
         """Write W' over W."""
-        weight, bias = self._layer._parameters["weight"], whole_bias(self._layer, parts)
+        weight, bias = cast(Tensor, self._layer._parameters["weight"]), whole_bias(self._layer, parts)
         new = _made(self._layer, parts)
         weight.copy_(new.T if self._layer.is_transposed else new)
         if not self._watch(parts):
@@ -191,11 +195,11 @@ class InPlace(Fused):
         """Put W's own bytes back."""
         super().end()
         if self._own is not None:
-            self._layer._parameters["weight"].copy_(self._own)
+            cast(Tensor, self._layer._parameters["weight"]).copy_(self._own)
             self._own = None
 
 
-def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | None = None) -> Tensor:
+def whole_weight(layer: FrozenLayer, parts: Sequence[Part], dtype: torch.dtype | None = None) -> Tensor:
     """Return W' (out x in) of updates with their weights, in a dtype or W's, from a sum in float32 at least."""
     weight = values_of(effective_weight(layer))
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -207,19 +211,19 @@ def whole_weight(layer: Any, parts: Sequence[Weighted], dtype: torch.dtype | Non
         method = update.method
         if method.additive and not method.replaces:
             f = method.factors(tensors)
-            total.add_(matmul(f.core.transposed(f.left), f.right), alpha=f.scale * factor * update.weight)
+            total.add_(matmul(f.core.transposed(f.left), f.right), alpha=f.scale * float(factor) * update.weight)
         else:
-            total.add_(method.delta(tensors, start), alpha=factor * update.weight)
+            total.add_(method.delta(tensors, start), alpha=float(factor) * update.weight)
     return total.to(dtype or weight.dtype)
 
 
-def _made(layer: object, parts: Sequence[Weighted]) -> Tensor:
+def _made(layer: FrozenLayer, parts: Sequence[Part]) -> Tensor:
     """Return W' in W's dtype, by the quickest way that keeps it."""
     quick = _quick_weight(layer, parts)
     return whole_weight(layer, parts) if quick is None else quick
 
 
-def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
+def _quick_weight(layer: FrozenLayer, parts: Sequence[Part]) -> Tensor | None:
     """Return W' where W is in bfloat16 and the updates' factors are many: the one product that it takes, in bfloat16.
 
     The factors are rounded as they are beside W without W', by 2^-8 of dW; the sum with W is rounded once.
@@ -238,19 +242,19 @@ def _quick_weight(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
     return torch.addmm(weight, torch.cat(lefts, 1) if len(lefts) > 1 else lefts[0], right)
 
 
-def whole_bias(layer: Any, parts: Sequence[Weighted]) -> Tensor | None:
+def whole_bias(layer: FrozenLayer, parts: Sequence[Part]) -> Tensor | None:
     """Return b' (out) of updates with their weights, in W's dtype, or None where there is none."""
     own, dtype = layer._parameters.get("bias"), effective_weight(layer).dtype
-    start: Any = 0.0 if own is None else values_of(own).to(torch.promote_types(own.dtype, torch.float32))
-    total = None if own is None else start
+    start = None if own is None else values_of(own).to(torch.promote_types(own.dtype, torch.float32))
+    total = start
     for update, factor in parts:
-        other = update.method.bias_of(update.trained(), None if own is None else start)
+        other = update.method.bias_of(update.trained(), start)
         if other is not None:
-            more = factor * update.weight * (values_of(other) - start)
+            more = factor * update.weight * (values_of(other) - (0.0 if start is None else start))
             total = more if total is None else total + more
     return None if total is None else total.to(dtype, copy=True)
 
 
-def has_bias(update: Any) -> bool:
+def has_bias(update: Update) -> bool:
     """Whether an update has another bias than its layer."""
     return update.method.bias_of(update.trained(), None) is not None

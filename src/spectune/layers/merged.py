@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spectune.errors import SpectuneError
+from spectune.layers.frozen import FrozenLayer
 from spectune.layers.fused import has_bias, whole_bias, whole_weight
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import as_held, effective_weight, stored_weight
 from spectune.layers.packed import Packed
-from spectune.layers.updates import Update
+from spectune.layers.protocols import Place
+from spectune.layers.selection import Rows, Selection
+from spectune.layers.updates import Update, updates_in
+from spectune.layers.watched_layer import WatchedLayer
 
 
-def active_adapters(part: Any, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
+class _Chosen(Place, Protocol):
+    """What has a choice of adapters: a layer, or a module that adapters bring whole."""
+
+    selection: Selection
+
+
+def active_adapters(part: _Chosen, mixture: Mixture | None = None) -> tuple[tuple[str, float], ...]:
     """Return the adapters that have a part in a layer or module, with their weights."""
     chosen: Mixture = part.selection.mixture if mixture is None else mixture
     return tuple((n, float(w)) for n in part.adapters if (w := weight_at(chosen, n, part)))
 
 
 def merged_weight(
-    layer_name: str, layer: Any, active: Sequence[tuple[str, float]], *, requantize: bool = False
+    layer_name: str, layer: FrozenLayer, active: Sequence[tuple[str, float]], *, requantize: bool = False
 ) -> Tensor:
     """Return W', as the layer holds W; a packed one in float32 if it is to be packed again.
 
@@ -59,17 +69,17 @@ def merged_weight(
     return as_held(layer, total)
 
 
-def _parts(layer: Any, active: Sequence[tuple[str, float]]) -> list[tuple[Update, float]]:
-    return [(update, factor) for name, factor in active if name in layer.adapters for update in layer.adapters[name]]
+def _parts(layer: FrozenLayer, active: Sequence[tuple[str, float]]) -> list[tuple[Update, float]]:
+    return [(u, factor) for name, factor in active if name in layer.adapters for u in updates_in(layer.adapters, name)]
 
 
-def merged_bias(layer: object, active: Sequence[tuple[str, float]]) -> Tensor | None:
+def merged_bias(layer: FrozenLayer, active: Sequence[tuple[str, float]]) -> Tensor | None:
     """Return the layer's new bias, or None where no update has one."""
     parts = _parts(layer, active)
     return whole_bias(layer, parts) if any(has_bias(update) for update, _ in parts) else None
 
 
-def merged_tensors(layer_name: str, layer: Any) -> dict[str, Tensor]:
+def merged_tensors(layer_name: str, layer: FrozenLayer) -> dict[str, Tensor]:
     """Return W' and b', as far as the adapters that answer now make them, by their names in the layer.
 
     Raises:
@@ -87,3 +97,28 @@ def merged_tensors(layer_name: str, layer: Any) -> dict[str, Tensor]:
             "spectune.extract(model).save(folder)"
         )
     return {**found, "bias": bias}
+
+
+def weight_with_gradients(layer: WatchedLayer, dtype: torch.dtype | None = None) -> Tensor:
+    """Return W' (out x in) of the adapters that answer here, with their gradients, in a dtype or in W's.
+
+    It is for whoever does something else with a weight than multiply vectors by it.
+
+    Raises:
+        SpectuneError: there is no one W', or it is not all that the adapters do.
+    """
+    scope = layer.selection.scope_with_gradients() if torch.is_grad_enabled() else layer.selection.scope()
+    if isinstance(scope.choice, Rows) and not scope.choice.same(layer):
+        raise SpectuneError("rows of the batch have different adapters")
+    parts = layer.parts(scope)
+    if any(update.drops and update.training for update, _ in parts):
+        raise SpectuneError("with dropout, which is of its products' inputs")
+    if any(has_bias(update) for update, _ in parts):
+        raise SpectuneError("an adapter brings a bias")
+    weight = effective_weight(layer)
+    total = weight if dtype is None else weight.to(dtype)
+    for update, factor in parts:
+        total = total + update.method.delta(layer.tensors(update), weight) * (factor * update.weight)
+    total = total.to(dtype or weight.dtype)
+    layer.selection.in_graph(scope, total)
+    return total

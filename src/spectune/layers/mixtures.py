@@ -8,10 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from spectune.layers.protocols import Place
+from spectune.layers.updates import Update
 
 # the weight of each adapter: a number, a tensor () that takes gradients, or one of these for each layer (0 elsewhere)
 Weight = float | Tensor
 Mixture = Mapping[str, "Weight | dict[Place, Weight]"]
+Part = tuple[Update, Weight]  # an update that answers in a layer, and its adapter's weight there
 
 
 class RowWeights(NamedTuple):

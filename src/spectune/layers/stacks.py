@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -15,6 +14,7 @@ from torch import Tensor
 from spectune.layers.cores import Core
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
+from spectune.layers.sums import with_updates
 from spectune.layers.updates import Update, updates_in
 from spectune.layers.values import digest, values_of
 from spectune.private import copy_all
@@ -319,7 +319,7 @@ class RoutedForward:
         rows, out = x.reshape(x.shape[0], -1, x.shape[-1]), (x.shape[0], -1, y.shape[-1])
         for group, own in zip(self._groups, pieces, strict=True):
             group.add(own, y.view(out), rows, plain.view(out), self._layer.bias)
-        return self._layer.sum(self._alone, x, plain, y) if self._alone else y
+        return with_updates(self._layer, self._alone, x, plain, y) if self._alone else y
 
 
 def _index(rows: list[int], x: Tensor) -> Tensor | None:

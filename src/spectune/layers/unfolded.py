@@ -10,9 +10,11 @@ from torch import Tensor
 from spectune.layers.adapted import Adapted
 from spectune.layers.kinds import Kind, Vectors, kind_of
 from spectune.layers.layouts import Layout
+from spectune.layers.mixtures import Part, RowWeights, Weight
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
-from spectune.layers.updates import updates_in
+from spectune.layers.sums import with_updates
+from spectune.layers.updates import Update, updates_in
 
 
 class Unfolded(Adapted):
@@ -25,7 +27,7 @@ class Unfolded(Adapted):
         assert found is not None
         return found
 
-    def _of_parts(self, parts: Any, x: Tensor) -> Tensor:
+    def _of_parts(self, parts: Sequence[Part], x: Tensor) -> Tensor:
         return self._with(parts, x) if parts else self._own(x)
 
     def _by_row(self, x: Tensor, rows: Rows, layout: Layout) -> Tensor:
@@ -33,11 +35,11 @@ class Unfolded(Adapted):
         updates = [(u, share) for name, share in shares for u in updates_in(self.adapters, name)]
         return self._with(updates, x) if updates else self._own(x)
 
-    def _with(self, updates: Sequence[Any], x: Tensor) -> Tensor:
+    def _with(self, updates: Sequence[tuple[Update, Weight | RowWeights]], x: Tensor) -> Tensor:
         plain = self.kind.features_last(self, self._own(x))
         dtype = x.dtype if x.is_floating_point() else plain.dtype
         vectors: Any = Vectors(self.kind, self, x, (*plain.shape[:-1], effective_weight(self).shape[1]), dtype)
-        return self.kind.as_answered(self, self.sum(updates, vectors, plain, plain))
+        return self.kind.as_answered(self, with_updates(self, updates, vectors, plain, plain))
 
-    def _plain(self, x: Any) -> Tensor:
+    def _plain(self, x: Tensor | Vectors) -> Tensor:
         return self.kind.features_last(self, self._own(x.input)) if isinstance(x, Vectors) else self._own(x)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.factors import Base, Ratio
-from spectune.layers.protocols import Rule
+from spectune.layers.factors import Base, Factors, Ratio
 from spectune.layers.values import Made, digest
 
 _numbers = count(1)
+Tensors = Mapping[str, Tensor]
+
+
+class Rule(Protocol):
+    """A method as the adapted layer sees it: `spectune.methods.Method` says what each of these is."""
+
+    additive: ClassVar[bool]
+    replaces: ClassVar[bool]
+    in_factors: ClassVar[bool]
+    core_only: ClassVar[bool]
+
+    @property
+    def drop(self) -> float: ...
+    @property
+    def basis_key(self) -> str: ...
+    def factors(self, t: Tensors) -> Factors: ...
+    def whole(self, t: Tensors) -> Factors | None: ...
+    def ratio(self, t: Tensors, base: Base) -> Ratio | None: ...
+    def ratios(self, ts: Sequence[Tensors], bases: Sequence[Base]) -> Tensor | None: ...
+    def still(self, t: Tensors) -> Tensors: ...
+    def respond(self, t: Tensors, x: Tensor, base: Base, training: bool) -> Tensor: ...
+    def add(self, t: Tensors, x: Tensor, y: Tensor) -> None: ...
+    def delta(self, t: Tensors, weight: Tensor) -> Tensor: ...
+    def bias_of(self, t: Tensors, own: Tensor | None) -> Tensor | None: ...
+    def replacement(self, t: Tensors, x: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
 class _Resident(nn.Module):

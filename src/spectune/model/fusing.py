@@ -17,8 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.adapted import Adapted, Part, adapted_layers
+from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.fused import Fused, InPlace, whole_weight
+from spectune.layers.mixtures import Part
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Rows
 from spectune.layers.shards import is_part
