@@ -142,8 +142,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     with path.open("wb") as file:
         file.write(tensors_header(tensors, metadata or {}))
         for name in _in_order(tensors):
-            data: Any = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(memoryview(data))  # numpy's arrays are buffers, and have no type of one before Python 3.12
+            file.write(bytes_of(tensors[name]))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, which are copied only where they lie on another device or apart from each other."""
+    data: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(data)  # numpy's arrays are buffers, and have no type of one before Python 3.12
 
 
 def tensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from spectune.adapters.labels import PROBLEMS, SEVERAL, Labels
 from spectune.errors import SpectuneError, nearest
 from spectune.reading import (
     DIMENSIONS,
@@ -25,11 +23,18 @@ from spectune.reading import (
     check_memory,
     open_tensors,
     parse_json,
-    parsed,
     read_json,
     sha256,
 )
-from spectune.storage import alone_in, collect_temporaries, flush, save_tensors, temporary_beside, tensors_header
+from spectune.storage import (
+    alone_in,
+    bytes_of,
+    collect_temporaries,
+    flush,
+    save_tensors,
+    temporary_beside,
+    tensors_header,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -239,61 +244,6 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-class More(NamedTuple):
-    """What is stored with an adapter's weights besides the tensors, as far as it is there.
-
-    Args:
-        labels: of a classifier's head, and how they are read.
-        architecture: the model's class and its module.
-        base: the sketches of the base's weights, by layer.
-        quantize: how the base was packed.
-    """
-
-    labels: Labels | None = None
-    architecture: tuple[str, str] | None = None
-    base: Mapping[str, Tensor] = {}
-    quantize: str | None = None
-
-
-def read_more(path: Source) -> More:
-    """Return what is stored with an adapter's weights besides the tensors."""
-    if isinstance(path, Unwritten):
-        metadata = path.more
-    elif (path / WEIGHTS).exists():
-        with open_tensors(path / WEIGHTS) as opened:
-            metadata = opened.metadata() or {}
-    else:
-        return More()
-    from spectune.adapters.schema import Stored  # pydantic, which adapters on a model go without
-
-    where = str(path / WEIGHTS)
-    given = {key: parse_json(metadata[key], f"{key!r} in {where}") for key in Stored.model_fields if key in metadata}
-    found = parsed(Stored, given, where)
-    problem = next((each for each in found.problem_type[:1] if each in PROBLEMS), None)
-    labels = None if found.labels is None else Labels(found.labels, problem)
-    architecture = (found.architecture[0], found.architecture[1]) if found.architecture else None
-    return More(labels, architecture, found.base, *found.quantize[:1])
-
-
-def as_metadata(
-    labels: Sequence[str] | None,
-    architecture: Sequence[str] | None,
-    base: Mapping[str, Tensor],
-    quantize: str | None = None,
-) -> dict[str, str]:
-    """Return what `read_more` reads, as texts."""
-    found: dict[str, object] = {"labels": labels, "architecture": architecture}
-    found["quantize"] = None if quantize is None else [quantize]
-    if isinstance(labels, Labels) and labels.problem == SEVERAL:  # the others are known by the number of labels
-        found["problem_type"] = [labels.problem]
-    codes = {}
-    for name, sketch in base.items():
-        values = torch.zeros(sketch.shape) if sketch.is_meta else sketch
-        codes[name] = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
-    found["base"] = codes or None
-    return {key: json.dumps(value) for key, value in found.items() if value is not None}
-
-
 def folder_digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's two files."""
     return sha256(folder / CONFIG, folder / WEIGHTS)
@@ -410,5 +360,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

@@ -21,7 +21,8 @@ from spectune.layers.mixtures import Part, weight_at
 from spectune.layers.modules import children_of, effective_weight
 from spectune.layers.parts import PartLinear
 from spectune.layers.products import finish
-from spectune.layers.selection import Rows, Scope, replaced
+from spectune.layers.rows import Rows
+from spectune.layers.selection import Scope, replaced
 from spectune.layers.sums import with_updates
 from spectune.layers.updates import Basis, Update, updates_in
 from spectune.layers.values import WeightValues

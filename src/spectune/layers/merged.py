@@ -15,7 +15,8 @@ from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import as_held, effective_weight, stored_weight
 from spectune.layers.packed import Packed
 from spectune.layers.protocols import Place
-from spectune.layers.selection import Rows, Selection
+from spectune.layers.rows import Rows
+from spectune.layers.selection import Selection
 from spectune.layers.updates import Update, updates_in
 from spectune.layers.watched_layer import WatchedLayer
 

@@ -12,7 +12,7 @@ from spectune.layers.kinds import Kind, Vectors, kind_of
 from spectune.layers.layouts import Layout
 from spectune.layers.mixtures import Part, RowWeights, Weight
 from spectune.layers.modules import effective_weight
-from spectune.layers.selection import Rows
+from spectune.layers.rows import Rows
 from spectune.layers.sums import with_updates
 from spectune.layers.updates import Update, updates_in
 

@@ -14,7 +14,8 @@ from spectune.layers.frozen import FrozenLayer
 from spectune.layers.mixtures import Part, weight_at
 from spectune.layers.parts import PartLinear
 from spectune.layers.reads import read_outside, reader_of, watched
-from spectune.layers.selection import Rows, Scope
+from spectune.layers.rows import Rows
+from spectune.layers.selection import Scope
 
 
 class WatchedLayer(FrozenLayer):

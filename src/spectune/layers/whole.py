@@ -18,7 +18,8 @@ from spectune.layers.classes import change_class, without
 from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import weight_at
 from spectune.layers.modules import is_linear, named_modules
-from spectune.layers.selection import Rows, Selection
+from spectune.layers.rows import Rows
+from spectune.layers.selection import Selection
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import Layouts, Path
-from spectune.layers.selection import Rows, Selection, within
+from spectune.layers.rows import Rows
+from spectune.layers.selection import Selection, within
 from spectune.model.exchange import exchanged
 from spectune.model.row_trial import leaves, structure_of, walk
 

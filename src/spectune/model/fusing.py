@@ -21,7 +21,7 @@ from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.fused import Fused, InPlace, whole_weight
 from spectune.layers.mixtures import Part
 from spectune.layers.modules import effective_weight
-from spectune.layers.selection import Rows
+from spectune.layers.rows import Rows
 from spectune.layers.shards import is_part
 from spectune.layers.whole import parts_of
 from spectune.model.names import M, check_some_adapter

@@ -15,7 +15,8 @@ from torch import Tensor
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.mixtures import Mixture
 from spectune.layers.modules import modules_around
-from spectune.layers.selection import Rows, generating, is_generating, within
+from spectune.layers.rows import Rows
+from spectune.layers.selection import generating, is_generating, within
 from spectune.layers.whole import Part, parts_of
 from spectune.model.apart import answering_apart
 from spectune.model.exchange import exchanged

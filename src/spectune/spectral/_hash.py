@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
+
+from spectune.storage import bytes_of
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return a hexadecimal digest of a tensor's shape, dtype and bytes, at the speed of memory."""
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-    data: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()  # a buffer, untyped before 3.12
-    digest.update(data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -55,8 +55,9 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._rooms
-        self.keys, self.values = keys.add(self.keys, key_states), values.add(self.values, value_states)
-        return self.keys, self.values
+        held = cast("tuple[Tensor, Tensor]", (self.keys, self.values))  # which are there once it is initialized
+        self.keys, self.values = found = keys.add(held[0], key_states), values.add(held[1], value_states)
+        return found
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache | None:

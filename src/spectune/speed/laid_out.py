@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -44,7 +45,7 @@ class _Forward:
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False)))
 
 
-def _takes(module: nn.Module) -> bool:
+def _takes(module: nn.Module) -> TypeGuard[nn.Linear]:
     weight = module._parameters.get("weight") if type(module) is nn.Linear else None
     if type(weight) is not nn.Parameter or weight.is_inference() or "forward" in vars(module):
         return False

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import (
-    as_metadata,
-    write_folder,
-)
+from spectune.adapters.folder import write_folder
 from spectune.adapters.formats import peft_experts, peft_kinds
 from spectune.adapters.formats.dialect import PREFIX
 from spectune.adapters.formats.peft_reading import TOKENS, load_peft, lora_of
+from spectune.adapters.metadata import as_metadata
 from spectune.adapters.terms import ADDED_BIAS, WholeTerm
 from spectune.errors import SpectuneError
 from spectune.methods.base import Method

@@ -14,18 +14,10 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import (
-    CONFIG,
-    PICKLED,
-    WEIGHTS,
-    Source,
-    read_bin,
-    read_config,
-    read_more,
-    read_tensors,
-)
+from spectune.adapters.folder import CONFIG, PICKLED, WEIGHTS, Source, read_bin, read_config, read_tensors
 from spectune.adapters.formats import peft_experts, peft_kinds
 from spectune.adapters.formats.dialect import PREFIX
+from spectune.adapters.metadata import read_more
 from spectune.adapters.terms import ADDED_BIAS, LayerUpdate, Term, WholeTerm
 from spectune.errors import SpectuneError
 from spectune.layers.attention import IN

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectune.adapters import fingerprint
 from spectune.adapters.contents import Contents
-from spectune.adapters.folder import CONFIG, WEIGHTS, Source, as_metadata, read_config, read_more, read_tensors
+from spectune.adapters.folder import CONFIG, WEIGHTS, Source, read_config, read_tensors
 from spectune.adapters.formats.bilingual import VERSION as BILINGUAL
 from spectune.adapters.formats.bilingual import in_peft_words, own_names
+from spectune.adapters.metadata import as_metadata, read_more
 from spectune.adapters.terms import LayerUpdate, Term, WholeTerm, needs_basis
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.factors import Base

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, overload
+from typing import TYPE_CHECKING, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from spectune.home import cache_dir, temporary_file
 from spectune.reading import open_tensors
 from spectune.spectral import cache
-from spectune.storage import save_tensors, temporary_beside
+from spectune.storage import bytes_of, save_tensors, temporary_beside
 from spectune.training.data.encoding import Encoder, Example
 from spectune.training.data.records import Record
 
@@ -250,7 +250,6 @@ def _key(encoder: Encoder, records: Iterable[Record], what: str) -> str | None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in _TENSORS:
-        array: Any = tensors[name].numpy()
-        found.update(memoryview(array).cast("B") if array.size else b"")
+        found.update(bytes_of(tensors[name]))
         found.update(str(tuple(tensors[name].shape)).encode())
     return found.hexdigest()
