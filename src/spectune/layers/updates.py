@@ -71,8 +71,10 @@ class Basis(_Resident):
         held = next((t for t in self.tensors().values() if t.is_floating_point() and not t.is_meta), None)
         if held is None:
             return
-        # another number at each call: memory that is handed out again may hold the last one, and fresh memory zeros
-        known = held.new_full((2,), float(1 + next(_numbers) % 100))
+        # other numbers at each call: memory that is handed out again may hold those of a call before, and fresh memory
+        # zeros
+        more, number = divmod(next(_numbers), 100)
+        known = held.new_tensor([1 + number, 1 + more % 100])  # which 8 bits tell apart as well
         moved = fn(known)
         if not moved.is_meta and not torch.equal(moved.cpu().float(), known.cpu().float()):
             raise SpectuneError(
