@@ -107,7 +107,10 @@ def _override(text: str) -> tuple[str, str | None]:
     return pattern, None if method.lower() in ("null", "none", "") else method
 
 
-def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
+Found = dict[str, Any]  # what `planning.plan` returned
+
+
+def _show(found: Found, main: str, memory: str | None) -> None:
     from spectune.pages.units import gigabytes
 
     def size(value: float | None) -> str:
@@ -151,7 +154,7 @@ def _show(found: dict[str, Any], main: str, memory: str | None) -> None:
         console.print(note, style="yellow", markup=False, highlight=False)
 
 
-def _show_fits(console: Console, found: dict[str, Any], main: str, count: str) -> None:
+def _show_fits(console: Console, found: Found, main: str, count: str) -> None:
     """Show the largest batch on devices of the usual sizes."""
     rows = [(row["method"], row["precisions"][main]) for row in found["rows"] if row["precisions"][main]]
     sizes = list(rows[0][1]["memory"][count]["fits"]) if rows else []
@@ -165,7 +168,7 @@ def _show_fits(console: Console, found: dict[str, Any], main: str, count: str) -
     console.print(table)
 
 
-def _device_counts(found: dict[str, Any]) -> list[str]:
+def _device_counts(found: Found) -> list[str]:
     for row in found["rows"]:
         for at in row["precisions"].values():
             if at:

@@ -21,6 +21,7 @@ LEAST_TEST = 20  # six answers that differ one way are the fewest that are beyon
 FOLDS = 5  # of the validation data, at most
 MOST_TEST = 0.5  # of the data, where a difference to detect sets the share
 _SAMPLE = 128  # training records at most that the gap to the test is measured with
+Examples = Sequence[Any]  # as the task encodes them
 
 
 class Fold(NamedTuple):
@@ -32,9 +33,9 @@ class Fold(NamedTuple):
         asked: as many records as the sample has.
     """
 
-    train: Sequence[Any]
-    validation: Sequence[Any]
-    sample: Sequence[Any]
+    train: Examples
+    validation: Examples
+    sample: Examples
     asked: Sequence[Record]
 
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.errors import SpectuneError
-from spectune.layers.classes import change_class, without
+from spectune.layers.classes import Maker, change_class, without
 from spectune.layers.stored import Stored
 from spectune.speed.recompute_cache import current_cache
 
@@ -126,7 +126,7 @@ def _writes(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _flat(values: Any) -> Iterator[object]:
+def _flat(values: Iterable[object]) -> Iterator[object]:
     for value in values:
         yield from _flat(value) if isinstance(value, (list, tuple)) else (value,)
 
@@ -224,13 +224,13 @@ class Owner(Stored):
         return [key for inner, layer in self.adapted_parts() for key in layer.adapters_keys(f"{prefix}{inner}.")]
 
 
-def be_owner(module: nn.Module, maker: Any) -> None:
+def be_owner(module: nn.Module, maker: Maker) -> None:
     """Give a module the class that a function makes of its own, unless it has it."""
     if not isinstance(module, Owner):
         change_class(module, maker(type(module)))
 
 
-def be_plain(module: nn.Module, maker: Any) -> None:
+def be_plain(module: nn.Module, maker: Maker) -> None:
     """Give a module back the class it had, once none of its parts is adapted."""
     if isinstance(module, Owner) and next(module.adapted_parts(), None) is None:
         change_class(module, without(type(module), maker))

@@ -126,7 +126,7 @@ class Update(_Resident):
         """Return one of the trained tensors."""
         return cast(Tensor, self._parameters[name])  # none of which is None
 
-    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
+    def places(self) -> dict[str, tuple[dict[str, nn.Parameter | None], str]]:
         """Return for each trained tensor the mapping that holds it, and its key there."""
         return {name: (self._parameters, name) for name in self._parameters}
 

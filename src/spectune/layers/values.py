@@ -44,7 +44,7 @@ class Watched(nn.Parameter):
         self.lent += 1
         return values_of(self)
 
-    def numpy(self, **options: Any) -> object:
+    def numpy(self, **options: bool) -> object:
         self.lent += 1
         return super().numpy(**options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.attention import reads_children
 from spectune.layers.classes import change_class, without
 from spectune.layers.merged import active_adapters
-from spectune.layers.mixtures import weight_at
+from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import is_linear, named_modules
 from spectune.layers.rows import Rows
 from spectune.layers.selection import Selection
@@ -76,7 +76,7 @@ class Whole(Stored):
             self.selection.in_graph(scope, y)
         return y
 
-    def _chosen(self, rows: Any, args: Any, kwargs: Any) -> object:
+    def _chosen(self, rows: Mixture | Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         if not isinstance(rows, Rows):
             return self._answer(self._weights(rows), args, kwargs)
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
@@ -88,7 +88,7 @@ class Whole(Stored):
         for mixture, wanted in rows.groups():
             index = torch.tensor(wanted, device=x.device)
 
-            def part(value: Any, index: Tensor = index) -> Any:
+            def part(value: Any, index: Tensor = index) -> object:
                 laid_out = isinstance(value, Tensor) and value.dim() > layout.axis
                 return layout.take(value, count, index) if laid_out and value.shape[layout.axis] == slices else value
 
@@ -103,11 +103,11 @@ class Whole(Stored):
             )
         return layout.join(answers, counts, torch.tensor(order, device=x.device).argsort())
 
-    def _weights(self, mixture: Mapping[str, Any]) -> Weights:
+    def _weights(self, mixture: Mixture) -> Weights:
         weights = [(name, weight_at(mixture, name, self)) for name in mixture if name in self.adapters]
         return tuple((name, w) for name, w in weights if isinstance(w, Tensor) or w)
 
-    def _answer(self, weights: Weights, args: Any, kwargs: Any) -> object:
+    def _answer(self, weights: Weights, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         partial = [name for name, _ in weights if self.values(name).rows is not None]
         whole = tuple((name, weight) for name, weight in weights if name not in partial)
         plain = self.version(whole) if whole else None

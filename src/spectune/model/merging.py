@@ -104,7 +104,7 @@ def merge(
         names = dict.fromkeys(names, 1.0)
     chosen: Mixture | None = None if names is None else mixture_of({**layers, **modules}, names)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
-    in_parts: dict[str, Any] = {name: layer for name, layer in layers.items() if isinstance(layer, PartLinear)}
+    in_parts = {name: layer for name, layer in layers.items() if isinstance(layer, PartLinear)}
     with torch.inference_mode(False), torch.no_grad():
         for name, layer in layers.items():
             if name not in in_parts and (new_weight := _merged(name, layer, chosen, safe, requantize)) is not None:

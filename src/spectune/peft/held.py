@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn as nn
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class HeldUpdate(Update):
         self.adapter = adapter
         vars(self)["holder"] = holder  # not a submodule of its own child
 
-    def places(self) -> dict[str, tuple[dict[str, Any], str]]:
+    def places(self) -> dict[str, tuple[dict[str, nn.Parameter | None], str]]:
         """Return for each trained tensor the mapping that holds it, and its key there."""
         holder = vars(self)["holder"]
         return {name: (holder._modules[f"{holder.prefix}{name}"]._parameters, self.adapter) for name in self.names}
@@ -84,8 +85,8 @@ class HeldUpdate(Update):
 class Scores(BufferDict):
     """A tensor that a schedule keeps for each adapter, which stays as it is where a folder has none."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
-        held: list[tuple[str, Any]] = list(self.items())
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        held = cast("list[tuple[str, Tensor]]", list(self.items()))
         for adapter, own in held:
             if f"{prefix}{adapter}" not in state_dict:
                 state_dict[f"{prefix}{adapter}"] = torch.zeros_like(own, device="cpu") if own.is_meta else own
@@ -123,7 +124,7 @@ class Sketches(BufferDict):
         self.add(adapter)
         return told.cpu()
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         vars(self)["layer"].check()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for adapter in self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -99,7 +99,7 @@ class PeftLayer(nn.Module, Merging):
         held = update.trained()
         if weight.is_meta or any(tensor.is_meta for tensor in held.values()):
             return
-        method: Any = update.method
+        method = self._method(update)
         if needs_basis(method):
             self.made_of[adapter] = fingerprint.sketch_weight(weight.detach())
         shapes = method.shapes(self.out_features, self.in_features)
@@ -277,13 +277,13 @@ def _refusal(layer: nn.Module) -> str | None:
     return None if why is None else f" {why}"
 
 
-def _see_base(layer: Any, state: Any, prefix: str, *_: object) -> None:
+def _see_base(layer: PeftLayer, state: Mapping[str, object], prefix: str, *_: object) -> None:
     """Note that a state has W, behind a few tuners at most; whether it has an expert's is not looked for."""
     within = (f"{prefix}{'base_layer.' * depth}weight" for depth in range(1, 5))
     layer._reloaded = isinstance(layer.adapted, ExpertLinear) or any(key in state for key in within)
 
 
-def _look_again(layer: Any, incompatible: object) -> None:
+def _look_again(layer: PeftLayer, incompatible: object) -> None:
     """After values were loaded, compare them with the base, as far as both are there."""
     layer.unseen.update(layer.own)
     layer.check()

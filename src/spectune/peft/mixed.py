@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import peft.mixed_model as mixed_model
 import torch.nn as nn
@@ -44,7 +44,7 @@ class Mixed(mixed.MixedModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         tuner = _tuners.get(type(self.peft_config[adapter_name]))
         if tuner is not None:
-            tuner.fill(model, adapter_name, self.peft_config[adapter_name])
+            tuner.fill(model, adapter_name, cast(SpectuneConfig, self.peft_config[adapter_name]))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> object:
         ours = [module for module in self.model.modules() if isinstance(module, PeftLayer)]

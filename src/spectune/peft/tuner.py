@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -50,11 +50,13 @@ class SpectuneTuner(BaseTuner):
 
     # -- adding adapters
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> object:
+    def _prepare_adapter_config(self, peft_config: SpectuneConfig, model_config: dict[str, object]) -> SpectuneConfig:
         return self.prepared(self.model, peft_config, model_config)
 
     @classmethod
-    def prepared(cls, model: nn.Module, peft_config: Any, model_config: dict[str, Any]) -> object:
+    def prepared(
+        cls, model: nn.Module, peft_config: SpectuneConfig, model_config: Mapping[str, object]
+    ) -> SpectuneConfig:
         """Return a config with its targets: all linear layers of a model where there are none."""
         if peft_config.target_modules is None:
             if model_config.get("model_type") in (None, "custom"):
@@ -66,14 +68,14 @@ class SpectuneTuner(BaseTuner):
                 by_end = copy.copy(peft_config)
                 by_end.target_modules = {name.rpartition(".")[2] for name in named}
                 named = {name for name in named if check_target_module_exists(by_end, name) is True}
-            heads = _HEADS.get(peft_config.task_type, ())
+            heads = _HEADS.get(cast(TaskType, peft_config.task_type), ())
             named = {name for name in named if not any(name.endswith(head) for head in heads)}
             peft_config.target_modules = named
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.fill(model, adapter_name, self.peft_config[adapter_name])
+        self.fill(model, adapter_name, cast(SpectuneConfig, self.peft_config[adapter_name]))
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         self.put(self, *args, **kwargs)
@@ -82,7 +84,7 @@ class SpectuneTuner(BaseTuner):
     def put(
         cls,
         tuner: BaseTuner,
-        peft_config: Any,
+        peft_config: SpectuneConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -104,14 +106,14 @@ class SpectuneTuner(BaseTuner):
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
     def _inject_parameters(
-        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: SpectuneConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Put an adapter on every expert of the tensors that `target_parameters` names, and return the tensors' names.
 
         Raises:
             SpectuneError: one of them is no tensor of experts, nor the weight of a linear layer.
         """
-        targets, found = peft_config.target_parameters, []
+        targets, found = peft_config.target_parameters or (), []
         parameters = [
             (n, m, key) for n, m in named_modules(model) for key in m._parameters if m._parameters[key] is not None
         ]
@@ -151,11 +153,11 @@ class SpectuneTuner(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     @classmethod
-    def fill(cls, model: nn.Module, adapter: str, config: Any) -> None:
+    def fill(cls, model: nn.Module, adapter: str, config: SpectuneConfig) -> None:
         """Decompose the weights of all layers that have a new adapter at once, and give it its first values."""
         keep_layout(model, True)
         layers = {m.adapted.adapted_as: m for m in cls._tuned(model) if m.method_of(adapter) is not None}
-        methods: dict[str, Any] = {name: layer.method_of(adapter) for name, layer in layers.items()}
+        methods = {name: cast(Method, layer.method_of(adapter)) for name, layer in layers.items()}
         inner = {name: layer.adapted for name, layer in layers.items()}
         plan = {name: [Term(method, {})] for name, method in methods.items()}
         for name, bases in bases_for(inner, plan, {}, None, dtype_of(model)).items():
@@ -189,7 +191,7 @@ class SpectuneTuner(BaseTuner):
             weight = layer.adapted.weight
             dtype = master_dtype(weight) if autocast_adapter_dtype else weight.dtype
             for attribute in layer.adapter_layer_names:
-                held: Any = layer._modules[attribute]
+                held = cast(nn.ParameterDict, layer._modules[attribute])
                 if adapter_name in held and held[adapter_name].dtype != dtype:
                     trains = held[adapter_name].requires_grad
                     held[adapter_name] = nn.Parameter(held[adapter_name].data.to(dtype), requires_grad=trains)
@@ -197,7 +199,7 @@ class SpectuneTuner(BaseTuner):
     # -- answering
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: object, **kwargs: Any) -> Iterator[None]:
         """Have each row of the batch answered by its adapter, where `adapter_names` names them."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
@@ -271,7 +273,7 @@ def untie_merged(model: nn.Module) -> None:
     untie([(m, m.get_expanded_tied_weights_keys(all_submodels=False)) for m in transformers_models(model)], are_one)
 
 
-def _described(layer: PeftLayer, method: Any) -> Described:
+def _described(layer: PeftLayer, method: Method) -> Described:
     inner = layer.adapted
     experts = inner.count if isinstance(inner, ExpertLinear) else 0
     kind, kernel = described(inner)
@@ -279,12 +281,12 @@ def _described(layer: PeftLayer, method: Any) -> Described:
     return Described(shape, is_stored_transposed(inner), method, experts, (kind, *kernel))
 
 
-def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[object, dict[str, Tensor]]:
+def _sum(name: str, layer: PeftLayer, parts: Sequence[tuple[str, float]]) -> tuple[Method, dict[str, Tensor]]:
     """Return the method and the trained tensors of a weighted sum of adapters on a layer."""
     found = []
     for adapter, weight in parts:
         update = layer.own[adapter]
-        method: Any = update.method
+        method = cast(Method, update.method)
         in_double = {key: tensor.double() for key, tensor in update.trained().items()}
         coefficients = method.coefficients({**layer.adapted.tensors(update), **in_double})
         if coefficients is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import TypeGuard
 
 import torch
 import torch.nn as nn

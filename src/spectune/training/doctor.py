@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -106,7 +106,7 @@ def _kernels() -> str:
 
 
 @contextmanager
-def _no_cache() -> Any:
+def _no_cache() -> Iterator[None]:
     before = os.environ.get("SPECTUNE_CACHE")
     os.environ["SPECTUNE_CACHE"] = "off"  # so that the test computes, and writes nothing
     try:
@@ -166,7 +166,7 @@ def _wrong(name: str, device: torch.device) -> str | None:
     return None
 
 
-def text_of(document: dict[str, Any]) -> str:
+def text_of(document: Mapping[str, Any]) -> str:
     """Return what to paste into a bug report."""
     gigabytes = document["machine"]["memory"] / 1e9
     lines = [f"{name:<16} {version or 'not installed'}" for name, version in document["versions"].items()]

@@ -39,6 +39,8 @@ _PLACES = range(-4, 7)  # of rates, a factor of 10^(1/4) apart, around the metho
 _JUDGED = 6  # batches, of training records that the steps do not see
 _BELOW = 10**0.25  # times: by so much the best of short runs was above that of longer ones, in six grids of eight
 
+Batch = dict[str, Any]  # as a task's collator makes it
+
 
 class Tried(NamedTuple):
     """One rate, and the loss after the steps; not finite where they diverged."""
@@ -108,7 +110,7 @@ def _batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
-) -> list[Any]:
+) -> list[Batch]:
     """Return batches drawn by the seed: those to judge by first, then those to learn from."""
     order = list(range(len(records)))
     random.Random(config.seed).shuffle(order)
@@ -120,7 +122,7 @@ def _batches(
 
 
 def _search(
-    config: TrainConfig, task: Task, model: Any, judged: Sequence[Any], learned: Sequence[Any], bar: Bar
+    config: TrainConfig, task: Task, model: PreTrainedModel, judged: Sequence[Batch], learned: Sequence[Batch], bar: Bar
 ) -> Rate:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
@@ -163,7 +165,7 @@ def _after(
     model: PreTrainedModel,
     trained: Mapping[str, Tensor],
     rate: float,
-    learned: Sequence[object],
+    learned: Sequence[Batch],
 ) -> float | None:
     """Take the steps at a rate; return infinity where the loss stops being a number."""
     others = {**task.group_rates(model), **config.group_lr}
@@ -188,13 +190,13 @@ def _after(
 
 
 @torch.no_grad()
-def _loss(task: Task, model: PreTrainedModel, batches: Sequence[object]) -> float:
+def _loss(task: Task, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     model.eval()
     sums = [task.sums(model, _placed(batch, model)) for batch in batches]
     return sum(float(each["loss"]) for each in sums) / sum(float(each["items"]) for each in sums)
 
 
-def _placed(batch: Any, model: PreTrainedModel) -> dict[str, Any]:
+def _placed(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 

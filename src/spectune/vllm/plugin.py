@@ -28,7 +28,9 @@ from spectune.vllm.checkpoint import Checkpoint
 from spectune.vllm.cores import Bound, Kind, LayerCores, Share, shares_of
 
 TESTED = ("0.32",)  # releases of vLLM that `make test-vllm` has run
-_layers: dict[str, tuple[Any, LayerCores]] = {}
+Original = Callable[..., Any]  # a function of vLLM's that is wrapped
+Foreign = Any  # an object of vLLM's, which is not installed where types are checked
+_layers: dict[str, tuple[Foreign, LayerCores]] = {}
 
 
 def patch() -> None:
@@ -122,12 +124,12 @@ _add_cores.__annotations__ = _add_nothing.__annotations__ = {
 # -- around vLLM's functions
 
 
-def _remember_config(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+def _remember_config(original: Original, self: Foreign, vllm_config: Foreign, *args: object, **kwargs: object) -> None:
     original(self, vllm_config, *args, **kwargs)
     self.spectune_config, self.spectune_checkpoint = vllm_config, None
 
 
-def _register(original: Any, self: Any, module_name: str, module: Any) -> None:
+def _register(original: Original, self: Foreign, module_name: str, module: Foreign) -> None:
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
     original(self, module_name, module)
@@ -138,12 +140,12 @@ def _register(original: Any, self: Any, module_name: str, module: Any) -> None:
         _layers[name] = module, LayerCores()
 
 
-def _merge_parts(original: Any, self: Any, lora_model: Any) -> None:
+def _merge_parts(original: Original, self: Foreign, lora_model: Foreign) -> None:
     if lora_model.loras or not getattr(lora_model, "shares", None):  # vLLM counts on one LoRA at least
         original(self, lora_model)
 
 
-def _apply(original: Any, self: Any, x: Tensor, output: Tensor) -> Tensor:
+def _apply(original: Original, self: Foreign, x: Tensor, output: Tensor) -> Tensor:
     output = original(self, x, output)
     layer = self.__dict__.get("spectune_layer")
     if layer is not None:
@@ -151,17 +153,17 @@ def _apply(original: Any, self: Any, x: Tensor, output: Tensor) -> Tensor:
     return output
 
 
-def _reset(original: Any, self: Any, index: int) -> None:
+def _reset(original: Original, self: Foreign, index: int) -> None:
     original(self, index)
     if "spectune_layer" in self.__dict__:
         _cores_of(self).reset(index)
 
 
-def _cores_of(module: Any) -> LayerCores:
+def _cores_of(module: Foreign) -> LayerCores:
     return _layers[module.spectune_layer][1]
 
 
-def _activate(original: Any, self: Any, lora_id: int) -> bool:
+def _activate(original: Original, self: Foreign, lora_id: int) -> bool:
     done = original(self, lora_id)
     shares = getattr(self._registered_adapters.get(lora_id), "shares", None) if done else None
     if shares:
@@ -173,7 +175,7 @@ def _activate(original: Any, self: Any, lora_id: int) -> bool:
 
 @torch.inference_mode(False)  # in which vLLM loads, and whose tensors have no versions
 @torch.no_grad()
-def _load(original: Any, self: Any, request: Any) -> object:
+def _load(original: Original, self: Foreign, request: Foreign) -> object:
     from vllm.lora.utils import get_adapter_absolute_path
 
     folder = Path(get_adapter_absolute_path(request.lora_path))
@@ -199,7 +201,7 @@ def _is_ours(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("library_name") == "spectune"
 
 
-def _check_engine(manager: Any) -> None:
+def _check_engine(manager: Foreign) -> None:
     """Raise where the cores would not be asked."""
     config = manager.spectune_config
     if manager.lora_config.fully_sharded_loras:
@@ -211,7 +213,7 @@ def _check_engine(manager: Any) -> None:
         )
 
 
-def _folder_of(config: Any) -> Path:
+def _folder_of(config: Foreign) -> Path:
     """Return the folder of a model's checkpoint, which is there since the model was loaded from it."""
     if Path(config.model).is_dir():
         return Path(config.model)
@@ -220,7 +222,7 @@ def _folder_of(config: Any) -> Path:
     return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
 
 
-def _model_of(self: Any, request: Any, adapter: Adapter) -> object:
+def _model_of(self: Foreign, request: Foreign, adapter: Adapter) -> object:
     """Return an adapter as vLLM keeps them: LoRAs, and beside them the cores over frozen bases."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights
@@ -288,14 +290,14 @@ def _factors(layer: str, update: LayerUpdate, terms: tuple[Term, ...]) -> tuple[
     return torch.cat(lefts, dim=1), torch.cat(rights)
 
 
-def _vllm_name(layer: str, mapper: Any) -> str:
+def _vllm_name(layer: str, mapper: Foreign) -> str:
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     rename = None if mapper is None else mapper.get_rename_mapper()
     return parse_fine_tuned_lora_name(f"base_model.model.{layer}.lora_A.weight", rename)[0]
 
 
-def _places(manager: Any) -> dict[str, tuple[str, int]]:
+def _places(manager: Foreign) -> dict[str, tuple[str, int]]:
     """Return for the layers of a checkpoint the engine's layer that holds them, and which part of its output."""
     ours = {name for name, module in manager.modules.items() if "spectune_layer" in module.__dict__}
     places = {name: (name, 0) for name in ours}
@@ -305,7 +307,7 @@ def _places(manager: Any) -> dict[str, tuple[str, int]]:
     return places
 
 
-def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Any) -> None:
+def _bind(layer: str, part: int, shares: Mapping[Kind, Share], manager: Foreign) -> None:
     """Bring to a layer the bases of an adapter that it has not yet."""
     module = manager.modules[layer]
     cores = _cores_of(module)

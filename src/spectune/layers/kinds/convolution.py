@@ -7,7 +7,6 @@ the rows of W that are the group's answer. So dW = s L C R has one R for all gro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from spectune.layers.kinds.base import Kind
 from spectune.speed.dropout import dropout
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Convolution(Kind):
@@ -27,7 +28,7 @@ class Convolution(Kind):
     name = "conv"
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-    def takes(self, layer: Any) -> bool:
+    def takes(self, layer: Conv) -> bool:
         return Kind.takes(self, layer) and layer.groups == 1
 
     def refusal(self, layer: object) -> str | None:
@@ -39,17 +40,17 @@ class Convolution(Kind):
     def held(self, matrix: Tensor, kernel: Sequence[int]) -> Tensor:
         return matrix.unflatten(1, (-1, *kernel))
 
-    def kernel(self, layer: Any) -> tuple[int, ...]:
+    def kernel(self, layer: Conv) -> tuple[int, ...]:
         return tuple(layer.kernel_size)
 
-    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, layer: Conv, input: Tensor, matrix: Tensor) -> Tensor:
         kernel = self.held(matrix, layer.kernel_size).to(input.dtype)
         return self.features_last(layer, layer._conv_forward(input, kernel, None))
 
-    def features_last(self, layer: Any, answer: Tensor) -> Tensor:
+    def features_last(self, layer: Conv, answer: Tensor) -> Tensor:
         return answer.movedim(-1 - len(layer.kernel_size), -1)
 
-    def as_answered(self, layer: Any, y: Tensor) -> Tensor:
+    def as_answered(self, layer: Conv, y: Tensor) -> Tensor:
         return y.movedim(-1, -1 - len(layer.kernel_size))
 
     def dropped(self, input: Tensor, p: float) -> Tensor:
@@ -62,19 +63,19 @@ class GroupedConvolution(Convolution):
     name = "grouped conv"
     several = True
 
-    def takes(self, layer: Any) -> bool:
+    def takes(self, layer: Conv) -> bool:
         return Kind.takes(self, layer) and layer.groups > 1
 
-    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, layer: Conv, input: Tensor, matrix: Tensor) -> Tensor:
         kernel = self.held(matrix, layer.kernel_size).to(input.dtype)
         kernel = kernel.repeat(layer.groups, *(1,) * (kernel.dim() - 1))
         y = self.features_last(layer, layer._conv_forward(input, kernel, None))
         return y.unflatten(-1, (layer.groups, len(matrix)))
 
-    def finish(self, layer: Any, t: Tensor, left: Tensor) -> Tensor:
+    def finish(self, layer: Conv, t: Tensor, left: Tensor) -> Tensor:
         return torch.einsum("...gp,gop->...go", t, left.unflatten(0, (layer.groups, -1))).flatten(-2)
 
-    def of_rows(self, layer: Any, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
+    def of_rows(self, layer: Conv, input: Tensor, matrix: Tensor, rows: Tensor) -> Tensor:
         whole = matrix.new_zeros(layer.out_channels, matrix.shape[1]).index_copy(0, rows, matrix)
         kernel = self.held(whole, layer.kernel_size).to(input.dtype)
         return self.features_last(layer, layer._conv_forward(input, kernel, None)).index_select(-1, rows)

@@ -6,7 +6,6 @@ A bag's vector is the sum, or the mean, of those of its rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ class Lookup(Kind):
     classes = (nn.Embedding,)
     looks_up = True
 
-    def refusal(self, layer: Any) -> str | None:
+    def refusal(self, layer: nn.Embedding | nn.EmbeddingBag) -> str | None:
         return None if layer.max_norm is None else "with max_norm, which writes to its table when it is asked"
 
     def matrix(self, held: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ class Lookup(Kind):
     def held(self, matrix: Tensor, kernel: Sequence[int]) -> Tensor:
         return matrix.mT
 
-    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, layer: nn.Embedding, input: Tensor, matrix: Tensor) -> Tensor:
         # padding_idx, which no gradient goes to, has an answer as any other
         return F.embedding(input, matrix.mT, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
 
@@ -45,9 +44,9 @@ class Bag(Lookup):
     name = "embedding bag"
     classes = (nn.EmbeddingBag,)
 
-    def refusal(self, layer: Any) -> str | None:
+    def refusal(self, layer: nn.EmbeddingBag) -> str | None:
         return "of maxima, which multiplies by no matrix" if layer.mode == "max" else super().refusal(layer)
 
-    def product(self, layer: Any, input: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, layer: nn.EmbeddingBag, input: Tensor, matrix: Tensor) -> Tensor:
         by_count, padding = layer.scale_grad_by_freq, layer.padding_idx
         return F.embedding_bag(input, matrix.mT, scale_grad_by_freq=by_count, mode=layer.mode, padding_idx=padding)

@@ -30,6 +30,9 @@ _AT_ONCE = 512  # records whose texts are tokenized together
 _NO_TEMPLATE = "the tokenizer has no chat template for 'messages'; use prompt and completion, or text"
 
 
+Options = dict[str, Any]  # what a chat template is given beside the conversation
+
+
 class Example(NamedTuple):
     """One tokenized example.
 
@@ -119,7 +122,7 @@ class Encoder:
         if other is not None and not getattr(self.tokenizer, "chat_template", None):
             self._ways["plain"] += 1
             return [(yield from self.completed(other["prompt"], other["completion"], everything))]
-        options: dict[str, Any] = {key: record.get(key) for key in ("tools", "chat_template_kwargs")}
+        options: Options = {key: record.get(key) for key in ("tools", "chat_template_kwargs")}
         if kind == "messages":
             return (yield from self.asking_turns(record["messages"], everything=everything, **options))
         prompt, completion = record["prompt"], record["completion"]
@@ -188,7 +191,7 @@ class Encoder:
             raise SpectuneError(_NO_TEMPLATE)
         chat = list(messages)
         self._watch(messages, tools)
-        options: dict[str, Any] = {"tools": tools, "variables": chat_template_kwargs}
+        options: Options = {"tools": tools, "variables": chat_template_kwargs}
         whole = render(tokenizer, chat, **options)
         if everything:
             prompt_text(tokenizer, chat, **options)  # which checks that no message is left out
@@ -215,7 +218,7 @@ class Encoder:
         self._ways["parts"] += len(found) if len(found) > 1 else 0
         return found
 
-    def _turn(self, chat: Sequence[Message], i: int, options: dict[str, Any], whole: str | None) -> Asking[Example]:
+    def _turn(self, chat: Sequence[Message], i: int, options: Options, whole: str | None) -> Asking[Example]:
         """Ask for and return the prompt of an assistant's message, and its answer with a stop."""
         tokenizer = self.tokenizer
         prompt = prompt_text(tokenizer, chat[:i], **options)
@@ -238,7 +241,7 @@ class Encoder:
         return Example(tokens, supervised)
 
     def _parts(
-        self, chat: Sequence[Message], i: int, prompt: str, whole: str, end: Ending, options: dict[str, Any]
+        self, chat: Sequence[Message], i: int, prompt: str, whole: str, end: Ending, options: Options
     ) -> tuple[list[tuple[str, bool]], int | None]:
         """Return what a template writes behind a prompt, in pieces that are learned or not, and the stop."""
         tokenizer = self.tokenizer
@@ -266,7 +269,7 @@ class Encoder:
         return [(answer[:a], False), (answer[a:b], True), (answer[b:], False), (gap, within)], stop
 
     def _ended_otherwise(
-        self, rest: str, chat: Sequence[Message], i: int, whole: str, end: Ending, options: dict[str, Any]
+        self, rest: str, chat: Sequence[Message], i: int, whole: str, end: Ending, options: Options
     ) -> tuple[str, str, int | None]:
         """Return the answer, gap and stop of a turn that does not end as an answer without calls does."""
         bare = rest.rstrip()
@@ -280,7 +283,7 @@ class Encoder:
                 return rest, gap, stop
         return rest, end.gap, end.stop
 
-    def _rewritten(self, chat: Sequence[Message], i: int, prompt: str, whole: str, options: dict[str, Any]) -> str:
+    def _rewritten(self, chat: Sequence[Message], i: int, prompt: str, whole: str, options: Options) -> str:
         """Return what follows a prompt that the template does not write when the answer is there."""
         (message,) = plain(chat[i : i + 1])
         shown = render(self.tokenizer, [*chat[:i], {**message, "content": MARK}], **options)
