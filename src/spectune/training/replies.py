@@ -82,7 +82,7 @@ def replies(
     return found
 
 
-def spoken(prompt: str | Sequence[object]) -> str:
+def spoken(prompt: Any) -> str:
     """Return a prompt as text, of a conversation the last message."""
     return prompt if isinstance(prompt, str) else _text(prompt[-1])
 
