@@ -250,6 +250,7 @@ def whole_bias(layer: FrozenLayer, parts: Sequence[Part]) -> Tensor | None:
     for update, factor in parts:
         other = update.method.bias_of(update.trained(), start)
         if other is not None:
+            # each update brings a whole bias, and has a part in the sum by how far it lies from the layer's own
             more = factor * update.weight * (values_of(other) - (0.0 if start is None else start))
             total = more if total is None else total + more
     return None if total is None else total.to(dtype, copy=True)

@@ -118,6 +118,7 @@ def weight_with_gradients(layer: WatchedLayer, dtype: torch.dtype | None = None)
         raise SpectuneError("an adapter brings a bias")
     weight = effective_weight(layer)
     total = weight if dtype is None else weight.to(dtype)
+    # not in place, and in W's dtype as the model multiplies by it: autograd goes through each update
     for update, factor in parts:
         total = total + update.method.delta(layer.tensors(update), weight) * (factor * update.weight)
     total = total.to(dtype or weight.dtype)

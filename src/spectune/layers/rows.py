@@ -88,6 +88,7 @@ class Rows:
 
     def share(self, name: str, layer: Layer, times: int, device: torch.device) -> RowWeights | None:
         """Return an adapter's part in a layer, or None if it has none; a row stands for `times` rows of the batch."""
+        # most weights are the same in all layers, which then share the tensors of them
         key = (name, layer if name in self._by_layer else None, times, device)
         if key not in self._shares:
             column = [weight_at(row, name, layer) for row in self.mixtures for _ in range(times)]

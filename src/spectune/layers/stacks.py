@@ -287,6 +287,7 @@ class RoutedForward:
                 if not update.method.in_factors or dropped or _cancels(update, layer):
                     self._alone.append((update, share))
                     continue
+                # of one basis and of the same shapes: what can lie side by side in one tensor
                 shapes = [(key, p.shape) for key, p in update.trained().items()]
                 kinds.setdefault((layer, x.device, update.basis_key, *shapes), []).append((update, share))
         for kind, uses in kinds.items():

@@ -47,6 +47,7 @@ def _added(layer: Layer, y: Tensor, update: Update, weight: Weight | RowWeights,
 def _joined(group: list[tuple[Factors, Weight | RowWeights, float]]) -> Factors:
     """Add updates over one basis into one, with a core for each row where the weights differ by row."""
     first, weight, factor = group[0]
+    # a scale costs less than a core that is made for it
     if len(group) == 1 and not isinstance(weight, RowWeights):
         return first._replace(scale=first.scale * weight * factor)
     weights = [(w.column if isinstance(w, RowWeights) else w) * (factor * f.scale) for f, w, factor in group]

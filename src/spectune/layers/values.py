@@ -102,6 +102,7 @@ def digest(tensor: Tensor) -> Tensor:
     matrix, probe = values_of(tensor), _probe(tensor.shape[-1], wide, tensor.device)
     if matrix.dtype is wide or matrix.dim() > 2 or matrix.numel() <= _CHUNK:
         return torch.matmul(matrix.to(wide), probe)
+    # a copy of all of W in float32 would take twice its memory, only to look at it
     return torch.cat([piece.to(wide) @ probe for piece in matrix.split(max(1, _CHUNK // matrix.shape[1]))])
 
 
@@ -109,6 +110,7 @@ def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     probe = _probes.get((size, dtype, device))
     if probe is None:
         with torch.inference_mode(False):
+            # from 0.5 to 1.5, so that no entry is multiplied by nearly nothing and changes unseen
             drawn = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
             probe = _probes[size, dtype, device] = drawn.to(dtype).to(device)
     return probe

@@ -43,6 +43,8 @@ class WatchedLayer(FrozenLayer):
                 return weight
             asked = bool(self.prepared[1]) or bool(self.selection.contexts)
             return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight
+        # the caller of this property is the class's own forward method as a rule, and its caller that of the adapted
+        # layer: then it is the layer itself that multiplies, and nothing else has to be looked at
         frame = sys._getframe(1)
         if frame.f_back is not None and frame.f_back.f_code is self.forward_code:
             return weight

@@ -122,6 +122,7 @@ class Merging(BaseTunerLayer):
         for key, own in kept.parameters.items():
             own.data = self.adapted._parameters[key].data  # type: ignore[union-attr]
             self.adapted._parameters[key] = own
+        # a tuner around this layer wrote to W' meanwhile: what it added stays, and what merging added is taken away
         if not untouched:
             made, made_bias = self._made(self.merged_adapters)
             weight = weight - made.to(weight) + kept.weight.to(weight)

@@ -76,6 +76,7 @@ def block_krylov(
     b = block_size(rank)
     # without `measure` a look takes eigenvectors, and is passed late
     look, growth = (max(3 * b, 2 * rank), 9 / 8) if measure is not None else (max(6 * b, 2 * rank), 5 / 4)
+    # past six tenths of n the space costs more than an exact decomposition
     most = min(6 * n // 10, max(40 * b, 10 * rank)) // b * b
     # K holds the basis, P its products A K^T: the left vectors come from P at the end, without another product with W
     K, P, T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
@@ -88,6 +89,8 @@ def block_krylov(
         P[old:dim] = Y = forward(Q)
         Z, basis = backward(Y), K[:dim]
         C = Z @ basis.mT
+        # in exact arithmetic a block meets the two before it alone; with rounding it meets all, and T has to say so, or
+        # its values are those of another basis
         T[old:dim, :dim] = C
         T[:dim, old:dim] = C.mT
         # twice, because one projection leaves what rounding has added, and a basis that is not orthogonal shows values
@@ -132,6 +135,7 @@ def to_come(seen: list[tuple[int, float]]) -> float:
     earlier, later = (b - a) / (second - first), (c - b) / (third - second)
     if later <= 0:
         return 0.0
+    # a ratio near one would promise gains for ever, and two looks in the noise easily give one
     ratio = min((later / earlier) ** (2 / (third - first)), 0.95) if earlier > later else 0.95
     return later * ratio ** ((third - second - 1) / 2) * ratio / (1 - ratio)
 

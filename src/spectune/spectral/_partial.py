@@ -30,6 +30,8 @@ def top(T: Tensor, rank: int, tol: float, certify: Certify, seed: int) -> Rows:
             captured = float(theta.sum())
             return captured, min(captured, energy - captured)
 
+        # who asks for the span does not wait for the vectors: where values are nearly equal they never settle, and any
+        # of them capture the same
         wanted = measure if certify == "span" else None
         found = block_krylov(lambda X: linear(X, T), lambda Y: matmul(Y, T), (m, k), rank, tol, wanted, T, seed)
         rows = None if found is None else _normalized(*polish(*found))
@@ -131,6 +133,7 @@ def factor(T: Tensor) -> Inverse:
 
 def _raise_pivots(triangle: Tensor) -> None:
     diagonal = triangle.diagonal()
+    # raised and not refused: a weight that lost its rank is common, and the triplets are checked with T itself
     least = SMALLEST_PIVOT * diagonal.abs().max()
     diagonal.copy_(torch.where(diagonal.abs() >= least, diagonal, torch.where(diagonal < 0, -least, least)))
 

@@ -129,7 +129,7 @@ class RecomputeCache:
 _Found = tuple[tuple[Tensor | None, ...], tuple[int, ...]]  # results and their versions
 # for the process and not for the model: the blocks of a model are alike, and the next step meets the same kinds
 _looked_at: set[tuple[int, ...]] = set()  # kinds of regions whose last product is looked at, and held from then on
-_ALIGNED = 64
+_ALIGNED = 64  # bytes, as PyTorch lays out tensors of their own: vector instructions count on it
 
 
 def _changed(found: _Found) -> bool:
@@ -144,6 +144,7 @@ def _in_one_piece(results: list[_Found | None]) -> list[_Found | None]:
     sizes = [-(-t.numel() * t.element_size() // _ALIGNED) * _ALIGNED for t in tensors]
     pieces = iter(torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device).split(sizes))
 
+    # what a block frees while it runs would lie between what it keeps, in holes that the next block is too large for
     def moved(t: Tensor) -> Tensor:
         piece = next(pieces)[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
         return piece.copy_(t).detach()
