@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers as tf
 
 import spectune
+from layers.other_layers import IDS, net
 from spectune import SVF, SVFT, Adapter, DoRA, LoRA, LoRAXS, MiLoRA, PiSSA, SpectuneError
 from spectune.adapters.folder import CONFIG
 from spectune.layers.adapted import adapted_layers
@@ -35,7 +36,6 @@ METHODS = [
     AdaLoRA(rank=2, initial_rank=3),
     VeRA(rank=3),
 ]
-IDS = torch.tensor([[1, 2, 0, 5], [3, 3, 10, 4]])
 LAYERS: dict[str, Any] = {
     "patches": (lambda: nn.Conv2d(3, 8, 4, stride=4, bias=False), (2, 3, 8, 8)),
     "3x3": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 6)),
@@ -131,30 +131,7 @@ def test_what_is_merged_saved_and_loaded_answers_the_same(name, method, tmp_path
     torch.testing.assert_close(spectune.attach(base, loaded)(x), y)
 
 
-class Net(nn.Module):
-    """An embedding, a convolution of each number of dimensions, and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(11, 6, padding_idx=0)
-        self.one = nn.Conv1d(6, 6, 3, padding=1)
-        self.two = nn.Conv2d(1, 8, (3, 2), stride=2, padding=1)
-        self.three = nn.Conv3d(1, 5, 2)
-        self.out = nn.Linear(6, 4)
-
-    def forward(self, ids):
-        h = self.table(ids)
-        h = self.one(h.mT).mT
-        a, b = self.two(h[:, None]), self.three(torch.stack([h, 2 * h], 1)[:, None])
-        return self.out(h).mean(1) + a.mean((1, 2, 3))[:, None] + b.mean((1, 2, 3, 4))[:, None]
-
-
 ALL = ["table", "one", "two", "three", "out"]
-
-
-def net():
-    torch.manual_seed(0)
-    return Net().eval()
 
 
 def as_if_alone(model, choices):

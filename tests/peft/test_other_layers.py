@@ -8,13 +8,13 @@ from peft import PeftModel, get_peft_model
 import spectune
 import spectune.peft as sp
 import tiny
+from layers.other_layers import IDS, net
 from peft_cases import logits, trained
 from spectune import SpectuneError
 from spectune.layers.adapted import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's
 
-IDS = torch.tensor([[1, 2, 0, 5], [3, 3, 10, 4]])
 ALL = ["table", "one", "two", "three", "groups", "out"]
 CONFIGS = [
     sp.SVFConfig(target_modules=ALL),
@@ -25,58 +25,36 @@ CONFIGS = [
 ]
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(11, 6, padding_idx=0)
-        self.one = nn.Conv1d(6, 6, 3, padding=1)
-        self.two = nn.Conv2d(1, 8, (3, 2), stride=2, padding=1)
-        self.three = nn.Conv3d(1, 5, 2)
-        self.groups = nn.Conv1d(6, 6, 3, padding=1, groups=3)
-        self.out = nn.Linear(6, 4)
-
-    def forward(self, ids):
-        h = self.table(ids)
-        h = self.groups(self.one(h.mT)).mT
-        a, b = self.two(h[:, None]), self.three(torch.stack([h, 2 * h], 1)[:, None])
-        return self.out(h).mean(1) + a.mean((1, 2, 3))[:, None] + b.mean((1, 2, 3, 4))[:, None]
-
-
-def net():
-    torch.manual_seed(0)
-    return Net().eval()
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
 def test_as_adapt_has_them(config, tmp_path):
-    model = trained(net(), config)
+    model = trained(net(in_groups=True), config)
     model.save_pretrained(tmp_path / "peft")
-    ours = spectune.attach(net(), spectune.Adapter.load(tmp_path / "peft"))
+    ours = spectune.attach(net(in_groups=True), spectune.Adapter.load(tmp_path / "peft"))
     spectune.trainable(ours, ["default"])
     y = model(IDS)
     torch.testing.assert_close(ours(IDS), y)
-    assert (y - net()(IDS)).abs().max() > 1e-3
+    assert (y - net(in_groups=True)(IDS)).abs().max() > 1e-3
     (y.square().sum()).backward()
     ours(IDS).square().sum().backward()
     for name, layer in model.base_model._by_name().items():
         ((update,),) = adapted_layers(ours)[name].adapters.values()
         for key, p in layer.own["default"].trained().items():
             torch.testing.assert_close(update.trained()[key].grad, p.grad, msg=lambda t, k=f"{name} {key}": f"{k}: {t}")
-    torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "peft")(IDS), y)
+    torch.testing.assert_close(PeftModel.from_pretrained(net(in_groups=True), tmp_path / "peft")(IDS), y)
     spectune.extract(ours).save(tmp_path / "ours")
-    again = PeftModel.from_pretrained(net(), tmp_path / "ours").eval()
+    again = PeftModel.from_pretrained(net(in_groups=True), tmp_path / "ours").eval()
     torch.testing.assert_close(again(IDS), y)
     again.merge_adapter(safe_merge=True)
     torch.testing.assert_close(again(IDS), y)
     again.unmerge_adapter()
     torch.testing.assert_close(again(IDS), y)
     merged = again.merge_and_unload()
-    assert [type(m) for m in merged.modules()] == [type(m) for m in net().modules()]
+    assert [type(m) for m in merged.modules()] == [type(m) for m in net(in_groups=True).modules()]
     torch.testing.assert_close(merged(IDS), y)
 
 
 def test_each_row_has_its_adapter():
-    model = trained(trained(net(), CONFIGS[0], "a"), CONFIGS[0], "b", seed=2)
+    model = trained(trained(net(in_groups=True), CONFIGS[0], "a"), CONFIGS[0], "b", seed=2)
     ids = torch.randint(1, 11, (4, 4), generator=torch.Generator().manual_seed(0))
     alone = {}
     for name in ("a", "b"):
@@ -91,7 +69,7 @@ def test_each_row_has_its_adapter():
 
 
 def test_a_second_adapter_of_all_linear_layers_leaves_them():
-    model = trained(net(), sp.SVFConfig(target_modules=["one", "out", "table"]), "a")
+    model = trained(net(in_groups=True), sp.SVFConfig(target_modules=["one", "out", "table"]), "a")
     model.add_adapter("b", sp.SVFConfig(target_modules="all-linear"))
     assert [name for name, layer in model.base_model._by_name().items() if layer.method_of("b")] == ["out"]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import spectune
-from layers.test_kinds import ALL, IDS, grouped, move, net
+from layers.other_layers import IDS, net
+from layers.test_kinds import ALL, grouped, move
 from spectune import Adapter, DoRA, LoRA, SpectuneError
 from spectune.adapters.folder import CONFIG
 from spectune.reading import read_json
