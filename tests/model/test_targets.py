@@ -1,5 +1,6 @@
 """Which layers a method goes to: suffixes, regexes, exclusions and overrides."""
 
+import json
 from collections import OrderedDict
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch.nn as nn
 
 import spectune
 import tiny
+from cli.typed import run
 from spectune import SVF, DoRA, LoRA
 from spectune.errors import SpectuneError
+from spectune.layers.adapted import adapted_layers
 from spectune.model.targets import resolve
+from spectune.training.config import load_config
 
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 BLOCK += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -210,3 +214,34 @@ def test_a_weight_that_is_computed_is_covered(caplog):
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
     spectune.adapt(model, "lora:rank=2")
     assert not [r for r in caplog.records if "covers" in r.message]
+
+
+def test_the_tensor_of_experts_stands_for_them_as_in_peft(tmp_path):
+    model = tiny.mixtral()
+    ups = [n for n in names(model, SVF()) if n.endswith("gate_up_proj")]
+    downs = [n for n in names(model, SVF()) if ".experts." in n and n.endswith("down_proj")]
+    assert len(ups) == len(downs) == 8
+    assert names(model, SVF(), ["experts.gate_up_proj"]) == ups
+    assert set(names(model, SVF(), ["experts.gate_up_proj", "experts.down_proj"])) == {*ups, *downs}
+    assert names(model, SVF(), "model.layers.1.mlp.experts.down_proj") == downs[4:]
+    assert names(model, SVF(), r".*experts\.down_proj") == downs
+    assert not {*ups} & {*names(model, SVF(), exclude=["experts.gate_up_proj"])}
+    mixed = resolve(model, None, {"experts.gate_up_proj": SVF(), "mlp.experts.down_proj": LoRA(1)})
+    assert [type(mixed[name]) for name in (ups[0], downs[0])] == [SVF, LoRA]
+    overrides: Any = {"experts.1.down_proj": None, "experts.down_proj": LoRA(1)}
+    assert [n for n in downs if n not in names(model, SVF(), overrides=overrides)] == [downs[1], downs[5]]
+    ranks = resolve(model, LoRA(2), ["experts.down_proj"], rank_pattern={"experts.down_proj": 1})
+    assert {getattr(method, "rank", None) for method in ranks.values()} == {1}
+    with pytest.raises(SpectuneError, match=r"'experts\.down_prj' matches no linear layer; did you mean 'down_proj'"):
+        names(model, SVF(), ["experts.down_prj"])
+
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\noutput: o\nmethod: svf\ntargets: [experts.gate_up_proj]\n")
+    for config in (
+        load_config(tmp_path / "run.yaml", []),
+        load_config(None, ["model=m", "data=d", "output=o", "method=svf", "targets=[experts.gate_up_proj]"]),
+    ):
+        assert list(adapted_layers(spectune.adapt(tiny.mixtral(), **config.where()))) == ups
+    model.config.save_pretrained(tmp_path / "model")
+    asked = ["plan", str(tmp_path / "model"), "-m", "svf", "--targets", "experts.gate_up_proj", "--json"]
+    (row,) = json.loads(run(*asked).stdout)["rows"]
+    assert row["trainable_parameters"] == 8 * 32

@@ -7,6 +7,8 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
+from types import MappingProxyType
 
 import regex
 
@@ -14,6 +16,7 @@ from spectune.errors import SpectuneError, nearest
 from spectune.patterns import LONGEST
 
 Patterns = str | Iterable[str]
+NONE: Mapping[str, str] = MappingProxyType({})
 _SECONDS = 2.0  # for one pattern and all names
 _FIRST_NUMBER = r".*?\.[^.]*\.(?P<number>\d+)\."  # the block's, and not an expert's further on
 
@@ -35,6 +38,7 @@ def matching(
     regex: bool = False,
     others: Mapping[str, str] | None = None,
     alone: Collection[str] = (),
+    tensors: Mapping[str, str] = NONE,
 ) -> list[str]:
     """Return the names of layers that patterns match, in the patterns' order.
 
@@ -45,14 +49,16 @@ def matching(
         regex: patterns in a list may be regexes too.
         others: names of modules that cannot be adapted, and what they are.
         alone: names that the name of a module around does not stand for.
+        tensors: of layers whose weights lie in one tensor, its name, which stands for all of them.
 
     Raises:
         SpectuneError: a pattern that matches none; the nearest names are listed.
     """
     one = isinstance(patterns, str)
     hits: dict[str, None] = {}
+    ask = partial(found, regex=one or regex, loose=regex, others=others, alone=alone, tensors=tensors)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits |= dict.fromkeys(found(pattern, names, what, regex=one or regex, loose=regex, others=others, alone=alone))
+        hits |= dict.fromkeys(ask(pattern, names, what))
     return list(hits)
 
 
@@ -65,6 +71,7 @@ def found(
     loose: bool,
     others: Mapping[str, str] | None = None,
     alone: Collection[str] = (),
+    tensors: Mapping[str, str] = NONE,
 ) -> dict[str, Precise]:
     """Return the names of layers that a pattern matches, and how much of each it says.
 
@@ -78,11 +85,13 @@ def found(
         loose: whether it may be a regex of the whole name or of what follows a dot in it, as PEFT's rank_pattern.
         others: names of modules that cannot be adapted, and what they are.
         alone: names that the name of a module around does not stand for.
+        tensors: of layers whose weights lie in one tensor, its name, which stands for all of them.
 
     Raises:
         SpectuneError: it matches none; the nearest names are listed.
     """
     hits = {n: Precise.WHOLE if n == pattern else Precise.SUFFIX for n in names if _ends(n, pattern)}
+    hits |= {n: Precise.SUFFIX for n in names if n not in hits and n in tensors and _ends(tensors[n], pattern)}
     named = {n: kind for n, kind in (others or {}).items() if _ends(n, pattern)}
     if hits and named:
         _say_left_out(pattern, what, named)
@@ -91,6 +100,7 @@ def found(
         for form in forms:
             compiled = Regex(form, what, pattern)
             hits = hits or {n: Precise.REGEX for n in names if compiled.match(n, whole=True)}
+            hits = hits or {n: Precise.REGEX for n in names if n in tensors and compiled.match(tensors[n], whole=True)}
         around = re.escape(pattern) if not loose else pattern
         inside = Regex(rf"(?:.*\.)?(?:{around})\..*", what, pattern)
         hits = hits or {n: Precise.AROUND for n in names if n not in alone and inside.match(n, whole=True)}
@@ -199,13 +209,16 @@ def in_blocks(
     return [name for name in names if places.get(name) in wanted]
 
 
-def by_pattern(patterns: Mapping[str, float], names: Sequence[str], what: str) -> dict[str, float]:
+def by_pattern(
+    patterns: Mapping[str, float], names: Sequence[str], what: str, tensors: Mapping[str, str] = NONE
+) -> dict[str, float]:
     """Return the value of each layer that a pattern matches, of the first that does: PEFT's `rank_pattern`.
 
     Args:
         patterns: a regex of the whole name, or of what follows a dot in it, and the value.
         names: to choose from.
         what: the setting's name, for messages.
+        tensors: as for `matching`.
 
     Raises:
         SpectuneError: a pattern that matches none; the nearest names are listed.
@@ -213,7 +226,7 @@ def by_pattern(patterns: Mapping[str, float], names: Sequence[str], what: str) -
     values: dict[str, float] = {}
     for pattern, value in patterns.items():
         compiled = Regex(rf"(.*\.)?({pattern})$", what, pattern)
-        hits = [name for name in names if compiled.match(name)]
+        hits = [name for name in names if compiled.match(name) or compiled.match(tensors.get(name, name))]
         if not hits:
             tails = [n.rpartition(".")[2] for n in names]
             raise SpectuneError(

@@ -7,7 +7,8 @@ import logging
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch.nn as nn
@@ -15,7 +16,7 @@ import torch.nn as nn
 from spectune.errors import SpectuneError
 from spectune.layers.adapted import Adapted
 from spectune.layers.attention import in_projections
-from spectune.layers.experts import keys_of
+from spectune.layers.experts import ExpertLinear, keys_of
 from spectune.layers.kinds import kind_of
 from spectune.layers.modules import (
     effective_weight,
@@ -94,23 +95,26 @@ def choose(
     if not names:
         raise SpectuneError("the model has no linear layer to adapt")
     alone = frozenset(name for name in names if name not in layers)
-    dropped = set(matching(exclude, names, "exclude", alone=alone)) if exclude else set()
+    tensors = tensors_of(every)
+    dropped = set(matching(exclude, names, "exclude", alone=alone, tensors=tensors)) if exclude else set()
+    ask = partial(found, names=names, regex=True, loose=True, others=others, alone=alone, tensors=tensors)
     if isinstance(targets, Mapping):
         if method is not None:
             raise SpectuneError("targets that map patterns to methods say each layer's: leave the method out")
-        chosen = _by_precedence(targets, names, "targets", others, alone)
+        chosen = _by_precedence(targets, "targets", ask)
     else:
         if method is None:
             raise SpectuneError("no method is given: say which, or map targets to methods")
         taken = _all_linear(model, layers, dropped) if targets == ALL_LINEAR else None
-        taken = matching(targets, names, "targets", others=others, alone=alone) if taken is None else taken
+        if taken is None:
+            taken = matching(targets, names, "targets", others=others, alone=alone, tensors=tensors)
         chosen = dict.fromkeys(taken, parse(method))
     kept = set(in_blocks(list(chosen), layers_to_transform, layers_pattern))
     methods: dict[str, Method | None] = {n: m for n, m in chosen.items() if n in kept and n not in dropped}
     whole = set(heads)
     methods |= {name: Head(bias=layers[name].bias is not None) for name in whole}
     dropped -= whole
-    methods |= _by_precedence(overrides or {}, names, "overrides", others, alone)
+    methods |= _by_precedence(overrides or {}, "overrides", ask)
     final = {name: m for name in names if name not in dropped and (m := methods.get(name)) is not None}
     if not final:
         why = "exclude and overrides take away every target"
@@ -123,7 +127,7 @@ def choose(
         raise SpectuneError(f"nothing is left to adapt: {why}")
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         updated = [name for name, m in final.items() if not m.replaces]
-        for name, value in by_pattern(patterns or {}, updated, f"{field}_pattern").items():
+        for name, value in by_pattern(patterns or {}, updated, f"{field}_pattern", tensors).items():
             final[name] = _with_field(final[name], field, value, name)
     check_asked(model, final)
     return final
@@ -172,22 +176,24 @@ def say_what_is_covered(model: nn.Module) -> None:
 
 
 def _by_precedence(
-    patterns: Mapping[str, Method | str | None],
-    names: list[str],
-    what: str,
-    others: Mapping[str, str],
-    alone: Collection[str],
+    patterns: Mapping[str, Method | str | None], what: str, ask: Callable[..., Mapping[str, Precise]]
 ) -> dict[str, Method | None]:
     """Return the method, or None, of each layer that patterns name: the most precise one's, the first of equal ones."""
     levels: dict[int, dict[str, Method | None]] = {level: {} for level in sorted(Precise)}
     for pattern, replacement in patterns.items():
         method = None if replacement is None else parse(replacement)
-        for name, level in found(pattern, names, what, regex=True, loose=True, others=others, alone=alone).items():
+        for name, level in ask(pattern, what=what).items():
             levels[level].setdefault(name, method)
     methods: dict[str, Method | None] = {}
     for level in levels.values():
         methods |= level
     return methods
+
+
+def tensors_of(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the names of the tensors that experts' weights lie in, by layer: PEFT's `target_parameters`."""
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
+    return {name: f"{name.removesuffix(f'.{layer.place}')}.{layer.key}" for name, layer in experts.items()}
 
 
 def _with_field(method: Method, field: str, value: object, name: str) -> Method:
