@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import spectune
 from spectune.adapters.folder import WEIGHTS
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.run import train
-from training.folder import NUMBERS, save_folder
+from training.folder import NUMBERS, make_tokenizer, save_folder
 from training.two_processes import REINFORCE
 
 TESTS = Path(__file__).parents[1]
@@ -155,6 +156,27 @@ def test_every_task_learns_what_it_does_in_one_process(settings, tmp_path):
     outcomes, expected = ((folder / "outcomes" / "step-0.jsonl").read_text().splitlines() for folder in (two, one))
     assert len(expected) == 5
     assert sorted(outcomes) == sorted(expected)
+
+
+@pytest.mark.filterwarnings("ignore:these adapted layers got no gradient in the first step")  # which say it
+@pytest.mark.parametrize("method", ["lora:rank=2", "svf"])
+def test_experts_that_one_process_has_no_tokens_for(settings, tmp_path, method):
+    sizes = {"vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3}
+    sizes |= {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=16, num_experts_per_tok=1)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    make_tokenizer().save_pretrained(tmp_path / "experts")
+    settings += [f"model={tmp_path / 'experts'}", f"method={method}", "max_steps=4"]
+    one = train(load_config(None, [*settings, f"output={tmp_path / 'one'}", "batch_size=8"]))
+    done = torchrun("-m", "spectune", "train", *settings, f"output={tmp_path / 'two'}", "batch_size=4", "--json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["held_out_loss_after"] == pytest.approx(one.loss_after, abs=1e-5)
+    loaded = spectune.Adapter.load(tmp_path / "two")
+    assert sum(".experts." in name for name in loaded.layers) == 2 * 16 * 2
+    for name, layer in one.adapter.layers.items():
+        for key, tensor in layer.terms[0].trained.items():
+            torch.testing.assert_close(loaded.layers[name].terms[0].trained[key], tensor, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
