@@ -61,7 +61,7 @@ def with_adapter(base: Any, side: str) -> tuple[Any, Callable[[], Any]]:
         own = [p for name, p in model.named_parameters() if ".adapters." in name]
     with torch.no_grad():
         for parameter in own:
-            parameter.add_(1e-3)
+            parameter.add_(1e-2)  # about what training makes of it: less, and bf16 would lose a part of W + dW
     model.eval().requires_grad_(False)
     return model, partial(spectune.fused, model) if side.endswith("_fused") else nullcontext
 

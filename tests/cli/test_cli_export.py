@@ -5,7 +5,7 @@ import json
 import torch
 
 import spectune
-from cli.typed import run
+from cli.typed import fails, run
 
 
 def test_export_to_peft_and_import_again(model, adapters, tmp_path):
@@ -41,3 +41,14 @@ def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tm
     merged = json.loads(run("generate", str(tmp_path / "merged"), *arguments).stdout)
     adapted = json.loads(run("generate", model, "-a", adapters["pirate"], *arguments).stdout)
     assert merged[0]["tokens"] == adapted[0]["tokens"]
+
+
+def test_without_a_folder_it_goes_beside_the_adapter(tmp_path, monkeypatch, capsys):
+    made = spectune.adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), "lora:rank=2")
+    spectune.extract(made).save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    result = json.loads(run("export", ".", "--to", "vllm", "--json").stdout)
+    assert result["output"] == str(tmp_path / "mine-vllm")
+    run("export", "../mine")
+    assert spectune.Adapter.load(tmp_path / "mine-peft").layers.keys() == {"0"}
+    assert "mine-vllm exists" in fails(monkeypatch, capsys, "export", ".", "--to", "vllm")

@@ -44,7 +44,7 @@ class To(str, Enum):
 
 def export(
     adapter: Path = typer.Argument(help="A run's or an adapter's folder."),
-    out: Path = typer.Argument(help="Folder for the result."),
+    out: Path | None = typer.Argument(None, help="Folder for the result; beside the adapter by default."),
     format: Format | None = typer.Option(
         None,
         help="peft, a LoRA's folder, by default; the file that diffusers' pipelines or llama.cpp (gguf) load; mlx_lm's "
@@ -74,7 +74,7 @@ def export(
     """Write an adapter as a LoRA for other programs, or merged into its model.
 
     spectune export runs/pirate merged --format merged
-    spectune export runs/pirate served --to llama.cpp
+    spectune export runs/pirate --to llama.cpp
     """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
@@ -90,6 +90,9 @@ def export(
         raise SpectuneError(f"--to {to.value} says the format: leave --format out")
     format = format or (Format.peft if to is None else Format(ENGINES[to.value].format))
     merged = format is Format.merged
+    if out is None:
+        folder = adapter.resolve() if adapter.exists() else Path(adapter.name)  # else it is one of the hub's
+        out = folder.with_name(f"{folder.name}-{(to or format).value}")
     if component is not None and format is not Format.diffusers:
         raise SpectuneError(f"--component is for --format diffusers, and not for {format.value}")
     check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import unwrap
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,8 +39,18 @@ class Asked(NamedTuple):
 
 
 def asked(records: Sequence[Record], count: int) -> list[Asked]:
-    """Return the first prompts that records have; a text alone is none."""
-    return list(islice((found for record in records if (found := _asked(record)) is not None), count))
+    """Return the first prompts that records have, each once; a text alone is none."""
+    found = (one for record in records if (one := _asked(record)) is not None)
+    return list(islice(_each_once(found), count))
+
+
+def _each_once(found: Iterable[Asked]) -> Iterator[Asked]:
+    seen: set[str] = set()
+    for one in found:
+        key = repr(one.prompt)
+        if key not in seen:
+            seen.add(key)
+            yield one
 
 
 def _asked(record: Record) -> Asked | None:
