@@ -192,6 +192,7 @@ def gradients(
 ) -> Gradients:
     """Return the gradients, given that of y; in place, so that nothing could be differentiated again."""
     to_left = to_right = to_ratio = to_x = None
+    grad = grad.contiguous()  # a part of a fused layer's is not, and has slower products
     if ratio is not None:
         grad, to_ratio = ops.through_ratio(grad, kept.y, to.bias, ratio)
     to_u, _ = ops.project(grad, to.L.mT, scale=to.scale)

@@ -84,6 +84,8 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if not (x.dtype is weight.dtype is torch.float32) or x.numel() * len(weight) < _SMALL:
         return False
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):  # of which it takes products hundreds of times slower
+        return False
     return torch.backends.mkldnn.enabled and _mkl_is_slow()
 
 
