@@ -69,7 +69,7 @@ _INSTEAD = {
     **dict.fromkeys(
         ("per_device_eval_batch_size", "eval_batch_size"), "evaluations take batch_size, and no gradient: leave it out"
     ),
-    **dict.fromkeys(("modules_to_save", "additional_target"), "give the layer a method of its own with overrides"),
+    "additional_target": "write modules_to_save, or give the layer a method of its own with overrides",
     **dict.fromkeys(("deepspeed", "fsdp_config"), "write fsdp: true, and start with torchrun"),
     **dict.fromkeys(("chat_template", "template"), "the tokenizer's own chat template is taken"),
 }
