@@ -2,7 +2,7 @@
 
 Each variant is an environment of its own in .matrix that holds the named releases; "oldest" and "newest" see the
 development environment for the rest.  torch comes as a CPU build from PyTorch's own index or, where that cannot be
-reached, as the registry has it: with CUDA, which takes several GB and runs on a CPU as well.
+reached, as the registry has it: with CUDA, which takes several GB and runs on a CPU as well.  Needs Python 3.11.
 
     python tests/matrix.py                                         # every variant, all of the suite
     python tests/matrix.py oldest -- tests/model                   # one, and a part of it

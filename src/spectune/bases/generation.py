@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from spectune.bases.prompts import Message, prompt_tokens, stop_tokens
@@ -17,6 +19,10 @@ from spectune.speed.key_cache import growing_cache
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_RENAMED = Version(version("transformers")) >= Version("5.24")
+_CACHE_KEYS = ("cache", "past_key_values") if _RENAMED else ("past_key_values", "cache")
 
 
 class Reply(NamedTuple):
@@ -45,8 +51,9 @@ def last_logits(model: PreTrainedModel, count: int = 1) -> dict[str, Tensor]:
 
 
 def cache_key(model: PreTrainedModel) -> str:
-    """Return the name of the argument that gives a model its cache; transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """Return the name of the argument that gives a model its cache: that of transformers, or the other."""
+    taken = inspect.signature(model.forward).parameters
+    return next((key for key in _CACHE_KEYS if key in taken), _CACHE_KEYS[0])
 
 
 def kept_cache(output: Any) -> Cache:
