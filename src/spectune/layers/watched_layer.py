@@ -41,7 +41,7 @@ class WatchedLayer(FrozenLayer):
             # the layer's own product, where it is a plain one, does not come by here
             if self.is_packed or self.is_called or self.is_own or not isinstance(weight, nn.Parameter):
                 return weight
-            asked = bool(self.prepared[1]) or bool(self.selection.contexts)
+            asked = len(self.prepared[1]) > 0 or self.selection.contexts > 0  # PyTorch 2.9 traces no bool() of a list
             return read_outside(weight, self.adapted_as) if asked and not weight.requires_grad else weight
         # the caller of this property is the class's own forward method as a rule, and its caller that of the adapted
         # layer: then it is the layer itself that multiplies, and nothing else has to be looked at
