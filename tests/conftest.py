@@ -29,7 +29,6 @@ def pytest_configure(config):
     """Draw hypothesis' examples alike in every run, unless other random numbers are asked for."""
     imitations.begin(config)
     if sys.flags.warn_default_encoding:  # python -X warn_default_encoding: whatever of ours leaves one to the system
-        config.addinivalue_line("filterwarnings", "ignore::EncodingWarning")
         config.addinivalue_line("filterwarnings", "error::EncodingWarning:spectune")
     name = "other seeds" if config.getoption("--seeds") else "alike"
     hypothesis.settings.register_profile(name, derandomize=name == "alike", database=None, deadline=None)

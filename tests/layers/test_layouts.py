@@ -70,3 +70,14 @@ def test_several_calls_of_a_layer_agree_or_say_that_they_do_not():
     assert layouts.places[key] == SEVERAL
     layouts.learn(key, Layout())
     assert layouts.places[key] == SEVERAL
+
+
+def test_one_slice_whose_number_is_small_by_chance_is_compared_by_its_size():
+    probe = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    alone = [x - (x @ probe) / (probe @ probe) * probe for x in torch.randn(2, 64)]  # numbers of zero, but for rounding
+    alone = [one[None] for one in alone]
+    rounded = torch.cat(alone) * (1 + 2**-8 * torch.randn(2, 64))
+    found = where(Seen.of(rounded, features=True), [Seen.of(one, features=True) for one in alone], 0.1)
+    assert found == Layout()
+    other = torch.cat([alone[0] + 0.5 * torch.randn(1, 64), alone[1]])
+    assert where(Seen.of(other, features=True), [Seen.of(one, features=True) for one in alone], 0.1) == MIXED

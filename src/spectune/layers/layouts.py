@@ -66,10 +66,17 @@ class Layout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is kept of a tensor to compare it with another: its shape, and numbers for its slices."""
+    """What is kept of a tensor to compare it with another.
+
+    Args:
+        shape: its shape, without the features.
+        values: a number for each of its slices.
+        size: the norm of the largest slice, which these numbers are of the size of, but for chance.
+    """
 
     shape: tuple[int, ...]
     values: Tensor
+    size: float = 0.0
 
     @classmethod
     def of(cls, x: Tensor, *, features: bool = False) -> Seen:
@@ -84,7 +91,15 @@ class Seen(NamedTuple):
                 values = (x.float() * probe.to(x.device)).sum(-1) if features or x.dim() > 1 else x.float()
         elif features:
             values = x.float().sum(-1)
-        return cls(tuple(x.shape[:-1] if features else x.shape), values.clone())
+        return cls(tuple(x.shape[:-1] if features else x.shape), values.clone(), _largest_norm(x))
+
+
+def _largest_norm(x: Tensor) -> float:
+    """Return the norm of the largest slice along the last axis, of what is finite in it; 0.0 for other than floats."""
+    if not x.is_floating_point() or not x.numel() or x.is_meta:
+        return 0.0
+    x = x.double().nan_to_num(0.0, 0.0, 0.0)  # as masks hold -inf, or numbers whose squares are none of 32 bits
+    return float((x.norm(dim=-1) if x.dim() > 1 else x.abs()).max())
 
 
 def where(both: Seen, alone: Sequence[Seen], tolerance: float) -> Layout | str:
@@ -93,26 +108,27 @@ def where(both: Seen, alone: Sequence[Seen], tolerance: float) -> Layout | str:
     Args:
         both: the tensor that two rows together gave.
         alone: what each gave by itself.
-        tolerance: difference of numbers that rounding may make, as a part of the largest.
+        tolerance: difference of numbers that rounding may make, as a part of the largest slice's norm: a number itself
+            may be small by chance, which of one slice, as in decoding, is all that there is.
     """
     if alone[0].shape != alone[1].shape or len(both.shape) != len(alone[0].shape):
         return GATHERED
     each = alone[0].shape
     grown = [axis for axis, (n, m) in enumerate(zip(both.shape, each, strict=True)) if n != m]
     if not grown:
-        return SHARED if all(_close(both.values, one.values, tolerance) for one in alone) else MIXED
+        return SHARED if all(_close(both.values, one.values, tolerance * one.size) for one in alone) else MIXED
     axis = grown[0]
     if len(grown) > 1 or both.shape[axis] != 2 * each[axis] or axis >= both.values.dim():
         return GATHERED
     for minor in (False, True):
         layout = Layout(axis, minor, each[axis] > 1)
         rows = layout._split(both.values, 2).unbind(layout._at)
-        if all(_close(row, one.values, tolerance) for row, one in zip(rows, alone, strict=True)):
+        if all(_close(row, one.values, tolerance * one.size) for row, one in zip(rows, alone, strict=True)):
             return layout
     return MIXED
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def _close(a: Tensor, b: Tensor, most: float) -> bool:
     if not a.numel() or not a.is_floating_point():
         return torch.equal(a, b)
     # masks hold -inf, and the difference of two of them is no number
@@ -120,7 +136,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not torch.equal(a.isfinite(), finite):
         return False
     a, b = a[finite], b[finite]
-    return not b.numel() or bool((a - b).abs().max() <= tolerance * b.abs().max())
+    return not b.numel() or bool((a - b).abs().max() <= most)
 
 
 Path = tuple[Hashable, ...]  # to a value within sequences and mappings: their keys
