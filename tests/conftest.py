@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _precision(monkeypatch):
     """Load models in float32 where a test gives no dtype: which one is faster here is a matter of time."""
-    monkeypatch.setattr("spectune.bases.devices._bf16_is_faster", lambda: False)
+    monkeypatch.setattr("spectune.bases.devices.multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(autouse=True)

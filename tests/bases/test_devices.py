@@ -25,3 +25,9 @@ def test_a_device_is_there_or_refused():
     assert devices.checked_device(None) == devices.default_device()
     with pytest.raises(SpectuneError, match="device=nonsense cannot be used here"):
         devices.checked_device("nonsense")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_processor_is_asked_for_its_instructions_and_not_timed(monkeypatch, has):
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: has)
+    assert {devices.resolve_dtype("auto") for _ in range(3)} == {torch.bfloat16 if has else torch.float32}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from functools import cache
-
 import torch
 
 from spectune.errors import SpectuneError, nearest
+from spectune.private import multiplies_bfloat16
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -35,26 +33,14 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device = 
 
 
 def fast_bf16(device: str | torch.device = "cpu") -> bool:
-    """Whether bf16 products are faster than fp32 here; on a CPU, by timing one of each once a process (3 ms)."""
+    """Whether bf16 products are faster than fp32 here; on a CPU, whether it has instructions for them.
+
+    A measurement would be another on a busy machine, and a run be resumed in another dtype.
+    """
     device = torch.device(device)
     if device.type != "cpu":
         return device.type != "cuda" or torch.cuda.is_bf16_supported()
-    return _bf16_is_faster()
-
-
-@cache
-def _bf16_is_faster() -> bool:
-    def seconds(kind: torch.dtype) -> float:
-        a = torch.ones(256, 256, dtype=kind)
-        times = []
-        # the first one pays for threads and code that are loaded; the fastest is what the processor can do
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(a, a)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+    return multiplies_bfloat16()
 
 
 def default_device() -> torch.device:
