@@ -8,15 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import spectune
 from cli.typed import fails, run
-from training.folder import save_folder
 from transformer2 import cases
 
 WORDS = ["one", "two", "three", "four"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_folder(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

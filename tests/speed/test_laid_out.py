@@ -9,7 +9,7 @@ import torch.nn as nn
 import spectune
 import tiny
 from spectune.speed.dense import PackedWeight
-from spectune.speed.laid_out import laid_out, room_needed
+from spectune.speed.laid_out import laid_out
 
 pytestmark = pytest.mark.skipif(not PackedWeight.takes(torch.ones(2, 2)), reason="no such products here")
 
@@ -36,7 +36,10 @@ def test_the_answer_is_the_layers(model, monkeypatch):
     assert len(made) == 2
     assert torch.equal(model(x), expected)
     assert not any("forward" in vars(module) for module in model)
-    assert room_needed(model) == 4 * (12 * 16 + 16 * 4)
+    size = 4 * (12 * 16 + 16 * 4)
+    for room, taken in ((2 * size, 2), (2 * size - 1, 0)):
+        with laid_out(model, room):
+            assert sum("forward" in vars(module) for module in model) == taken
 
 
 def test_what_was_written_or_replaced_answers(model, monkeypatch):

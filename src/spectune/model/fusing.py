@@ -27,7 +27,6 @@ from spectune.layers.whole import parts_of
 from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
 from spectune.speed.laid_out import laid_out
-from spectune.speed.laid_out import room_needed as laid_out_takes
 
 _lock = Lock()
 _PLACES = ("beside", "inplace")
@@ -127,8 +126,7 @@ def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True
                 pass
             else:
                 _say("answering from merged weights beside the base's, until it is done; fused: false leaves it")
-        if 2 * laid_out_takes(model) <= room(torch.device("cpu")):
-            stack.enter_context(laid_out(model))
+        stack.enter_context(laid_out(model, room(torch.device("cpu"))))
         yield
 
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from spectune.errors import SpectuneError
+from spectune.speed.key_cache import with_spare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_SPARE = 64  # columns beyond those in use, at least
 
 
 class RowCache(Cache):
@@ -122,7 +121,7 @@ class RowCache(Cache):
         self._begin, self._end = width - self.width, width
 
     def _laid_out(self, held: Tensor, rows: int, width: int) -> Tensor:
-        new = held.new_zeros(rows, held.shape[1], width + max(_SPARE, width // 4), held.shape[3])
+        new = held.new_zeros(rows, held.shape[1], with_spare(width), held.shape[3])
         new[: held.shape[0], :, width - self.width : width] = held[:, :, self._begin : self._end]
         return new
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 _SPARE = 64  # tokens, at least; a quarter of what is there where that is more
 
 
+def with_spare(tokens: int) -> int:
+    """Return for how many tokens there is to be room where there are so many."""
+    return tokens + max(_SPARE, tokens // 4)
+
+
 class _Room:
     """A tensor (rows x heads x tokens x features) with room for more tokens behind those in use."""
 
@@ -31,7 +36,7 @@ class _Room:
         known = held.shape[-2] if held.numel() else 0
         count = known + new.shape[-2]
         if self.all is None or held is not self.used or count > self.all.shape[-2]:
-            self.all = new.new_empty(*new.shape[:-2], count + max(_SPARE, count // 4), new.shape[-1])
+            self.all = new.new_empty(*new.shape[:-2], with_spare(count), new.shape[-1])
             if known:
                 self.all[..., :known, :] = held
         self.all[..., known:count, :] = new

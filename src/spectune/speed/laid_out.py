@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -12,6 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from spectune.speed.dense import PackedWeight
+from spectune.speed.forwards import exchanged_forwards
 
 
 class _Forward:
@@ -20,7 +22,7 @@ class _Forward:
     A weight that another one took the place of, or that was written to, is multiplied by as it is.
     """
 
-    def __init__(self, module: nn.Linear, weight: nn.Parameter) -> None:
+    def __init__(self, module: nn.Module, weight: nn.Parameter) -> None:
         self._module, self._weight, self._version = module, weight, weight._version
         self._packed: PackedWeight | None = None
 
@@ -28,7 +30,7 @@ class _Forward:
         if self._is_as_it_was():
             if self._packed is None:
                 self._packed = PackedWeight(self._weight.detach())
-            y = self._packed.linear(input, self._module.bias)
+            y = self._packed.linear(input, self._module._parameters.get("bias"))
             if y is not None:
                 return y
         return type(self._module).forward(self._module, input)
@@ -52,24 +54,19 @@ def _takes(module: nn.Module) -> TypeGuard[nn.Linear]:
     return PackedWeight.takes(weight.detach())
 
 
-def room_needed(model: nn.Module) -> int:
-    """Return the bytes that `laid_out` may take."""
-    return sum(p.nbytes for module in model.modules() if _takes(module) for p in [module.get_parameter("weight")])
-
-
 @contextmanager
-def laid_out(model: nn.Module) -> Iterator[None]:
+def laid_out(model: nn.Module, room: float = math.inf) -> Iterator[None]:
     """Within the context a model's plain linear layers, its head among them, answer few rows in half of the time.
 
     What is called takes its memory once more.  Adapted layers, layers of other classes and what someone replaced stay
     as they are; gradients, autocast and compiled code go by the layers themselves.
+
+    Args:
+        model: the model.
+        room: bytes that are free; nothing is laid out where all layers would take more than half of them.
     """
-    taken = [module for module in model.modules() if _takes(module)]
-    for module in taken:
-        vars(module)["forward"] = _Forward(module, module.get_parameter("weight"))
-    try:
+    weights = {module: module.get_parameter("weight") for module in model.modules() if _takes(module)}
+    if 2 * sum(weight.nbytes for weight in weights.values()) > room:
+        weights = {}
+    with exchanged_forwards({module: _Forward(module, weight) for module, weight in weights.items()}):
         yield
-    finally:
-        for module in taken:
-            if isinstance(vars(module).get("forward"), _Forward):
-                del vars(module)["forward"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from spectune.private import unseen
 from spectune.speed.autograd import Context
+from spectune.speed.forwards import exchanged_forwards
 from spectune.speed.recompute_cache import current_cache
 
 
@@ -26,12 +27,8 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
 
     That goes for those whose own answer is, to the last bit, the one of a known formula, and while they are frozen.
     """
-    with ExitStack() as stack:
-        for module in list(model.modules()):
-            formula = _formula(module)
-            if formula is not None:
-                vars(module)["forward"] = _Forward(module, formula)
-                stack.callback(vars(module).pop, "forward", None)
+    formulas = {module: formula for module in model.modules() if (formula := _formula(module)) is not None}
+    with exchanged_forwards({module: _Forward(module, formula) for module, formula in formulas.items()}):
         yield
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from inspect import unwrap
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,17 +39,13 @@ class Asked(NamedTuple):
 
 def asked(records: Sequence[Record], count: int) -> list[Asked]:
     """Return the first prompts that records have, each once; a text alone is none."""
-    found = (one for record in records if (one := _asked(record)) is not None)
-    return list(islice(_each_once(found), count))
-
-
-def _each_once(found: Iterable[Asked]) -> Iterator[Asked]:
-    seen: set[str] = set()
-    for one in found:
-        key = repr(one.prompt)
-        if key not in seen:
-            seen.add(key)
-            yield one
+    found: dict[str, Asked] = {}  # by prompt
+    for record in records:
+        if len(found) == count:
+            break
+        if (one := _asked(record)) is not None:
+            found.setdefault(repr(one.prompt), one)
+    return list(found.values())
 
 
 def _asked(record: Record) -> Asked | None:

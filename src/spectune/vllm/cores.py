@@ -59,49 +59,43 @@ class _Whole:
     """Singular vectors (p x n), a row each, in the dtype that the model computes in."""
 
     def __init__(self, vectors: Tensor) -> None:
-        self._vectors = vectors.contiguous()
+        self._vectors, self._dtype = vectors.contiguous(), vectors.dtype
+
+    def __len__(self) -> int:
+        return len(self._vectors)
 
     @property
     def bytes(self) -> int:
         return self._vectors.nbytes
 
-    @property
-    def count(self) -> int:
-        return len(self._vectors)
-
     def along(self, x: Tensor) -> Tensor:
         """Return x V^T (tokens x p)."""
-        return torch.mm(x.to(self._vectors.dtype), self._vectors.mT)
+        return torch.mm(x.to(self._dtype), self._vectors.to(self._dtype).mT)
 
     def back(self, t: Tensor) -> Tensor:
         """Return t V (tokens x n)."""
-        return torch.mm(t, self._vectors)
+        return torch.mm(t, self._vectors.to(self._dtype))
 
 
-class _EightBits:
+class _EightBits(_Whole):
     """Singular vectors as integers of 8 bits with a scale for each, which a pass brings to the model's dtype."""
 
     def __init__(self, vectors: Tensor) -> None:
+        super().__init__(vectors)
         largest = vectors.float().abs().amax(1, keepdim=True)
         scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
         self._vectors = (vectors.float() / scale).round_().to(torch.int8)
-        self._scale, self._dtype = scale[:, 0].to(vectors.dtype), vectors.dtype
+        self._scale = scale[:, 0].to(self._dtype)
 
     @property
     def bytes(self) -> int:
-        return self._vectors.nbytes + self._scale.nbytes
-
-    @property
-    def count(self) -> int:
-        return len(self._vectors)
+        return super().bytes + self._scale.nbytes
 
     def along(self, x: Tensor) -> Tensor:
-        """Return x V^T (tokens x p)."""
-        return torch.mm(x.to(self._dtype), self._vectors.to(self._dtype).mT) * self._scale
+        return super().along(x) * self._scale
 
     def back(self, t: Tensor) -> Tensor:
-        """Return t V (tokens x n)."""
-        return torch.mm(t * self._scale, self._vectors.to(self._dtype))
+        return super().back(t * self._scale)
 
 
 class Bound:
@@ -185,7 +179,7 @@ class Bound:
     def _through_cores(self, t: Tensor, slots: Tensor) -> Tensor:
         if isinstance(self._core, Diagonal):
             return t * self._values[slots].to(t.dtype)
-        found = torch.empty(len(t), self.left.count, dtype=t.dtype, device=t.device)
+        found = torch.empty(len(t), len(self.left), dtype=t.dtype, device=t.device)
         for slot in slots.unique().tolist():
             rows = slots == slot
             found[rows] = self._core.holding(self._values[slot].to(t.dtype)).apply(t[rows])

@@ -79,22 +79,23 @@ def sample(
     try:
         with fused_where_it_pays(model, max_new_tokens * (1 + len(prompts) * samples // 8), allowed=fused):
             go_on = _continued if shares_prompts(model) else _generated
-            found = go_on(model, ids, mask, samples, max_new_tokens, temperature, pad, ends)
+            found = go_on(model, ids, mask, _Drawing(samples, max_new_tokens, temperature, pad, ends))
     finally:
         model.train(training)
     return [found[i : i + samples] for i in range(0, len(found), samples)]
 
 
-def _continued(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    samples: int,
-    most: int,
-    temperature: float,
-    pad: int,
-    ends: Sequence[int],
-) -> list[list[int]]:
+class _Drawing(NamedTuple):
+    """What `sample` was asked for."""
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    pad: int
+    ends: Sequence[int]
+
+
+def _continued(model: PreTrainedModel, ids: Tensor, mask: Tensor, asked: _Drawing) -> list[list[int]]:
     """Go on with prompts that are computed once each, their keys and values copied for the samples.
 
     `generate` would compute them for each, and a row that has ended until the last one has.
@@ -103,12 +104,12 @@ def _continued(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     given = {cache_key(model): cache, "use_cache": True, **last_logits(model)}
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given).logits[:, -1]
-    cache.batch_repeat_interleave(samples)
-    logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    cache.batch_repeat_interleave(asked.samples)
+    logits, mask = (t.repeat_interleave(asked.samples, 0) for t in (logits, mask))
     found: list[list[int]] = [[] for _ in range(len(logits))]
-    rows, stop = list(range(len(found))), frozenset(ends)
-    for left in reversed(range(most)):
-        tokens = _drawn(logits, temperature)
+    rows, stop = list(range(len(found))), frozenset(asked.ends)
+    for left in reversed(range(asked.max_new_tokens)):
+        tokens = _drawn(logits, asked.temperature)
         chosen = tokens[:, 0].tolist()
         for row, token in zip(rows, chosen, strict=True):
             found[row].append(token)
@@ -125,41 +126,32 @@ def _continued(
     return found
 
 
-def _generated(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    samples: int,
-    most: int,
-    temperature: float,
-    pad: int,
-    ends: Sequence[int],
-) -> list[list[int]]:
+def _generated(model: PreTrainedModel, ids: Tensor, mask: Tensor, asked: _Drawing) -> list[list[int]]:
     """Go on with prompts as transformers does, for models whose rows or states are other ones'."""
 
     class Drawn(LogitsProcessor):
         """Leave one token of each row, which is then the one with the largest logit."""
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            return torch.full_like(scores, -math.inf).scatter_(-1, _drawn(scores, temperature), 0.0)
+            return torch.full_like(scores, -math.inf).scatter_(-1, _drawn(scores, asked.temperature), 0.0)
 
     habits = model.generation_config
     # a model's own top_k or penalty would make it another distribution
     model.generation_config = GenerationConfig()
     try:
         out = cast(Any, model).generate(
-            input_ids=ids.repeat_interleave(samples, 0),
-            attention_mask=mask.repeat_interleave(samples, 0),
-            max_new_tokens=most,
-            pad_token_id=pad,
-            eos_token_id=list(ends) or None,
+            input_ids=ids.repeat_interleave(asked.samples, 0),
+            attention_mask=mask.repeat_interleave(asked.samples, 0),
+            max_new_tokens=asked.max_new_tokens,
+            pad_token_id=asked.pad,
+            eos_token_id=list(asked.ends) or None,
             do_sample=False,
-            logits_processor=LogitsProcessorList([Drawn()] if temperature > 0 else []),
+            logits_processor=LogitsProcessorList([Drawn()] if asked.temperature > 0 else []),
             **last_logits(model),
         )
     finally:
         model.generation_config = habits
-    return [_until_end(row[ids.shape[1] :], ends) for row in out.tolist()]
+    return [_until_end(row[ids.shape[1] :], asked.ends) for row in out.tolist()]
 
 
 _BLOCK = 256  # tokens, of which one sum is taken before one of them is drawn
