@@ -14,7 +14,7 @@ def begin():
     engines = []
 
     def begun(model, shelf=None, **limits):
-        engine = Engine(Batch(model), shelf or Shelf(model), 0, Limits(**limits))
+        engine = Engine(Batch(model, lays_out=True), shelf or Shelf(model), 0, Limits(**limits))
         engines.append(engine)
         engine.start()
         return engine

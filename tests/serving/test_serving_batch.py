@@ -1,12 +1,17 @@
 """What may join a batch, and steps that fail in it."""
 
 import pytest
+import torch
 
 from serving.servers import Asked, tiny, words
 from serving.test_engine import equal_to_generate
 from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch
+from spectune.serving.shelf import Shelf
+from spectune.speed import dense
+from spectune.speed import laid_out as speed
 from tiny import t5
+from transformer2.cases import adapter
 
 
 def test_a_model_that_cannot_go_on_with_a_text_is_refused():
@@ -52,3 +57,27 @@ def _with(model, forward, function):
         return function()
     finally:
         del model.forward
+
+
+def test_weights_stay_laid_out_while_adapters_come_and_go(begin, monkeypatch):
+    monkeypatch.setattr(dense, "one_row_pays", lambda: True)
+    monkeypatch.setattr(speed, "one_row_pays", lambda: True)
+    if not dense.PackedWeight.takes(torch.ones(2, 2)):
+        pytest.skip("no such products here")
+    made, lay_out = [], dense.PackedWeight.__init__
+    monkeypatch.setattr(dense.PackedWeight, "__init__", lambda *args: made.append(1) or lay_out(*args))
+    model, tokenizer = tiny(), words()
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    shelf = Shelf(model)
+    engine, asked = begin(model, shelf), []
+    for name in ("first", "second"):
+        shelf.put(name, adapter("lora:rank=2", seed=len(name)), name)
+        for weights in ({}, {name: 1.0}):
+            asked.append(Asked(model, tokenizer, [5, 6], 4, weights))
+            engine.submit(asked[-1].job)
+            asked[-1].wait()
+        engine.call(lambda: None).result()
+    engine.stop(30)
+    assert len(made) == len(linears)
+    assert not any("forward" in vars(module) or vars(module).get("laid") for module in linears)
+    equal_to_generate(model, asked)

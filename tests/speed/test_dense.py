@@ -36,7 +36,8 @@ def test_matrices_may_be_held_transposed_or_in_part(slow_mkl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,), (0, 7), (1, 7), (7, 2)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dtype):
+def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dtype, monkeypatch):
+    monkeypatch.setattr(dense, "one_row_pays", lambda: True)
     weight, bias = torch.randn(4, 7).to(dtype), torch.randn(4).to(dtype) if biased else None
     x = torch.randn(shape).to(dtype)
     x = x.T if shape[-1] != 7 else x
@@ -44,6 +45,13 @@ def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dty
         pytest.skip(f"no such product of {dtype} here")
     packed = dense.PackedWeight(weight.T.contiguous().T)
     torch.testing.assert_close(packed.linear(x, bias), F.linear(x, weight, bias))
+
+
+def test_one_row_is_left_where_it_would_take_longer(monkeypatch):
+    monkeypatch.setattr(dense, "one_row_pays", lambda: False)
+    packed = dense.PackedWeight(torch.randn(4, 7))
+    assert packed.linear(torch.randn(7)) is packed.linear(torch.randn(1, 1, 7)) is None
+    assert packed.linear(torch.randn(2, 7)) is not None
 
 
 def test_a_weight_that_is_laid_out_leaves_what_is_not_its_own(monkeypatch):

@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.errors import SpectuneError
@@ -196,11 +195,11 @@ class Adapted(WatchedLayer):
             return self._alone(update, x)
         if x.is_cuda:  # where many rows are a kernel's
             return self._fused(update, x, tensors, None if ratio is None else ratio.values)
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        bias = self._parameters["bias"]
         if ratio is not None:
-            method.add(tensors, x, y := F.linear(x, effective_weight(self)))
+            method.add(tensors, x, y := self._product(x, None))
             return finish(y, ratio.values, bias)
-        y = super().forward(x) if self.is_transposed else F.linear(x, weight, bias)  # type: ignore[arg-type]
+        y = super().forward(x) if self.is_transposed else self._product(x, bias)
         method.add(tensors, x, y)
         return y
 

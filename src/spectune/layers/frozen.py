@@ -21,10 +21,11 @@ from spectune.layers.updates import Basis, Update
 from spectune.layers.values import Seen, WeightValues, is_made_of, row_norms
 from spectune.private import is_transformed
 from spectune.speed.dense import by_onednn, linear
+from spectune.speed.laid_out import LaysOut
 from spectune.speed.recompute_cache import frozen_linear
 
 
-class FrozenLayer(Stored):
+class FrozenLayer(LaysOut, Stored):
     """Mixed into a linear layer's class: what of it stays as it was, and the frozen tensors of its adapters."""
 
     adapters: nn.ModuleDict
@@ -47,6 +48,9 @@ class FrozenLayer(Stored):
 
     def _own(self, x: Tensor) -> Tensor:
         """Return the answer of the layer's own class."""
+        laid = self.laid
+        if laid is not None and (y := laid.linear(x, self._parameters["weight"], self.bias)) is not None:
+            return y
         if torch.compiler.is_compiling() and self.is_plain and self._parameters.get("weight") is not None:
             return F.linear(x, effective_weight(self), self.bias)
         if torch.compiler.is_compiling() and not self.is_packed:
@@ -59,6 +63,17 @@ class FrozenLayer(Stored):
         if torch.compiler.is_compiling() or is_transformed() or (self.bias is not None and self.bias.requires_grad):
             return super().forward(x)
         return packed_product(x, self, super().forward)
+
+    @property
+    def may_be_laid_out(self) -> bool:
+        weight = self._parameters.get("weight")
+        return self.is_plain and not self.is_transposed and weight is not None and not is_part(weight)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias of a plain matrix, without gradients."""
+        laid = self.laid
+        y = None if laid is None else laid.linear(x, self._parameters["weight"], bias)
+        return F.linear(x, effective_weight(self), bias) if y is None else y
 
     def fuses(self, x: Tensor) -> bool:
         """Whether W is a plain frozen matrix in x's dtype, so that its product may be taken here."""

@@ -17,7 +17,7 @@ from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Scope
 from spectune.layers.updates import Update
 from spectune.layers.values import Watched, digest, unwatch, values_of, watch
-from spectune.speed.dense import PackedWeight, matmul
+from spectune.speed.dense import PackedWeight, matmul, one_row_pays
 
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
 _UNSEEN = -2  # of a tensor that holds W' itself: what is written there answers
@@ -118,7 +118,8 @@ class Fused:
         if not self._watch(parts):
             return False
         made = _made(self._layer, parts)
-        self._weight = PackedWeight(made) if PackedWeight.takes(made) else made
+        # W' is held once: laid out, it has to be right for one row too
+        self._weight = PackedWeight(made) if PackedWeight.takes(made) and one_row_pays() else made
         self._bias = whole_bias(self._layer, parts)
         return True
 

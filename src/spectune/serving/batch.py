@@ -20,6 +20,8 @@ from spectune.serving.cache import RowCache, check_cache
 from spectune.serving.prefixes import BLOCK, Prefixes, laid_out
 from spectune.serving.sampling import Logprobs, Sampler, Sampling
 from spectune.serving.text import TextStream
+from spectune.speed.laid_out import LaidWeight
+from spectune.speed.laid_out import laid_out as laid_out_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +86,13 @@ class Batch:
     Args:
         model: a causal language model.
         prefixes: keeps what was read; None keeps nothing.
+        lays_out: lay weights out for the processor's products, which takes their memory once more.
 
     Raises:
         SpectuneError: a model whose texts cannot join a batch.
     """
 
-    def __init__(self, model: PreTrainedModel, prefixes: Prefixes | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Prefixes | None = None, *, lays_out: bool = False) -> None:
         if not (hasattr(model, "can_generate") and model.can_generate()) or model.config.is_encoder_decoder:
             raise SpectuneError(f"{type(model).__name__} is no model that goes on with a text, which is what is served")
         check_cache(model)
@@ -99,6 +102,9 @@ class Batch:
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         self._routed = ExitStack()
         self._routes: list[Mapping[str, object]] | None = None  # those of the context that is open
+        self._laid = ExitStack()
+        self._laid_weights: dict[int, LaidWeight] = {}
+        self._lays_out, self._is_laid_out = lays_out, False
         self._stacks: dict[object, object] = {}
         self._stacks_of_prompts: dict[object, object] = {}
 
@@ -108,9 +114,11 @@ class Batch:
         return self._cache.bytes
 
     def close(self) -> None:
-        """Leave the context of the rows, so that adapters may come and go."""
+        """Leave the contexts of the rows, so that adapters may come and go."""
         self._routed.close()
         self._routes = None
+        self._laid.close()
+        self._is_laid_out = False
         self._stacks.clear()
         self._stacks_of_prompts.clear()
 
@@ -211,6 +219,9 @@ class Batch:
 
     @contextmanager
     def _answering(self, mixtures: Sequence[Mapping[str, Any]], stacks: dict[Any, Any]) -> Iterator[None]:
+        if self._lays_out and not self._is_laid_out:
+            self._laid.enter_context(laid_out_weights(self.model, known=self._laid_weights))
+            self._is_laid_out = True
         if not parts_of(self.model):
             yield
             return

@@ -22,6 +22,7 @@ from spectune.serving.engine import Engine
 from spectune.serving.jobs import Limits
 from spectune.serving.prefixes import Prefixes
 from spectune.serving.shelf import Shelf
+from spectune.speed.laid_out import bytes_to_lay_out
 from spectune.transformer2.two_pass import Transformer2
 
 if TYPE_CHECKING:
@@ -114,8 +115,11 @@ def start_engine(
         SpectuneError: a model whose texts cannot join a batch.
     """
     free = _free_memory(model.device)
+    laid = bytes_to_lay_out(model)
+    lays_out = 2 * laid <= free
+    free -= laid if lays_out else 0
     kept = int(_SHARE_KEPT * free) if prefix_bytes is None else prefix_bytes
-    batch = Batch(model, Prefixes(kept) if kept else None)
+    batch = Batch(model, Prefixes(kept) if kept else None, lays_out=lays_out)
     size = check_joining(model, tokenizer)
     if limits.tokens is None:
         limits = replace(limits, tokens=int(_SHARE * free / size))
