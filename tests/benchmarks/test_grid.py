@@ -21,7 +21,7 @@ def study():
         before = dict(METHODS)
         found = {
             name: importlib.import_module(name)
-            for name in ("drawn", "grid", "regret", "auto", "control", "sensitivity")
+            for name in ("drawn", "grid", "regret", "auto", "control", "sensitivity", "at_best")
         }
     finally:
         sys.path.remove(str(STUDY))
@@ -126,3 +126,25 @@ def test_the_control_has_the_magnitude_of_pissa_and_other_directions(study):
     sizes = [torch.linalg.svdvals(product)[:4] for product in products]
     assert torch.allclose(*sizes, atol=1e-4)
     assert (products[0] * products[1]).sum() < 0.5 * products[0].square().sum()
+
+
+def test_methods_are_compared_where_their_validation_is_best(study):
+    at_best, Surface = study["at_best"], study["regret"].Surface
+
+    def surface(tests, looked, each_seed):
+        runs = {(place, seed): Run((Look(0, 0.2), Look(8, value)), ended=True)
+                for place, value in looked.items() for seed in range(3)}  # fmt: skip
+        each = {(place, seed): value + each_seed * (seed - 1) for place, value in tests.items() for seed in range(3)}
+        return Surface(runs, {}, tests, 3, each)
+
+    # the test is better at the other rate, which nobody who searches can know
+    lora = surface({0: 0.6, 1: 0.9}, {0: 0.7, 1: 0.5}, 0.01)
+    svf = surface({0: 0.5, 1: 0.8}, {0: 0.4, 1: 0.6}, 0.02)
+    assert at_best.best_place(lora) == 0
+    rows = at_best.compared({"lora:rank=16": lora, "svf": svf}, percent=True)
+    # differences of 19, 20 and 21 points: t of 4.303 times 1 / sqrt(3)
+    assert rows == [["`svf`", "`lora:rank=16`", "80.0", "60.0", "+20 (+18 to +22)", "better"]]
+    for low, high, said in (
+        (-0.3, -0.1, "worse"), (-0.01, 0.01, "the same, within the margin"), (-0.03, 0.01, "open")
+    ):  # fmt: skip
+        assert at_best.verdict(low, high) == said
