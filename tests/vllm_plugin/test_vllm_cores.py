@@ -7,7 +7,7 @@ from spectune.adapters.adapter import Adapter
 from spectune.errors import SpectuneError
 from spectune.vllm import checkpoint as checkpoints
 from spectune.vllm.checkpoint import Checkpoint
-from spectune.vllm.cores import Bound, LayerCores, shares_of
+from spectune.vllm.cores import Batch, Bound, LayerCores, shares_of
 from training.folder import make_model, save_folder
 from transformer2.cases import adapter
 
@@ -55,12 +55,12 @@ def cores_of(base, adapters, slots=8, dtype=torch.float32, eight_bits=False):
 
 def test_bases_in_eight_bits_take_a_quarter_of_32_and_answer_within_hundredths(base):
     adapters = [own(base, method, seed) for seed, method in enumerate(METHODS)]
-    slots, answers, sizes = torch.arange(len(METHODS)), [], []
+    batch, answers, sizes = Batch(range(len(METHODS)), "cpu"), [], []
     for eight_bits in (False, True):
         cores, source = cores_of(base, adapters, eight_bits=eight_bits)
         out, in_features = source.weight(LAYER).shape
         torch.manual_seed(0)
-        cores.add(torch.randn(len(METHODS), in_features), y := torch.zeros(len(METHODS), out + 5), slots)
+        cores.add(torch.randn(len(METHODS), in_features), y := torch.zeros(len(METHODS), out + 5), batch)
         answers.append(y)
         sizes.append(sum(b.left.bytes + b.right.bytes for b in cores.bounds.values()))
     error = (answers[1] - answers[0]).norm(dim=1) / answers[0].norm(dim=1)
@@ -74,17 +74,17 @@ def test_each_token_is_answered_by_its_own_adapter(base):
     cores, source = cores_of(base, adapters)
     weight = source.weight(LAYER)
     deltas = [one.bind(_model(base)).delta(LAYER) for one in adapters]
-    slots = torch.tensor([3, -1, 0, 0, 7, 2, 1, -1, 4, 5, 6, 3])
+    slots = [3, -1, 0, 0, 7, 2, 1, -1, 4, 5, 6, 3, 6, 6]  # one core for each token, and one for three
     x, y = torch.randn(len(slots), weight.shape[1]), torch.randn(len(slots), weight.shape[0] + 5)
     wanted = y.clone()
-    for token, slot in enumerate(slots.tolist()):
+    for token, slot in enumerate(slots):
         if slot >= 0:
             wanted[token, 3:-2] += deltas[slot] @ x[token]
-    cores.add(x, y, slots)
+    cores.add(x, y, Batch(slots, "cpu"))
     torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-4)
     cores.reset(3)  # and nothing is left of who left
     again = torch.zeros_like(y)
-    cores.add(x, again, torch.full_like(slots, 3))
+    cores.add(x, again, Batch([3] * len(slots), "cpu"))
     assert not again.any()
 
 
@@ -117,7 +117,7 @@ def test_terms_over_one_basis_are_added(base):
     delta = mixture.bind(_model(base)).delta(LAYER)
     x = torch.randn(3, source.weight(LAYER).shape[1])
     y = torch.zeros(3, len(delta) + 3)
-    cores.add(x, y, torch.zeros(3, dtype=torch.long))
+    cores.add(x, y, Batch([0] * 3, "cpu"))
     torch.testing.assert_close(y[:, 3:], x @ delta.mT, atol=1e-5, rtol=1e-4)
 
 

@@ -1,5 +1,7 @@
 """What the plug-in decides without vLLM: releases that it knows, folders that are ours, what goes as a LoRA."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -9,6 +11,11 @@ from training.folder import make_model, save_folder
 from transformer2.cases import adapter
 
 LAYER = "model.layers.0.self_attn.q_proj"
+
+
+class Named:
+    def __init__(self, **values):
+        self.__dict__.update(values)
 
 
 @pytest.mark.parametrize("release", ["0.31.9", "0.320.1", "1.0.0", None])
@@ -56,10 +63,6 @@ def test_what_is_no_sum_is_refused():
 
 
 def test_engines_that_would_go_past_the_cores_are_refused():
-    class Named:
-        def __init__(self, **values):
-            self.__dict__.update(values)
-
     def manager(eager=True, sharded=False):
         config = Named(model_config=Named(enforce_eager=eager))
         return Named(spectune_config=config, lora_config=Named(fully_sharded_loras=sharded))
@@ -69,6 +72,25 @@ def test_engines_that_would_go_past_the_cores_are_refused():
         plugin._check_engine(manager(eager=False))
     with pytest.raises(SpectuneError, match="fully-sharded"):
         plugin._check_engine(manager(sharded=True))
+
+
+def test_vllms_lora_hears_of_its_own_tokens_alone():
+    @dataclass
+    class Mapping:
+        index_mapping: tuple[int, ...]
+        prompt_mapping: tuple[int, ...]
+
+    adapters = {7: Named(shares={"some": 1}, loras={}), 8: Named(shares={"some": 1}, loras={"some": 1})}
+    adapters[9] = Named(loras={"some": 1})  # one of vLLM's
+    told, wrapper = [], Named(device="cpu")
+    mapping = Mapping((7, 7, 0, 8, 9), (7, 0, 8, 9))
+    plugin._begin(lambda *given: told.append(given), Named(_registered_adapters=adapters), wrapper, mapping, [9, 8, 7])
+    assert told == [(Mapping((0, 0, 0, 8, 9), (0, 0, 8, 9)), [9, 8, 7])]
+    batch = wrapper.spectune_batch
+    assert (len(batch), batch.present) == (5, {1, 2})
+    assert batch.rows(frozenset({1, 2})).tokens.tolist() == [0, 1, 3]
+    assert batch.rows(frozenset({1, 2})).slots.tolist() == [2, 2, 1]
+    assert batch.first(2).rows(frozenset({2})).tokens is None
 
 
 def test_how_bases_are_kept_is_asked_for_by_name(monkeypatch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from spectune.adapters.terms import Term
 from spectune.errors import SpectuneError
-from spectune.layers.cores import Core, Diagonal
+from spectune.layers.cores import Core, Dense, Diagonal
 
+_ALIKE = 2  # tokens an adapter, up to which a copy of its core for each is faster than a product for each adapter
 Slicing = Callable[[Tensor], Tensor]
 
 
@@ -55,47 +57,106 @@ def shares_of(layer: str, terms: tuple[Term, ...]) -> dict[Kind, Share]:
     return found
 
 
-class _Whole:
-    """Singular vectors (p x n), a row each, in the dtype that the model computes in."""
+class Rows(NamedTuple):
+    """Tokens whose adapters are in some slots.
 
-    def __init__(self, vectors: Tensor) -> None:
-        self._vectors, self._dtype = vectors.contiguous(), vectors.dtype
+    Args:
+        tokens: which they are; None for all of a pass.
+        slots: the slot of each.
+        groups: for each slot which of them are its own.
+    """
+
+    tokens: Tensor | None
+    slots: Tensor
+    groups: dict[int, Tensor]
+
+
+class Batch:
+    """Whose the tokens of a pass are: what every layer asks is found once, and nothing of it on the device.
+
+    Args:
+        slots: the slot of each token's adapter, -1 for those without cores.
+        device: of the model.
+    """
+
+    def __init__(self, slots: Sequence[int], device: torch.device | str) -> None:
+        self._slots, self._device = slots, device
+        self.present = frozenset(slots) - {-1}
+        self._found: dict[frozenset[int], Rows] = {}
 
     def __len__(self) -> int:
-        return len(self._vectors)
+        return len(self._slots)
+
+    def first(self, count: int) -> Batch:
+        """Return the batch of the first so many tokens."""
+        return self if count >= len(self) else Batch(self._slots[:count], self._device)
+
+    def rows(self, of: frozenset[int]) -> Rows:
+        """Return the tokens whose adapters are in these slots."""
+        if of not in self._found:
+            tokens = [i for i, slot in enumerate(self._slots) if slot in of]
+            slots, groups = [self._slots[i] for i in tokens], defaultdict(list)
+            for place, slot in enumerate(slots):
+                groups[slot].append(place)
+            some = None if len(tokens) == len(self._slots) else self._held(tokens)
+            self._found[of] = Rows(some, self._held(slots), {slot: self._held(own) for slot, own in groups.items()})
+        return self._found[of]
+
+    def _held(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long).to(self._device, non_blocking=True)
+
+
+class _Whole:
+    """A matrix M, by which inputs are multiplied, in the dtype that the model computes in."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix, self._dtype = matrix.contiguous(), matrix.dtype
+
+    def __len__(self) -> int:
+        return len(self._matrix)
 
     @property
     def bytes(self) -> int:
-        return self._vectors.nbytes
+        return self._matrix.nbytes
 
-    def along(self, x: Tensor) -> Tensor:
-        """Return x V^T (tokens x p)."""
-        return torch.mm(x.to(self._dtype), self._vectors.to(self._dtype).mT)
+    def times(self, x: Tensor) -> Tensor:
+        """Return x M."""
+        return torch.mm(x.to(self._dtype), self._matrix)
 
-    def back(self, t: Tensor) -> Tensor:
-        """Return t V (tokens x n)."""
-        return torch.mm(t, self._vectors.to(self._dtype))
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add x M to y."""
+        if y.dtype == self._dtype:
+            y.addmm_(x, self._matrix)
+        else:
+            y.add_(self.times(x))
 
 
 class _EightBits(_Whole):
-    """Singular vectors as integers of 8 bits with a scale for each, which a pass brings to the model's dtype."""
+    """A matrix as integers of 8 bits with a scale for each singular vector, which a pass brings to the model's dtype.
 
-    def __init__(self, vectors: Tensor) -> None:
-        super().__init__(vectors)
-        largest = vectors.float().abs().amax(1, keepdim=True)
+    Args:
+        matrix: with a singular vector in each row (L^T), or in each column (R^T).
+        dim: along which a vector lies.
+    """
+
+    def __init__(self, matrix: Tensor, dim: int) -> None:
+        super().__init__(matrix)
+        largest = matrix.float().abs().amax(dim)
         scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        self._vectors = (vectors.float() / scale).round_().to(torch.int8)
-        self._scale = scale[:, 0].to(self._dtype)
+        self._matrix = (matrix.float() / scale.unsqueeze(dim)).round_().to(torch.int8).contiguous()
+        self._scale, self._before = scale.to(self._dtype), dim == 1
 
     @property
     def bytes(self) -> int:
         return super().bytes + self._scale.nbytes
 
-    def along(self, x: Tensor) -> Tensor:
-        return super().along(x) * self._scale
+    def times(self, x: Tensor) -> Tensor:
+        matrix = self._matrix.to(self._dtype)
+        x = x.to(self._dtype)
+        return torch.mm(x * self._scale, matrix) if self._before else torch.mm(x, matrix) * self._scale
 
-    def back(self, t: Tensor) -> Tensor:
-        return super().back(t * self._scale)
+    def add(self, y: Tensor, x: Tensor) -> None:
+        y.add_(self.times(x))
 
 
 class Bound:
@@ -124,16 +185,15 @@ class Bound:
     ) -> None:
         self.outputs = outputs
         if beside is None:
-            kept = _EightBits if eight_bits else _Whole
-            self.left = kept(left(share.left).mT.to(like.device, like.dtype, copy=True))
-            self.right = kept(right(share.right).to(like.device, like.dtype, copy=True))
+            lefts = left(share.left).mT.to(like.device, like.dtype, copy=True)
+            rights = right(share.right).mT.to(like.device, like.dtype, copy=True)
+            self.left = _EightBits(lefts, 1) if eight_bits else _Whole(lefts)
+            self.right = _EightBits(rights, 0) if eight_bits else _Whole(rights)
         else:
             self.left, self.right = beside.left, beside.right
         self._core: Core = share.core
         assert share.core.values is not None
-        # one row more, of zeros, which index -1 of a token of the base comes to
-        self._values = torch.zeros(slots + 1, *share.core.values.shape, device=like.device)
-        self._rows = torch.zeros(slots + 1, dtype=torch.bool, device=like.device)
+        self._values = torch.zeros(slots, *share.core.values.shape, device=like.device, dtype=like.dtype)
         self.used: set[int] = set()
 
     @property
@@ -145,44 +205,39 @@ class Bound:
         """Put an adapter's values into a slot."""
         assert share.core.values is not None
         self._values[slot].copy_(share.core.values)
-        self._rows[slot] = True
         self.used.add(slot)
 
     def reset(self, slot: int) -> None:
         """Empty a slot."""
-        if slot in self.used:
-            self._values[slot] = 0
-            self._rows[slot] = False
-            self.used.discard(slot)
+        self.used.discard(slot)
 
-    def add(self, x: Tensor, y: Tensor, slots: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, batch: Batch) -> None:
         """Add to y (tokens x out) what the adapters of tokens make of x (tokens x in).
 
         Args:
             x: the layer's input.
             y: its output, written to.
-            slots: the slot of each token's adapter (tokens), -1 for the base.
+            batch: whose the tokens are.
         """
-        tokens = self._rows[slots].nonzero()[:, 0]
-        if not len(tokens):
+        own = batch.present & self.used
+        if not own:
             return
-        every = len(tokens) == len(slots)
-        own = slots if every else slots[tokens]
-        t = self._through_cores(self.right.along(x if every else x[tokens]), own)
-        added = self.left.back(t).to(y.dtype)
-        part = y[:, self.outputs]
-        if every:
-            part.add_(added)
+        rows, part = batch.rows(own), y[:, self.outputs]
+        t = self.right.times(x if rows.tokens is None else x.index_select(0, rows.tokens))
+        t = self._through_cores(t, rows)
+        if rows.tokens is None:
+            self.left.add(part, t)
         else:
-            part.index_add_(0, tokens, added)
+            part.index_add_(0, rows.tokens, self.left.times(t).to(y.dtype))
 
-    def _through_cores(self, t: Tensor, slots: Tensor) -> Tensor:
+    def _through_cores(self, t: Tensor, rows: Rows) -> Tensor:
         if isinstance(self._core, Diagonal):
-            return t * self._values[slots].to(t.dtype)
-        found = torch.empty(len(t), len(self.left), dtype=t.dtype, device=t.device)
-        for slot in slots.unique().tolist():
-            rows = slots == slot
-            found[rows] = self._core.holding(self._values[slot].to(t.dtype)).apply(t[rows])
+            return t.mul_(self._values.index_select(0, rows.slots))
+        if isinstance(self._core, Dense) and len(t) <= _ALIKE * len(rows.groups):
+            return self._core.holding(self._values.index_select(0, rows.slots)).apply(t[:, None])[:, 0]
+        found = t.new_empty(len(t), len(self.left))
+        for slot, own in rows.groups.items():
+            found.index_copy_(0, own, self._core.holding(self._values[slot]).apply(t.index_select(0, own)))
         return found
 
 
@@ -196,11 +251,10 @@ class LayerCores:
         """Return what has the bases that are at hand for a part of the output, by their keys."""
         return {kind[0]: bound for (of, kind), bound in self.bounds.items() if of == part}
 
-    def add(self, x: Tensor, y: Tensor, slots: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, batch: Batch) -> None:
         """Add to y (tokens x out), in place, what the adapters of tokens make of x (tokens x in)."""
         for bound in self.bounds.values():
-            if bound.used:
-                bound.add(x, y, slots)
+            bound.add(x, y, batch)
 
     def reset(self, slot: int) -> None:
         """Empty a slot."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,7 @@ from spectune.adapters.terms import LayerUpdate, Term
 from spectune.errors import SpectuneError
 from spectune.reading import read_json
 from spectune.vllm.checkpoint import Checkpoint
-from spectune.vllm.cores import Bound, Kind, LayerCores, Share, shares_of
+from spectune.vllm.cores import Batch, Bound, Kind, LayerCores, Share, shares_of
 
 TESTED = ("0.32",)  # releases of vLLM that `make test-vllm` has run
 Original = Callable[..., Any]  # a function of vLLM's that is wrapped
@@ -52,6 +53,7 @@ def patch() -> None:
     _wrap(WorkerLoRAManager, "__init__", _remember_config)
     _wrap(WorkerLoRAManager, "_load_adapter", _load)
     _wrap(LoRAModelManager, "register_module", _register)
+    _wrap(LoRAModelManager, "_init_punica_wrapper", _watch_batches)
     _wrap(LoRAModelManager, "_create_merged_loras_inplace", _merge_parts)
     _wrap(LoRAModelManager, "activate_adapter", _activate)
     _wrap(BaseLinearLayerWithLoRA, "reset_lora", _reset)
@@ -101,12 +103,12 @@ def _define_operator() -> None:
 # resolved types, which the schema of an operator is made of
 def _add_cores(x: Tensor, output: Tensor, layer: str) -> None:
     module, cores = _layers[layer]
-    if not any(bound.used for bound in cores.bounds.values()):
+    batch: Batch | None = getattr(module.punica_wrapper, "spectune_batch", None)
+    if batch is None or not batch.present:
         return
-    slots = module.punica_wrapper.token_lora_indices
     x, y = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
-    count = min(len(slots), len(x))  # what is behind pads the batch
-    cores.add(x[:count], y[:count], slots[:count])
+    count = min(len(batch), len(x))  # what is behind pads the batch
+    cores.add(x[:count], y[:count], batch.first(count))
 
 
 def _add_nothing(x: Tensor, output: Tensor, layer: str) -> None:
@@ -138,6 +140,35 @@ def _register(original: Original, self: Foreign, module_name: str, module: Forei
         name = next(n for i in count() if (n := f"{module_name}@{i}" if i else module_name) not in _layers)
         module.spectune_layer = name
         _layers[name] = module, LayerCores()
+
+
+def _watch_batches(original: Original, self: Foreign, *args: object) -> None:
+    original(self, *args)
+    for wrapper in self.punica_wrapper_mapping.values():
+        wrapper.update_metadata = functools.partial(_begin, wrapper.update_metadata, self, wrapper)
+
+
+def _begin(
+    original: Original,
+    manager: Foreign,
+    wrapper: Foreign,
+    mapping: Foreign,
+    index_to_id: Sequence[int | None],
+    *args: object,
+) -> None:
+    """Take note of whose the tokens of a pass are; vLLM's LoRA, which multiplies by zeros else, hears of its own."""
+    adapters = {i: manager._registered_adapters.get(i) for i in {*mapping.index_mapping, *mapping.prompt_mapping} - {0}}
+    cores = {i for i, adapter in adapters.items() if getattr(adapter, "shares", None)}
+    slots = {i: index_to_id.index(i) for i in cores}
+    wrapper.spectune_batch = Batch([slots.get(i, -1) for i in mapping.index_mapping], wrapper.device)
+    alone = {i for i in cores if not adapters[i].loras}
+    if alone:
+        theirs = {
+            name: tuple(0 if i in alone else i for i in getattr(mapping, name))
+            for name in ("index_mapping", "prompt_mapping")
+        }
+        mapping = replace(mapping, **theirs)
+    original(mapping, index_to_id, *args)
 
 
 def _merge_parts(original: Original, self: Foreign, lora_model: Foreign) -> None:

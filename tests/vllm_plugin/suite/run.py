@@ -48,6 +48,8 @@ def main() -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if args.throughput:
+        settings["OMP_NUM_THREADS"] = "1"
     table, script = HERE / "table.json", "throughput.py" if args.throughput else "serve.py"
     command = [args.python or str(environment()), "-W", "ignore", str(HERE / script), *others]
     code = subprocess.run(command, env={**os.environ, **settings}).returncode

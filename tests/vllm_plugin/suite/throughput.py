@@ -1,6 +1,7 @@
 """Tokens a second in vLLM with as many adapters as rows in a batch: SVF by the plug-in, vLLM's own LoRA, the base.
 
-Run by `run.py --throughput` in an environment with vLLM.  The three take turns in one engine; medians are kept.
+Run by `run.py --throughput` in an environment with vLLM, in one process with one thread.  The three take turns in one
+engine; medians are kept, by the processor's time, of which other programs take nothing.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def adapters(model: Any, folder: Path, method: str, count: int) -> list[Path]:
 
 
 def timed(llm: Any, requests: list[Any], rows: int) -> float:
-    """Return the tokens a second of a batch."""
+    """Return the tokens of a batch in a second of the processor's time."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
+    start = time.process_time()
     llm.generate([{"prompt_token_ids": PROMPT}] * rows, sampling, lora_request=requests, use_tqdm=False)
-    return rows * LENGTH / (time.perf_counter() - start)
+    return rows * LENGTH / (time.process_time() - start)
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
             print(rows, rates[str(rows)], flush=True)
     with contextlib.suppress(AttributeError):
         llm.llm_engine.engine_core.shutdown()
-    told = {"machine": describe(), "rows_and_adapters": rates}
+    told = {"machine": describe(), "threads": torch.get_num_threads(), "rows_and_adapters": rates}
     (HERE / "throughput.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
