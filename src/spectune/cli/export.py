@@ -90,9 +90,7 @@ def export(
         raise SpectuneError(f"--to {to.value} says the format: leave --format out")
     format = format or (Format.peft if to is None else Format(ENGINES[to.value].format))
     merged = format is Format.merged
-    if out is None:
-        folder = adapter.resolve() if adapter.exists() else Path(adapter.name)  # else it is one of the hub's
-        out = folder.with_name(f"{folder.name}-{(to or format).value}")
+    out = out or _beside(adapter, (to or format).value)
     if component is not None and format is not Format.diffusers:
         raise SpectuneError(f"--component is for --format diffusers, and not for {format.value}")
     check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)
@@ -108,17 +106,12 @@ def export(
         write_merged(attach(model, loaded, check=check), tokenizer, out, name, adapter)
     else:
         bound = bind_to_base(loaded, base, check=check)
+        options: dict[str, Any] = {"rank": rank, "one_rank": one_rank, "allow_loss": allow_loss}
+        options |= {"component": component, "config": config}
         with telling_of_full_disks(out, "what was there is as it was"):
-            kind: LoRAFormat = format.value
-            options: dict[str, Any] = {
-                "rank": rank,
-                "one_rank": one_rank,
-                "allow_loss": allow_loss,
-                "component": component,
-                "config": config,
-            }
             if to is not None:
                 check_ranks(to.value, bound if rank is None and is_peft(bound) else bound.to_lora(rank))
+            kind: LoRAFormat = format.value
             error = bound.export(out, kind, **options).error
             if to is To.ollama:
                 write_atomically(out / "Modelfile", lambda file: file.write_text(_MODELFILE, encoding="utf-8"))
@@ -135,6 +128,12 @@ def export(
         say_next("spectune", "classify" if loaded.labels else "chat", out)
     elif format is Format.peft:
         say_chat(out, loaded)
+
+
+def _beside(adapter: Path, what: str) -> Path:
+    """Return a folder for what is made of an adapter: beside it, or for one of the hub's where the command runs."""
+    folder = adapter.resolve() if adapter.exists() else Path(adapter.name)
+    return folder.with_name(f"{folder.name}-{what}")
 
 
 def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:

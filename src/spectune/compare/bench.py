@@ -33,16 +33,16 @@ from spectune.model.names import adapter_names
 from spectune.model.routing import base_alone
 from spectune.speed.checkpointing import checkpoint_activations, keep_activations
 from spectune.speed.parts import training_parts
+from spectune.training.arguments import training_arguments
 from spectune.training.config import TrainConfig
 from spectune.training.preparing import prepare
 from spectune.training.progress import is_measure
-from spectune.training.run import training_arguments
-from spectune.training.tasks import make_task
+from spectune.training.tasks import Task, make_task
 from spectune.training.tasks.preferences import Preferences
 from spectune.training.trainer.trainer import AdapterTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 LOOKS = 4  # at the validation data, over a run
 PLATEAU_LOOKS = 8  # where the loss is to say when a run ends
@@ -137,27 +137,33 @@ class Bench:
             keep_activations(self.model)
             self.model.requires_grad_(False)
 
-    def _trained(
-        self, trial: Trial, config: TrainConfig, model: PreTrainedModel, fold: Fold, report: Report
-    ) -> tuple[AdapterTrainer, dict[str, object]]:
-        task = make_task(config)
-        if isinstance(task, Preferences) and trial.method == FULL:  # whose own weights move away from the base's
-            task.reference = self.model
+    def _arguments(self, trial: Trial, config: TrainConfig, task: Task) -> TrainingArguments:
         arguments = training_arguments(config, self.model, trial.kind != "time", task)
         arguments.save_strategy = SaveStrategy.NO
         arguments.load_best_model_at_end = False
         if self.config.task == "classify":  # whose logits are few, so that a pass without gradients takes little
             arguments.per_device_eval_batch_size = _EVAL_BATCHES * config.batch_size
         arguments.bf16 = trial.method == FULL and self.model.dtype == torch.bfloat16
-        times, chosen = StepTimes(), list[int]()  # labels, in the order of the examples
+        return arguments
+
+    def _looks(self, chosen: list[int], fold: Fold, report: Report) -> Looks:
         key = self.config.searched_by
-        looks = Looks(
+        return Looks(
             key=key,
             sign=-1 if key in LESS else 1,
             right=lambda: _right(chosen, fold.validation) if self._classifies and key == "accuracy" else None,
             report=report,
             window=PLATEAU_LOOKS // LOOKS if self.config.until == "plateau" else None,
         )
+
+    def _trained(
+        self, trial: Trial, config: TrainConfig, model: PreTrainedModel, fold: Fold, report: Report
+    ) -> tuple[AdapterTrainer, dict[str, object]]:
+        task = make_task(config)
+        if isinstance(task, Preferences) and trial.method == FULL:  # whose own weights move away from the base's
+            task.reference = self.model
+        times, chosen = StepTimes(), list[int]()  # labels, in the order of the examples
+        looks = self._looks(chosen, fold, report)
         with (
             training_parts(self.model),
             training_parts(model, task.dropout),
@@ -165,7 +171,7 @@ class Bench:
         ):
             trainer = task.trainer(
                 model=model,
-                args=arguments,
+                args=self._arguments(trial, config, task),
                 train_dataset=fold.train,
                 eval_dataset=fold.validation,
                 data_collator=task.collator(model, self.tokenizer),

@@ -68,15 +68,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     if against is not None:  # what can be told is told by its runs
         methods = [against, *(method for method in methods if method != against)]
     notes += [f"{method} is left out: it takes more memory than there is" for method in too_large]
-    settings = config.settings()
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder / "trials", digest(settings))
-    if config.overwrite or config.retry:
-        results.clear(failed=not config.overwrite)
-    text = json.dumps({**settings, RECORDS: records}, indent=1) + "\n"
-    write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
-    study = Study(config, methods, results)
+    study = Study(config, methods, _opened(config, folder, records))
 
     can_tell: list[str] = []
 
@@ -92,10 +85,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         tell(*study.count(), sentence)
     _run(config, methods, study, bench, told)
     notes += can_tell or warnings
-    finals, searches = [], []
-    for method in methods:
-        searches += [result for _, result in study.searches(method) if result is not None]
-        finals += _finals(study, method)
+    searches = [result for method in methods for _, result in study.searches(method) if result is not None]
+    finals = [result for method in methods for result in _finals(study, method)]
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
     made = document(_header(config, bench, methods, against, notes, study.seeds()), finals, searches)
@@ -103,6 +94,18 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
     write_atomically(folder / "compare.yaml", lambda path: path.write_text(given, encoding="utf-8"))
     write_report(made, folder)
     return made
+
+
+def _opened(config: CompareConfig, folder: Path, records: str) -> Results:
+    """Return the results that a comparison's folder has; it says from now on whose they are."""
+    settings = config.settings()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "trials", digest(settings))
+    if config.overwrite or config.retry:
+        results.clear(failed=not config.overwrite)
+    text = json.dumps({**settings, RECORDS: records}, indent=1) + "\n"
+    write_atomically(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return results
 
 
 def _finals(study: Study, method: str) -> list[Result]:

@@ -58,37 +58,11 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     for layer_name, layer in adapted_layers(model).items():
         if name not in layer.adapters:
             continue
-        terms = []
-        added = None
-        for update in updates_of(layer, name):
-            trained = {k: whole(v).cpu().float().clone() for k, v in update.trained().items()}
-            if isinstance(update.method, Bias):
-                added = update.weight * trained["d"] + (0.0 if added is None else added)
-                continue
-            frozen = {k: whole(v) for k, v in layer.tensors(update).items() if k not in trained}
-            method = _with_own_bias(method_of(update), layer, trained)
-            # singular vectors of a W that is no longer there, which nobody could make again
-            stays = bool(frozen) and method.request() is not None and not layer.owns(update.basis_key, once=True)
-            terms.append(Term(method, trained, update.weight, frozen or None, stays=stays))
+        terms, added = _terms_of(layer, name)
         if added is not None:
             modules[layer_name] = _bias_of(layer, added)
-        if not terms:
-            continue
-        weight = effective_weight(layer)
-        shape, transposed = (weight.shape[0], weight.shape[1]), is_stored_transposed(layer)
-        extracted = LayerUpdate(shape, tuple(terms), transposed, weight).sealed()
-        if isinstance(layer, ExpertLinear):
-            extracted = replace(extracted, experts=layer.count)
-        if isinstance(layer, ProjectionLinear) and layer.rows.size < layer.rows.period:
-            extracted = replace(extracted, rows=layer.rows)
-        name_of_kind, kernel = described(layer)
-        extracted = replace(extracted, kind=name_of_kind, kernel=kernel)
-        if not is_part(weight):
-            own = stored_weight(layer)  # what is computed is nobody's, and is kept
-            held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
-            bases = zip(extracted.terms, terms, strict=True)
-            extracted = replace(extracted, held=held, terms=tuple(replace(new, basis=old.basis) for new, old in bases))
-        layers[layer_name] = extracted
+        if terms:
+            layers[layer_name] = _layer_update(layer, terms)
     for module_name, module in whole_modules(model).items():
         own = _own_of(module, name) if name in module.adapters else None
         if own is not None:
@@ -105,6 +79,42 @@ def extract(model: nn.Module, name: str = "default") -> Adapter:
     if hasattr(inner := unwrapped(model), "save_pretrained"):
         adapter.architecture = type(inner).__name__, type(inner).__module__
     return adapter
+
+
+def _terms_of(layer: Adapted, name: str) -> tuple[list[Term], Tensor | None]:
+    """Return what an adapter adds to a layer's weight, and what it adds to its bias."""
+    terms: list[Term] = []
+    added: Tensor | None = None
+    for update in updates_of(layer, name):
+        trained = {k: whole(v).cpu().float().clone() for k, v in update.trained().items()}
+        if isinstance(update.method, Bias):
+            added = update.weight * trained["d"] + (0.0 if added is None else added)
+            continue
+        frozen = {k: whole(v) for k, v in layer.tensors(update).items() if k not in trained}
+        method = _with_own_bias(method_of(update), layer, trained)
+        # singular vectors of a W that is no longer there, which nobody could make again
+        stays = bool(frozen) and method.request() is not None and not layer.owns(update.basis_key, once=True)
+        terms.append(Term(method, trained, update.weight, frozen or None, stays=stays))
+    return terms, added
+
+
+def _layer_update(layer: Adapted, terms: list[Term]) -> LayerUpdate:
+    """Return a layer's terms with what tells its W, and W itself as long as the model is there."""
+    weight = effective_weight(layer)
+    shape, transposed = (weight.shape[0], weight.shape[1]), is_stored_transposed(layer)
+    extracted = LayerUpdate(shape, tuple(terms), transposed, weight).sealed()
+    if isinstance(layer, ExpertLinear):
+        extracted = replace(extracted, experts=layer.count)
+    if isinstance(layer, ProjectionLinear) and layer.rows.size < layer.rows.period:
+        extracted = replace(extracted, rows=layer.rows)
+    kind, kernel = described(layer)
+    extracted = replace(extracted, kind=kind, kernel=kernel)
+    if is_part(weight):
+        return extracted
+    own = stored_weight(layer)  # what is computed is nobody's, and is kept
+    held = weight.detach() if own is None else None if own.is_meta else Lent(own, _seen(layer, weight))
+    bases = zip(extracted.terms, terms, strict=True)
+    return replace(extracted, held=held, terms=tuple(replace(new, basis=old.basis) for new, old in bases))
 
 
 def _seen(layer: Adapted, weight: Tensor) -> Callable[[Tensor], Tensor] | None:

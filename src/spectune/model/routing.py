@@ -159,72 +159,101 @@ def _expanding(model: nn.Module) -> Iterator[None]:
 def _told_apart(
     model: nn.Module, layers: Mapping[str, Part], routed: Rows, shared: Sequence[Selection]
 ) -> Iterator[None]:
-    """Within the context see to it, before a call of the model or a part of it, that its rows are known in each layer.
+    """Within the context see to it, before a call of the model or a part of it, that each layer's rows are known."""
+    watch = _Watch(model, layers, routed, shared)
+
+    # functions, and not methods of the watch: copying a model copies whatever a hook is a method of, and the copy would
+    # have rows of its own that nobody chose. Another thread may have these hooks at hand when they are gone, and then
+    # gives them no kwargs
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> None:
+        if watch.enters(module, args, kwargs or {}):
+            begin()
+
+    def after(module: nn.Module, *given: object) -> None:
+        watch.leaves(module)
+
+    with ExitStack() as stack:
+        begin = stack.enter_context(answering_apart(shared, routed.layouts, routed))
+        for module in watch.within:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+        yield
+
+
+class _Watch:
+    """What is told of every call of a model, or of a part of it, within `route`.
 
     All parts are watched as long as there are layers that no pass has shown, afterwards those that were called.
     """
-    layouts = routed.layouts
-    within = {model: dict(layers)}
-    new = {layer: name for name, layer in layers.items() if layer not in layouts.shown}
-    for layer, name in new.items():
-        layouts.names[layer] = name
-    if not routed.alike and not hasattr(model, "_orig_mod"):
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Part], routed: Rows, shared: Sequence[Selection]) -> None:
+        self._model, self._routed, self._shared = model, routed, shared
+        self._calls: list[nn.Module] = []  # that have begun and not ended: the first is the one with the batch's rows
+        self.within: dict[nn.Module, dict[str, Part]] = {model: dict(layers)}
+        layouts = routed.layouts
+        new = {layer: name for name, layer in layers.items() if layer not in layouts.shown}
+        for layer, name in new.items():
+            layouts.names[layer] = name
+        if routed.alike or hasattr(model, "_orig_mod"):
+            return
         for name, layer in layers.items():
             parts = name.split(".")[:-1]
             for i, module in enumerate(modules_around(model, name)[1:], 1):
                 if new or module in layouts.entrances:
-                    within.setdefault(module, {})[".".join([*parts[i:], name.rpartition(".")[2]])] = layer
-    calls: list[nn.Module] = []
+                    self.within.setdefault(module, {})[".".join([*parts[i:], name.rpartition(".")[2]])] = layer
 
-    # another thread may have these hooks at hand when they are gone, and then gives them no kwargs
-    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> None:
-        if shared[0].scope().choice is not routed:
-            return
-        calls.append(module)
-        if len(calls) > 1:
-            return
+    def enters(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+        """Look at the input of a call that begins; returns whether its layers are to tell rows apart.
+
+        Raises:
+            SpectuneError: the input has another number of rows, or rows that no layer could tell apart.
+        """
+        routed = self._routed
+        if self._shared[0].scope().choice is not routed:
+            return False
+        self._calls.append(module)
+        if len(self._calls) > 1:
+            return False
         given = len(routed.mixtures)
         count = rows_of(args, kwargs, given, is_generating())
+        if count is None:
+            return False
         if not isinstance(count, int):
-            if count is not None:
-                raise SpectuneError(
-                    f"route was given {given} rows and the input of the model is {count}; give one entry for each row "
-                    "of the batch"
-                )
-            return
+            raise SpectuneError(
+                f"route was given {given} rows and the input of the model is {count}; give one entry for each row "
+                "of the batch"
+            )
         routed.count = count
         if routed.alike:
-            return
-        layouts.entrances.add(module)
-        call = Call(module, args, kwargs or {}, count)
-        structure = call.structure if module is model else None
-        parts = within[module]
+            return False
+        routed.layouts.entrances.add(module)
+        self._try(Call(module, args, kwargs, count))
+        return True
+
+    def leaves(self, module: nn.Module) -> None:
+        """Take note of a call's end."""
+        if self._shared[0].scope().choice is self._routed and self._calls[-1:] == [module]:
+            self._calls.pop()
+            if not self._calls:
+                self._routed.count = None
+
+    def _try(self, call: Call) -> None:
+        """Find where a call's rows are in each layer, unless a call like it has shown that."""
+        layouts, parts = self._routed.layouts, self.within[call.module]
+        structure = call.structure if call.module is self._model else None
 
         def is_new() -> bool:
             return structure not in layouts.tried | {None} or not layouts.shown.issuperset(parts.values())
 
-        if is_new():
-            _refuse_batch_norm(module)
-            with _trying:
-                if is_new():  # to the thread that came first
-                    with base_alone(module):
-                        find_layouts(layouts, call, parts)
-                    layouts.tried.add(structure)
-            routed.forget()
-        begin()
-
-    def after(module: nn.Module, *given: object) -> None:
-        if shared[0].scope().choice is routed and calls[-1:] == [module]:
-            calls.pop()
-            if not calls:
-                routed.count = None
-
-    with ExitStack() as stack:
-        begin = stack.enter_context(answering_apart(shared, layouts, routed))
-        for module in within:
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
-        yield
+        if not is_new():
+            return
+        _refuse_batch_norm(call.module)
+        with _trying:
+            if is_new():  # to the thread that came first
+                with base_alone(call.module):
+                    find_layouts(layouts, call, parts)
+                layouts.tried.add(structure)
+        self._routed.forget()
 
 
 def _refuse_batch_norm(module: nn.Module) -> None:

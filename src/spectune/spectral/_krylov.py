@@ -78,52 +78,90 @@ def block_krylov(
     look, growth = (max(3 * b, 2 * rank), 9 / 8) if measure is not None else (max(6 * b, 2 * rank), 5 / 4)
     # past six tenths of n the space costs more than an exact decomposition
     most = min(6 * n // 10, max(40 * b, 10 * rank)) // b * b
-    # K holds the basis, P its products A K^T: the left vectors come from P at the end, without another product with W
-    K, P, T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
-    tiny = 10 * torch.finfo(like.dtype).eps
-    Q = start(b, n, seed).to(like)
+    space = _Space(like, (m, n), most, start(b, n, seed).to(like))
     seen: list[tuple[int, float]] = []
-    for old in range(0, most, b):
-        dim = old + b
-        K[old:dim] = Q
-        P[old:dim] = Y = forward(Q)
-        Z, basis = backward(Y), K[:dim]
-        C = Z @ basis.mT
-        # in exact arithmetic a block meets the two before it alone; with rounding it meets all, and T has to say so, or
-        # its values are those of another basis
-        T[old:dim, :dim] = C
-        T[:dim, old:dim] = C.mT
-        # twice, because one projection leaves what rounding has added, and a basis that is not orthogonal shows values
-        # twice
-        Z = Z - C @ basis
-        Z = Z - (Z @ basis.mT) @ basis
-        Q, R = torch.linalg.qr(Z.mT)
-        Q = Q.mT.contiguous()
-        least = float(R.diagonal().abs().min() / T.diagonal().max())
-        # the block has nearly run out of directions: what QR makes of it is mostly rounding, which lies in the old ones
-        # too
-        if least < tiny**0.5:  # rounding is much of a row this short
-            Q = torch.linalg.qr((Q - (Q @ basis.mT) @ basis).mT)[0].mT.contiguous()
+    for dim in range(b, most + 1, b):
+        space.grow(forward, backward)
         # W has no more directions than the basis by now: its rank is low, and the space is complete
-        dry = dim >= rank and least <= tiny
+        dry = dim >= rank and space.least <= space.tiny
         if dim < look and not dry:
             continue
         look = growth * dim
         if measure is not None and not dry:
-            value, scale = measure(torch.linalg.eigvalsh(T[:dim, :dim])[-rank:])
+            value, scale = measure(torch.linalg.eigvalsh(space.projected)[-rank:])
             seen.append((dim // b, value))
             # the first looks cost eigenvalues alone; vectors are computed once, when the trend says that it is over
             if len(seen) < 3 or to_come(seen) > tol * scale:
                 continue
-        values, vectors = eigh(T[:dim, :dim])
+        values, vectors = eigh(space.projected)
         values, vectors = values[-rank:], vectors[:, -rank:]
-        residuals = torch.linalg.vector_norm(R @ vectors[old:], dim=0)
-        if (measure is not None and not dry) or bool((residuals <= tol * values).all()):
-            vectors = vectors.flip(1).mT
-            return Ritz(vectors @ K[:dim], vectors @ P[:dim])
-        if dry:
+        if (measure is not None and not dry) or bool((space.residuals(vectors) <= tol * values).all()):
+            return space.triplets(vectors)
+        if dry:  # growing further would add rounding alone
             return None
     return None
+
+
+class _Space:
+    """A growing orthonormal basis K of the Krylov space of A^T A, with P = A K^T and T = K A^T A K^T.
+
+    P is kept because the left vectors come from it at the end, without another product with W.
+
+    Args:
+        like: a tensor of the dtype and device to work in.
+        shape: (m, n) of A.
+        most: rows that there is room for.
+        block: the first rows of the basis (b x n), orthonormal.
+
+    Attributes:
+        dim: rows of the basis.
+        least: how much of the block that comes next is new, beside the largest value: nothing where W is used up.
+        tiny: what rounding makes of nothing.
+    """
+
+    def __init__(self, like: Tensor, shape: tuple[int, int], most: int, block: Tensor) -> None:
+        m, n = shape
+        self._K, self._P, self._T = like.new_empty(most, n), like.new_empty(most, m), like.new_zeros(most, most)
+        self._Q, self._R = block, like.new_zeros(0)
+        self.dim, self.least = 0, 1.0
+        self.tiny = 10 * torch.finfo(like.dtype).eps
+
+    @property
+    def projected(self) -> Tensor:
+        """T: A^T A on the basis."""
+        return self._T[: self.dim, : self.dim]
+
+    def grow(self, forward: Product, backward: Product) -> None:
+        """Take the next block into the basis, and make the one behind it."""
+        old, self.dim = self.dim, self.dim + len(self._Q)
+        self._K[old : self.dim] = self._Q
+        self._P[old : self.dim] = Y = forward(self._Q)
+        Z, basis = backward(Y), self._K[: self.dim]
+        C = Z @ basis.mT
+        # in exact arithmetic a block meets the two before it alone; with rounding it meets all, and T has to say so, or
+        # its values are those of another basis
+        self._T[old : self.dim, : self.dim] = C
+        self._T[: self.dim, old : self.dim] = C.mT
+        # twice, because one projection leaves what rounding has added, and a basis that is not orthogonal shows values
+        # twice
+        Z = Z - C @ basis
+        Z = Z - (Z @ basis.mT) @ basis
+        Q, self._R = torch.linalg.qr(Z.mT)
+        self._Q = Q.mT.contiguous()
+        self.least = float(self._R.diagonal().abs().min() / self._T.diagonal().max())
+        # the block has nearly run out of directions: what QR makes of it is mostly rounding, which lies in the old ones
+        # too
+        if self.least < self.tiny**0.5:  # rounding is much of a row this short
+            self._Q = torch.linalg.qr((self._Q - (self._Q @ basis.mT) @ basis).mT)[0].mT.contiguous()
+
+    def residuals(self, vectors: Tensor) -> Tensor:
+        """Return ||A^T A v - theta v|| for the vectors of T's columns: what the next block still holds of them."""
+        return torch.linalg.vector_norm(self._R @ vectors[-len(self._Q) :], dim=0)
+
+    def triplets(self, vectors: Tensor) -> Ritz:
+        """Return the triplets of ascending eigenvectors of T, as columns."""
+        rows = vectors.flip(1).mT
+        return Ritz(rows @ self._K[: self.dim], rows @ self._P[: self.dim])
 
 
 def to_come(seen: list[tuple[int, float]]) -> float:

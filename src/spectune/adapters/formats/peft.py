@@ -72,75 +72,110 @@ def peft_contents(adapter: Contents) -> tuple[dict[str, object], dict[str, Tenso
     obstacle = _obstacle(adapter)
     if obstacle is not None:
         raise SpectuneError(f"PEFT's format cannot hold {obstacle}; save the adapter with adapter.save(path)")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    whole: list[str] = []
-    for name, layer in adapter.layers.items():
-        (term,) = layer.terms
-        if layer.experts:
-            continue
-        if term.method.replaces:
-            whole.append(name)
-            weight = term.trained["H"].T if layer.conv1d else term.trained["H"]
-            tensors[f"{PREFIX}{name}.weight"] = weight
-            if "h" in term.trained:
-                tensors[f"{PREFIX}{name}.bias"] = term.trained["h"]
-            continue
-        lora = lora_of(term.method)
-        ranks[name], alphas[name] = lora.rank, lora.alpha
-        tensors |= {f"{PREFIX}{name}.{key}": t for key, t in peft_kinds.named(layer, term.trained).items()}
-    rows: dict[str, list[int]] = {}
-    biases: list[str] = []
-    added = {name: parts[0].tensors[ADDED_BIAS] for name, parts in adapter.modules.items() if _adds(parts[0])}
-    for name, (term, *_) in adapter.modules.items():
-        if term.rows is not None:
-            if not _is_tied(name, term, adapter):
-                rows[name] = list(term.rows)
-                tensors[f"{PREFIX}{name}.{TOKENS}"] = term.tensors["weight"]
-        elif term.complete and name not in ranks:
-            whole.append(name)
-            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in term.tensors.items()}
-        elif not _adds(term):
-            biases.append(name)
-            inner = f"{name}.base_layer" if name in ranks else name
-            tensors[f"{PREFIX}{inner}.bias"] = term.tensors["bias"]
-    for name in ranks if added else ():
-        scale, B = lora_of(adapter.layers[name].terms[0].method).scale, adapter.layers[name].terms[0].trained["B"]
-        tensors[f"{PREFIX}{name}.lora_B.bias"] = added[name] / scale if name in added else B.new_zeros(len(B))
-    own = list(ranks)
-    for name, stack in (stacks := peft_experts.stacks(adapter)).items():
-        ranks[name], alphas[name] = stack.rank, stack.alpha
-        tensors[f"{PREFIX}{stack.module}.lora_A.weight"] = stack.A
-        tensors[f"{PREFIX}{stack.module}.lora_B.weight"] = stack.B
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    found = _Collected(adapter)
+    found.take_layers()
+    found.take_modules()
+    found.take_added_biases()
+    own = list(found.ranks)
+    stacks = found.take_experts()
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (found.ranks, found.alphas))
     updated = [name for name, layer in adapter.layers.items() if not layer.terms[0].method.replaces]
     method = adapter.layers[updated[0]].terms[0].method
+    biases = found.biases
     config = {
-        "alpha_pattern": {_whole(n): a for n, a in alphas.items() if a != alpha},
+        "alpha_pattern": {_whole(n): a for n, a in found.alphas.items() if a != alpha},
         "auto_mapping": auto_mapping(adapter),
         "base_model_name_or_path": adapter.base_model,
-        "bias": "none" if not biases else "lora_only" if set(biases) <= ranks.keys() else "all",
+        "bias": "none" if not biases else "lora_only" if set(biases) <= found.ranks.keys() else "all",
         "fan_in_fan_out": any(adapter.layers[name].conv1d for name in own),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_bias": bool(added),
+        "lora_bias": bool(found.added),
         "lora_dropout": lora_of(method).dropout,
-        "modules_to_save": grouped(whole, adapter.groups) or None,
+        "modules_to_save": grouped(found.whole, adapter.groups) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {_whole(n): r for n, r in ranks.items() if r != rank},
+        "rank_pattern": {_whole(n): r for n, r in found.ranks.items() if r != rank},
         "revision": None,
         "target_modules": targets_of(own),
         **({"target_parameters": sorted(stacks)} if stacks else {}),
         "task_type": None if adapter.architecture or not adapter.labels else "SEQ_CLS",
-        "trainable_token_indices": rows or None,
+        "trainable_token_indices": found.rows or None,
         "use_dora": isinstance(method, DoRA),
         "use_rslora": lora_of(method).rslora,
     }
     sketches = {name: sketch for name in updated if (sketch := adapter.base_sketch(name)) is not None}
-    return config, tensors, as_metadata(adapter.labels, adapter.architecture, sketches, adapter.quantize)
+    return config, found.tensors, as_metadata(adapter.labels, adapter.architecture, sketches, adapter.quantize)
+
+
+class _Collected:
+    """An adapter's tensors by PEFT's names, and what its config has to say of each module.
+
+    Args:
+        adapter: one for which `is_peft` holds.
+    """
+
+    def __init__(self, adapter: Contents) -> None:
+        self._adapter = adapter
+        self.tensors: dict[str, Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        self.alphas: dict[str, float] = {}
+        self.whole: list[str] = []  # modules to save
+        self.biases: list[str] = []  # modules whose bias is trained, and nothing else
+        self.rows: dict[str, list[int]] = {}  # of embeddings
+        self.added = {n: parts[0].tensors[ADDED_BIAS] for n, parts in adapter.modules.items() if _adds(parts[0])}
+
+    def _put(self, name: str, key: str, tensor: Tensor) -> None:
+        self.tensors[f"{PREFIX}{name}.{key}"] = tensor
+
+    def take_layers(self) -> None:
+        """Take the factors of layers, and heads; experts come by themselves."""
+        for name, layer in self._adapter.layers.items():
+            (term,) = layer.terms
+            if layer.experts:
+                continue
+            if term.method.replaces:
+                self.whole.append(name)
+                self._put(name, "weight", term.trained["H"].T if layer.conv1d else term.trained["H"])
+                if "h" in term.trained:
+                    self._put(name, "bias", term.trained["h"])
+                continue
+            lora = lora_of(term.method)
+            self.ranks[name], self.alphas[name] = lora.rank, lora.alpha
+            for key, tensor in peft_kinds.named(layer, term.trained).items():
+                self._put(name, key, tensor)
+
+    def take_modules(self) -> None:
+        """Take what came whole, rows of embeddings, and biases."""
+        for name, (term, *_) in self._adapter.modules.items():
+            if term.rows is not None:
+                if not _is_tied(name, term, self._adapter):
+                    self.rows[name] = list(term.rows)
+                    self._put(name, TOKENS, term.tensors["weight"])
+            elif term.complete and name not in self.ranks:
+                self.whole.append(name)
+                for key, tensor in term.tensors.items():
+                    self._put(name, key, tensor)
+            elif not _adds(term):
+                self.biases.append(name)
+                self._put(f"{name}.base_layer" if name in self.ranks else name, "bias", term.tensors["bias"])
+
+    def take_added_biases(self) -> None:
+        """Take biases that layers had none of: PEFT multiplies them by the scale, and wants one of every layer."""
+        for name in self.ranks if self.added else ():
+            term = self._adapter.layers[name].terms[0]
+            B, scale = term.trained["B"], lora_of(term.method).scale
+            self._put(name, "lora_B.bias", self.added[name] / scale if name in self.added else B.new_zeros(len(B)))
+
+    def take_experts(self) -> dict[str, peft_experts.Stack]:
+        """Take the factors of experts, those of one tensor together, and return them by PEFT's name for the tensor."""
+        stacks = peft_experts.stacks(self._adapter)
+        for name, stack in stacks.items():
+            self.ranks[name], self.alphas[name] = stack.rank, stack.alpha
+            self._put(stack.module, "lora_A.weight", stack.A)
+            self._put(stack.module, "lora_B.weight", stack.B)
+        return stacks
 
 
 def _adds(term: WholeTerm) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from spectune.errors import SpectuneError, nearest
 from spectune.reading import RECORDS
 from spectune.training.data.files import rows
-from spectune.training.data.formats import convert, unread
+from spectune.training.data.formats import Converted, convert, unread
 from spectune.training.data.rows import OF_TASKS, Record, Row, of, same
 from spectune.training.data.spool import Spooled
 
@@ -80,52 +80,19 @@ def read(
             read(given, task, *own, say, kept, 1.0 if isinstance(part, str) else part.weight)
             say(f"{given}: {len(kept) - already} records")
         return records
-    formats, fields, blank, empty = Counter[str](), Counter[str](), _Places(), _Places()
+    reading = _Reading(task)
     for number, (values, where) in enumerate(rows(str(source), config_name, split_name, say)):
         if number >= RECORDS:
             raise SpectuneError(f"{where}: at most {RECORDS:,} records are read: give a part of them")
-        if not isinstance(values, dict):
-            raise SpectuneError(f"{where}: not a JSON object with {task.forms}")
-        with of(values, where):
-            values = _renamed(values, task)
-            converted = convert(values, task.config.task)
-        judged = task.config.task == "sft" and converted.format.startswith("unpaired")
-        if judged and not converted.values.pop("label"):
-            formats["left out, for their label is false"] += 1
-            continue
-        if _is_blank(converted.values, task):
-            blank.add(where)
-            continue
-        problem = task.problem(converted.values)
-        if problem is not None:
-            raise SpectuneError(f"{where}: {problem}")
-        formats[converted.format] += 1
-        if task.config.task != "classify" and task.config.task != "reinforce":
-            others, meant = unread(converted, values, _learned_from(converted.values, task.config.task))
-            if meant:
-                name = min(meant)
-                place = "chat_template_kwargs" if name == "enable_thinking" else "messages"
-                raise SpectuneError(
-                    f"{where}: has {name!r}, which would change what is learned, and nothing reads it beside "
-                    f"{_shape(converted.values)}: take it out, or put it into {place}"
-                )
-            fields.update(others)
-            if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
-                empty.add(where)
-        elif task.config.task == "classify":
-            fields.update(values.keys() - OF_TASKS - {""})
-        row = Row(converted.values, where, converted.plain)
-        row.weight = weight
-        kept.append(row)
+        row = reading.record(values, where)
+        if row is not None:
+            row.weight = weight
+            kept.append(row)
     if len(kept) == before:
+        blank = reading.blank
         why = f", for {blank.first} and all others have a text without content" if blank.count else ""
         raise SpectuneError(f"{source} holds no examples{why}; each record needs {task.forms}")
-    _tell(formats, fields, blank, str(source), say)
-    if empty.count:
-        say(
-            f"{source}: {empty.count} records have an empty answer, of which a stop is learned, the first in "
-            f"{empty.first}"
-        )
+    reading.tell(str(source), say)
     return records
 
 
@@ -139,22 +106,80 @@ class _Places:
         self.count, self.first = self.count + 1, self.first or where
 
 
-def _tell(
-    formats: Counter[str],
-    fields: Counter[str],
-    blank: _Places,
-    source: str,
-    say: Callable[[str], None],
-) -> None:
-    known = {name: count for name, count in formats.items() if name}
-    if known and set(known) != {"text"}:
-        say(f"{source} was read as " + ", ".join(f"{name} ({count})" for name, count in known.items()))
-    if fields:
-        say(f"{source} has fields that are not used: {', '.join(sorted(fields))}")
-    if blank.count:
-        say(
-            f"{source}: {blank.count} records have a text without content and were left out, the first in {blank.first}"
-        )
+class _Reading:
+    """Makes records of rows as they stand in a source, and keeps what a user should know of them.
+
+    Args:
+        task: which says what each record must look like.
+    """
+
+    def __init__(self, task: Form) -> None:
+        self._form, self._task = task, task.config.task
+        self.formats, self.fields = Counter[str](), Counter[str]()
+        self.blank, self.empty = _Places(), _Places()
+
+    def record(self, values: object, where: str) -> Row | None:
+        """Return the record of a row; None where it is left out.
+
+        Raises:
+            SpectuneError: it has another form, or a field that would change what is learned.
+        """
+        if not isinstance(values, dict):
+            raise SpectuneError(f"{where}: not a JSON object with {self._form.forms}")
+        with of(values, where):
+            values = _renamed(values, self._form)
+            converted = convert(values, self._task)
+        judged = self._task == "sft" and converted.format.startswith("unpaired")
+        if judged and not converted.values.pop("label"):
+            self.formats["left out, for their label is false"] += 1
+            return None
+        if _is_blank(converted.values, self._form):
+            self.blank.add(where)
+            return None
+        problem = self._form.problem(converted.values)
+        if problem is not None:
+            raise SpectuneError(f"{where}: {problem}")
+        self.formats[converted.format] += 1
+        self._look_at_fields(values, converted, where)
+        return Row(converted.values, where, converted.plain)
+
+    def _look_at_fields(self, values: Record, converted: Converted, where: str) -> None:
+        """Take note of fields that nothing reads; those that would change what is learned are refused."""
+        if self._task == "reinforce":  # whose rewards may read any field
+            return
+        if self._task == "classify":
+            self.fields.update(values.keys() - OF_TASKS - {""})
+            return
+        others, meant = unread(converted, values, _learned_from(converted.values, self._task))
+        if meant:
+            name = min(meant)
+            place = "chat_template_kwargs" if name == "enable_thinking" else "messages"
+            raise SpectuneError(
+                f"{where}: has {name!r}, which would change what is learned, and nothing reads it beside "
+                f"{_shape(converted.values)}: take it out, or put it into {place}"
+            )
+        self.fields.update(others)
+        if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
+            self.empty.add(where)
+
+    def tell(self, source: str, say: Callable[[str], None]) -> None:
+        """Say how a source was read, and what of it was not."""
+        known = {name: count for name, count in self.formats.items() if name}
+        if known and set(known) != {"text"}:
+            say(f"{source} was read as " + ", ".join(f"{name} ({count})" for name, count in known.items()))
+        if self.fields:
+            say(f"{source} has fields that are not used: {', '.join(sorted(self.fields))}")
+        blank, empty = self.blank, self.empty
+        if blank.count:
+            say(
+                f"{source}: {blank.count} records have a text without content and were left out, the first in "
+                f"{blank.first}"
+            )
+        if empty.count:
+            say(
+                f"{source}: {empty.count} records have an empty answer, of which a stop is learned, the first in "
+                f"{empty.first}"
+            )
 
 
 def _learned_from(values: Record, task: str) -> tuple[str, ...]:
