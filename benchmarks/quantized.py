@@ -55,7 +55,7 @@ def peft(data: str, dtype: str, steps: int) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from spectune.bases.devices import resolve_dtype
-    from spectune.bases.loading import model_path
+    from spectune.bases.places import model_path
 
     with Peak() as peak, tempfile.TemporaryDirectory() as output:
         kind = resolve_dtype(dtype)

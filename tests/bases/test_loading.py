@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import spectune
-from spectune.bases import loading
+from spectune.bases import embedded
 from spectune.errors import SpectuneError
 from training.folder import make_tokenizer, save_folder
 
@@ -58,7 +58,7 @@ def test_a_state_with_adapters_beside_is_no_base(tmp_path, beside):
 
 def test_a_package_that_is_not_there():
     with pytest.raises(SpectuneError, match="pip install --no-deps no-such-package"):
-        loading.package_file("no-such-package", "file")
+        embedded.package_file("no-such-package", "file")
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ class Asked:
 def settled(engine: Engine) -> bool:
     """Wait until nothing runs or waits any more; say whether that came."""
     for _ in range(600):
-        if not engine.rows and not engine.waiting and not engine._running:
+        if not engine.rows and not engine.waiting and not engine._running.jobs:
             return True
         time.sleep(0.02)
     return False

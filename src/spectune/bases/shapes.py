@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectune.bases.loading import EMBEDDED, auto_class, check_config, package_file, quiet
+from spectune.bases.embedded import EMBEDDED, package_file
+from spectune.bases.loading import auto_class, check_config
+from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError, nearest
 
 if TYPE_CHECKING:

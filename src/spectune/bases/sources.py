@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 
-from spectune.bases.loading import package_file
+from spectune.bases.embedded import package_file
 
 
 def questions() -> list[tuple[str, str]]:

@@ -46,6 +46,6 @@ def methods(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Return the names of embedded models."""
-    from spectune.bases.loading import EMBEDDED
+    from spectune.bases.embedded import EMBEDDED
 
     return [name for name in EMBEDDED if name.startswith(incomplete)]

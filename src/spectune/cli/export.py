@@ -138,7 +138,8 @@ def _beside(adapter: Path, what: str) -> Path:
 
 def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:
     """Return the command of the program that an adapter went to, as it takes it; nothing where it has none."""
-    from spectune.bases.loading import EMBEDDED, model_path
+    from spectune.bases.embedded import EMBEDDED
+    from spectune.bases.places import model_path
 
     model: str | Path = base or "BASE"
     if base is not None and (base in EMBEDDED or Path(base).is_dir()):

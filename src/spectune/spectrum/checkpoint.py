@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectune.bases.loading import model_path
+from spectune.bases.places import model_path
 from spectune.errors import SpectuneError, need
 from spectune.model.patterns import matching
 from spectune.reading import check_file, open_tensors, read_json

@@ -14,7 +14,8 @@ import yaml
 
 from spectune.adapters.destination import check_run_folder
 from spectune.bases.devices import checked_device
-from spectune.bases.loading import auto_class, quiet
+from spectune.bases.loading import auto_class
+from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError
 from spectune.methods import parse, to_text
 from spectune.model.targets import resolve

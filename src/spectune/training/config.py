@@ -177,7 +177,7 @@ class TrainConfig(BaseModel):
 
     def in_full(self) -> dict[str, object]:
         """Return all settings, with the paths of files and folders that are there in full: true in every folder."""
-        from spectune.bases.loading import EMBEDDED  # with torch, which the command line's help does without
+        from spectune.bases.embedded import EMBEDDED  # with torch, which the command line's help does without
 
         found = {**self.model_dump(), "output": os.path.abspath(self.output)}
         kept = ("model",) if self.model in EMBEDDED else ()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from spectune.bases.devices import default_device, fast_bf16
-from spectune.bases.loading import EMBEDDED
+from spectune.bases.embedded import EMBEDDED
 from spectune.home import cache_dir
 from spectune.methods import METHODS, parse
 from spectune.model.adapting import adapt

@@ -7,7 +7,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.generation import Message, generate
-from spectune.bases.loading import model_path, quiet
+from spectune.bases.places import model_path
+from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError
 from spectune.transformer2.classifier import CONFIG, FOLDER
 from spectune.transformer2.few_shot import FewShot

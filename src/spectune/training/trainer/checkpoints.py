@@ -7,24 +7,21 @@ import shutil
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import transformers
 from huggingface_hub import upload_folder
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import CONFIG, WEIGHTS
-from spectune.bases.loading import quiet
+from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError
-from spectune.layers.shards import as_part, is_part, whole
+from spectune.layers.shards import whole
 from spectune.model.lifecycle import extract
 from spectune.storage import publish, save_tensors, telling_of_full_disks
 from spectune.training import processes
@@ -39,16 +36,11 @@ from spectune.training.trainer.checkpoint_files import (
     digests,
 )
 from spectune.training.trainer.silent import Calls, OnSilent, check_gradients
+from spectune.training.trainer.states import adapter_state, optimizer_state, put_adapter_state, put_optimizer_state
 
-_OWN = ("initial_lr", "weight_decay")  # of a group of parameters: the configuration's, not the checkpoint's
 _NOT_UPLOADED = [".*", "_*", "checkpoint-*", "training_args.bin"]
 _PARTIAL = ".{}.partial"
 T = TypeVar("T")
-
-
-class _OptimizerState(TypedDict):
-    state: dict[int, dict[str, Tensor | float]]
-    param_groups: list[dict[str, object]]
 
 
 def trainer_for(kind: type[T], adapter: str = "default") -> type[T]:
@@ -162,7 +154,7 @@ class AdapterCheckpoints(_Base):
         # every process takes part in gathering what is sharded; only then does the main one write alone
         # collective calls: a process that skipped one would leave the others waiting for ever
         adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
-        optimizer = _optimizer_state(self.optimizer)
+        optimizer = optimizer_state(self.optimizer)
         remedy = f"{self.kept()}; free some space and go on with resume=true"
         with processes.together(), telling_of_full_disks(place, remedy):
             own_rng = self._rng_files()
@@ -281,27 +273,7 @@ class AdapterCheckpoints(_Base):
         self.last_checkpoint = resume_from_checkpoint
 
     def _load_adapter(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            state = load_file(Path(checkpoint) / STATE)
-        except (OSError, SafetensorError) as error:
-            raise damaged(checkpoint, error) from None
-        target = adapter_state(model if model is not None else self.model)
-        if state.keys() != target.keys():
-            differing = min(state.keys() ^ target.keys())
-            raise SpectuneError(
-                f"{checkpoint} was made with other settings (it differs in {differing!r}); "
-                "resume with the configuration of the run"
-            )
-        for key, tensor in state.items():
-            if (tensor.shape, tensor.dtype) != (target[key].shape, target[key].dtype):
-                raise SpectuneError(
-                    f"{checkpoint} was made with other settings ({key!r} is {tensor.dtype} {tuple(tensor.shape)} there "
-                    f"and {target[key].dtype} {tuple(target[key].shape)} here); resume with the configuration of the "
-                    "run"
-                )
-        with torch.no_grad():
-            for key, tensor in state.items():
-                target[key].copy_(as_part(tensor, target[key]))
+        put_adapter_state(model if model is not None else self.model, checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with processes.together():
@@ -311,87 +283,8 @@ class AdapterCheckpoints(_Base):
                 raise damaged(str(checkpoint), error) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        try:
-            optimizer, schedule = (
-                torch.load(folder / name, map_location="cpu", weights_only=True) for name in (OPTIMIZER, SCHEDULER)
-            )
-        except Exception as error:  # whatever a damaged file makes of the reader
-            raise damaged(checkpoint, error) from None
-        # a checkpoint is one process': tensors in the optimizer's state are whole there, and parts where the parameter
-        # is
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        _check_optimizer(optimizer, parameters, checkpoint)
-        # FSDP2 shards a parameter, and its moments have to be cut in the same places
-        for index, values in optimizer["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                    values[key] = as_part(value, parameters[index])
-        # `load_state_dict` brings the groups' options back as well, those that the user has changed since among them
-        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(optimizer)
-        except ValueError as error:
-            raise SpectuneError(
-                f"{checkpoint} was made with other groups of parameters ({error}); resume with the configuration of "
-                "the run"
-            ) from None
-        self.lr_scheduler.load_state_dict(schedule)
-        self._keep_rates(own)
-
-    def _keep_rates(self, own: list[dict[str, float]]) -> None:
-        """Train with this run's learning rates and decay, where the schedule is, and not with those of before."""
-        groups, schedule = self.optimizer.param_groups, self.lr_scheduler
-        for group, values in zip(groups, own, strict=True):
-            group.update(values)
-        if isinstance(schedule, LambdaLR):  # as all of transformers' are that do not look at the loss
-            schedule.base_lrs = [group["initial_lr"] for group in groups]
-            set_rates(schedule)
-
-
-def set_rates(schedule: LambdaLR) -> None:
-    """Give the optimizer the learning rates that its schedule has where it is."""
-    groups = schedule.optimizer.param_groups
-    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(schedule.last_epoch)
-    # what LRScheduler.step keeps for get_last_lr(); no public function takes rates without making a step
-    schedule._last_lr = [group["lr"] for group in groups]
+        if checkpoint is not None:
+            put_optimizer_state(self.optimizer, self.lr_scheduler, checkpoint)
 
 
 Trainer = trainer_for(transformers.Trainer)
-
-
-def _check_optimizer(state: _OptimizerState, parameters: list[Tensor], checkpoint: str) -> None:
-    """Raise unless an optimizer's state has, for parameters that there are, tensors of their shapes or single numbers.
-
-    Raises:
-        SpectuneError: it has not.
-    """
-    try:
-        for index, values in state["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[index].shape:
-                    raise SpectuneError(
-                        f"{checkpoint} was made with other settings ({key!r} of the optimizer is {tuple(value.shape)} "
-                        f"there, and its parameter {tuple(parameters[index].shape)} here); resume with the "
-                        "configuration of the run"
-                    )
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise damaged(checkpoint, error) from None
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return every tensor of the adapters in a model's state, schedules included, by name."""
-    return {key: value for key, value in model.state_dict().items() if ".adapters." in f".{key}"}
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> _OptimizerState:
-    """Return an optimizer's state with its tensors whole."""
-    state = optimizer.state_dict()
-    found = {
-        index: {key: whole(value) if is_part(value) else value for key, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {"param_groups": state["param_groups"], "state": found}

@@ -22,8 +22,9 @@ from spectune.model.fusing import fused_where_it_pays
 from spectune.speed.shapes import IGNORE
 from spectune.training import processes
 from spectune.training.draw import Drawn
-from spectune.training.trainer.checkpoints import AdapterCheckpoints, set_rates
+from spectune.training.trainer.checkpoints import AdapterCheckpoints
 from spectune.training.trainer.sampling import BLANK, BlankCollator, EvenSampler, Examples, Order, WithBlanks
+from spectune.training.trainer.states import set_rates
 from spectune.training.trainer.totals import Totals
 
 if TYPE_CHECKING:
