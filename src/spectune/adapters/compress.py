@@ -64,10 +64,13 @@ def compress(adapter: Contents, rank: int) -> Contents:
             parts[name] = _truncate_dense(adapter.delta(name), rank)
         else:
             by_width[stacked.left.shape[1]][name] = stacked
+    # layers whose factors are as wide go together: a hundred small eigenproblems in one call
     for products in by_width.values():
         parts |= zip(products, _truncate(list(products.values()), rank), strict=True)
     total, lost = sum(p.total for p in parts.values()), sum(p.lost for p in parts.values())
     layers = {name: _lora_layer(layer, parts[name].product) for name, layer in updates.items()}
+    # one number for the whole adapter: what layers lose adds in squares, as their norms do, so that a layer whose dW
+    # is small does not count as much as one whose dW is large
     error = (lost / total) ** 0.5 if total > 0 else 0.0
     return _as(adapter, {**layers, **heads}, error)
 
@@ -183,6 +186,7 @@ def _truncate_dense(delta: Tensor, rank: int) -> _Part:
         return _Part(_as_product(delta), total, 0.0)
     U, S, Vh = svd(delta, rank, "top", tol=1e-6)
     product = _Product(U * S.sqrt(), S.sqrt()[:, None] * Vh)
+    # measured, and not the sum of the values left out, which the top of a spectrum does not know
     return _Part(product, total, float((delta - product.left @ product.right).double().square().sum()))
 
 
@@ -196,6 +200,7 @@ def _stacked(layer: LayerUpdate) -> _Product | None:
         product = _Product(torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0))
     if product.left.shape[1] == 0:
         return _Product(torch.zeros(layer.shape[0], 1), torch.zeros(1, layer.shape[1]))
+    # from there on the factors hold more numbers than dW does, and their Gram matrices are no smaller than its own
     return product if product.left.shape[1] < min(layer.shape) else None
 
 
@@ -225,6 +230,7 @@ def _as_product(delta: Tensor) -> _Product:
 
 def _squared_norm(product: _Product) -> float:
     left, right = product.left.double(), product.right.double()
+    # ||L R||^2 = <L^T L, R R^T>: p x p, where dW would be out x in
     return float(((left.mT @ left) * (right @ right.mT)).sum())
 
 
@@ -240,6 +246,8 @@ def errors_by_rank(adapter: Contents) -> dict[int, float]:
     most = max((len(values) for values in layers), default=1)
     lost = torch.zeros(most + 1, dtype=torch.float64)  # by rank
     for values in layers:
+        # what rank r leaves is all that comes behind the r-th, summed from the smallest up, or the small ones would
+        # round away
         tails = values.flip(0).cumsum(0).flip(0)
         lost[: len(tails)] += tails
     errors = (lost / lost[0]).sqrt() if lost[0] > 0 else lost

@@ -107,10 +107,14 @@ def banded_product(t: Tensor, values: Tensor, width: int, transpose: bool) -> Te
         return banded.product(t, values, width, transpose)
     if values.dim() == 1 and t.numel() <= _FEW * t.shape[-1]:
         reach, wide = min(width, t.shape[-1] - 1), torch.promote_types(t.dtype, torch.float32)
+        # entry by entry each product would be rounded to 16 bits before it is added, which those of a matrix product
+        # are not
         entries = F.pad(values.to(wide), (0, 1)).take(_band_rows(t.shape[-1], width, transpose, t.device))
         return (F.pad(t.to(wide), (reach, reach)).unfold(-1, 2 * reach + 1, 1) * entries).sum(-1).to(t.dtype)
     block, reach, places, _ = _band_blocks(t.shape[-1], width, transpose, t.device)
     blocks = F.pad(values, (0, 1))[..., places]
+    # contiguous at the end, as the fake below says: torch.compile believes the fake, and would read the strides of
+    # another tensor
     out = torch.matmul(_windows(t, block, reach, len(places)), blocks.mT)
     return out.movedim(-3, -2).flatten(-2)[..., : t.shape[-1]].contiguous()
 
@@ -160,6 +164,8 @@ def _banded_entries_backward(ctx: _BandedContext, of_values: Tensor) -> tuple[Te
     return to_grad, to_t, None, None
 
 
+# both are linear in each of their operands, so that the gradient of either is the other: any order of derivative
+# comes of these two
 banded_product.register_autograd(_banded_backward, setup_context=_save_banded)
 banded_entries.register_autograd(_banded_entries_backward, setup_context=_save_banded)
 
@@ -184,6 +190,7 @@ def sparse_product(t: Tensor, values: Tensor, to: Tensor, of: Tensor) -> Tensor:
             product = matrix @ rows.mT.to(wide)
         return product.mT.reshape(t.shape).to(t.dtype).contiguous()
     if _fills(values, t):
+        # a place that is listed twice counts twice, as it does in a sparse tensor
         matrix = values.new_zeros(square).index_put_((to, of), values, accumulate=True)
         return linear(rows, matrix).reshape(t.shape)
     if t.device.type != "cpu":  # cuSPARSE is called by PyTorch for 32 and 64 bits only

@@ -104,6 +104,8 @@ def _linear(
     values = [getattr(f.core, "values", None) for f in factors]
     cores = [f.core if v is None else f.core.holding(None) for f, v in zip(factors, values, strict=True)]
     plan = _Plan(sizes, places, cores, factors[0].scale, training)
+    # autograd sees the tensors that are arguments, and no others: cores go into the plan empty, and what they hold
+    # goes beside it
     trained = [v for v in values if v is not None]
     return _Grouped.apply(x, weight, ratio, plan, *(f.left for f in factors), *(f.right for f in factors), *trained)
 
@@ -131,6 +133,8 @@ class _Grouped(torch.autograd.Function):
         cores = _holding(plan.cores, values)
         ratios = [None] * count if ratio is None else away_from_zero(ratio).unbind()
         of_left, of_right, of_values = _wanted(ctx, count)
+        # filled below in either way. `made` may be called when this method is over: the cache asks for the product
+        # only if somebody looks at it
         us: list[Tensor] = []
 
         def made() -> Tensor:
@@ -187,6 +191,7 @@ def _of_pieces(weight: Tensor | None, plan: _Plan) -> Sequence[Tensor | None]:
     """Return W of each piece."""
     if weight is None:
         return [None] * len(plan.sizes)
+    # views, all of them in one call: dozens of slices cost more than the products of a few tokens
     all_of_them = weight.unbind()
     return [all_of_them[i] for i in plan.places]
 

@@ -70,6 +70,7 @@ def output(
     ratio: Tensor | None,
     training: bool,
 ) -> Tensor:
+    # DoRA has the bias outside of its magnitude; without a ratio it goes into the product with W, where it is free
     before, after = (bias, None) if ratio is None else (None, bias)
     if weight is None:
         return products.finish(linear(u * scale if scale != 1 else u, L, before), ratio, after)
@@ -121,6 +122,8 @@ class _AdaptedLinear(torch.autograd.Function):
             *(weight, bias, L, R, values, ratio, own_ratio),
         )
         ctx.save_for_backward(*kept)
+        # the values are among what is saved, where a write in place is noticed and which goes with the graph: of a
+        # tensor that hangs on ctx itself neither is true
         ctx.core, ctx.scale, ctx.ops = core if values is None else core.holding(None), scale, ops
         return y
 
@@ -213,6 +216,8 @@ def differentiable(wanted: Gradients, grad: Tensor, x: Tensor | None, to: Operan
             "a gradient of a gradient is not there for an adapted layer in 16 bits, nor where its factors are frozen "
             "(svf, svft, lora_xs): take it with torch.func.grad, in float32"
         )
+    # the forward pass once more, in operations that autograd knows, instead of a second set of formulas for the
+    # derivatives of the derivatives
     y = F.linear(to.core.apply(F.linear(x, to.R)), to.L) * to.scale
     if to.weight is not None:
         y = y + F.linear(x, to.weight)

@@ -60,6 +60,8 @@ class Stack:
         self._layer, self.cancels = layer, False
         one, self.core = self._of(like)
         tensors, trained = layer.tensors(like), like.trained()
+        # a piece that is one of the tensors is told by being that very object: what `factors` makes of them is
+        # another one, and has to be made again when they change
         names = [next((key for key, tensor in tensors.items() if tensor is piece), None) for piece in one]
         self._trained = [name if name in trained else None for name in names]
         shared = [name is not None and name not in trained for name in names]
@@ -67,6 +69,8 @@ class Stack:
         self._computed = [
             k for k, piece in enumerate(one) if piece is not None and not shared[k] and self._trained[k] is None
         ]
+        # what is computed may depend on any trained tensor: all of them are looked at then, and else those alone that
+        # are answered with
         self._names = list(trained) if self._computed else [name for name in self._trained if name is not None]
         self.by_core, self.by_ratio = all(shared[:2]) and one.ratio is None, one.ratio is not None
         copied = sum(p.numel() for p, of_all in zip(one, shared, strict=True) if p is not None and not of_all)
@@ -108,6 +112,8 @@ class Stack:
         pieces = dict(kept.pieces) if kept is not None and same else {}
         for k in self._computed:
             own: list[Any] = [of[k] for of in found]
+            # the places that changed are written into what is there, since a batch of a hundred adapters of which one
+            # trains would otherwise be laid side by side anew; the version tells who keeps something made of it
             if k not in pieces:
                 pieces[k] = torch.stack(own)
             else:
@@ -141,6 +147,7 @@ class _Kept(NamedTuple):
 
 def _beside(tensors: list[Any]) -> Tensor:
     if len(tensors) == 1:
+        # one alone is no copy at all
         return values_of(tensors[0])[None]
     return torch.cat(tensors).view(len(tensors), *tensors[0].shape)
 
@@ -175,6 +182,7 @@ class Part(NamedTuple):
         x = x if rows is None else x.index_select(0, rows)
         count, m, in_features = x.shape
         t = core.apply(_product(x.reshape(n, -1, in_features), right))
+        # weights go to the activation of rank width, and not to the answer, which is as wide as the layer
         t = _weighted(t.reshape(count, m, -1), self.weights).reshape(t.shape)
         # all rows share L, as where the cores alone differ: the product adds to y as it is written
         if rows is None and ratio is None and left.dim() == 2:
@@ -182,6 +190,8 @@ class Part(NamedTuple):
             return
         added = _product(t, left)
         if ratio is not None:
+            # r (W x + dW x) is wanted and W x is in y already: what is added is r dW x + (r - 1) W x, without the
+            # bias, which DoRA has outside of its magnitude
             base = plain if rows is None else plain.index_select(0, rows)
             base = _weighted(base if bias is None else base - bias, self.shares).reshape(added.shape)
             each = ratio[own, None]
@@ -234,6 +244,7 @@ class _ByCore:
         self._to, self._of, self._weights = (
             torch.tensor(column, device=x.device) for column in zip(*entries, strict=True)
         )
+        # each row has a core of its own, as it is: what lies side by side is what answers, and nothing is mixed
         self._as_they_are = entries == [(i, i, 1.0) for i in range(len(uses))]
         self._mixtures, self._index = len(places), None
         if len(places) != len(rows):
@@ -257,8 +268,10 @@ class _ByCore:
         if not self._as_they_are:
             own = values.index_select(0, self._of)
             values = own * self._weights.to(own).view(-1, *(1,) * (own.dim() - 1))
+            # otherwise no mixture has two parts, and there is nothing to add up
             if len(self._of) != self._mixtures:
                 values = values.new_zeros(self._mixtures, *values.shape[1:]).index_add_(0, self._to, values)
+        # a core for each mixture up to here, so that a hundred rows of one mixture cost one; for each row from here
         values = values.to(dtype)
         return values if self._index is None else values.index_select(0, self._index)
 
@@ -299,11 +312,14 @@ class RoutedForward:
             self._groups.append((_ByCore if stack.by_core else _ByFactors)(stack, uses, x))
             self._copies |= stack.by_ratio
         self._copies |= bool(self._alone)
+        # of x no more than its rows, dtype and device: to hold x itself would keep an activation as long as this
+        # lives
         self._again = partial(RoutedForward, layer, shares, x.new_empty(x.shape[0], 0), stacks)
 
     @property
     def outdated(self) -> bool:
         """Whether an adapter came or went."""
+        # modules are equal if they are the same: another adapter by the old name is noticed too
         return list(self._layer.adapters._modules.values()) != self._there
 
     def answer(self, x: Tensor, plain: Tensor) -> Tensor:

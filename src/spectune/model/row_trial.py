@@ -68,6 +68,8 @@ class _Guess(NamedTuple):
         return tensor.dim() > max(self.axis, not self.vectors) and tensor.shape[self.axis] == rows
 
 
+# the likeliest first, since the trial ends with the first reading that nothing contradicts: rows in front, in vectors
+# too; then in all but vectors; then behind time, as nn.Transformer has them
 _GUESSES = (_Guess(0, True), _Guess(0, False), _Guess(1, False))
 
 
@@ -128,6 +130,7 @@ def _verdicts(call: Call, guess: _Guess, layers: Mapping[str, Part]) -> tuple[Pl
     second, turned = _unlike_the_first(call, guess)
     modules = {module for name in layers for module in modules_around(call.module, name)}
     records = []
+    # the model's own devices: without a list every GPU of the machine would be woken to have its state forked
     devices = {p.device for p in call.module.parameters() if p.device.type == "cuda"}
     for wanted in ([0, second], [0], [second]):
         with torch.no_grad(), torch.random.fork_rng(devices), _eager():
@@ -192,6 +195,8 @@ def _part(
 
 
 def _tolerance(module: nn.Module) -> float:
+    # a batch of one takes other products, which round otherwise, and depth magnifies that; what really depends on the
+    # other row differs by far more
     eps = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=1e-7)
     return min(0.1, _ROUNDING * math.sqrt(eps))
 
@@ -249,6 +254,8 @@ def _places(layers: Mapping[str, Part], both: _Record, alone: Sequence[_Record],
             verdict = GATHERED if any(len(one) != len(calls) for one in ones) else None
             place = verdict or where(seen, [one[i] for one in ones], tolerance)
             found.learn((layer, len(seen.shape) + 1), place)
+    # what a router gave an expert in the trial says nothing of the next call, where it picks others: if one of a kind
+    # is given what was picked, all of them are
     for group in _alike(layers):
         if len(group) > 1 and _picked(layers, group, both):
             for name in group:
@@ -299,6 +306,7 @@ def _plans(module: nn.Module, both: _Record, alone: Sequence[_Record], tolerance
         if into is None or out is None or None in out.values() or not any(into.values()):
             return {}
         plan = Plan(into, {path: place for path, place in out.items() if place is not None})
+        # calls that look alike and lie otherwise: the next one could be either
         if plans.setdefault(structure_of(taken), plan) != plan:
             return {}
     return plans
@@ -310,6 +318,7 @@ def _axes(both: Values, alone: Sequence[Values], tolerance: float) -> dict[Path,
     for path, value in both.items():
         others: list[Any] = [one.get(path, NotImplemented) for one in alone]
         if not isinstance(value, Seen):
+            # of what is known by its type alone nobody can say whether there are rows in it
             if isinstance(value, type) or any(value != other for other in others):
                 return None
             continue

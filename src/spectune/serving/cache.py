@@ -75,6 +75,7 @@ class RowCache(Cache):
 
     def leave(self, row: int) -> None:
         """Take a row out; the last one takes its place."""
+        # rows in use are the first ones without a gap, so that what a step is given is a view
         last = len(self.lengths) - 1
         for layer in self._own:
             for held in (layer.keys, layer.values):
@@ -107,6 +108,7 @@ class RowCache(Cache):
 
     def end_step(self) -> None:
         """Take note that each row has one more token."""
+        # the longest row grows as well, so that the first column in use stays where it is
         self._end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -115,6 +117,7 @@ class RowCache(Cache):
         most, columns = self._own[0].keys.shape[0], self._own[0].keys.shape[2]
         if rows <= most and width <= self._end < columns:
             return
+        # twice as many, so that rows that come one by one are not copied at each one's coming
         most = most if rows <= most else max(rows, 2 * most)
         for layer in self._own:
             layer.keys, layer.values = (self._laid_out(held, most, width) for held in (layer.keys, layer.values))
@@ -129,6 +132,7 @@ class RowCache(Cache):
         """Write what a layer has of new tokens behind what is held, and return what is in use."""
         after = self._end + states.shape[2]
         held[: len(states), :, self._end : after] = states
+        # a view: a step copies the states of its own tokens, and none of those before
         return held[: len(states), :, self._begin : after]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -146,6 +150,8 @@ class RowCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in memory of their own."""
+        # whoever picks rows has a deep copy, which shares its tensors with the batch: these are copies, and a trial
+        # writes to them alone
         self.lengths = [self.lengths[i] for i in indices.tolist()]
         for layer in self._own:
             layer.keys, layer.values = layer.keys.index_select(0, indices), layer.values.index_select(0, indices)

@@ -84,6 +84,7 @@ def limit() -> int:
 
 def key(weight_digest: str, request: Request) -> str:
     """Return an entry's name.  Results that come out the same up to rounding share one."""
+    # all of a spectrum is what it is, whoever asks: a rank or a tolerance would only keep it twice
     asked = (request.kind,)
     if request.kind in ("top", "bottom"):
         asked = (request.kind, request.rank, request.tol, request.certify)

@@ -73,6 +73,8 @@ class RecomputeCache:
             return None
         self.materialize()
         index, self._next = self._next, self._next + 1
+        # a second pass that goes another way than the first, as one that looks at the data may, computes what it does
+        # not find
         if index >= len(self._results):
             return None
         # given back at once, so that the memory of a block shrinks as its backward pass goes on
@@ -121,6 +123,8 @@ class RecomputeCache:
         """Take the product that is pending, before something is done with it."""
         if self._pending is not None:
             (product, make), self._pending = self._pending, None
+            # one that was looked at once is looked at in every step: this kind of region holds its last product from
+            # now on, which costs its memory and saves a product each time
             _looked_at.add(self._kind())
             with torch.no_grad():
                 product.copy_(make())
@@ -225,6 +229,7 @@ class _Region(TorchFunctionMode):
         args: _Args = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> T | Tensor:
+        # any function may be the one that looks at the product
         self._cache.materialize()
         if func is F.linear and not kwargs and _is_frozen(*args):
             return _Frozen.apply(*args[:2], args[2] if len(args) > 2 else None, self._cache)
@@ -247,6 +252,7 @@ def _is_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, cache: RecomputeCache | None) -> Tensor:
+        # not x: the gradient of a frozen layer needs W alone, which is there anyway
         ctx.save_for_backward(weight)
         if cache is None:
             return linear(x, weight, bias)
