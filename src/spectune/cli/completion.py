@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args, get_origin
 
+from spectune.bases.embedded import EMBEDDED
+
 
 def settings(incomplete: str) -> list[str]:
     """Return what `key` or `key=val` may become."""
@@ -46,6 +48,4 @@ def methods(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Return the names of embedded models."""
-    from spectune.bases.embedded import EMBEDDED
-
     return [name for name in EMBEDDED if name.startswith(incomplete)]

@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 
 from spectune.cli.shared import JSON, print_json
+from spectune.progress import Bar
 
 
 def doctor(json: bool = JSON) -> None:
@@ -13,7 +14,6 @@ def doctor(json: bool = JSON) -> None:
 
     spectune doctor
     """
-    from spectune.progress import Bar
     from spectune.training.doctor import examine, text_of
 
     with Bar(Console(stderr=True), "testing the methods") as bar:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from spectune.bases.embedded import EMBEDDED
 from spectune.cli.shared import ALLOW_LOSS, CHECK, JSON, OVERWRITE, REMOTE_CODE, print_json, say_chat, say_next
 from spectune.errors import SpectuneError
 
@@ -138,7 +139,6 @@ def _beside(adapter: Path, what: str) -> Path:
 
 def _next_there(to: To, out: Path, base: str | None) -> tuple[str | Path, ...]:
     """Return the command of the program that an adapter went to, as it takes it; nothing where it has none."""
-    from spectune.bases.embedded import EMBEDDED
     from spectune.bases.places import model_path
 
     model: str | Path = base or "BASE"

@@ -10,6 +10,7 @@ from rich.console import Console
 from spectune.cli.shared import JSON, OVERWRITE, REMOTE_CODE, print_json, say_next, typed
 from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
 from spectune.errors import SpectuneError
+from spectune.progress import working
 
 
 def init(
@@ -24,7 +25,6 @@ def init(
 
     spectune init chats.jsonl -m smollm2-135m
     """
-    from spectune.progress import working
     from spectune.training.start import propose, write
 
     file, pairs = data_and_pairs(source)

@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spectune.cli.shared import DEVICE, DTYPE, JSON, OVERWRITE, REMOTE_CODE, print_json, say_chat, say_next
+from spectune.cli.shared import (
+    DEVICE,
+    DTYPE,
+    JSON,
+    OVERWRITE,
+    REMOTE_CODE,
+    load_library,
+    print_json,
+    say_chat,
+    say_next,
+    search_progress,
+)
 
 app = typer.Typer(help="Libraries of adapters that answer the prompts they suit.", no_args_is_help=True)
 LIBRARY = typer.Argument(help="The library's folder.")
@@ -141,7 +152,6 @@ def train_classifier(
 
     spectune library train-classifier skills
     """
-    from spectune.cli.shared import load_library
     from spectune.transformer2.pool import Pool
     from spectune.transformer2.prompts import read_prompts
     from spectune.transformer2.train_classifier import train_classifier as train_
@@ -198,7 +208,6 @@ def mix(
     spectune library mix skills shots.jsonl runs/mix
     """
     from spectune.adapters.destination import check_destination
-    from spectune.cli.shared import load_library, search_progress
     from spectune.storage import telling_of_full_disks
     from spectune.transformer2.few_shot import FewShot
     from spectune.transformer2.pool import Pool

@@ -12,6 +12,8 @@ from rich.table import Table
 from spectune.cli import completion
 from spectune.cli.shared import JSON, REMOTE_CODE, print_json, say_next
 from spectune.errors import SpectuneError
+from spectune.pages.units import gigabytes
+from spectune.progress import Bar
 
 
 def plan(
@@ -60,7 +62,6 @@ def plan(
     from spectune.planning.of_run import settings_for
     from spectune.planning.plan import parse_devices
     from spectune.planning.plan import plan as make
-    from spectune.progress import Bar
 
     again: object = {"true": True, "false": False}.get(gradient_checkpointing or "", gradient_checkpointing)
     given = {
@@ -111,8 +112,6 @@ Found = dict[str, Any]  # what `planning.plan` returned
 
 
 def _show(found: Found, main: str, memory: str | None) -> None:
-    from spectune.pages.units import gigabytes
-
     def size(value: float | None) -> str:
         return "-" if value is None else gigabytes(value)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from spectune.bases.embedded import EMBEDDED
 from spectune.errors import SpectuneError, nearest
 from spectune.reading import read_yaml
 from spectune.training.aliases import aliased, hint
@@ -177,8 +178,6 @@ class TrainConfig(BaseModel):
 
     def in_full(self) -> dict[str, object]:
         """Return all settings, with the paths of files and folders that are there in full: true in every folder."""
-        from spectune.bases.embedded import EMBEDDED  # with torch, which the command line's help does without
-
         found = {**self.model_dump(), "output": os.path.abspath(self.output)}
         kept = ("model",) if self.model in EMBEDDED else ()
         return {key: in_full(value) if key in PLACES and key not in kept else value for key, value in found.items()}
