@@ -43,6 +43,7 @@ def temporary_beside(target: Path, *, folder: bool = False) -> Iterator[Path]:
     `collect_temporaries` knows what a killed one left.
     """
     while True:
+        # in the target's own folder: a rename is whole only within one file system
         path = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
         if folder:
             path.mkdir()
@@ -112,6 +113,7 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         flush(temporary)
         os.replace(temporary, target)
+        # the folder too, or a power cut may take the new name back
         flush(target.parent)
 
 
@@ -155,6 +157,8 @@ def tensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     """Return what a safetensors file begins with: the length, and JSON of names, dtypes, shapes and places."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
+    # largest numbers first, so that each tensor begins at a multiple of its own numbers' size, as who maps the file
+    # wants it
     for name in _in_order(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()

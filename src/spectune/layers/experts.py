@@ -166,10 +166,14 @@ class Experts(Owner):
         if not self.asked():
             return super().forward(*args, **kwargs)
         kind = self.plain_class
+        # a copy without its own tensors, and not a change of this module: threads that answer at once share the
+        # module, and what stands in for its tensors is of one call
         copy = object.__new__(kind)
         keys = {layer.key for _, layer in self.adapted_parts()}
         state = dict(vars(self))
         state["_parameters"] = {k: p for k, p in self._parameters.items() if k not in keys}
+        # of the ways that transformers has, this one sorts tokens by expert, which is what layers with rows of their
+        # own can answer
         if getattr(state.get("config"), "_experts_implementation", None) not in (None, "eager"):
             state["config"] = _Grouped(state["config"])
         vars(copy).update(state, **{key: ExpertsStandIn(self, key) for key in keys})
@@ -227,6 +231,7 @@ class ExpertsStandIn(StandIn):
         number = index.item() if isinstance(index, Tensor) and index.numel() == 1 and not index.dim() else index
         if self._index is not None or not isinstance(number, int) or isinstance(number, bool):
             return super().__getitem__(index)
+        # raises IndexError as a tensor does, by which a loop over it ends
         number = range(self.shape[0])[number]  # which may count from the end
         return ExpertsStandIn(self._owner, self._key, number, self._flipped)
 
@@ -299,8 +304,10 @@ class ExpertsStandIn(StandIn):
         if offs is None or any(value is not None for value in more.values()):
             return None
         count = len(offs)
+        # the meta device has no numbers: a plan is made for tokens that are divided evenly
         ends = [len(x) * (i + 1) // count for i in range(count)] if x.is_meta else offs.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        # experts without a token are not asked: their products would be empty
         places = [i for i, size in enumerate(sizes) if size]
         layers, rest = [self._layer(i) for i in places], len(x) - ends[-1]
         if layers:

@@ -84,6 +84,7 @@ class Basis(_Resident):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
+        # either of the two: matrices are parameters where FSDP2 has sharded them
         held = {**self._buffers, **self._parameters}
         return held if len(held) == len(self.names) else {n: getattr(self, n) for n in self.names}
 
@@ -136,6 +137,7 @@ class Update(_Resident):
             return None
         of_weight = None if torch.is_grad_enabled() else base.seen()
         if of_weight is None:
+            # with gradients the ratio is a part of the graph, and of this pass alone
             self._kept = None
             return self.method.ratio(tensors, base)
         seen = [*of_weight, *(digest(p) for p in self.trained().values())]

@@ -119,6 +119,7 @@ class DoRA(Method):
         known = cache.recall_whole() if cache is not None else None
         if known is not None:
             return known[0], known[1]
+        # of the W that is there now: who writes to W after adapting wants its norms, and not those of the basis
         of_weight = t["norms"] if base.norms is None or t["norms"].is_meta else base.norms().to(t["norms"].device)
         squared, largest, dtype = [], [], t["norms"].dtype
         with torch.autocast("cpu" if t["norms"].is_meta else t["norms"].device.type, enabled=False):
@@ -127,8 +128,11 @@ class DoRA(Method):
                 f = f._replace(core=f.core.holding(values.to(dtype)))
             right = f.right if diagonals else f.right.to(dtype)
             g, h = diagonals or (base.project(f.right), right @ right.mT)
+            # where ||W_i + dW_i||^2 is this small beside what it is a sum of, its digits are those of rounding: 2^18
+            # roundings in the dtype of sums, 2^5 in that of the products. The row is then taken from W + dW itself
             lost = min(1 / 8, max(torch.finfo(dtype).eps * 2**18, torch.finfo(g.dtype).eps * 2**5))
             g, lengths = g.to(dtype), f.scale**2 * (h if diagonals else h.diagonal(dim1=-2, dim2=-1))[..., None]
+            # L in the norm's dtype, a piece at a time: all of it would be one more L
             step = max(1, _CHUNK // (f.left.numel() // f.left.shape[-2]))
             pieces = f.left.split(step, -2)
             for left, cross in zip(pieces, [g] * len(pieces) if diagonals else g.split(step, -2), strict=True):
@@ -157,6 +161,7 @@ class DoRA(Method):
             return Ratio(_ratio(t["magnitude"], norms))
         rows = little.nonzero()[:, 0]
         sums = self._sums(t, base, rows)
+        # the norm is no part of the gradient, as in the paper
         exact = torch.linalg.vector_norm(sums.detach(), dim=1).to(norms.dtype)
         return Ratio(_ratio(t["magnitude"], norms.index_copy(0, rows, exact)), rows, sums.to(norms.dtype))
 
@@ -174,6 +179,7 @@ class DoRA(Method):
         def project(right: Tensor) -> Tensor:
             return torch.stack([base.project(one) for base, one in zip(bases, right, strict=True)])
 
+        # owns nothing: projections are of one layer's singular vectors, and those of several lie side by side here
         base = bases[0]._replace(project=project, norms=lambda: norms, owns=lambda key: False)
         stacked = {"magnitude": magnitude, "norms": torch.stack([t["norms"] for t in ts])}
         norms_now, little = self._norms(stacked, f, base)
@@ -206,6 +212,7 @@ class DoRA(Method):
         dropped = self._dropped(x, training)
         output, x = base.output() if dropped is x else base.output(dropped), dropped
         inner = self.inner.respond(t, x, base, False)
+        # those rows get their answer below: with a ratio of one they are at least finite until then
         ratio = values if rows is None else values.index_fill(0, rows, 1.0)
         y = (ratio - 1).to(output.dtype) * output + ratio.to(output.dtype) * inner
         if rows is None or sums is None:

@@ -174,6 +174,7 @@ class Batch:
     def step(self) -> Tensor:
         """Return logits (rows x vocabulary, float32) of the token after each row's last one."""
         mixtures = [row.mixture for row in self.rows]
+        # the context stays open from step to step, since to enter one costs a look at every layer
         if self._routes != mixtures:
             self._routed.close()
             self._routes = None
@@ -189,6 +190,7 @@ class Batch:
         """Return the rows that cannot be answered alone, after a step that failed."""
         self.close()
         found = []
+        # with a cache of its own, so that a row that can be answered goes on as if nobody had asked
         for place, row in enumerate(self.rows):
             cache = self._cache.__deepcopy__({})
             cache.batch_select_indices(torch.tensor([place], device=self.model.device))
@@ -214,6 +216,7 @@ class Batch:
         ids, mask = torch.as_tensor(ids, device=device), mask.to(device)
         given: dict[str, object] = {"attention_mask": mask, self._cache_key: cache, "use_cache": True, **self._last}
         if self._positions:
+            # rows are padded on the left: a token's position is how many of its own come before it
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return self.model(input_ids=ids, **given).logits[:, -1].float()
 
@@ -249,6 +252,8 @@ class Prompts:
     def __init__(self, rows: Sequence[Row], pad: int, prefixes: Prefixes | None = None) -> None:
         self.rows = list(rows)
         found = [[] if prefixes is None else prefixes.find(row.origin, row.prompt) for row in rows]
+        # all rows read equally many columns: the one of which the least is known says how many, and the others read
+        # some again
         own = max(len(row.prompt) - BLOCK * len(blocks) for row, blocks in zip(rows, found, strict=True))
         for row in rows:
             row.cached = max(0, len(row.prompt) - own)
@@ -279,6 +284,8 @@ def check_joining(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     drawn = torch.Generator().manual_seed(0)
+    # two rows at once and one that joins later, of different lengths, so that padding, joining and going on are all
+    # in it
     texts = [torch.randint(min(3, vocabulary - 1), vocabulary, (n,), generator=drawn).tolist() for n in (9, 5, 7)]
     rows = [_row_of(text[:-2], model, tokenizer) for text in texts]
     batch = Batch(model)

@@ -204,6 +204,8 @@ class Shelf:
             )
         version.digest, version.about = digest, _about(adapter)
         taken = set(adapter_names(self.model))
+        # a number that was never used: two versions of one name may be on the model at once, while requests that came
+        # before end
         slot = next(slot for i in self._numbers if (slot := f"served-{i}") not in taken)
         return Prepared(slot, prepare_attach(self.model, adapter, slot))
 
@@ -224,6 +226,7 @@ class Shelf:
             self.check_free(version.name)
         if version.read is None or self.most is None or len(self._on_model) < self.most:
             ready.put()
+            # a new adapter would be the one that answers, for requests that name none
             activate(self.model, None)
             version.slot = ready.slot
             self._on_model[version] = None
@@ -235,6 +238,7 @@ class Shelf:
     def touch(self, versions: Iterable[Version]) -> None:
         """Take note that adapters on the model are asked for."""
         for version in versions:
+            # a mapping keeps the order in which keys came: taken out and put in again it is the last to be set aside
             del self._on_model[version]
             self._on_model[version] = None
 
@@ -252,6 +256,7 @@ class Shelf:
     def unused(self, in_use: Iterable[Version]) -> set[Version]:
         """Return what is on the model while no name stands for it any more and nothing uses it."""
         with self._lock:
+            # what is being prepared may share a basis with one that nobody asks for any more
             gone = set() if self._reserved else self._on_model.keys() - set(self._versions.values())
         return gone - set(in_use) if gone else gone
 

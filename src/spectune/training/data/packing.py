@@ -73,6 +73,7 @@ class Packer:
         """
 
         def ask(first: list[int], other: list[int], second: list[int]) -> bool:
+            # two different first examples, one second: whatever of the first reaches the second shows as a difference
             one, two = (self._said(model, [before, second], False) for before in (first, other))
             return _close(one, two, _SAME)
 
@@ -85,6 +86,7 @@ class Packer:
             return False
 
         def ask(first: list[int], other: list[int], second: list[int]) -> bool:
+            # Layout sorts examples, and the last of them is the one that is compared
             one, two = sorted((first + other, first + second))  # as they would lie
             try:
                 shared = self._said(model, [one, two], True)

@@ -52,6 +52,7 @@ class Store:
 
     def __init__(self, tensors: dict[str, Tensor], notes: Sequence[str]) -> None:
         self._tensors, self.notes = tensors, tuple(notes)
+        # with a zero in front, so that example n lies between entries n and n + 1 of it, the first one too
         self._ends = torch.cat([tensors["ends"].new_zeros(1), tensors["ends"]])
 
     @classmethod
@@ -99,6 +100,8 @@ class Store:
 
     def learned(self, limit: int) -> tuple[Kept, int, int]:
         """Return the examples that have something to learn within a limit of tokens, how many are cut, and left out."""
+        # by numbers that are there, and not by a look at each example: of millions only those that a run needs are
+        # ever made
         begins, lengths = self._tensors["begins"], self._ends.diff()
         kept = ((begins > 0) & (begins < limit)).nonzero().flatten()
         return Kept(self, kept, limit), int((lengths > limit).sum()), len(self) - len(kept)
