@@ -9,7 +9,8 @@ from spectune.compare.answers import question
 from spectune.compare.config import SHARES, CompareConfig
 from spectune.compare.power import Spread, records_for
 from spectune.errors import SpectuneError
-from spectune.training.data.records import Record, copies
+from spectune.training.data.records import Record
+from spectune.training.data.splitting import copies
 from spectune.training.preparing import token_limit
 from spectune.training.tasks import Task, make_task
 

@@ -15,7 +15,8 @@ from spectune.pages.html import Column, Shown, page, paragraphs, runs, table, ti
 from spectune.storage import write_atomically
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoder, Example
-from spectune.training.data.records import Record, of, same
+from spectune.training.data.records import Record, of
+from spectune.training.data.rows import same
 from spectune.training.data.targets import summary
 from spectune.training.preparing import token_limit
 from spectune.training.tasks import make_task

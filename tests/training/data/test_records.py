@@ -1,7 +1,6 @@
 """Reading, splitting and tokenizing."""
 
 import json
-from collections import Counter
 
 import datasets
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from spectune.errors import SpectuneError
 from spectune.training.config import TrainConfig, load_config
 from spectune.training.data.encoding import encode_one
-from spectune.training.data.records import read, split
+from spectune.training.data.records import read
 from spectune.training.tasks import make_task
 from spectune.training.tasks.classify import Classify
 from spectune.training.tasks.sft import Sft, encode
@@ -182,42 +181,3 @@ def test_data_sets_that_cannot_be_read(data_set, more, message):
     more = [text.format(data=data_set) for text in more]
     with pytest.raises(SpectuneError, match=message):
         read_run(f"data={data_set}", "held_out=0", *more)
-
-
-def test_split_is_disjoint_complete_and_seeded():
-    records = [{"text": str(i)} for i in range(50)]
-    train, held = split(records, 0.2, seed=3)
-    assert len(held) == 10
-    assert sorted(r["text"] for r in train + held) == sorted(r["text"] for r in records)
-    assert split(records, 0.2, seed=3) == (train, held)
-    assert split(records, 0.2, seed=4) != (train, held)
-    assert split(records, 0.0, seed=3) == (records, [])
-
-
-def test_a_share_is_one_record_at_least():
-    records = [{"text": str(i)} for i in range(10)]
-    assert [len(part) for part in split(records, 0.05, seed=0)] == [9, 1]
-    assert [len(part) for part in split(records[:2], 0.1, seed=0)] == [1, 1]
-    with pytest.raises(SpectuneError, match=r"held_out=0.1 of 1 examples"):
-        split(records[:1], 0.1, seed=0)
-    assert [len(part) for part in split([{"text": "a"}] * 9, 0.3, seed=0)] == [6, 3]  # there is nothing else
-
-
-def test_records_that_are_the_same_are_on_one_side():
-    records = [{"text": str(i % 12), "id": i} for i in range(60)]
-    for seed in range(5):
-        train, held = split(records, 0.2, seed)
-        assert {r["text"] for r in train}.isdisjoint(r["text"] for r in held)
-        assert len(train) + len(held) == 60
-        assert 5 <= len(held) <= 20
-
-
-def test_a_share_has_as_much_of_every_label_and_learning_has_all():
-    records = [{"text": str(i), "label": "abc"[0 if i < 30 else 1 if i < 39 else 2]} for i in range(40)]
-    for seed in range(5):
-        train, held = split(records, 0.3, seed, lambda record: record["label"])
-        counts = Counter(record["label"] for record in held)
-        assert {record["label"] for record in train} == set("abc")
-        assert (counts["a"], counts["b"], counts["c"]) in ((9, 3, 0), (10, 2, 0))
-    with pytest.raises(SpectuneError, match="each label is there once"):
-        split(records[28:29] + records[38:], 0.3, 0, lambda record: record["label"] + record["text"])

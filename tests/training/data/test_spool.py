@@ -7,8 +7,8 @@ import pytest
 from spectune.errors import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.data.encoding import Example
-from spectune.training.data.records import copies, repeated, split
 from spectune.training.data.rows import Row, same
+from spectune.training.data.splitting import copies, repeated, split
 from spectune.training.data.spool import Spool, Spooled
 from spectune.training.data.store import Store, _Growing
 from spectune.training.tasks import make_task

@@ -13,7 +13,8 @@ from spectune.errors import SpectuneError
 from spectune.training import processes
 from spectune.training.config import FOLLOWING, Source, TrainConfig
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.records import Record, copies, of, read, repeated, split
+from spectune.training.data.records import Record, of, read
+from spectune.training.data.splitting import copies, repeated, split
 from spectune.training.data.spool import Spool
 from spectune.training.defaults import Choice, by_count, by_lengths, settle
 from spectune.training.options import TaskOptions

@@ -18,7 +18,8 @@ from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data.encoding import Encoded
 from spectune.training.data.messages import is_conversation
-from spectune.training.data.records import Record, of, split
+from spectune.training.data.records import Record, of
+from spectune.training.data.splitting import split
 from spectune.training.options import ReinforceOptions, TaskOptions
 from spectune.training.tasks.base import Collator, Task
 from spectune.training.tasks.reinforce.environments import Environment
