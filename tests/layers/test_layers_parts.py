@@ -77,7 +77,7 @@ WRITES = {
     "a method in place": lambda t: t.add_(1),
     "a part of it": lambda t: t.__setitem__(0, 1.0),
     "out": lambda t: torch.add(torch.ones(2, 3), 1, out=t),
-    "a function in place": lambda t: torch.Tensor.mul_(t, 2),
+    "a function in place": lambda t: torch.relu_(t),
     "memory": lambda t: t.untyped_storage(),
 }
 

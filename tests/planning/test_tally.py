@@ -85,10 +85,11 @@ def test_what_autograd_keeps_is_held_until_the_backward_pass_is_over(tally):
 
 
 def test_what_is_forgotten_counts_among_the_most_alone(tally):
+    x, y = meta(100), meta(50)
     with tally:
-        first = meta(100) + 1
+        first = x + 1
         tally.forget(first)
-        second = meta(50) + 1
+        second = y + 1
     assert tally.held == 200
     assert tally.most == 600
     del first, second
@@ -103,18 +104,20 @@ def test_pieces_are_counted_as_many_times_as_they_are_and_computed_once(tally):
 
 
 def test_an_expanded_tensor_moves_what_it_holds(tally):
+    x = meta(1, 100)
     with tally:
-        meta(1, 100).expand(50, 100) + 0.0
+        x.expand(50, 100) + 0.0
     (moved,) = tally.machine.moved
     assert moved == 100 * 4 + 50 * 100 * 4
     with tally:
-        meta(50, 100).new_empty(7)
+        x.new_empty(7)
     assert tally.machine.moved[-1] == 0
 
 
 def test_picking_rows_moves_these_and_not_the_table(tally):
+    rows, table = torch.zeros(6, dtype=torch.int64, device="meta"), meta(1000, 4)
     with tally:
-        torch.nn.functional.embedding(torch.zeros(6, dtype=torch.int64, device="meta"), meta(1000, 4))
+        torch.nn.functional.embedding(rows, table)
     (moved,) = tally.machine.moved
     assert moved == 3 * 6 * 8  # the smallest of indices, rows and table, for each of the three
 
