@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn as nn
+import transformers
 from torch import Tensor
 
 from spectune.adapters.labels import NUMBER, SEVERAL, Labels
@@ -62,8 +63,6 @@ def load_classifier(
     Raises:
         SpectuneError: the checkpoint has such a head, and a new one is not asked for.
     """
-    import transformers
-
     known = [label for _, label in sorted((config.id2label or {}).items())]
     problem = Labels(labels).problem if not isinstance(labels, Labels) else labels.problem
     names = known if problem == NUMBER and len(known) == 1 else _by_known(known, labels)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import transformers
 
 from spectune.bases.classifiers import load_classifier
 from spectune.bases.devices import checked_device, resolve_dtype
@@ -80,8 +81,6 @@ def load_tokenizer(
     Raises:
         SpectuneError: an unknown name, or a folder that holds no model.
     """
-    import transformers
-
     path = model_path(name)
     try:
         with quiet():
@@ -100,8 +99,6 @@ def load_tokenizer(
 
 
 def _tokenizer(path: str | os.PathLike[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    import transformers
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer("a")  # settings of another kind than they should be are found when they are used
     return tokenizer
@@ -148,8 +145,6 @@ def load_base(
     Raises:
         SpectuneError: an unknown name, a folder that holds no model or a pickled one alone, or bitsandbytes is missing.
     """
-    import transformers
-
     device = None if device is None else checked_device(device)  # before anything is loaded
     wanted = resolve_dtype(dtype, device or "cpu")
     packed = quantization(quantize, wanted, device)
@@ -233,8 +228,7 @@ def _of_diffusers(folder: str) -> Any:
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
-    import transformers
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto import modeling_auto  # takes its time to import
 
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM

@@ -90,7 +90,7 @@ def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
     target = cache_dir() / "models" / f"{name}-{version}{suffix}"
     if (target / "config.json").is_file():
         return target
-    import transformers
+    import transformers  # the first time alone
 
     if whole:
         need("gguf", f"the embedded model {name}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 
 from spectune.bases.embedded import EMBEDDED, package_file
 from spectune.bases.loading import auto_class, check_config
@@ -97,8 +98,7 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         SpectuneError: an unknown name (the nearest are listed), a folder without config.json, or one that is not
             understood.
     """
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes its time to import
 
     plain = name.lower().rpartition("/")[2]
     shapes = {**BUILT_IN, **_EMBEDDED_GGUF}
