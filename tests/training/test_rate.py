@@ -7,7 +7,7 @@ import pytest
 
 from cli.typed import run
 from spectune.errors import SpectuneError
-from spectune.training.rate import STEPS, Tried, choose, next_place
+from spectune.training.rate import STEPS, Tried, choose, next_place, run_again
 from training.folder import WORDS, save_folder
 
 
@@ -34,6 +34,13 @@ def test_a_run_takes_less_than_the_best_of_short_ones():
     assert choose(3.0, curve)[0] == pytest.approx(5.6e-3)
 
 
+def test_the_best_and_those_beside_it_run_again():
+    assert run_again({0: 3.0, 2: 1.0, 4: 2.0, 3: 1.5, 1: math.inf}) == [2, 3]
+    assert run_again({0: math.nan}) == []
+    lucky, mean, other = Tried(1e-3, 0.9), Tried(1e-2, 1.0, 2), Tried(1e-1, 1.1, 2)
+    assert choose(3.0, [lucky, mean, other])[0] == pytest.approx(5.6e-3)
+
+
 def test_no_rate_that_helps_is_told():
     with pytest.raises(SpectuneError, match="no learning rate from"):
         choose(1.0, [Tried(1e-3, 1.1), Tried(1e-2, math.nan)])
@@ -46,8 +53,11 @@ def test_a_run_measures_its_rate_and_says_it(tmp_path):
     settings = [f"model={model}", f"data={data}", f"output={tmp_path / 'out'}", "method=lora:rank=4"]
     settings += ["dtype=fp32", "device=cpu", "max_steps=2", "--json"]
     found = json.loads(run("lr", *settings).stdout)
-    assert found["steps"] == STEPS * len(found["tried"])
+    assert found["steps"] == STEPS * sum(each["runs"] for each in found["tried"])
     assert 4 <= len(found["tried"]) <= 8
+    twice = [i for i, each in enumerate(found["tried"]) if each["runs"] == 2]
+    assert 2 <= len(twice) <= 3
+    assert twice == list(range(twice[0], twice[-1] + 1))
     assert json.loads(run("lr", *settings).stdout) == found
     told = run("train", *settings, "lr=auto").stderr
     assert f"lr {found['rate']:.2g}: of {len(found['tried'])} rates" in " ".join(told.split())

@@ -36,7 +36,7 @@ def lr(
         return
     console = Console(highlight=False)
     console.print(f"before any step: loss {found.before:.4f}")
-    for rate, loss in found.tried:
-        console.print(f"{rate:10.2g}  loss {loss:.4f}")
+    for rate, loss, runs in found.tried:
+        console.print(f"{rate:10.2g}  loss {loss:.4f}{f', the mean of {runs} runs' if runs > 1 else ''}")
     console.print(f"lr {found.rate:.2g}: {found.reason}", markup=False, soft_wrap=True)
     say_next("spectune", "train", *([] if file is None else [Path(file)]), *pairs, f"lr={found.rate:.2g}")

@@ -1,10 +1,12 @@
-"""A learning rate for a run: a short run at each of several rates from the same start, on its model and data.
+"""A learning rate for a run: short runs at each of several rates from the same start, on its model and data.
 
 Which rate is best goes with the curvature of the loss in what the adapter trains, which differs by method, model and
 data (arXiv:2602.04998).  What is compared here is that curvature's effect itself: how far a short run gets, that rises
 and falls as a whole one does.  Eight steps say nothing yet: all rates that hold have the same loss then, and the best
-ones of a run a higher one (docs/study.md).  Short runs favour higher rates than long ones (arXiv:1803.02021), and one
-that is too high costs more than one that is too low, so that the rate taken is below the best of them.
+ones of a run a higher one (docs/study.md).  One run of a rate says less than its neighbour's differs by, so that the
+best and those beside it have a second one, in another order of other batches.  Short runs favour higher rates than long
+ones (arXiv:1803.02021), and one that is too high costs more than one that is too low, so that the rate taken is below
+the best of them.
 """
 
 from __future__ import annotations
@@ -37,16 +39,18 @@ STEPS = 24  # at each rate
 _RISE = 3  # of them, in which the rate rises
 _PLACES = range(-4, 7)  # of rates, a factor of 10^(1/4) apart, around the method's own
 _JUDGED = 6  # batches, of training records that the steps do not see
+_AGAIN = 1  # places beside the best that have a second run: of one run the best is off by a place in a third of cases
 _BELOW = 10**0.25  # times: by so much the best of short runs was above that of longer ones, in six grids of eight
 
 Batch = dict[str, Any]  # as a task's collator makes it
 
 
 class Tried(NamedTuple):
-    """One rate, and the loss after the steps; not finite where they diverged."""
+    """One rate, the mean loss after its runs, not finite where they diverged, and how many runs that were."""
 
     rate: float
     loss: float
+    runs: int = 1
 
 
 class Rate(NamedTuple):
@@ -115,10 +119,10 @@ def _batches(
     order = list(range(len(records)))
     random.Random(config.seed).shuffle(order)
     size = config.batch_size
-    few = [records[i] for i in order[: 2 * size * (_JUDGED + STEPS)]]
+    few = [records[i] for i in order[: 2 * size * (_JUDGED + 2 * STEPS)]]
     examples = task.encode(few, model, tokenizer, token_limit(config, model)).examples
     collate = task.collator(model, tokenizer)
-    return [collate(examples[i : i + size]) for i in range(0, len(examples), size)][: _JUDGED + STEPS]
+    return [collate(examples[i : i + size]) for i in range(0, len(examples), size)][: _JUDGED + 2 * STEPS]
 
 
 def _search(
@@ -127,19 +131,40 @@ def _search(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     own = config.parsed_method().learning_rate
-    before, tried = _loss(task, model, judged), dict[int, Tried]()
-    while (place := next_place([(at, each.loss) for at, each in tried.items()])) is not None:
-        rate = own * 10 ** (place / 4)
-        set_seed(config.seed)
+    before, losses = _loss(task, model, judged), dict[int, list[float]]()
+    orders = [learned, random.Random(config.seed + 1).sample(learned, len(learned))]
+
+    def run(place: int) -> None:
+        seen = losses.setdefault(place, [])
+        set_seed(config.seed + len(seen))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(start[name])
-        loss = _after(config, task, model, trained, rate, learned) or _loss(task, model, judged)
-        tried[place] = Tried(rate, loss)
-        bar(STEPS * len(tried), f"{rate:.2g}: loss {loss:.3f}")
-    ordered = [tried[place] for place in sorted(tried)]
-    rate, reason = choose(before, ordered)
-    return Rate(rate, reason, before, ordered, STEPS * len(tried))
+        rate = own * 10 ** (place / 4)
+        diverged = _after(config, task, model, trained, rate, orders[len(seen)])
+        seen.append(_loss(task, model, judged) if diverged is None else diverged)
+        bar(STEPS * sum(map(len, losses.values())), f"{rate:.2g}: loss {seen[-1]:.3f}")
+
+    while (place := next_place([(at, each[0]) for at, each in losses.items()])) is not None:
+        run(place)
+    for place in run_again({at: each[0] for at, each in losses.items()}):
+        run(place)
+    tried = [Tried(own * 10 ** (at / 4), sum(each) / len(each), len(each)) for at, each in sorted(losses.items())]
+    rate, reason = choose(before, tried)
+    return Rate(rate, reason, before, tried, STEPS * sum(each.runs for each in tried))
+
+
+def run_again(losses: Mapping[int, float]) -> list[int]:
+    """Return the places whose runs say least against each other: the best one's and those beside it.
+
+    Args:
+        losses: after one run, by place.
+    """
+    able = {place: loss for place, loss in losses.items() if math.isfinite(loss)}
+    if not able:
+        return []
+    best = min(able, key=lambda place: (able[place], place))
+    return [place for place in sorted(able) if abs(place - best) <= _AGAIN]
 
 
 def next_place(tried: Sequence[tuple[int, float]]) -> int | None:
@@ -203,7 +228,7 @@ def _placed(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
 def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
     """Return the rate to train at, given the losses after short runs at several, and why.
 
-    It is a quarter of a decade below the one with the lowest loss.
+    It is a quarter of a decade below the one with the lowest mean loss of those with the most runs.
 
     Args:
         before: the loss before any step.
@@ -213,6 +238,8 @@ def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
         SpectuneError: no rate lowers the loss.
     """
     able = [each for each in tried if math.isfinite(each.loss) and each.loss < before]
+    most = max((each.runs for each in able), default=1)  # a mean of two is not to be had against a lucky one
+    able = [each for each in able if each.runs == most]
     if not able:
         raise SpectuneError(
             f"no learning rate from {tried[0].rate:.2g} to {tried[-1].rate:.2g} lowers the loss ({before:.3f}) within "
