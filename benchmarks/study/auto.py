@@ -4,7 +4,7 @@
     python benchmarks/study/auto.py --seeds 1          fewer drawings of the batches that it tries rates on
 
 Between two rates of the grid the truth is taken to be straight over the logarithm; beyond its ends that of the end.  A
-line of benchmarks/study/grid/auto.jsonl is one rate that was measured.
+line of benchmarks/study/grid/auto.jsonl is one rate that was measured, with the losses that it was chosen by.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def measure(task: str, plan: Plan, methods: Sequence[str], seeds: int) -> None:
         trial = bench.config.for_trial(method, None, seed, bench.steps, bench.steps)
         line: dict[str, Any] = {"task": task, "method": method, "seed": seed}
         try:
-            line["lr"] = find_rate(trial, bench.model, bench.tokenizer, bench.parts.records["train"]).rate
+            found = find_rate(trial, bench.model, bench.tokenizer, bench.parts.records["train"])
+            line |= {"lr": found.rate, "steps": found.steps, "tried": [list(each) for each in found.tried]}
         except SpectuneError as error:
             line |= {"lr": None, "error": str(error)}
         with FOUND.open("a", encoding="utf-8") as file:
