@@ -32,6 +32,18 @@ def test_a_trial_of_every_kind_leaves_the_base_as_it_was(folder, tmp_path):
     assert bench.run(Trial("base", None, 0, "final"))["trainable_parameters"] == head
 
 
+def test_where_a_search_begins_is_measured_and_leaves_the_base_as_it_was(folder, tmp_path):
+    bench = Bench(config(folder, tmp_path, start="auto"))
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    found = [bench.run(Trial("svf", None, 7, "start")) for _ in range(2)]
+    assert found[0]["start"] == found[1]["start"] > 0
+    assert found[0]["steps"] % 24 == 0
+    after = bench.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+
+
 def test_the_same_trial_gives_the_same_result(folder, tmp_path):
     results = [Bench(config(folder, tmp_path)).run(Trial("lora", 1e-2, 3, "final")) for _ in range(2)]
     for key in ("test", "validation", "train", "right", "general"):

@@ -70,9 +70,45 @@ def test_one_rate_is_the_methods_own_and_is_not_searched(tmp_path):
     assert study.searches("lora") == []
 
 
+class Measures(FakeBench):
+    """A bench that measures a rate, and cannot for SVF."""
+
+    def run(self, trial, report=lambda looks: False):
+        if trial.kind != "start":
+            return super().run(trial, report)
+        if trial.method == "svf":
+            raise SpectuneError("no learning rate lowers the loss")
+        self.ran.append(trial)
+        return {"start": 0.03, "reason": "", "steps": 24, "seconds": 1.0, "pruned": False, "history": [], "error": None}
+
+
+def test_a_search_begins_at_a_rate_that_is_measured(tmp_path):
+    methods = ["lora", "svf", "full", "base"]
+    bench = Measures(good_at(0.03))
+    study = worked(config(tmp_path, seeds=1, start="auto"), methods, bench)
+    kinds = [trial.kind for trial in bench.ran if trial.method == "lora"]
+    assert kinds.count("start") == 1
+    assert kinds[0] == "start"
+    first = study.searches("lora")[0][0]
+    assert first.lr == study.best_rate("lora") == 0.03
+    assert study.searches("svf")[0][0].lr == 0.02  # its own, since none was to be had
+    assert study.searches("full")[0][0].lr == 5e-5
+    assert not any(trial.kind == "start" for trial in bench.ran if trial.method in ("full", "base"))
+    assert study.count() == (len(bench.ran) + 1, len(bench.ran) + 1)  # and the one that failed
+    apart = worked(config(tmp_path / "own", seeds=1), ["lora"], own := FakeBench(good_at(0.03)))
+    assert apart.best_rate("lora") == pytest.approx(0.03, rel=0.25)
+    assert len(own.ran) > sum(trial.kind != "start" for trial in bench.ran if trial.method == "lora")
+
+
+def test_one_rate_may_be_the_one_that_is_measured(tmp_path):
+    worked(config(tmp_path, seeds=2, lrs=1, start="auto"), ["lora"], bench := Measures(good_at(1.0)))
+    assert [(trial.lr, trial.kind) for trial in bench.ran] == [(None, "start"), (0.03, "final"), (0.03, "final")]
+
+
 def test_the_ladder():
     chosen = config("o")
     assert [rate(chosen, "lora", place) for place in (-2, 0, 1, 2)] == [3.2e-4, 1e-3, 1.8e-3, 3.2e-3]
+    assert rate(chosen, "lora", 2, 0.02) == 0.063
     assert rate(chosen, "full") == 5e-5
     assert rate(chosen, "base", 2) is None
 

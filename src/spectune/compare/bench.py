@@ -37,6 +37,7 @@ from spectune.training.arguments import training_arguments
 from spectune.training.config import TrainConfig
 from spectune.training.preparing import prepare
 from spectune.training.progress import is_measure
+from spectune.training.rate import find_rate
 from spectune.training.tasks import Task, make_task
 from spectune.training.tasks.preferences import Preferences
 from spectune.training.trainer.trainer import AdapterTrainer
@@ -96,6 +97,8 @@ class Bench:
         """
         if trial.method == BASE and self._base is not None:
             return self._base
+        if trial.kind == "start":
+            return self._start(trial)
         fold = self.parts.fold(trial.seed)
         steps = min(self.steps, TIMED) if trial.kind == "time" else trial.steps or self.steps
         every = -(-steps // (PLATEAU_LOOKS if self.config.until == "plateau" else LOOKS))
@@ -112,6 +115,18 @@ class Bench:
         if trial.method == BASE and not self.has_new_head:  # nothing trains, so that no seed makes a difference
             self._base = result
         return result
+
+    def _start(self, trial: Trial) -> dict[str, object]:
+        """Measure at which rate a method's search begins."""
+        start = time.perf_counter()
+        config = self.config.for_trial(trial.method, None, trial.seed, self.steps, self.steps)
+        try:
+            found = find_rate(config, self.model, self.tokenizer, self.parts.records["train"])
+        finally:
+            self.model.requires_grad_(False)
+        seconds = time.perf_counter() - start
+        about = {"start": found.rate, "reason": found.reason, "steps": found.steps, "seconds": seconds}
+        return {**about, "pruned": False, "history": [], "error": None}
 
     @contextmanager
     def _adapted(self, trial: Trial, config: TrainConfig) -> Iterator[tuple[PreTrainedModel, float, Peak]]:

@@ -90,12 +90,18 @@ def baseline(config: CompareConfig, methods: Sequence[str], model: PreTrainedMod
     return of_kind[0] if of_kind else None
 
 
-def rate(config: CompareConfig, method: str, place: int = 0) -> float | None:
-    """Return the learning rate at a place of a method's ladder, whose middle is the method's own; None for the base.
+def rate(config: CompareConfig, method: str, place: int = 0, middle: float | None = None) -> float | None:
+    """Return the learning rate at a place of a method's ladder; None for the base.
 
     A step of the ladder is the root of `lr_factor`: the rates that are tried first are two steps apart.
+
+    Args:
+        config: the comparison.
+        method: the method.
+        place: on the ladder.
+        middle: of the ladder; the method's own rate if not given.
     """
     if method == BASE:
         return None
-    centre = FULL_LR if method == FULL else parse(method).learning_rate
+    centre = middle or (FULL_LR if method == FULL else parse(method).learning_rate)
     return float(f"{centre * config.lr_factor ** (place / 2):.2g}")

@@ -77,6 +77,11 @@ class CompareConfig(TrainConfig):
         description="learning rates tried first at most, a factor of lr_factor apart; 1: each method's own, unsearched",
     )
     lr_factor: float = Field(10**0.5, gt=1, description="between learning rates that are tried first")
+    start: Literal["own", "auto"] = Field(
+        "own",
+        description="the learning rate that a search begins at, or that is taken where lrs is 1: each method's own, or "
+        "auto, measured by short runs as `spectune lr` does",
+    )
     search: float = Field(8.0, ge=1, description="whole runs that the search for a method's learning rate may take")
     until: Literal["steps", "plateau"] = Field(
         "steps",

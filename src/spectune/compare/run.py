@@ -85,7 +85,8 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         tell(*study.count(), sentence)
     _run(config, methods, study, bench, told)
     notes += can_tell or warnings
-    searches = [result for method in methods for _, result in study.searches(method) if result is not None]
+    stages = [stage(method) for method in methods for stage in (study.starts, study.searches)]
+    searches = [result for trials in stages for _, result in trials if result is not None]
     finals = [result for method in methods for result in _finals(study, method)]
     if study.results.corrupt:
         notes.append(f"could not be read and ran again: {', '.join(sorted(set(study.results.corrupt)))}")
@@ -150,6 +151,8 @@ def _said(result: Result, config: CompareConfig) -> str:
     lr = "" if result["lr"] is None else f" at {result['lr']:g}"
     if result["error"] is not None:
         return f"{result['method']}{lr}: {result['error']}"
+    if result["kind"] == "start":
+        return f"{result['method']}: the search begins at {result['start']:g}: {result['reason']}"
     if result["kind"] == "time":
         return f"{result['method']}: {result['step_seconds']:.3g} s a step"
     if result["kind"] == "final":

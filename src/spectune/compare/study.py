@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spectune.compare.bench import Bench
-from spectune.compare.candidates import BASE, rate
+from spectune.compare.candidates import BASE, FULL, rate
 from spectune.compare.config import OF_RECORDS, SHARES, CompareConfig
 from spectune.compare.looks import Report
 from spectune.compare.parts import FOLDS
@@ -60,7 +60,7 @@ class Study:
         return [trial for method in self.methods for trial in self._pending(method)]
 
     def _pending(self, method: str) -> list[Trial]:
-        for stage in (self.timed, self.searches, self.finals):
+        for stage in (self.timed, self.starts, self.searches, self.finals):
             missing = [trial for trial, result in stage(method) if result is None]
             if missing:
                 return missing
@@ -71,7 +71,7 @@ class Study:
         done = total = 0
         for method in self.methods:
             finals = self.finals(method)
-            known = [*self.timed(method), *self.searches(method), *finals]
+            known = [*self.timed(method), *self.starts(method), *self.searches(method), *finals]
             done += sum(result is not None for _, result in known)
             total += len(known) + (0 if finals else self.seeds())
         return done, total
@@ -100,13 +100,28 @@ class Study:
 
     # the race for a learning rate
 
+    def starts(self, method: str) -> list[tuple[Trial, Result | None]]:
+        """Return the trial that measures at which rate a method's search begins, with its result, where one is to."""
+        if self.config.start == "own" or method in (BASE, FULL):
+            return []
+        return self._with_results([Trial(method, None, self.config.seed + _SEARCH_SEED, "start")])
+
+    def _is_ready(self, method: str) -> bool:
+        """Whether a method's search, or its run at the one rate there is, can begin."""
+        return self._is_timed(method) and all(result is not None for _, result in self.starts(method))
+
+    def _rate(self, method: str, place: int = 0) -> float | None:
+        """Return the rate at a place of a method's ladder; where none could be measured, around the method's own."""
+        measured = [result.get("start") for _, result in self.starts(method) if result is not None]
+        return rate(self.config, method, place, measured[0] if measured else None)
+
     def searches(self, method: str) -> list[tuple[Trial, Result | None]]:
         """Return the trials of a method's learning rates, with their results."""
         return self._with_results(trial for one in self._rounds(method) for trial in one.trials.values())
 
     def _rounds(self, method: str) -> list[Round]:
         """Return the rounds of a method's race as far as the results go."""
-        if method == BASE or self.config.lrs == 1 or not self._is_timed(method):
+        if method == BASE or self.config.lrs == 1 or not self._is_ready(method):
             return []
         rounds = self._raced.setdefault(method, [])
         seen: Runs = {}
@@ -120,7 +135,7 @@ class Study:
         return rounds
 
     def _search(self, method: str, place: int, seed: int) -> Trial:
-        lr = rate(self.config, method, place)
+        lr = self._rate(method, place)
         return Trial(method, lr, self.config.seed + _SEARCH_SEED + seed, "search", self._steps(method))
 
     def stops(self, trial: Trial) -> Report:
@@ -132,16 +147,16 @@ class Study:
         return lambda looks: False
 
     def best_rate(self, method: str) -> float | None:
-        """Return the learning rate of a method that trains: what its race chose, or its own where none is searched.
+        """Return the learning rate of a method that trains: what its race chose, or the first where none is searched.
 
         None where the search is not over, or no rate ran to its end.
         """
         if self.config.lrs == 1:
-            return rate(self.config, method) if self._is_timed(method) else None
+            return self._rate(method) if self._is_ready(method) else None
         rounds = self._rounds(method)
         if method not in self._chosen and rounds and not rounds[-1].trials:
             best = self.race.best(rounds[-1].before)
-            self._chosen[method] = None if best is None else rate(self.config, method, best)
+            self._chosen[method] = None if best is None else self._rate(method, best)
         return self._chosen.get(method)
 
     # the runs that count

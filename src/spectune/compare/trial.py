@@ -30,14 +30,15 @@ class Trial:
         method: as `spectune train` takes it, or "full" or "base".
         lr: learning rate; None where nothing of the method's own is trained.
         seed: of the order of the data and of the method's start.
-        kind: "search" for the learning rate, "final" for what counts, or "time" for how long a step takes.
+        kind: "search" for the learning rate, "final" for what counts, "time" for how long a step takes, or "start" for
+            the rate that a search begins at.
         steps: at most; the comparison's own if not given.
     """
 
     method: str
     lr: float | None
     seed: int
-    kind: Literal["search", "final", "time"]
+    kind: Literal["search", "final", "time", "start"]
     steps: int | None = None
 
     @property

@@ -27,7 +27,7 @@ class Outcomes:
         metric: what methods are judged by on the test.
         greater: whether more of it is better.
         finals: results of the runs that count.
-        searches: results of the runs that the learning rates were chosen by.
+        searches: results of the runs that the learning rates were chosen by, and of those that say where to begin.
         searched_by: the measure that they were chosen by; by default the metric where all of them have it, or the loss.
 
     Attributes:
@@ -44,7 +44,9 @@ class Outcomes:
         searched_by: str | None = None,
     ) -> None:
         self.metric, self.greater = metric, greater
-        self.finals, self.searches = [_finite(r) for r in finals], [_finite(r) for r in searches]
+        self.finals = [_finite(r) for r in finals]
+        self.starts = [_finite(r) for r in searches if r["kind"] == "start"]
+        self.searches = [_finite(r) for r in searches if r["kind"] != "start"]
         self.sound: defaultdict[str, list[Result]] = defaultdict(list)
         for result in self.finals:
             if not failure(result, metric):
@@ -56,8 +58,8 @@ class Outcomes:
 
     @property
     def all(self) -> list[Result]:
-        """The finals, and then the searches."""
-        return [*self.finals, *self.searches]
+        """The finals, the searches, and what says where those begin."""
+        return [*self.finals, *self.searches, *self.starts]
 
     def rows(self) -> list[MethodRow]:
         """Return a row for each method, the best first and those that did not run last."""

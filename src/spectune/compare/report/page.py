@@ -213,7 +213,7 @@ def _failures(document: Document) -> str:
     return page.table("Runs without a result", columns, rows)
 
 
-_KINDS = {"search": "learning rate", "final": "result"}
+_KINDS = {"start": "first learning rate", "search": "learning rate", "final": "result"}
 
 
 def _trials(document: Document) -> str:
