@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Surface(NamedTuple):
         truth: mean of the test by place; more is better.
         seeds: of each rate.
         tests: by place and seed, as in `truth`; the worst of them where a run failed.
+        start: the place that `lr: auto` came to.
     """
 
     runs: dict[Key, Run]
@@ -44,12 +46,14 @@ class Surface(NamedTuple):
     truth: dict[int, float]
     seeds: int
     tests: Mapping[Key, float] = MappingProxyType({})
+    start: int = 0
 
     def turned(self, by: int) -> Surface:
         """Return it with another seed first."""
         own = {key: (key[0], (key[1] + by) % self.seeds) for key in self.runs}
         runs = {key: self.runs[there] for key, there in own.items()}
-        return Surface(runs, {key: self.losses[there] for key, there in own.items()}, self.truth, self.seeds)
+        losses = {key: self.losses[there] for key, there in own.items()}
+        return self._replace(runs=runs, losses=losses, tests=MappingProxyType({}))
 
 
 def metric_of(plan: Plan) -> str:
@@ -57,8 +61,16 @@ def metric_of(plan: Plan) -> str:
     return plan.keys.get("metric", "accuracy")
 
 
-def surfaces(plan: Plan, held: Sequence[Mapping[str, Any]]) -> dict[str, Surface]:
-    """Return the grids that are whole, by method."""
+def surfaces(
+    plan: Plan, held: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Surface]:
+    """Return the grids that are whole, by method.
+
+    Args:
+        plan: of the grid.
+        held: its lines.
+        measured: lines of rates that `lr: auto` came to on its task.
+    """
     sign, metric = -1 if metric_of(plan) in LESS else 1, metric_of(plan)
     found = {}
     for method in dict.fromkeys(line["method"] for line in held):
@@ -69,8 +81,15 @@ def surfaces(plan: Plan, held: Sequence[Mapping[str, Any]]) -> dict[str, Surface
         failed = min((sign * line["test"][metric] for line in own.values() if line["test"]), default=0.0)
         tests = {key: sign * line["test"][metric] if line["test"] else failed for key, line in own.items()}
         truth = {place: float(np.mean([tests[place, seed] for seed in range(plan.seeds)])) for place in plan.places}
-        found[method] = Surface(runs, {key: line["losses"] for key, line in own.items()}, truth, plan.seeds, tests)
+        losses = {key: line["losses"] for key, line in own.items()}
+        rates = {place: own[place, 0]["lr"] for place in plan.places}
+        start = next((_nearest(rates, line["lr"]) for line in measured if line["method"] == method and line["lr"]), 0)
+        found[method] = Surface(runs, losses, truth, plan.seeds, tests, start)
     return found
+
+
+def _nearest(rates: Mapping[int, float], lr: float) -> int:
+    return min(rates, key=lambda place: abs(math.log(rates[place] / lr)))
 
 
 def run_of(line: Mapping[str, Any]) -> Run:
@@ -83,19 +102,30 @@ def run_of(line: Mapping[str, Any]) -> Run:
 
 def race(surface: Surface) -> tuple[int | None, float]:
     """Search as `spectune compare` does, for a quarter of the grid's cost."""
+    return _raced(surface, 0, len(surface.runs) / 4 - MARGIN)
+
+
+def race_from_auto(surface: Surface) -> tuple[int | None, float]:
+    """Search as `compare start=auto` does, for three quarters of that; what `lr: auto` takes is not counted."""
+    return _raced(surface, surface.start, 0.75 * (len(surface.runs) / 4 - MARGIN))
+
+
+def _raced(surface: Surface, start: int, whole: float) -> tuple[int | None, float]:
+    """Search from a place of the grid, for so many whole runs."""
     places = list(surface.truth)
     rules = Race(
         first=5 if len(places) > 5 else 3,
-        runs=len(surface.runs) / 4 - MARGIN,
+        runs=whole,
         warmup=WARMUP,
-        low=min(places),
-        high=max(places),
+        low=min(places) - start,
+        high=max(places) - start,
         seeds=surface.seeds,
     )
     seen: Runs = {}
     while wanted := rules.next(seen):
-        seen = {**seen, **{key: _cut(rules, seen, key, surface.runs[key]) for key in wanted}}
-    return rules.best(seen), rules.cost(seen)
+        seen |= {key: _cut(rules, seen, key, surface.runs[key[0] + start, key[1]]) for key in wanted}
+    best = rules.best(seen)
+    return None if best is None else best + start, rules.cost(seen)
 
 
 def _cut(rules: Race, seen: Runs, key: Key, run: Run) -> Run:
@@ -142,6 +172,7 @@ def own_rate(surface: Surface) -> tuple[int | None, float]:
 
 SEARCHES: dict[str, Search] = {
     "the race": race,
+    "the race, start=auto": race_from_auto,
     "successive halving (before)": halving,
     "the method's own rate": own_rate,
 }
@@ -195,7 +226,8 @@ def main() -> None:
     found: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in SEARCHES}
     whole = {}
     for task, plan in PLANS.items():
-        grids = surfaces(plan, lines(GRID / f"{task}.jsonl"))
+        measured = [line for line in lines(GRID / "auto.jsonl") if line["task"] == task]
+        grids = surfaces(plan, lines(GRID / f"{task}.jsonl"), measured)
         whole[task] = f"{len(grids)} of {len(plan.methods)} methods"
         for name, search in SEARCHES.items():
             rows = [row for surface in grids.values() for row in regrets(surface, search)]
