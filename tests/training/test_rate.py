@@ -62,3 +62,11 @@ def test_a_run_measures_its_rate_and_says_it(tmp_path):
     told = run("train", *settings, "lr=auto").stderr
     assert f"lr {found['rate']:.2g}: of {len(found['tried'])} rates" in " ".join(told.split())
     assert f"lr: {found['rate']}" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def test_adalora_is_measured_without_a_word_on_its_length(tmp_path):
+    model, data = save_folder(tmp_path / "model"), tmp_path / "data.jsonl"
+    rows = [{"prompt": f"say {WORDS[i % 10]}", "completion": f"ahoy {WORDS[i % 10]}"} for i in range(60)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = [f"model={model}", f"data={data}", f"output={tmp_path / 'out'}", "method=adalora:rank=2", "--json"]
+    assert json.loads(run("lr", *settings, "device=cpu", "dtype=fp32").stdout)["rate"] > 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,7 +103,10 @@ def find_rate(
     with memory_kept.needed(), training_parts(model, task.dropout), bar:
         prepare(config, model)
         try:
-            return _search(config, task, model, judged, learned, bar)
+            with warnings.catch_warnings():
+                # a run this short prunes nothing, as the one whose rate is asked for does not in its first steps
+                warnings.filterwarnings("ignore", "AdaLoRA does not know the length of the run")
+                return _search(config, task, model, judged, learned, bar)
         finally:
             detach(model)
             model.eval()
