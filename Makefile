@@ -64,6 +64,9 @@ test-ecosystem: .venv/installed
 # every method's adapter through vLLM, in an environment of its own: needs a package registry
 test-vllm: .venv/installed
 	$(BIN)/python tests/vllm_plugin/suite/run.py --many 2000
+	$(BIN)/python tests/vllm_plugin/suite/run.py --tensor-parallel
+	$(BIN)/python tests/vllm_plugin/suite/run.py --int8
+	$(BIN)/python tests/vllm_plugin/suite/run.py --compiled
 	$(BIN)/python -W ignore tests/engines/engines_page.py
 
 # exported adapters in llama.cpp and mlx_lm, each in an environment of its own: needs a package registry

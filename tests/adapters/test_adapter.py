@@ -199,3 +199,13 @@ def test_weights_are_finite_numbers():
             operation(a, other)
     with pytest.raises(ZeroDivisionError):
         a / 0
+
+
+def test_an_export_names_the_program_or_the_format(tmp_path):
+    own = spectune.extract(spectune.adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), "lora:rank=2"))
+    own.export(tmp_path / "served", to="mlx")
+    assert (tmp_path / "served" / "adapters.safetensors").is_file()
+    with pytest.raises(SpectuneError, match="no program 'ollam' is known: one of vllm, sglang, "):
+        own.export(tmp_path / "none", to="ollam")
+    with pytest.raises(SpectuneError, match="to='mlx' says the format"):
+        own.export(tmp_path / "none", "peft", to="mlx")

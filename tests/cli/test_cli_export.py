@@ -6,6 +6,7 @@ import torch
 
 import spectune
 from cli.typed import fails, run
+from spectune.adapters.engines import ENGINES
 
 
 def test_export_to_peft_and_import_again(model, adapters, tmp_path):
@@ -52,3 +53,20 @@ def test_without_a_folder_it_goes_beside_the_adapter(tmp_path, monkeypatch, caps
     run("export", "../mine")
     assert spectune.Adapter.load(tmp_path / "mine-peft").layers.keys() == {"0"}
     assert "mine-vllm exists" in fails(monkeypatch, capsys, "export", ".", "--to", "vllm")
+
+
+def test_an_exact_lora_is_made_once(adapters, tmp_path, monkeypatch):
+    made = []
+    to_lora = spectune.Adapter.to_lora
+    monkeypatch.setattr(spectune.Adapter, "to_lora", lambda *given: (made.append(given), to_lora(*given))[1])
+    run("export", adapters["pirate"], str(tmp_path / "served"), "--to", "vllm")
+    assert len(made) == 1
+    assert spectune.Adapter.load(tmp_path / "served").layers
+
+
+def test_nothing_is_written_where_a_program_takes_no_such_rank(adapters, tmp_path, monkeypatch, capsys):
+    known = {**ENGINES, "vllm": ENGINES["vllm"]._replace(most=2)}
+    monkeypatch.setattr("spectune.adapters.engines.ENGINES", known)
+    said = fails(monkeypatch, capsys, "export", adapters["pirate"], str(tmp_path / "served"), "--to", "vllm")
+    assert "vllm takes ranks of up to 2, and an exact LoRA of this adapter has" in said
+    assert not (tmp_path / "served").exists()

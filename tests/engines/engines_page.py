@@ -19,7 +19,7 @@ import transformers
 
 import spectune
 from spectune import Adapter, SpectuneError
-from spectune.adapters.engines import ENGINES, check_ranks, check_taken
+from spectune.adapters.engines import ENGINES
 from spectune.methods import parse
 
 ROOT = Path(__file__).parents[2]
@@ -65,10 +65,9 @@ def trained(method: str) -> tuple[Any, Adapter]:
 def exported(base: Any, adapter: Adapter, engine: str, folder: Path) -> str:
     """Return what an adapter is for an engine: exact, at some rank, near, or what goes as a model of its own."""
     try:
-        options: dict[str, Any] = {"format": check_taken(engine, adapter, None).format, "config": base.config}
-        options |= {"component": "transformer"} if options["format"] == "diffusers" else {}
+        options: dict[str, Any] = {"to": engine, "config": base.config}
+        options |= {"component": "transformer"} if engine == "diffusers" else {}
         written = adapter.export(folder / engine, **options)
-        check_ranks(engine, written)
     except SpectuneError as error:
         if "takes no" not in str(error):
             raise

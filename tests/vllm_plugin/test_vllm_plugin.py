@@ -62,16 +62,30 @@ def test_what_is_no_sum_is_refused():
         plugin._factors(LAYER, update, update.terms)
 
 
-def test_engines_that_would_go_past_the_cores_are_refused():
-    def manager(eager=True, sharded=False):
-        config = Named(model_config=Named(enforce_eager=eager))
-        return Named(spectune_config=config, lora_config=Named(fully_sharded_loras=sharded))
+def engine(full=False, piecewise=False, split=(), sharded=False):
+    graphs = Named(has_full_cudagraphs=lambda: full, has_piecewise_cudagraphs=lambda: piecewise)
+    config = Named(compilation_config=Named(cudagraph_mode=graphs, splitting_ops=split))
+    return Named(spectune_config=config, lora_config=Named(fully_sharded_loras=sharded))
 
-    plugin._check_engine(manager())
-    with pytest.raises(SpectuneError, match=r"CUDA graphs .* --enforce-eager"):
-        plugin._check_engine(manager(eager=False))
+
+def test_engines_that_would_go_past_the_cores_are_refused():
+    plugin._check_engine(engine())
+    plugin._check_engine(engine(piecewise=True, split=["vllm::unified_attention", plugin.OPERATOR]))
+    with pytest.raises(SpectuneError, match=r"full CUDA graphs .* --enforce-eager.*PIECEWISE"):
+        plugin._check_engine(engine(full=True))
+    for split in (None, [], ["vllm::unified_attention"]):
+        with pytest.raises(SpectuneError, match="not split at vllm::spectune_add_cores"):
+            plugin._check_engine(engine(piecewise=True, split=split))
     with pytest.raises(SpectuneError, match="fully-sharded"):
-        plugin._check_engine(manager(sharded=True))
+        plugin._check_engine(engine(sharded=True))
+
+
+@pytest.mark.parametrize("split", [["vllm::unified_attention"], [], None])
+def test_graphs_that_are_split_are_split_at_the_cores_too(split):
+    config, manager = Named(compilation_config=Named(splitting_ops=split)), Named()
+    for _ in range(2):  # another model of the process
+        plugin._remember_config(lambda *given: None, manager, config)
+    assert config.compilation_config.splitting_ops == (["vllm::unified_attention", plugin.OPERATOR] if split else split)
 
 
 def test_vllms_lora_hears_of_its_own_tokens_alone():

@@ -15,6 +15,7 @@ import torch
 
 from spectune.adapters.compress import LOSSY, compress, errors_by_rank, to_lora, to_one_rank
 from spectune.adapters.contents import Contents
+from spectune.adapters.engines import LoRAFormat, check_ranks, check_taken
 from spectune.adapters.folder import read_whole
 from spectune.adapters.formats import choose
 from spectune.adapters.formats.diffusers import save_diffusers
@@ -249,8 +250,9 @@ class Adapter(Contents):
     def export(
         self,
         path: Path_,
-        format: Literal["peft", "diffusers", "gguf", "mlx"] = "peft",
+        format: LoRAFormat | None = None,
         *,
+        to: str | None = None,
         rank: int | None = None,
         one_rank: bool = False,
         allow_loss: bool = False,
@@ -261,9 +263,11 @@ class Adapter(Contents):
 
         Args:
             path: the folder, made if need be.
-            format: "peft", a folder that PEFT reads; "diffusers", the file that `load_lora_weights` of its pipelines
-                reads; "gguf", the file that llama.cpp reads; "mlx", the folder that mlx_lm reads (these two have one
-                rank for all layers, and s in B).
+            format: "peft", a folder that PEFT reads, by default; "diffusers", the file that `load_lora_weights` of its
+                pipelines reads; "gguf", the file that llama.cpp reads; "mlx", the folder that mlx_lm reads (these two
+                have one rank for all layers, and s in B).
+            to: in the place of a format the program that is to serve it ("vllm", "sglang", "tgi", "lorax",
+                "llama.cpp", "ollama", "mlx", "diffusers"), which must take it.
             rank: the best LoRA of this rank instead of an exact one; its `error` says how far it is.
             one_rank: fill all layers up with zeros to one rank and one alpha, for programs such as llama.cpp that
                 read no `alpha_pattern`.
@@ -273,9 +277,14 @@ class Adapter(Contents):
             config: for gguf, of the base model.
 
         Raises:
-            SpectuneError: an unknown format or component, no basis at hand, modules that the format cannot hold, or a
-                rank that loses too much of the update.
+            SpectuneError: an unknown format, program or component, a program that does not take it, no basis at hand,
+                modules that the format cannot hold, or a rank that loses too much of the update.
         """
+        if to is not None:
+            if format is not None:
+                raise SpectuneError(f"to={to!r} says the format: leave format out")
+            format = check_taken(to, self, rank).format
+        format = format or "peft"
         if format not in ("peft", "diffusers", "gguf", "mlx"):
             raise SpectuneError(
                 f"format must be 'peft', 'diffusers', 'gguf' or 'mlx', not {format!r}; spectune.merge(model) makes a "
@@ -284,6 +293,8 @@ class Adapter(Contents):
         if format == "gguf" and config is None:
             raise SpectuneError("gguf needs the configuration of the base model: give config=model.config")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
+        if to is not None:
+            check_ranks(to, adapter)
         if not allow_loss and adapter is not self:
             self.check_loss(adapter)
         adapter = adapter if adapter is self else Adapter.of(joined(adapter))

@@ -41,8 +41,10 @@ def check_taken(name: str, adapter: Contents, rank: int | None) -> Engine:
     """Return the engine of this name.
 
     Raises:
-        SpectuneError: it does not take the adapter; what to do instead is said.
+        SpectuneError: no such engine, or it does not take the adapter; what to do instead is said.
     """
+    if name not in ENGINES:
+        raise SpectuneError(f"no program {name!r} is known: one of {', '.join(ENGINES)}, or give a format")
     engine = ENGINES[name]
     instead = "give a --rank for a LoRA that is near it, or --format merged"
     has_dora = any(isinstance(t.method, DoRA) for layer in adapter.layers.values() for t in layer.terms)

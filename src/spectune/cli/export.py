@@ -79,8 +79,7 @@ def export(
     """
     from spectune.adapters.adapter import Adapter
     from spectune.adapters.destination import check_destination
-    from spectune.adapters.engines import ENGINES, LoRAFormat, check_ranks, check_taken
-    from spectune.adapters.formats.peft import is_peft
+    from spectune.adapters.engines import ENGINES, check_taken
     from spectune.bases.loading import base_name, bind_to_base, load_base
     from spectune.bases.merged import write_merged
     from spectune.bases.shapes import find_config
@@ -107,13 +106,11 @@ def export(
         write_merged(attach(model, loaded, check=check), tokenizer, out, name, adapter)
     else:
         bound = bind_to_base(loaded, base, check=check)
-        options: dict[str, Any] = {"rank": rank, "one_rank": one_rank, "allow_loss": allow_loss}
+        options: dict[str, Any] = {"format": format.value} if to is None else {"to": to.value}
+        options |= {"rank": rank, "one_rank": one_rank, "allow_loss": allow_loss}
         options |= {"component": component, "config": config}
         with telling_of_full_disks(out, "what was there is as it was"):
-            if to is not None:
-                check_ranks(to.value, bound if rank is None and is_peft(bound) else bound.to_lora(rank))
-            kind: LoRAFormat = format.value
-            error = bound.export(out, kind, **options).error
+            error = bound.export(out, **options).error
             if to is To.ollama:
                 write_atomically(out / "Modelfile", lambda file: file.write_text(_MODELFILE, encoding="utf-8"))
     if json:

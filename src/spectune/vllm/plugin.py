@@ -29,6 +29,7 @@ from spectune.vllm.checkpoint import Checkpoint
 from spectune.vllm.cores import Batch, Bound, Kind, LayerCores, Share, shares_of
 
 TESTED = ("0.32",)  # releases of vLLM that `make test-vllm` has run
+OPERATOR = "vllm::spectune_add_cores"
 Original = Callable[..., Any]  # a function of vLLM's that is wrapped
 Foreign = Any  # an object of vLLM's, which is not installed where types are checked
 _layers: dict[str, tuple[Foreign, LayerCores]] = {}
@@ -97,7 +98,7 @@ def _wrap(owner: type, name: str, around: Callable[..., object]) -> None:
 def _define_operator() -> None:
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    direct_register_custom_op("spectune_add_cores", _add_cores, mutates_args=["output"], fake_impl=_add_nothing)
+    direct_register_custom_op(OPERATOR.partition("::")[2], _add_cores, mutates_args=["output"], fake_impl=_add_nothing)
 
 
 # resolved types, which the schema of an operator is made of
@@ -127,6 +128,9 @@ _add_cores.__annotations__ = _add_nothing.__annotations__ = {
 
 
 def _remember_config(original: Original, self: Foreign, vllm_config: Foreign, *args: object, **kwargs: object) -> None:
+    compiled = vllm_config.compilation_config
+    if compiled.splitting_ops and OPERATOR not in compiled.splitting_ops:
+        compiled.splitting_ops.append(OPERATOR)  # CUDA graphs are of what lies between these
     original(self, vllm_config, *args, **kwargs)
     self.spectune_config, self.spectune_checkpoint = vllm_config, None
 
@@ -237,10 +241,16 @@ def _check_engine(manager: Foreign) -> None:
     config = manager.spectune_config
     if manager.lora_config.fully_sharded_loras:
         raise SpectuneError("the plug-in does not know --fully-sharded-loras: start vLLM without")
-    if not config.model_config.enforce_eager:
+    compiled = config.compilation_config
+    if compiled.cudagraph_mode.has_full_cudagraphs():
         raise SpectuneError(
-            "CUDA graphs would replay a batch without this adapter's cores, and compiled code was not tried with them: "
-            "start vLLM with --enforce-eager"
+            "full CUDA graphs would replay a batch without this adapter's cores: start vLLM with --enforce-eager, or "
+            'with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
+        )
+    if compiled.cudagraph_mode.has_piecewise_cudagraphs() and OPERATOR not in (compiled.splitting_ops or ()):
+        raise SpectuneError(
+            f"CUDA graphs that are not split at {OPERATOR} would replay a batch without this adapter's cores: start "
+            "vLLM with --enforce-eager, or leave splitting_ops out"
         )
 
 

@@ -1,6 +1,7 @@
 """Make an environment with vLLM's build for CPUs, and have it serve what every method saves and exports.
 
     python tests/vllm_plugin/suite/run.py [--python PYTHON] [--model FOLDER] [--many 2000]
+    python tests/vllm_plugin/suite/run.py --tensor-parallel|--int8|--compiled
     python tests/vllm_plugin/suite/run.py --throughput [--counts 1 16 64 256]
 
 The environment is `.venv-vllm` beside `.venv`, or one that is given.  What was answered is written to

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,11 @@ def make_base(folder: Path, width: int = 128, layers: int = 2) -> Path:
     return folder
 
 
-def make_adapters(model: Any, folder: Path) -> dict[str, Path]:
+def make_adapters(model: Any, folder: Path, methods: dict[str, str]) -> dict[str, Path]:
     """Write an adapter of each method, moved by so much that its tokens are others than the base's."""
     torch.manual_seed(1)
     found = {}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         try:
             spectune.adapt(model, method, name=name)
         except spectune.SpectuneError as error:
@@ -108,6 +111,7 @@ def engine(base: Path, **options: Any) -> Any:
     from vllm import LLM
 
     given = {
+        "distributed_executor_backend": "uni",
         "max_loras": 16,
         "max_cpu_loras": 32,
         "max_lora_rank": 16,
@@ -119,11 +123,35 @@ def engine(base: Path, **options: Any) -> Any:
         skip_tokenizer_init=True,
         dtype="float32",
         enable_lora=True,
-        enforce_eager=True,
         max_model_len=256,
-        distributed_executor_backend="uni",
         **{**given, **options},
     )
+
+
+def compile_all_the_same() -> None:
+    """Have vLLM compile on a processor, in the pieces that CUDA graphs would be made of.
+
+    It compiles nothing there where LoRA is on, since what its own LoRA does on a processor cannot be traced.
+    """
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def checked(config: Any) -> None:
+        check(config)
+        compiled = config.compilation_config
+        compiled.mode, compiled.backend, compiled.compile_sizes = CompilationMode.VLLM_COMPILE, "eager", []
+
+    CpuPlatform.check_and_update_config = staticmethod(checked)
+
+
+def check_pieces(layers: int) -> None:
+    """Raise unless the model is split at the cores of its four linear layers and at attention, layer by layer."""
+    from vllm.compilation.counter import compilation_counter as found
+
+    between = found.num_piecewise_graphs_seen - found.num_piecewise_capturable_graphs_seen
+    assert between == 5 * layers, found
 
 
 def answer(llm: Any, rows: list[tuple[str | None, int]], folders: dict[str, Path]) -> list[list[int]]:
@@ -138,8 +166,15 @@ def answer(llm: Any, rows: list[tuple[str | None, int]], folders: dict[str, Path
     return [list(one.outputs[0].token_ids) for one in out]
 
 
-def check(llm: Any, model: Any, folders: dict[str, Path]) -> dict[str, str]:
-    """Return for each adapter how it was served: equal, or why it was refused."""
+def check(llm: Any, model: Any, folders: dict[str, Path], near: Collection[str] = ()) -> dict[str, str]:
+    """Return for each adapter how it was served: equal, or why it was refused.
+
+    Args:
+        llm: the engine.
+        model: what the adapters were made on.
+        folders: of the adapters.
+        near: adapters that need not be equal, of which is told how many tokens come before the first that is another.
+    """
     from vllm.lora.request import LoRARequest
 
     told, good = {}, {}
@@ -152,9 +187,17 @@ def check(llm: Any, model: Any, folders: dict[str, Path]) -> dict[str, str]:
     rows = [(name, i) for i in range(len(PROMPTS)) for name in (None, *good)]  # all in one batch
     wanted = {name: alone(model, name) for name in (None, *good)}
     assert all(wanted[name] != wanted[None] for name in good), "an adapter that moves nothing proves nothing"
+    alike: dict[str | None, int] = Counter()
     for (name, i), tokens in zip(rows, answer(llm, rows, folders), strict=True):
+        alike[name] += next(
+            (n for n, two in enumerate(zip(tokens, wanted[name][i], strict=True)) if len({*two}) > 1), LENGTH
+        )
         equal = tokens == wanted[name][i]
         told[name or "base"] = "equal" if equal and told.get(name or "base", "equal") == "equal" else "DIFFERS"
+    for name in near:
+        assert alike[name] > LENGTH * len(PROMPTS) / 2, f"{name} is far from what it was trained to be"
+        if told[name] == "DIFFERS":
+            told[name] = f"{alike[name]} of {LENGTH * len(PROMPTS)} tokens"
     return told
 
 
@@ -192,25 +235,45 @@ def many(llm: Any, model: Any, folder: Path, count: int) -> dict[str, Any]:
 
 
 def write(args: argparse.Namespace, told: dict[str, Any]) -> None:
-    """Write what was answered, of the run that the documentation shows."""
-    if not args.model:
-        (HERE / "table.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    """Write what was answered beside what other runs have found, of the base that the documentation shows."""
+    if args.model:
+        return
+    path = HERE / "table.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = next((name for name in ("tensor_parallel", "int8", "compiled") if getattr(args, name)), None)
+    found = {run: told["served"]} if run else told
+    path.write_text(json.dumps({**before, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="A folder with a checkpoint; a tiny random Llama if not given.")
     parser.add_argument("--many", type=int, default=0)
+    parser.add_argument("--tensor-parallel", action="store_true", help="In two processes, each with a part of W.")
+    parser.add_argument("--compiled", action="store_true", help="Traced, and split as for piecewise CUDA graphs.")
+    parser.add_argument("--int8", action="store_true", help="With singular vectors in 8 bits.")
     args = parser.parse_args()
+    if args.int8:
+        os.environ["SPECTUNE_VLLM_BASES"] = "int8"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = Path(args.model) if args.model else make_base(folder / "base")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        folders = make_adapters(model, folder)
-        llm = engine(base, max_cpu_loras=max(32, args.many))
-        told: dict[str, Any] = {"served": check(llm, model, folders)}
-        told["methods"] = METHODS
-        told["core_only"] = {name: parse(METHODS[name]).core_only for name in folders}
+        methods, options = METHODS, {}
+        if args.tensor_parallel:  # where vLLM waits forever once an adapter was refused
+            methods = {name: method for name, method in METHODS.items() if name != "dora"}
+            options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+        if args.compiled:
+            methods = {name: method for name, method in METHODS.items() if parse(method).core_only}
+            compile_all_the_same()
+        folders = make_adapters(model, folder, methods)
+        llm = engine(base, max_cpu_loras=max(32, args.many), **options)
+        if args.compiled:
+            check_pieces(model.config.num_hidden_layers)
+        core_only = {name: parse(METHODS[name]).core_only for name in folders}
+        near = [name for name, own in core_only.items() if own and args.int8]
+        told: dict[str, Any] = {"served": check(llm, model, folders, near)}
+        told |= {"methods": METHODS, "core_only": core_only}
         for name, said in told["served"].items():
             print(f"{name:12} {said}", flush=True)
         write(args, told)
