@@ -283,7 +283,8 @@ class Adapter(Contents):
         if to is not None:
             if format is not None:
                 raise SpectuneError(f"to={to!r} says the format: leave format out")
-            format = check_taken(to, self, rank).format
+            engine = check_taken(to, self, rank)
+            format, one_rank = engine.format, one_rank or engine.one_rank
         format = format or "peft"
         if format not in ("peft", "diffusers", "gguf", "mlx"):
             raise SpectuneError(

@@ -18,18 +18,20 @@ class Engine(NamedTuple):
         format: of `Adapter.export`.
         dora: it knows DoRA.
         most: the largest rank that it takes.
+        one_rank: it reads one rank and one alpha for all layers, s = alpha / rank, whatever else the files say.
     """
 
     format: LoRAFormat
     dora: bool = False
     most: int | None = None
+    one_rank: bool = False
 
 
 ENGINES = {
     "vllm": Engine("peft", most=512),
-    "sglang": Engine("peft"),
-    "tgi": Engine("peft"),
-    "lorax": Engine("peft"),
+    "sglang": Engine("peft", one_rank=True),
+    "tgi": Engine("peft", one_rank=True),
+    "lorax": Engine("peft", one_rank=True),
     "llama.cpp": Engine("gguf"),
     "ollama": Engine("gguf"),
     "mlx": Engine("mlx", dora=True),
