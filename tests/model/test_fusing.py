@@ -15,6 +15,7 @@ from methods.cases import EVERY, name
 from spectune import SpectuneError
 from spectune.layers.adapted import Adapted, adapted_layers
 from spectune.layers.values import PLAIN
+from spectune.model import fusing
 from spectune.model.fusing import _said, fused_where_it_pays
 from spectune.model.routing import base_alone
 from spectune.training.tasks.reinforce.rollout import sample
@@ -282,8 +283,17 @@ def test_sixteen_bits_that_would_lose_the_update_are_left():
         spectune.adapt(model, "lora:rank=4")
         with torch.no_grad():
             model[0].adapters["default"][0].B.normal_().mul_(size)
-            with fused_where_it_pays(model.eval(), 100):
+            with fused_where_it_pays(model.eval(), 200):
                 assert (model[0].fused is not None) == pays
+
+
+def test_thin_factors_are_fused_for_fewer_passes_where_one_row_gains_by_it(monkeypatch):
+    thin, also, wide = network("lora:rank=4"), network("dora:inner=lora,rank=4"), network("svf")
+    for pays in (True, False):
+        monkeypatch.setattr(fusing, "one_row_pays", lambda pays=pays: pays)
+        for model, passes, fuses in ((thin, 100, pays), (also, 100, pays), (thin, 200, True), (wide, 100, True)):
+            with torch.no_grad(), fused_where_it_pays(model, passes):
+                assert any(layer.fused is not None for layer in adapted_layers(model).values()) == fuses
 
 
 def test_generating_is_fused_and_the_same(monkeypatch):

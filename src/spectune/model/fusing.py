@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,9 +24,11 @@ from spectune.layers.mixtures import Part
 from spectune.layers.modules import effective_weight
 from spectune.layers.rows import Rows
 from spectune.layers.shards import is_part
+from spectune.layers.updates import Update
 from spectune.layers.whole import parts_of
 from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
+from spectune.speed.dense import one_row_pays
 from spectune.speed.laid_out import laid_out
 
 _lock = Lock()
@@ -97,6 +100,8 @@ def _end(made: list[tuple[Adapted, Fused]]) -> None:
 
 
 _PASSES = 32  # of few rows, which W' takes as long to make as it saves
+_PASSES_OF_FEW = 128  # where it saves little: thin factors beside W, on a processor that W' is not laid out for
+_THIN = 64  # a rank up to which factors are thin
 _LOST = 0.05  # of an update, that 16 bits may round away
 _said: set[str] = set()
 
@@ -119,7 +124,7 @@ def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True
         return
     layers = adapted_layers(model)
     with ExitStack() as stack:
-        if layers and _may_be_fused(layers.values()):
+        if layers and _may_be_fused(layers.values(), passes):
             try:
                 stack.enter_context(fused(model))
             except SpectuneError:  # memory that is short by now
@@ -130,7 +135,7 @@ def fused_where_it_pays(model: nn.Module, passes: float, *, allowed: bool = True
         yield
 
 
-def _may_be_fused(layers: Iterable[Adapted]) -> bool:
+def _may_be_fused(layers: Iterable[Adapted], passes: float) -> bool:
     layers = list(layers)
     used, need = [], 0
     for layer in layers:
@@ -145,7 +150,15 @@ def _may_be_fused(layers: Iterable[Adapted]) -> bool:
     need = room_needed([layer for layer, _ in used])
     if not used or used[0][0]._parameters["weight"].is_meta or 2 * need > room(used[0][0]._parameters["weight"].device):
         return False
+    if passes < _PASSES_OF_FEW and not one_row_pays() and all(_is_thin(u) for _, parts in used for u, _ in parts):
+        return False
     return _lost(used[:: max(1, len(used) // 4)]) <= _LOST
+
+
+def _is_thin(update: Update) -> bool:
+    """Whether an update adds little to the time of W."""
+    inner = getattr(update.method, "inner", update.method)  # of DoRA, whose ratio is one product more
+    return getattr(inner, "rank", math.inf) <= _THIN
 
 
 @torch.no_grad()
