@@ -43,13 +43,9 @@ def test_what_a_result_is_made_from_stays(places):
     check_destination(places / "adapter", ["pirate"], overwrite=True)  # a name that is no folder
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_nothing_is_written_inside_what_a_result_is_made_from(places, merged):
-    with pytest.raises(SpectuneError, match="lies in what the result is made from"):
-        check_destination(places / "adapter" / "lora", [places / "adapter"], merged=merged)
-    with pytest.raises(SpectuneError, match="lies in what the result is made from"):
-        check_run_folder(places / "merged" / "runs" / "a", [places / "merged"], "run.json", [])
-    check_destination(places / "adapter" / "lora", [places / "merged"], merged=merged)
+def test_a_result_may_lie_beside_what_it_is_made_from_in_its_folder(places):
+    check_destination(places / "adapter" / "lora", [places / "adapter"])
+    check_run_folder(places / "merged" / "runs" / "a", [places / "merged"], "run.json", [])  # as of who works in there
 
 
 def test_what_no_folder_can_be_is_told(places):

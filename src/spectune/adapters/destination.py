@@ -19,7 +19,7 @@ def check_destination(
     """Raise unless a result may be written to a folder, before anything is loaded or computed.
 
     It may where nothing is yet or an empty folder, and with `overwrite` over an earlier result of the same kind; never
-    over what it is made from or inside it, over a folder of another kind, or through a symbolic link.
+    over what it is made from, over a folder of another kind, or through a symbolic link.
 
     Args:
         out: the folder.
@@ -69,15 +69,13 @@ def check_run_folder(out: Path, inputs: Iterable[str | os.PathLike[str]], mark: 
 
 
 def _check_inputs(out: Path, inputs: Iterable[str | os.PathLike[str]], merged: bool) -> None:
-    place = out.resolve()
     for name in inputs:
-        if not Path(name).exists():
-            continue
-        source = Path(name).resolve()
-        if source == place or (merged and place in source.parents):  # a model replaces its folder with all in it
+        if Path(name).exists() and _holds(out.resolve(), Path(name).resolve(), merged):
             raise SpectuneError(f"{out} holds what the result is made from ({os.fspath(name)}): give another folder")
-        if source in place.parents:
-            raise SpectuneError(f"{out} lies in what the result is made from ({os.fspath(name)}): give another folder")
+
+
+def _holds(out: Path, source: Path, merged: bool) -> bool:
+    return source == out or (merged and out in source.parents)  # a model replaces its folder with all that is in it
 
 
 def _check_place(out: Path) -> None:
