@@ -13,13 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 from claims import FULL, LORA, MARGIN, MILORA, PISSA, SVF, SVFT, XS
 from grid import GRID, PLANS, lines
+from marked import put
 from regret import Surface, metric_of, surfaces
 
 from spectune.compare.config import LESS
 from spectune.compare.report.statistics import paired_difference
 
 PAGE = GRID.parents[2] / "docs" / "study.md"
-BEGIN, END = "<!-- at-best -->\n", "<!-- /at-best -->"
 PAIRS = [
     (SVF, LORA),
     (SVFT, SVF),
@@ -91,11 +91,7 @@ def main() -> None:
             parts.append(f"**{task}**: {metric_of(plan)}\n\n{text}")
     made = "\n\n".join(parts)
     print(made)
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{PAGE} has no place for the tables")
-    PAGE.write_text(f"{before}{begin}{made}\n{end}{after}", encoding="utf-8")
+    put(PAGE, "at-best", f"{made}\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from marked import put
 from run import TASKS
 
 from spectune.compare.report.soundness import fell_apart, uncounted
@@ -273,8 +274,8 @@ def main() -> None:
     (HERE / "results/claims.md").write_text(text, encoding="utf-8")
     plot(found, HERE / "results/study.png")
     shown = f"{setting(found)}\n\n![{ALT}](../benchmarks/study/results/study.png)\n\n{text}"
-    put(ROOT / "docs/study.md", shown)
-    put(ROOT / "README.md", f"{verdicts(claims(found))}\n")
+    put(ROOT / "docs/study.md", "study", shown)
+    put(ROOT / "README.md", "study", f"{verdicts(claims(found))}\n")
     print(text)
 
 
@@ -295,13 +296,6 @@ def verdicts(found: list[tuple[str, str, str]]) -> str:
             "and which tasks do not count.",
         ]
     )
-
-
-def put(path: Path, text: str) -> None:
-    """Replace what a page has between the study's marks."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- study -->\n")
-    _, end, after = rest.partition("<!-- /study -->")
-    path.write_text(before + begin + text + end + after, encoding="utf-8")
 
 
 def setting(found: dict[str, Any]) -> str:

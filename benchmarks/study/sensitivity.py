@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 from grid import GRID, PLANS, Plan, lines
+from marked import put
 from regret import Surface, metric_of, surfaces
 
 from spectune.compare.config import LESS
 from spectune.compare.report.soundness import Width, width
 
 PAGE = GRID.parents[2] / "docs" / "study.md"
-BEGIN, END = "<!-- sensitivity -->\n", "<!-- /sensitivity -->"
 _APART = 1 / 3  # of the best's gain: a seed that far below its rate's best has fallen apart
 
 
@@ -86,11 +86,7 @@ def main() -> None:
     """Print the tables, and put them on their page."""
     made = "\n\n".join(filter(None, (table(task, plan) for task, plan in PLANS.items())))
     print(made)
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{PAGE} has no place for the tables")
-    PAGE.write_text(f"{before}{begin}{made}\n{end}{after}", encoding="utf-8")
+    put(PAGE, "sensitivity", f"{made}\n")
 
 
 if __name__ == "__main__":
