@@ -21,6 +21,15 @@ def start_of(method: Method, W: Tensor) -> tuple[dict[str, Tensor], dict[str, Te
     return ({k: v if v.dtype is torch.int64 else v.double() for k, v in frozen.items()}, to_double(trained))
 
 
+def assert_projections(method: Method, W: Tensor) -> None:
+    """Assert that g and h are what W, and R^T, make of the basis: W R^T = L diag(g) and R R^T = diag(h)."""
+    frozen, t = start_of(method, W)
+    f = method.factors({**frozen, **t})
+    g, h = method.projections({**frozen, **t})
+    torch.testing.assert_close(W @ f.right.mT, f.left * g)
+    torch.testing.assert_close(f.right @ f.right.mT, torch.diag(h))
+
+
 def to_double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.double() for key, tensor in tensors.items()}
 

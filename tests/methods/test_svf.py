@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from starts import dense, start_of, weight
+from starts import assert_projections, dense, start_of, weight
 
 from spectune import SVF
 
@@ -68,9 +68,4 @@ def test_without_the_spectrum_a_sigmoid_has_no_coefficients():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_w_makes_of_the_basis_is_known_without_w(shape):
-    W, method = weight(*shape), SVF()
-    frozen, t = start_of(method, W)
-    f = method.factors({**frozen, **t})
-    g, h = method.projections({**frozen, **t})
-    torch.testing.assert_close(W @ f.right.mT, f.left * g)
-    torch.testing.assert_close(f.right @ f.right.mT, torch.diag(h))
+    assert_projections(SVF(), weight(*shape))

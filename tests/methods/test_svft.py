@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from starts import dense, start_of, weight
+from starts import assert_projections, dense, start_of, weight
 
 from spectune import SVFT
 
@@ -59,9 +59,4 @@ def test_layers_of_one_size_share_their_random_entries_whatever_they_hold():
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
 def test_what_w_makes_of_the_basis_is_known_without_w(shape):
-    W, method = weight(*shape), SVFT()
-    frozen, t = start_of(method, W)
-    f = method.factors({**frozen, **t})
-    g, h = method.projections({**frozen, **t})
-    torch.testing.assert_close(W @ f.right.mT, f.left * g)
-    torch.testing.assert_close(f.right @ f.right.mT, torch.diag(h))
+    assert_projections(SVFT(), weight(*shape))

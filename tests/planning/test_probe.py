@@ -26,22 +26,18 @@ def runs(clock, *seconds):
     return run, calls
 
 
-def test_the_median_is_of_runs_behind_the_first(clock):
-    run, calls = runs(clock, 0.009, 0.001, 0.003, 0.002, 0.005, 0.001)
-    assert probe.typical(run) == pytest.approx(0.002)
-    assert len(calls) == 6
-
-
-def test_long_runs_are_few(clock):
-    run, calls = runs(clock, *[1.0] * 6)
-    assert probe.typical(run) == pytest.approx(1.0)
-    assert len(calls) == 2  # one to warm up
-
-
-def test_a_first_run_that_only_compiles_does_not_make_it_long(clock):
-    run, calls = runs(clock, 5.0, 0.001, 0.001, 0.001, 0.001, 0.001)
-    assert probe.typical(run) == pytest.approx(0.001)
-    assert len(calls) == 6
+@pytest.mark.parametrize(
+    ("seconds", "typical", "count"),
+    [
+        pytest.param([0.009, 0.001, 0.003, 0.002, 0.005, 0.001], 0.002, 6, id="the median of those behind the first"),
+        pytest.param([1.0] * 6, 1.0, 2, id="long ones are few: one to warm up"),
+        pytest.param([5.0] + [0.001] * 5, 0.001, 6, id="a first one that only compiles makes it no long one"),
+    ],
+)
+def test_what_is_typical_of_runs(clock, seconds, typical, count):
+    run, calls = runs(clock, *seconds)
+    assert probe.typical(run) == pytest.approx(typical)
+    assert len(calls) == count
 
 
 def test_what_takes_no_time_at_all_takes_some(clock):
