@@ -102,9 +102,9 @@ class Batch:
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
         self._routed = ExitStack()
         self._routes: list[Mapping[str, object]] | None = None  # those of the context that is open
-        self._laid = ExitStack()
-        self._laid_weights: dict[int, LaidWeight] = {}
-        self._lays_out, self._is_laid_out = lays_out, False
+        self._lays_out = lays_out
+        self._laid: ExitStack | None = None  # the context within which the weights are laid out
+        self._laid_weights: dict[int, LaidWeight] = {}  # also between two of these
         self._stacks: dict[object, object] = {}
         self._stacks_of_prompts: dict[object, object] = {}
 
@@ -117,8 +117,9 @@ class Batch:
         """Leave the contexts of the rows, so that adapters may come and go."""
         self._routed.close()
         self._routes = None
-        self._laid.close()
-        self._is_laid_out = False
+        if self._laid is not None:
+            self._laid.close()
+        self._laid = None
         self._stacks.clear()
         self._stacks_of_prompts.clear()
 
@@ -222,9 +223,9 @@ class Batch:
 
     @contextmanager
     def _answering(self, mixtures: Sequence[Mapping[str, Any]], stacks: dict[Any, Any]) -> Iterator[None]:
-        if self._lays_out and not self._is_laid_out:
+        if self._lays_out and self._laid is None:
+            self._laid = ExitStack()
             self._laid.enter_context(laid_out_weights(self.model, known=self._laid_weights))
-            self._is_laid_out = True
         if not parts_of(self.model):
             yield
             return
