@@ -39,7 +39,7 @@ def test_eval_loads_the_base_of_a_run_packed_as_it_was(folder, tmp_path):
 
 def test_lr_measures_over_the_packed_base(folder, tmp_path):
     found = json.loads(run("lr", *settings(folder, tmp_path / "out")).stdout)
-    assert found["steps"] == STEPS * len(found["tried"])
+    assert found["steps"] == STEPS * sum(tried["runs"] for tried in found["tried"])
     assert json.loads(run("lr", *settings(folder, tmp_path / "out")).stdout) == found
 
 
