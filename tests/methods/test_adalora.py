@@ -2,62 +2,18 @@
 
 import copy
 import dataclasses
-import gc
 import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 
 import spectune
 import tiny
-from spectune import AdaLoRA, DoRA, LoRA
-from spectune.methods._adalora_schedule import BudgetSchedule
-
-STEPS, LAYERS, RANK, FIRST = 20, 3, 2, 4
-METHOD = AdaLoRA(
-    rank=RANK, initial_rank=FIRST, total_steps=STEPS, t_init=3, t_final=5, interval=4, gamma=0.3, beta2=0.7
-)
-
-
-def network() -> Any:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-
-
-def data():
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.randn(12, 6, dtype=torch.float64, generator=generator),
-            torch.randn(12, 5, dtype=torch.float64, generator=generator),
-        )
-        for _ in range(STEPS)
-    ]
-
-
-def updates(model):
-    return [m for m in model.modules() if hasattr(m, "sensitivity_E")]
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def kept(model):
-    return sum(int((update.E != 0).sum()) for update in updates(model))
-
-
-def train(model, batches, optimizer=None):
-    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=0.02)
-    for x, y in batches:
-        optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        optimizer.step()
-    return optimizer
+from methods.adalora_runs import FIRST, LAYERS, METHOD, RANK, STEPS, data, kept, network, train, trainable, updates
+from spectune import AdaLoRA, DoRA
 
 
 @pytest.mark.parametrize("clip", [None, 0.002])
@@ -130,67 +86,6 @@ def test_the_authors_algorithm_step_by_step(penalty, clip):
     assert counts[-6:] == [RANK * LAYERS] * 6
 
 
-def penalty_gradients(model: Any) -> Any:
-    """The gradients of gamma times the mean norm, by autograd."""
-    factors = {f"{i}.{name}": getattr(u, name) for i, u in enumerate(updates(model)) for name in ("P", "Q")}
-    leaves = {key: value.detach().clone().requires_grad_() for key, value in factors.items()}
-    eye = torch.eye(FIRST, dtype=torch.float64)
-    norms = [((w.T @ w if key.endswith("P") else w @ w.T) - eye).norm() for key, w in leaves.items()]
-    term: Any = METHOD.gamma * sum(norms) / len(norms)
-    grads = torch.autograd.grad(term, [*leaves.values()])
-    return {key: (factors[key], grad) for key, grad in zip(leaves, grads, strict=True)}
-
-
-@pytest.mark.parametrize("how", ["once", "accumulated", "zeroed", "set_to_none", "scaled", "copied", "stepped"])
-def test_the_penalty_joins_a_gradient_once_a_step_before_it_is_clipped(how):
-    """E is zero at the start, so that P and Q have no gradient but the penalty's."""
-    model = spectune.adapt(network(), METHOD)
-    if how == "copied":
-        model = copy.deepcopy(model)
-    (x, y), *rest = data()
-    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=how == "scaled")
-    expected = penalty_gradients(model)
-    if how == "stepped":
-        train(model, rest[:1], optimizer)
-        optimizer.zero_grad()
-    for _ in range(3 if how == "accumulated" else 1):
-        scaler.scale(F.mse_loss(model(x), y)).backward()
-    if how in ("zeroed", "set_to_none"):  # as where a loss was not finite
-        optimizer.zero_grad(set_to_none=how == "set_to_none")
-        F.mse_loss(model(x), y).backward()
-    scaler.unscale_(optimizer)
-    if how == "copied":  # hooks are not copied: it joins at the first step, and from then on before it
-        scaler.step(optimizer)
-        for parameter, grad in expected.values():
-            torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
-        optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
-    for parameter, grad in expected.values():
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
-    optimizer.step()
-    for parameter, grad in expected.values():
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=0)
-
-
-def test_gradients_that_are_asked_for_are_the_losss_own():
-    model = spectune.adapt(network(), METHOD)
-    x, y = data()[0]
-    grads = torch.autograd.grad(F.mse_loss(model(x), y), trainable(model))
-    assert sum(bool(grad.any()) for grad in grads) == LAYERS  # of E
-
-
-def test_what_is_orthonormal_is_left_alone():
-    model = spectune.adapt(network(), dataclasses.replace(METHOD, gamma=1e6))
-    with torch.no_grad():
-        for update in updates(model):
-            update.P.copy_(torch.eye(*update.P.shape))
-            update.Q.copy_(torch.eye(*update.Q.shape))
-    x, y = data()[0]
-    F.mse_loss(model(x), y).backward()
-    assert not any(getattr(update, name).grad.any() for update in updates(model) for name in ("P", "Q"))
-
-
 def test_pruned_triplets_may_come_back_before_the_end():
     model = spectune.adapt(network(), METHOD)
     batches, seen = data(), []
@@ -230,58 +125,6 @@ def test_its_state_travels_in_the_state_dict():
     for key, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value)
     assert kept(resumed) == RANK * LAYERS
-
-
-def test_a_copy_has_a_schedule_of_its_own():
-    batches = data()
-    model = spectune.adapt(network(), METHOD)
-    train(model, batches[:5])
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    copied = copy.deepcopy(model)
-    train(copied, batches[5:])
-    assert kept(copied) == RANK * LAYERS
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    train(model, batches[5:])
-    assert all(torch.equal(v, copied.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-def test_two_models_and_another_optimizer_do_not_disturb_each_other():
-    first, second = (spectune.adapt(network(), METHOD) for _ in range(2))
-    other = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    other(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    train(first, data()[:2])
-    assert [int(u.step) for u in updates(first) + updates(second)] == [2] * 3 + [0] * 3
-
-
-def test_a_schedule_goes_with_its_adapter():
-    gc.collect()
-    before = len(BudgetSchedule._alive)
-    model = spectune.adapt(network(), METHOD)
-    assert len(BudgetSchedule._alive) == before + 1
-    spectune.detach(model)
-    gc.collect()
-    assert len(BudgetSchedule._alive) == before
-    spectune.adapt(model, LoRA(rank=2))
-    train(model, data()[:1])
-
-
-def test_without_a_length_it_warns_once_and_keeps_every_triplet():
-    model = spectune.adapt(network(), AdaLoRA(rank=2))
-    with pytest.warns(UserWarning, match=r"does not know the length of the run.*give AdaLoRA\(total_steps"):
-        optimizer = train(model, data()[:1])
-    train(model, data()[1:], optimizer)
-    assert kept(model) == 3 * LAYERS
-
-
-def test_phases_longer_than_the_run_are_told_when_the_run_is_known():
-    from spectune.methods._adalora_schedule import tell_total_steps
-
-    model = spectune.adapt(network(), AdaLoRA(rank=2, t_init=30))
-    tell_total_steps(model, STEPS)
-    with pytest.raises(spectune.SpectuneError, match="must be below total_steps"):
-        train(model, data()[:1])
 
 
 def test_inside_a_dora_it_prunes_as_well():
