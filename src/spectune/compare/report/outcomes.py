@@ -104,7 +104,7 @@ class Outcomes:
 
 def _measured(runs: Sequence[Result], metric: str, gap_of: str) -> dict[str, Any]:
     """Return a method's numbers over its runs."""
-    forgotten = [r["general"]["after"] - r["general"]["before"] if r.get("general") else None for r in runs]
+    forgotten = [_minus(at(r, "general", "after"), at(r, "general", "before")) for r in runs]
     gaps = [_minus(at(r, "train", gap_of), at(r, "test", gap_of)) for r in runs]
     floors = [r["step_seconds"] / r["floor_seconds"] for r in runs if r.get("step_seconds") and r.get("floor_seconds")]
     return {
@@ -144,7 +144,7 @@ def _tried(tried: Sequence[Result], searched_by: str) -> list[SearchPoint]:
 
 def _edge(tried: Sequence[Result], runs: Sequence[Result]) -> Literal["lowest", "highest"] | None:
     """Return at which end of the learning rates tried the chosen one lies, if at one."""
-    lr, rates = (runs[0].get("lr") if runs else None), sorted(r.get("lr") or 0 for r in tried)
+    lr, rates = (runs[0].get("lr") if runs else None), sorted({r.get("lr") or 0 for r in tried})
     if len(rates) < 2 or lr is None:
         return None
     return "highest" if lr == rates[-1] else "lowest" if lr == rates[0] else None
