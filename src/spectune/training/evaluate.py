@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +239,7 @@ def write_page(document: Mapping[str, Any], path: Path) -> None:
         sections.append(("Side by side", table("What each answers", names, texts)))
     for side, results in document["harness"].items():
         found = [f"{task}: {values}" for task, values in results.items()]
-        sections.append((f"lm-evaluation-harness, {side}", paragraphs(map(escape, found))))
+        sections.append((f"lm-evaluation-harness, {side}", paragraphs(found)))
     if document["notes"]:
         sections.append(("To be known", paragraphs(document["notes"])))
     first = [(f"{document['records']:,}", "held-out records")]
