@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _GREEDY = 1e-5  # temperatures below are zero
+_DIGITS = 12  # of a token's number; Python makes no number of thousands
 
 
 class Asked(NamedTuple):
@@ -121,7 +122,7 @@ class Reader:
 
         bias = {}
         for token, added in asked.logit_bias.items():
-            if not token.isdecimal() or int(token) >= self._vocabulary:
+            if not token.isdecimal() or len(token) > _DIGITS or int(token) >= self._vocabulary:
                 raise Refused(f"'logit_bias' names {token[:20]!r}, which is no token of the model", "logit_bias")
             bias[int(token)] = added
         temperature, top_k = value("temperature", 1.0), value("top_k")
@@ -149,6 +150,8 @@ def weights_of(asked: ChatRequest | CompletionRequest, shelf: Shelf) -> dict[str
     given = dict(asked.adapter_weights)
     if asked.adapter_parameters is not None:
         ids, weights = asked.adapter_parameters.ids, asked.adapter_parameters.weights
+        if not ids:
+            raise Refused("'adapter_parameters' has no ids; the base alone is 'model': \"base\"", "adapter_parameters")
         if weights and len(weights) != len(ids):
             raise Refused("'adapter_parameters' has another number of weights than of ids", "adapter_parameters")
         if asked.adapter_parameters.merge_strategy != "linear" or given or len(set(ids)) < len(ids):
