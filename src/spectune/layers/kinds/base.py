@@ -117,9 +117,11 @@ class Vectors:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> object:
         # what a method of somebody else's does with x; those here ask `product`
-        named: Mapping[str, Any] = kwargs or {}
-        if func is F.linear and isinstance(args[0], Vectors) and not args[0]._kind.several:
-            y, bias = args[0].product(args[1]), args[2] if len(args) > 2 else named.get("bias")
-            return y if bias is None else y + bias
+        if func is F.linear:
+            given: Mapping[str, Any] = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **(kwargs or {})}
+            x, bias = given["input"], given.get("bias")
+            if isinstance(x, Vectors) and not x._kind.several:
+                y = x.product(given["weight"])
+                return y if bias is None else y + bias
         name = getattr(func, "__name__", str(func))
         raise SpectuneError(f"a method that takes {name} of its input fits linear layers alone: exclude the others")
