@@ -41,6 +41,8 @@ def _as_message(message: Mapping[str, Any]) -> dict[str, object]:
         except (SpectuneError, KeyError, TypeError):
             return {**said, "role": "assistant"}
         calls = call if isinstance(call, list) else [call]
+        if not all(isinstance(each, Mapping) for each in calls):  # a number, say, which is JSON too
+            return {**said, "role": "assistant"}
         wrapped = [{"type": "function", "function": each} for each in calls]
         return {**said, "role": "assistant", "content": "", "tool_calls": wrapped}
     if isinstance(role, str):
@@ -86,9 +88,13 @@ def message_fault(message: object) -> str | None:
     if other is not None:
         return f"a message has {other!r}, which would change what is learned: say it by 'weight', 0 or 1"
     calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
         return f"a message's tool_calls must be a list of calls, not {calls!r:.40}"
     return None
+
+
+def _is_call(call: object) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function") or {}, dict)
 
 
 def _calls(message: Message) -> bool:
