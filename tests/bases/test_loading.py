@@ -28,18 +28,6 @@ def test_dtypes(tmp_path, name, kind):
     assert not model.training
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("smollm2", "unknown model 'smollm2'; did you mean 'smollm2-135m'"),
-        ("./nothing", "there is no model folder"),
-    ],
-)
-def test_unknown_names(name, message):
-    with pytest.raises(SpectuneError, match=message):
-        spectune.load_base(name)
-
-
 @pytest.mark.parametrize("beside", [{}, {"modules_to_save": ["norm"], "targets": ["q_proj"]}])
 def test_a_state_with_adapters_beside_is_no_base(tmp_path, beside):
     """What a saver of another name writes: from_pretrained takes W alone, with a warning."""
