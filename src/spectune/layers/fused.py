@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,32 +14,13 @@ from spectune.layers.frozen import FrozenLayer
 from spectune.layers.mixtures import Part
 from spectune.layers.modules import effective_weight
 from spectune.layers.selection import Scope
+from spectune.layers.sources import Sources
 from spectune.layers.updates import Update
-from spectune.layers.values import Watched, digest, unwatch, values_of, watch
+from spectune.layers.values import digest, values_of
 from spectune.speed.dense import PackedWeight, matmul, one_row_pays
 
 _MANY = 64  # a rank above which the product of the factors, and not the sum, is what W' takes
-_UNSEEN = -2  # of a tensor that holds W' itself: what is written there answers
 _PATIENCE = 4  # passes that a change lasts before W' is made anew
-
-
-class _Source(NamedTuple):
-    """A tensor that W' is made of, as it was then."""
-
-    held: dict[str, nn.Parameter | None]
-    key: str
-    tensor: Watched
-    version: int
-    pointer: int
-    asked: int
-    lent: int
-    digest: Tensor
-
-
-def _as_it_is(held: dict[str, nn.Parameter | None], key: str) -> _Source:
-    tensor = cast(Watched, held[key])
-    seen = digest(tensor).clone()
-    return _Source(held, key, tensor, tensor._version, tensor.data_ptr(), tensor.asked, tensor.lent, seen)
 
 
 class Fused:
@@ -57,8 +37,9 @@ class Fused:
     def __init__(self, layer: FrozenLayer) -> None:
         self._layer = layer
         self._scope: Scope | None = None
-        self._sources: list[_Source] = []
-        self._watched: list[nn.Parameter] = []
+        self._sources = Sources()
+        self._tensors: list[Tensor] = []  # that W' is made of
+        self._digests: list[Tensor | None] = []  # and what they were; None where what is written there is what answers
         self._misses = 0
         self._weight: Tensor | PackedWeight | None = None
         self._bias: Tensor | None = None
@@ -84,31 +65,21 @@ class Fused:
     def _holds(self, scope: Scope) -> bool:
         if self._scope is not scope:
             return False
-        for source in self._sources:
-            tensor = source.tensor
-            if (
-                source.held.get(source.key) is not tensor
-                or tensor._version != source.version
-                or tensor.data_ptr() != source.pointer
-                or getattr(tensor, "asked", -1) != source.asked  # no longer watched, where a context around it ended
-            ):
+        sources = self._sources
+        for place in sources.changed():
+            if sources.is_hidden(place) or not sources.is_same(place, but_lent=True):
                 return False
-            if source.lent != _UNSEEN and (tensor.lent != source.lent or (source.lent and tensor.is_lent)):
-                return self._holds_still()
-        return True
-
-    def _holds_still(self) -> bool:
-        """Whether the values are those that W' was made of, where somebody had their memory."""
-        lent = [s.lent if s.lent == _UNSEEN else s.tensor.lent for s in self._sources]
-        if not all(s.lent == _UNSEEN or torch.equal(digest(s.tensor), s.digest) for s in self._sources):
-            return False
-        self._sources = [s._replace(lent=n) for s, n in zip(self._sources, lent, strict=True)]
+            # somebody had its memory, and may have written there
+            if (seen := self._digests[place]) is not None:
+                if not torch.equal(digest(self._tensors[place]), seen):
+                    return False
+                sources.note(place)
         return True
 
     def _fits(self, x: Tensor) -> bool:
         if self._weight is None or x.dtype is not self._weight.dtype:
             return False
-        return not torch.is_grad_enabled() or not any(source.tensor.requires_grad for source in self._sources)
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in self._tensors)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -127,19 +98,20 @@ class Fused:
         held = [(self._layer._parameters, key) for key in ("weight", "bias")]
         held += [place for update, _ in parts for place in update.places().values()]
         there = [(d, key, parameter) for d, key in held if (parameter := d.get(key)) is not None]
-        for parameter in {parameter for _, _, parameter in there}:
-            if watch(parameter):
-                self._watched.append(parameter)
-        if not all(type(parameter) is Watched and not parameter.asked for _, _, parameter in there):
-            return False  # whoever asked for `data` may write there at any time
-        self._sources = [_as_it_is(d, key) for d, key, _ in there]
+        sources = self._sources
+        sources.cut(0)
+        for place, (d, key, _) in enumerate(there):
+            sources.put(place, d, key)
+        if any(sources.is_hidden(place) for place in range(len(there))):
+            return False
+        self._tensors = [parameter for _, _, parameter in there]
+        self._digests = [digest(tensor).clone() for tensor in self._tensors]
         return True
 
     def end(self) -> None:
         """Let everything be as it was."""
-        for parameter in self._watched:
-            unwatch(parameter)
-        self._watched, self._weight, self._scope = [], None, None
+        self._sources.end()
+        self._weight, self._scope = None, None
 
     def check_own_weight(self) -> None:
         """Raise where the layer's weight is W' and not its own."""
@@ -187,7 +159,7 @@ class InPlace(Fused):
         weight.copy_(new.T if self._layer.is_transposed else new)
         if not self._watch(parts):
             return False
-        self._sources = [s._replace(lent=_UNSEEN) if s.tensor is weight else s for s in self._sources]
+        self._digests = [None if t is weight else d for t, d in zip(self._tensors, self._digests, strict=True)]
         self._scope, self._weight, self._bias = scope, values_of(effective_weight(self._layer)), bias
         return True
 

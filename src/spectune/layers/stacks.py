@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from spectune.layers.cores import Core
+from spectune.layers.factors import FEW
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
+from spectune.layers.sources import Sources
 from spectune.layers.sums import with_updates
 from spectune.layers.updates import Update, updates_in
-from spectune.layers.values import digest, values_of
+from spectune.layers.values import values_of
 from spectune.private import copy_all
 from spectune.speed.dense import linear
+from spectune.speed.room import has_room
 
 _LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
 
@@ -40,9 +44,8 @@ class Pieces(NamedTuple):
 class Stack:
     """The pieces of updates of one kind on a layer, side by side.
 
-    Trained tensors are laid side by side anew at every call: the copy stays in the processor's cache, where the product
-    that follows finds it, so that it costs little and is never out of date.  What is computed from trained tensors is
-    kept, and computed again for the updates whose tensors are others than they were.
+    They are kept from call to call, and made again for the updates whose tensors are others than they were.  Where
+    memory is short, they are made at every call.
 
     Args:
         layer: the layer.
@@ -63,64 +66,95 @@ class Stack:
         # a piece that is one of the tensors is told by being that very object: what `factors` makes of them is
         # another one, and has to be made again when they change
         names = [next((key for key, tensor in tensors.items() if tensor is piece), None) for piece in one]
-        self._trained = [name if name in trained else None for name in names]
         shared = [name is not None and name not in trained for name in names]
         self._shared = [piece if of_all else None for piece, of_all in zip(one, shared, strict=True)]
-        self._computed = [
-            k for k, piece in enumerate(one) if piece is not None and not shared[k] and self._trained[k] is None
-        ]
+        own = {k: piece for k, piece in enumerate(one) if piece is not None and not shared[k]}
+        self._trained = {k: name for k in own if (name := names[k]) in trained}
         # what is computed may depend on any trained tensor: all of them are looked at then, and else those alone that
         # are answered with
-        self._names = list(trained) if self._computed else [name for name in self._trained if name is not None]
+        self._computed = len(self._trained) < len(own)
+        self._names = list(trained) if self._computed else list(self._trained.values())
         self.by_core, self.by_ratio = all(shared[:2]) and one.ratio is None, one.ratio is not None
-        copied = sum(p.numel() for p, of_all in zip(one, shared, strict=True) if p is not None and not of_all)
-        self.small = copied <= _LARGEST * sum(p.numel() for p in trained.values())
-        self._kept: _Kept | None = None
+        self._bytes = sum(piece.nbytes for piece in own.values())
+        self.small = sum(map(torch.numel, own.values())) <= _LARGEST * sum(map(torch.numel, trained.values()))
+        self._updates: list[Update | None] = []  # whose pieces are kept, by their places
+        self._sources, self._of_weight = Sources(wary=True), tuple[Tensor, ...]()
+        self._kept: dict[int, Tensor] = {}
+        self._version, self._refused, self._device = 0, math.inf, one.left.device
 
     def pieces(self, updates: Sequence[Update]) -> tuple[Pieces, int | None]:
         """Return the pieces of these updates in this order, and a number that is the same as long as they are."""
-        beside = {name: _beside([update.tensor(name) for update in updates]) for name in self._names}
-        kept = self._renewed(updates, beside) if self._computed else None
-        pieces = [
-            kept.pieces[k]
-            if kept is not None and k in self._computed
-            else self._shared[k]
-            if name is None
-            else beside[name]
-            for k, name in enumerate(self._trained)
-        ]
-        return Pieces(*pieces), None if kept is None else kept.version  # type: ignore[arg-type]
+        n = len(updates)
+        if n == 1 and not self._computed:  # one alone is no copy at all
+            return self._with({k: values_of(piece)[None] for k, piece in self._pieces_of(updates[0]).items()}), None
+        of_weight = self._layer.base().seen() if self.by_ratio else ()
+        if of_weight is None or not self._has_room(n):
+            made = [self._pieces_of(update) for update in updates]
+            return self._with({k: torch.stack([of[k] for of in made]) for k in made[0]}), None
+        stale = self._stale(updates, of_weight)
+        if stale:
+            self._renew(updates, stale)
+            self._of_weight = tuple(of_weight)
+        return self._with({k: kept[:n] for k, kept in self._kept.items()}), self._version
+
+    def placed(self, updates: Sequence[Update], start: int = 0) -> list[int]:
+        """Return the order in which updates, laid side by side from a place on, are where they are kept already."""
+        there = {update: i for i, update in enumerate(self._updates[start : start + len(updates)])}
+        places = [there.get(update) for update in updates]
+        order = {place: i for i, place in enumerate(places) if place is not None}
+        others = iter([i for i, place in enumerate(places) if place is None])
+        return [order[place] if place in order else next(others) for place in range(len(updates))]
+
+    def _has_room(self, count: int) -> bool:
+        there = len(next(iter(self._kept.values()))) if self._kept else 0
+        if count > there and count < self._refused and not has_room(self._device, 2 * count * self._bytes):
+            self._refused = count
+        return count <= there or count < self._refused
+
+    def _stale(self, updates: Sequence[Update], of_weight: Sequence[Tensor]) -> list[int]:
+        """Return the places where an update's pieces are not those that are kept."""
+        n, there, each = len(updates), self._updates, len(self._names)
+        if n < len(there):
+            del there[n:]
+            self._sources.cut(n * each)
+        if len(of_weight) != len(self._of_weight) or not all(map(operator.is_, of_weight, self._of_weight)):
+            return list(range(n))
+        changed = self._sources.changed()
+        if not changed and n == len(there) and all(map(operator.is_, updates, there)):
+            return []
+        stale = {place // each for place in changed}
+        return [i for i, update in enumerate(updates) if i in stale or i >= len(there) or update is not there[i]]
 
     @torch.inference_mode(False)  # what is kept may be written to later
     @torch.no_grad()
-    def _renewed(self, updates: Sequence[Update], beside: dict[str, Tensor]) -> _Kept:
-        """Return what is computed from trained tensors, for all of these updates."""
-        seen = [digest(t) if t.dim() > 2 else t for t in beside.values()]
-        of_weight = self._layer.base().seen() if self.by_ratio else ()
-        kept = self._kept
-        same = kept is not None and kept.updates == updates and of_weight is not None
-        same = same and all(map(operator.is_, of_weight or (), kept.of_weight if kept else ()))
-        if kept is not None and same:
-            # values and not versions: averages of weights are swapped in by way of `.data`, which no version counts
-            differ = [(a != b).reshape(len(updates), -1).any(1) for a, b in zip(seen, kept.seen, strict=True)]
-            places = torch.stack(differ).any(0).nonzero()[:, 0].tolist()
-            if not places:
-                return kept
-        else:
-            places = list(range(len(updates)))
-        found = [self._of(updates[i])[0] for i in places]
-        pieces = dict(kept.pieces) if kept is not None and same else {}
-        for k in self._computed:
-            own: list[Any] = [of[k] for of in found]
+    def _renew(self, updates: Sequence[Update], stale: Sequence[int]) -> None:
+        """Keep the pieces that the updates in these places have now."""
+        each = len(self._names)
+        for place in stale:
+            # nobody's, should one of them fail
+            self._updates[place : place + 1] = [None]
+            for k, name in enumerate(self._names):
+                self._sources.put(place * each + k, *updates[place].places()[name])
+        made = [self._pieces_of(updates[place]) for place in stale]
+        for k, piece in made[0].items():
+            if k not in self._kept or len(self._kept[k]) < len(updates):
+                self._kept[k] = _grown(self._kept.get(k), len(updates), piece)
             # the places that changed are written into what is there, since a batch of a hundred adapters of which one
             # trains would otherwise be laid side by side anew; the version tells who keeps something made of it
-            if k not in pieces:
-                pieces[k] = torch.stack(own)
-            else:
-                copy_all([pieces[k][i] for i in places], own)
-        version = 0 if kept is None else kept.version + 1
-        self._kept = _Kept(list(updates), [t.clone() for t in seen], of_weight or (), pieces, version)
-        return self._kept
+            copy_all([self._kept[k][place] for place in stale], [values_of(of[k]) for of in made])
+        for place in stale:
+            self._updates[place] = updates[place]
+        self._version += 1
+
+    def _pieces_of(self, update: Update) -> dict[int, Tensor]:
+        """Return the pieces of an update that are not those of all."""
+        if not self._computed:
+            return {k: update.tensor(name) for k, name in self._trained.items()}
+        pieces, _ = self._of(update)
+        return {k: piece for k, piece in enumerate(pieces) if piece is not None and self._shared[k] is None}
+
+    def _with(self, own: Mapping[int, Tensor]) -> Pieces:
+        return Pieces(*(own.get(k, piece) for k, piece in enumerate(self._shared)))  # type: ignore[arg-type]
 
     def _of(self, update: Update) -> tuple[Pieces, Core]:
         tensors = self._layer.tensors(update)
@@ -137,19 +171,16 @@ class Stack:
         return cast(float, update.scale)
 
 
-class _Kept(NamedTuple):
-    updates: list[Update]
-    seen: list[Tensor]
-    of_weight: Sequence[Tensor]
-    pieces: dict[int, Tensor]
-    version: int
-
-
-def _beside(tensors: list[Any]) -> Tensor:
-    if len(tensors) == 1:
-        # one alone is no copy at all
-        return values_of(tensors[0])[None]
-    return torch.cat(tensors).view(len(tensors), *tensors[0].shape)
+def _grown(before: Tensor | None, count: int, piece: Tensor) -> Tensor:
+    """Return memory for so many pieces, with those that there were in front."""
+    # more than are needed, where a batch has begun to grow
+    more = count if before is None else count + count // 4
+    tall = piece.dim() == 2 and piece.shape[0] > piece.shape[1]
+    # L by columns, of which a product with one row each reads in the order in which they lie
+    kept = piece.new_empty(more, *piece.shape[::-1]).mT if tall else piece.new_empty(more, *piece.shape)
+    if before is not None:
+        kept[: len(before)] = before
+    return kept
 
 
 class Part(NamedTuple):
@@ -209,16 +240,18 @@ class _ByFactors:
     def __init__(self, stack: Stack, uses: list[Use], x: Tensor) -> None:
         # a batched product takes as many rows of each matrix as of every other: those with equally many go together
         uses = sorted(uses, key=lambda use: len(use[1].uses))
-        self.stack, self.updates = stack, [update for update, _ in uses]
+        self.stack, self.updates = stack, list[Update]()
         self._parts: list[Part] = []
         start = 0
         for _, group in groupby(uses, key=lambda use: len(use[1].uses)):
             part = list(group)
+            part = [part[i] for i in stack.placed([update for update, _ in part], start)]
             entries = [(row, float(w) * u.weight, stack.scale(u)) for u, share in part for row, w in share.uses]
             rows = _index([row for row, _, _ in entries], x)
             weights = _column([w * s for _, w, s in entries], x)
             self._parts.append(Part(rows, start, start + len(part), weights, _column([w for _, w, _ in entries], x)))
             start += len(part)
+            self.updates += [update for update, _ in part]
 
     def add(self, found: tuple[Pieces, object], y: Tensor, x: Tensor, plain: Tensor, bias: Tensor | None) -> None:
         """Add to y what the updates, given their pieces, make of x and of the base's answer to it."""
@@ -231,6 +264,7 @@ class _ByCore:
     """Updates over one basis: their cores are added in each row, whatever the mixture."""
 
     def __init__(self, stack: Stack, uses: list[Use], x: Tensor) -> None:
+        uses = [uses[i] for i in stack.placed([update for update, _ in uses])]
         self.stack, self.updates = stack, [update for update, _ in uses]
         mixtures: dict[int, list[tuple[int, float]]] = {}
         for k, (update, share) in enumerate(uses):
@@ -301,7 +335,7 @@ class RoutedForward:
                     self._alone.append((update, share))
                     continue
                 # of one basis and of the same shapes: what can lie side by side in one tensor
-                shapes = [(key, p.shape) for key, p in update.trained().items()]
+                shapes = [(key, p.shape, p.dtype) for key, p in update.trained().items()]
                 kinds.setdefault((layer, x.device, update.basis_key, *shapes), []).append((update, share))
         for kind, uses in kinds.items():
             stack = stacks.get(kind) or Stack(layer, uses[0][0])
@@ -356,16 +390,18 @@ def _weighted(t: Tensor, weights: Tensor | float) -> Tensor:
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x M^T for x (n x m x in), with one M or n of them.
 
-    With a row for each of many matrices a processor spends more time on 16 bits than memory does on 32, so that the
-    answer is in M's dtype.
+    With a few rows for each of many matrices a processor spends more time on casting these than on a product in 32
+    bits, so that the answer is in M's dtype.
     """
     if matrix.dim() == 2:
         return linear(x, matrix.to(x.dtype))
-    if x.shape[1] > 1 or x.device.type != "cpu":
+    if x.shape[1] > FEW or x.device.type != "cpu":
         return torch.bmm(x, matrix.to(x.dtype).mT)
     x = x.to(matrix.dtype)
-    wide = matrix.shape[1] < matrix.shape[2]
-    return torch.bmm(matrix, x.mT).mT if wide else torch.bmm(x, matrix.mT)
+    # a single row of 16 bits is taken for a column by the quicker of two kernels; in 32 it is the other way round
+    if x.shape[1] == 1 and x.dtype.itemsize < 4 and matrix.shape[1] < matrix.shape[2]:
+        return torch.bmm(matrix, x.mT).mT
+    return torch.bmm(x, matrix.mT)
 
 
 def _cancels(update: Update, layer: Layer) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part
@@ -17,6 +19,17 @@ _ROUNDING = 1e-6  # by which sums in another order may differ, relative to what 
 _probes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 _data: Any = torch.Tensor.data
 values_of = torch.Tensor.detach  # for who reads alone: `Watched` does not count it
+_requests = 0  # for the memory of any watched parameter
+
+
+def requests() -> int:
+    """Return a number that is another one when somebody has asked for the memory of a parameter that is watched."""
+    return _requests
+
+
+def _note_request() -> None:
+    global _requests
+    _requests += 1
 
 
 class Watched(nn.Parameter):
@@ -33,28 +46,34 @@ class Watched(nn.Parameter):
     @property
     def data(self) -> Tensor:
         self.asked += 1
+        _note_request()
         return _data.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.asked += 1
+        _note_request()
         _data.__set__(self, value)
 
     def detach(self) -> Tensor:
-        self.lent += 1
+        self._lend()
         return values_of(self)
 
     def numpy(self, **options: bool) -> object:
-        self.lent += 1
+        self._lend()
         return super().numpy(**options)
 
     def __array__(self, *args: object, **options: object) -> object:
-        self.lent += 1
+        self._lend()
         return super().__array__(*args, **options)
 
     def __dlpack__(self, *args: object, **options: object) -> object:
-        self.lent += 1
+        self._lend()
         return super().__dlpack__(*args, **options)
+
+    def _lend(self) -> None:
+        self.lent += 1
+        _note_request()
 
     @property
     def is_lent(self) -> bool:
@@ -77,7 +96,23 @@ def watch(parameter: object) -> bool:
         return False
     # the class and not the object: optimizers, ties and graphs hold this very parameter
     parameter.__class__ = Watched
+    _count_steps()
     return True
+
+
+@cache
+def _count_steps() -> None:
+    """Have versions count what optimizers write to watched parameters: fused ones, and those of other makers, do not.
+
+    It stays, with nothing to do where none is watched: PyTorch goes through these hooks in every optimizer's thread,
+    and fails where one goes meanwhile.
+    """
+
+    def stepped(optimizer: Optimizer, *_: object) -> None:
+        written = [p for group in optimizer.param_groups for p in group["params"] if type(p) is Watched]
+        torch.autograd.graph.increment_version(written)
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def unwatch(parameter: object) -> None:
@@ -85,6 +120,7 @@ def unwatch(parameter: object) -> None:
     kind = type(parameter)
     if kind is Watched:
         parameter.__class__ = nn.Parameter
+        _note_request()  # whoever else watched it has to look again
         for count in ("asked", "lent"):
             vars(parameter).pop(count, None)
 

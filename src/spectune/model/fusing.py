@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import psutil
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -30,6 +29,7 @@ from spectune.model.names import M, check_some_adapter
 from spectune.pages.units import gigabytes
 from spectune.speed.dense import one_row_pays
 from spectune.speed.laid_out import laid_out
+from spectune.speed.room import room
 
 _lock = Lock()
 _PLACES = ("beside", "inplace")
@@ -190,13 +190,6 @@ def _is_plain(layer: Adapted) -> bool:
 def room_needed(layers: Iterable[Any]) -> int:
     """Return the bytes that W' takes beside W."""
     return sum(layer._parameters["weight"].numel() * layer._parameters["weight"].itemsize for layer in layers)
-
-
-def room(device: torch.device) -> int:
-    """Return the bytes that a device has free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _check_room(layers: Sequence[Any]) -> None:
