@@ -101,7 +101,22 @@ def test_what_was_trained_in_16_bits_is_the_same_update_in_32(tmp_path, method, 
     spectune.attach(base(dtype), embedded)
 
 
-def test_the_sketch_of_a_base_is_kept_until_it_is_written_to(tmp_path, monkeypatch):
+def in_place(weight):
+    weight.mul_(2)
+
+
+def by_data(weight):
+    weight.data = 2 * weight
+
+
+def by_fused_optimizer(weight):
+    weight.requires_grad, weight.grad = True, -weight.detach()
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+    weight.requires_grad, weight.grad = False, None
+
+
+@pytest.mark.parametrize("change", [in_place, by_data, by_fused_optimizer])
+def test_the_sketch_of_a_base_is_kept_until_it_is_written_to(tmp_path, monkeypatch, change):
     made = []
     original = fingerprint._sketch
     monkeypatch.setattr(fingerprint, "_sketch", lambda *a: (made.append(a), original(*a))[1])
@@ -114,7 +129,7 @@ def test_the_sketch_of_a_base_is_kept_until_it_is_written_to(tmp_path, monkeypat
         spectune.extract(model).save(tmp_path / "second")
         assert len(made) == count
         with torch.no_grad():
-            model.get_submodule(layers[0]).weight.mul_(2)
+            change(model.get_submodule(layers[0]).weight)
         changed = spectune.extract(model).save(tmp_path / "third")
         assert len(made) == count + 3
         before, after = (spectune.Adapter.load(path).layers[layers[0]].base_sketch for path in (first, changed))

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import spectune
 from methods.cases import EVERY, name
 from spectune.layers import adapted, stacks
+from spectune.layers.values import Watched
+from spectune.private import copy_all
 
 NAMES = ("a", "b", "c")
 
@@ -94,6 +96,113 @@ def test_what_changes_meanwhile_is_seen(method):
     torch.testing.assert_close(after[:2], alone(model, x[:2], choices[:2]))
     torch.testing.assert_close(without[2:], nn.functional.linear(x, model[0].weight, model[0].bias)[2:])
     torch.testing.assert_close(routed(model, x, ["b", "a", None], stacks=stacks), alone(model, x, ["b", "a", None]))
+
+
+def by_data(parameter: nn.Parameter) -> None:
+    parameter.data.mul_(1.5)
+
+
+def by_another_tensor(parameter: nn.Parameter) -> None:
+    parameter.data = parameter * 1.5
+
+
+def by_numpy(parameter: nn.Parameter) -> None:
+    parameter.detach().numpy()[...] *= 1.5
+
+
+def by_swap(parameter: nn.Parameter) -> None:
+    torch.utils.swap_tensors(parameter, nn.Parameter(parameter * 1.5, requires_grad=False))
+
+
+def by_optimizer(parameter: nn.Parameter, fused: bool = False) -> None:
+    before, parameter.grad = parameter.requires_grad, torch.ones_like(parameter)
+    torch.optim.SGD([parameter.requires_grad_()], lr=0.1, fused=fused).step()
+    parameter.grad = None
+    parameter.requires_grad_(before)
+
+
+def by_fused_optimizer(parameter: nn.Parameter) -> None:
+    by_optimizer(parameter, fused=True)
+
+
+WAYS = [by_data, by_another_tensor, by_numpy, by_swap, by_optimizer, by_fused_optimizer]
+
+
+@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2", "dora:rank=2", "pissa:rank=2"])
+@torch.no_grad()
+def test_every_way_of_writing_is_seen(method, change):
+    model, x, choices = layer(method), torch.randn(3, 12), ["c", "a", "b"]
+    held, answers = model[0].adapters["a"], []
+    with spectune.route(model, choices):
+        before = model(x)
+        for _ in range(3):
+            for parameter in list(held.parameters()):
+                change(parameter)
+            answers.append((model(x), [parameter.clone() for parameter in held.parameters()]))
+            assert torch.equal(model(x), answers[-1][0])
+            assert not torch.equal(answers[-1][0][1], before[1])
+    for answer, values in answers:
+        copy_all(list(held.parameters()), values)
+        torch.testing.assert_close(answer, alone(model, x, choices), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2", "dora:rank=2"])
+@torch.no_grad()
+def test_an_alias_that_is_older_than_the_context_is_looked_at(method):
+    model, x, choices = layer(method), torch.randn(3, 12), ["c", "a", "b"]
+    aliases = [parameter.detach() for parameter in model[0].adapters["a"].parameters()]
+    with spectune.route(model, choices):
+        before = model(x)
+        for alias in aliases:
+            alias.mul_(1.5)
+        now = model(x)
+    assert not torch.equal(now[1], before[1])
+    torch.testing.assert_close(now, alone(model, x, choices), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["svf", "lora:rank=2", "dora:rank=2"])
+@torch.no_grad()
+def test_parameters_are_watched_no_longer_than_they_are_kept(method):
+    model, x = layer(method), torch.randn(2, 12)
+    with spectune.route(model, ["a", "b"]):
+        model(x)
+        trained = [p for name in "ab" for p in model[0].adapters[name].parameters()]
+        assert all(type(p) is Watched for p in trained)
+    assert all(type(p) is nn.Parameter for p in trained)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    method=st.sampled_from(["svf", "lora:rank=2", "dora:rank=2", "pissa:rank=2"]),
+    batches=st.lists(st.lists(choice, min_size=1, max_size=6), min_size=2, max_size=5),
+    room=st.sampled_from([True, True, False]),
+)
+@torch.no_grad()
+def test_batches_grow_and_shrink_and_take_turns(method, batches, room):
+    """What is kept of one batch's rows serves the next one's, whoever came and went, and memory may be short."""
+    if (method, "turns") not in MODELS:
+        MODELS[method, "turns"] = layer(method)
+    model, kept = MODELS[method, "turns"], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacks, "has_room", lambda *_: room)
+        for choices in batches:
+            x = torch.randn(len(choices), 12, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(
+                routed(model, x, choices, stacks=kept), alone(model, x, choices), rtol=1e-4, atol=1e-4
+            )
+
+
+@torch.no_grad()
+def test_whoever_stays_in_a_batch_is_not_copied_again(monkeypatch):
+    model, kept = layer("lora:rank=2"), {}
+    x = torch.randn(3, 12)
+    routed(model, x, ["a", "b", None], stacks=kept)
+    copied = []
+    monkeypatch.setattr(stacks, "copy_all", lambda to, of: (copied.append(len(to)), copy_all(to, of)))
+    expected = alone(model, x, ["c", "b", None])
+    torch.testing.assert_close(routed(model, x, ["c", "b", None], stacks=kept), expected)
+    assert copied == [1, 1]  # A and B of "c", in the place of those of "a"
 
 
 @pytest.mark.parametrize("method", ["svf", "lora:rank=2"])

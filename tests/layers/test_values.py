@@ -44,11 +44,18 @@ def in_place(weight: nn.Parameter) -> None:
         weight.mul_(2)
 
 
+def fused_optimizer(weight: nn.Parameter) -> None:
+    before, weight.grad = weight.requires_grad, torch.ones_like(weight)
+    torch.optim.AdamW([weight.requires_grad_()], lr=0.5, fused=True).step()
+    weight.grad = None
+    weight.requires_grad_(before)
+
+
 def another_tensor(weight: nn.Parameter) -> None:
     weight.data = NEW.clone()
 
 
-WAYS = [swap, one_element, in_place, another_tensor, numpy_view, numpy_itself, array_later]
+WAYS = [swap, one_element, in_place, fused_optimizer, another_tensor, numpy_view, numpy_itself, array_later]
 METHODS = [DoRA(LoRA(4)), DoRA(SVF()), DoRA(PiSSA(4)), SVF(), SVFT(pattern="banded", width=2), PiSSA(4), LoRAXS(4)]
 METHODS += [MiLoRA(4, dropout=0.0), LoRA(4)]
 

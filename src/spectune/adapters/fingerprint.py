@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from functools import lru_cache
 from threading import Lock
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spectune.errors import SpectuneError
 from spectune.layers.packed import Packed
-from spectune.layers.shards import whole
+from spectune.layers.shards import is_part, whole
+from spectune.layers.values import digest
 from spectune.spectral._hash import tensor_digest
 
 PROBES = 4
@@ -34,7 +36,7 @@ ROUNDED_BASIS = 0.2  # the same where W has fewer bits here than there: 0.5 to 8
 _MOST_KEPT = 1 << 14  # sketches by the bytes that they are of: 2 MiB
 _by_bytes: OrderedDict[tuple[str, bool, torch.dtype | None], Tensor] = OrderedDict()
 _lock = Lock()
-_kept = WeakTensorKeyDictionary()  # tensors that own a weight's memory: the state they were in, and the sketches then
+_kept = WeakTensorKeyDictionary()  # tensors that own a weight's memory: what it was, and its sketches then
 
 
 @lru_cache(maxsize=64)
@@ -68,20 +70,21 @@ def sketch_weight(weight: Tensor) -> Tensor:
     """Return the sketches of W (out x in), of W rounded to bf16 and of W rounded to fp16, (3 x PROBES^2).
 
     A base that is loaded in 16 bits agrees with the rounded sketch of the base in 32, to the last digits.  It is kept
-    until the parameter that W is, or is a view of, is written to, so that a checkpoint need not make it again.
+    until W has other values, so that a checkpoint need not make it again.
     """
-    # W of a Conv1D is a transposed view, made anew at each call: what was written to is told by the parameter behind it
+    # W of a Conv1D is a transposed view, made anew at each call: it is known by the parameter behind it
     owner = weight._base if weight._is_view() and weight._base is not None else weight
     owner = weight.held if isinstance(weight, Packed) else owner
-    state = owner._version, owner.data_ptr()
-    kept = _kept.get(owner)
-    if kept is None or kept[0] != state:
-        _kept[owner] = kept = state, {}
+    state: Any = owner._version, owner.data_ptr()
+    if not isinstance(weight, Packed) and not is_part(weight):
+        state = digest(weight).tolist()  # versions do not count what fused optimizers write, nor what `data` is given
+    kept = cast("dict[object, tuple[object, Tensor]]", _kept.setdefault(owner, {}))
     part = _place(weight), weight.shape, weight.stride()  # of a tensor that holds several weights
-    if part not in kept[1]:
+    if part not in kept or kept[part][0] != state:
         all_of_it = whole(weight)
-        kept[1][part] = torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
-    return kept[1][part]
+        sketches = torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
+        kept[part] = state, sketches
+    return kept[part][1]
 
 
 def is_sketch(tensor: Tensor) -> bool:

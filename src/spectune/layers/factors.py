@@ -86,7 +86,7 @@ class Factors(NamedTuple):
         return self.scale * (self.core.transposed(self.left) @ self.right)
 
 
-FEW = 32  # rows, of which a product in float32 takes no longer than one in 16 bits and the rounding of its factors
+_FEW = 32  # rows, of which a product in float32 takes no longer than one in 16 bits and the rounding of its factors
 
 
 def taken(x: Tensor, matrix: Tensor) -> Tensor:
@@ -96,13 +96,13 @@ def taken(x: Tensor, matrix: Tensor) -> Tensor:
     """
     if x.dtype is matrix.dtype or x.device.type != "cpu" or x.dtype.itemsize > matrix.dtype.itemsize:
         return x
-    return x.to(matrix.dtype) if x.numel() <= FEW * x.shape[-1] or not _has_16_bits() else x
+    return x.to(matrix.dtype) if x.numel() <= _FEW * x.shape[-1] or not _has_16_bits() else x
 
 
 def project(x: Tensor, R: Tensor) -> Tensor:
     """Return x R^T (..., q), without gradients, for x (..., in) and R (q x in), in x's dtype."""
     R = R if R.dtype is x.dtype else R.to(x.dtype)
-    return F.linear(x, R) if x.numel() <= FEW * x.shape[-1] else linear(x, R)
+    return F.linear(x, R) if x.numel() <= _FEW * x.shape[-1] else linear(x, R)
 
 
 def add_product(y: Tensor, u: Tensor, L: Tensor, scale: float) -> None:

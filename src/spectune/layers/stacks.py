@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from spectune.layers.cores import Core
-from spectune.layers.factors import FEW
 from spectune.layers.mixtures import RowWeights
 from spectune.layers.protocols import Layer
 from spectune.layers.sources import Sources
@@ -25,6 +24,8 @@ from spectune.speed.dense import linear
 from spectune.speed.room import has_room
 
 _LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
+
+_FEW = 8  # rows of each of many matrices, of which a product in 32 bits takes no longer than casting these to 16 does
 
 Use = tuple[Update, RowWeights]
 
@@ -229,7 +230,7 @@ class Part(NamedTuple):
             added = added.to(base.dtype).mul_(each.to(base.dtype)).addcmul_(base, (each - 1).to(base.dtype))
         added = added.reshape(count, m, -1)
         if rows is None:
-            y.add_(added)
+            y.add_(added.to(y.dtype))
         else:
             y.index_add_(0, rows, added.to(y.dtype))
 
@@ -390,12 +391,11 @@ def _weighted(t: Tensor, weights: Tensor | float) -> Tensor:
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x M^T for x (n x m x in), with one M or n of them.
 
-    With a few rows for each of many matrices a processor spends more time on casting these than on a product in 32
-    bits, so that the answer is in M's dtype.
+    With a few rows for each of many matrices the answer is in M's dtype.
     """
     if matrix.dim() == 2:
         return linear(x, matrix.to(x.dtype))
-    if x.shape[1] > FEW or x.device.type != "cpu":
+    if x.shape[1] > _FEW or x.device.type != "cpu":
         return torch.bmm(x, matrix.to(x.dtype).mT)
     x = x.to(matrix.dtype)
     # a single row of 16 bits is taken for a column by the quicker of two kernels; in 32 it is the other way round
