@@ -186,6 +186,7 @@ def test_batches_grow_and_shrink_and_take_turns(method, batches, room):
     model, kept = MODELS[method, "turns"], {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stacks, "has_room", lambda *_: room)
+        patch.setattr(stacks, "_SPARE", 1)
         for choices in batches:
             x = torch.randn(len(choices), 12, generator=torch.Generator().manual_seed(1))
             torch.testing.assert_close(
@@ -246,13 +247,23 @@ def test_ranks_and_scales_may_differ():
     torch.testing.assert_close(routed(model, x, choices), alone(model, x, choices))
 
 
-def test_inference_mode_and_then_not():
-    model, x, stacks = layer("lora:rank=2"), torch.randn(2, 12), {}
+def test_inference_mode_and_then_not(monkeypatch):
+    monkeypatch.setattr(stacks, "_SPARE", 1)
+    model, x, kept = layer("lora:rank=2"), torch.randn(12, 12), {}
+    for rows in (12, 1, 2):
+        choices = ["a", "b", "c", *[{"a": 0.5, "b": 0.5}] * 9][:rows]
+        with torch.inference_mode():
+            routed(model, x[:rows], choices, stacks=kept)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                routed(model, x[:rows], choices[::-1], stacks=kept), alone(model, x[:rows], choices[::-1])
+            )
+    model, x, kept = layer("lora:rank=2"), torch.randn(2, 12), {}
     with torch.inference_mode():
-        expected = routed(model, x, ["a", "b"], stacks=stacks)
+        expected = routed(model, x, ["a", "b"], stacks=kept)
     with torch.no_grad():
         model[0].adapters["a"][0].B.mul_(1.0)  # written to, so that it is copied again
-        torch.testing.assert_close(routed(model, x, ["a", "b"], stacks=stacks), expected)
+        torch.testing.assert_close(routed(model, x, ["a", "b"], stacks=kept), expected)
     with torch.inference_mode():
         made_there = layer("lora:rank=2")
         torch.testing.assert_close(routed(made_there, x, ["a", "b"]), alone(made_there, x, ["a", "b"]))

@@ -24,8 +24,8 @@ from spectune.speed.dense import linear
 from spectune.speed.room import has_room
 
 _LARGEST = 2  # numbers held for each that trains, as PiSSA's; what needs more (VeRA) answers adapter by adapter
-
 _FEW = 8  # rows of each of many matrices, of which a product in 32 bits takes no longer than casting these to 16 does
+_SPARE = 4  # times as much memory as a batch needs is kept for another one as large as those before
 
 Use = tuple[Update, RowWeights]
 
@@ -116,8 +116,7 @@ class Stack:
         """Return the places where an update's pieces are not those that are kept."""
         n, there, each = len(updates), self._updates, len(self._names)
         if n < len(there):
-            del there[n:]
-            self._sources.cut(n * each)
+            self._cut(n)
         if len(of_weight) != len(self._of_weight) or not all(map(operator.is_, of_weight, self._of_weight)):
             return list(range(n))
         changed = self._sources.changed()
@@ -125,6 +124,13 @@ class Stack:
             return []
         stale = {place // each for place in changed}
         return [i for i, update in enumerate(updates) if i in stale or i >= len(there) or update is not there[i]]
+
+    @torch.inference_mode(False)
+    def _cut(self, count: int) -> None:
+        """Keep the first pieces alone."""
+        del self._updates[count:]
+        self._sources.cut(count * len(self._names))
+        self._kept = {k: kept[:count].clone() if _SPARE * count < len(kept) else kept for k, kept in self._kept.items()}
 
     @torch.inference_mode(False)  # what is kept may be written to later
     @torch.no_grad()
