@@ -58,12 +58,12 @@ def test_fused_answers(method, where):
         with torch.no_grad():
             expected = model(IDS).logits
             with spectune.fused(model, where=where):
-                torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
                 if where == "beside":  # another one, within
                     spectune.activate(model, "b")
                     inside = model(IDS).logits
             if where == "beside":
-                torch.testing.assert_close(model(IDS).logits, inside, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(model(IDS).logits, inside, atol=1e-4, rtol=1e-4)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in held.items())
     assert any(".experts." in name for name in adapted_layers(model))
