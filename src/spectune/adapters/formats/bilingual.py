@@ -14,6 +14,7 @@ from spectune.adapters.formats.dialect import PREFIX, options_of, prefix_of, typ
 from spectune.adapters.formats.peft import auto_mapping, grouped, targets_of
 from spectune.adapters.formats.peft_reading import TOKENS, rows_of
 from spectune.adapters.terms import ADDED_BIAS
+from spectune.errors import SpectuneError
 from spectune.layers.attention import IN
 from spectune.methods.adalora import AdaLoRA
 from spectune.reading import parsed
@@ -133,7 +134,9 @@ def own_names(
             given = rows_of(name, parsed(TokenRows, found, str(where)), where)
             order = sorted(range(len(given)), key=given.__getitem__)
             rows = [given[i] for i in order]
-            (values,) = parts.values()
+            values, *more = parts.values()
+            if more or values.dim() != 2:
+                raise SpectuneError(f"the weights beside {where} hold something else than rows of {name!r}")
             parts = {"weight": values[order] if len(order) == len(values) else values}
         renamed |= {f"{name}.0.whole.{key}": tensor for key, tensor in parts.items()}
         complete = rows is None and parts.keys() != {"bias"}
