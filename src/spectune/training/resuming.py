@@ -34,10 +34,14 @@ def with_its_method(config: TrainConfig, adapter: Adapter) -> TrainConfig:
     """Return a configuration with the method of the adapter that the run goes on from.
 
     Raises:
-        SpectuneError: another method is given.
+        SpectuneError: another method is given, or the adapter has none.
     """
     terms = (term for layer in adapter.layers.values() for term in layer.terms)
     methods = list(dict.fromkeys(term.method for term in terms if not term.method.replaces))  # not a classifier's head
+    if not methods:
+        raise SpectuneError(
+            f"the adapter in {config.adapter} has no layer with a method to go on with; leave adapter out to begin anew"
+        )
     if "method" in config.model_fields_set and config.parsed_method() not in methods:
         raise SpectuneError(
             f"method {config.method} is given, and the adapter in {config.adapter} is {to_text(methods[0])}; leave "
