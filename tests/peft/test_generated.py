@@ -121,27 +121,3 @@ def test_a_method_from_outside(outside, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(new(), tmp_path)), logits(model))
     assert torch.equal(logits(spectune.attach(new(), spectune.Adapter.load(tmp_path))), logits(model))
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("lora", "take peft.LoraConfig"),
-        ("dora", "take use_dora=True"),
-        ("head", "not listed"),
-        ("lroa", "unknown method"),
-    ],
-)
-def test_what_has_no_config_says_so(name, said):
-    with pytest.raises(spectune.SpectuneError, match=said):
-        sp.config_of(name)
-
-
-def test_a_package_that_fails_is_told_of(monkeypatch):
-    def failing(failed):
-        failed(spectune.SpectuneError("'theirs' cannot be loaded"))
-        return {}
-
-    monkeypatch.setattr(register, "load_plugins", failing)
-    with pytest.warns(UserWarning, match="PEFT does not know a method: 'theirs' cannot be loaded"):
-        register.register_all()

@@ -1,15 +1,13 @@
-"""The configs: PEFT's names, one sentence for what a method does not have, and PEFT's list of methods."""
+"""The configs: PEFT's names, and one sentence for what a method does not have."""
 
 import subprocess
 import sys
 
-import peft
 import pytest
 from peft import PeftConfig, PeftType
 
 import spectune
 import spectune.peft as sp
-from spectune.peft import register
 from spectune.peft.config import CONFIGS
 
 
@@ -41,18 +39,6 @@ def test_a_config_comes_back_as_it_was(config, tmp_path):
 def test_what_a_method_does_not_have_is_told(make, said):
     with pytest.raises(spectune.SpectuneError, match=said):
         make()
-
-
-def test_another_peft_is_refused(monkeypatch):
-    monkeypatch.setattr(peft, "__version__", "0.99.0")
-    with pytest.raises(spectune.SpectuneError, match=r"from 0\.20 and before 0\.22, and 0\.99\.0 is installed"):
-        register.register_all()
-
-
-def test_a_method_of_the_same_name_is_not_replaced(monkeypatch):
-    monkeypatch.setitem(register.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType("SVF"), peft.LoraConfig)
-    with pytest.raises(spectune.SpectuneError, match="has a method SVF of its own"):
-        register.register_all()
 
 
 def test_importing_spectune_brings_neither_peft_nor_transformers():
