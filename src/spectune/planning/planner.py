@@ -94,7 +94,8 @@ class Planner:
                 for (m, out_features, in_features), n in kinds.items()
             ),
         }
-        scored = 8 * sum(m.parameter_count(*shapes[n]) for n, m in chosen.items() if _prunes(m))
+        pruned = {n: inner for n, m in chosen.items() if isinstance(inner := getattr(m, "inner", m), AdaLoRA)}
+        scored = 8 * sum(m.parameter_count(*shapes[n]) for n, m in pruned.items())
         fixed = {"trained": 4 * trained, "optimizer": 8 * trained + scored, "gradients": 4 * trained}
         row["precisions"] = {
             precision: self._costly(precision, chosen, {**fixed, "bases": bases_bytes(self.model, chosen, dtype)})
@@ -213,7 +214,3 @@ class Planner:
                     self.notes.append(note)
                 self._costs[key] = None
         return self._costs[key]
-
-
-def _prunes(method: Method) -> bool:
-    return isinstance(getattr(method, "inner", method), AdaLoRA)
