@@ -89,7 +89,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def timed(
-    side: Any, names: list[str], cache: Any, ids: torch.Tensor, rounds: int, decode_rounds: int
+    side: Any, names: list[str], known: dict[str, Any], ids: torch.Tensor, rounds: int, decode_rounds: int
 ) -> dict[str, Any]:
     """Return the median ratios of a batch with these adapters to one with one adapter, and the times of both."""
 
@@ -97,9 +97,9 @@ def timed(
         return seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=LAST))
 
     def decode(model: Any) -> float:
-        key = cache_key(model)
-        took = seconds(lambda: model(input_ids=ids[:, :1], **{key: cache}, logits_to_keep=LAST))
-        cache.crop(-1)
+        took = seconds(lambda: model(input_ids=ids[:, :1], **known, logits_to_keep=LAST))
+        for cache in known.values():
+            cache.crop(-1)
         return took
 
     def turns(step: Callable[[Any], float], times: int) -> list[tuple[float, float, float]]:
@@ -162,18 +162,18 @@ def measure(given: Any, dtype: str, method: str, counts: list[int], results: dic
     model, _ = spectune.load_base("smollm2-135m", dtype)
     if given.layers:
         del model.model.layers[given.layers :]
+    known = {cache_key(model): DynamicCache()}  # by the model's own name for it, which PEFT's does not tell
     rows = max(given.rows, *counts)
     ids = torch.randint(100, 40_000, (rows, given.length), generator=torch.Generator().manual_seed(0))
     side = (Peft if method == "peft_lora" else Ours)(model.eval(), method, max(counts))
     with torch.no_grad():
-        cache = DynamicCache()
         with side.one() as one:
-            one(input_ids=ids, **{cache_key(one): cache}, logits_to_keep=LAST)
+            one(input_ids=ids, **known, logits_to_keep=LAST)
         slower = 4 if method == "peft_lora" and max(counts) > 64 else 1  # so many in a loop take their time
         for count in counts:
             names = [f"a{i % count}" for i in range(rows)]
             found = timed(
-                side, names, cache, ids, max(2, given.rounds // slower), max(3, given.decode_rounds // slower)
+                side, names, known, ids, max(2, given.rounds // slower), max(3, given.decode_rounds // slower)
             )
             if method == "lora":  # the least that reading every row's own factors could cost
                 size = sum(p.numel() for key, p in model.named_parameters() if ".adapters.a0." in key)
