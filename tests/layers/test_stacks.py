@@ -1,5 +1,6 @@
 """Rows with different adapters by one batched product: equal to each row's adapter alone, and never out of date."""
 
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -170,6 +171,90 @@ def test_parameters_are_watched_no_longer_than_they_are_kept(method):
         trained = [p for name in "ab" for p in model[0].adapters[name].parameters()]
         assert all(type(p) is Watched for p in trained)
     assert all(type(p) is nn.Parameter for p in trained)
+
+
+@torch.no_grad()
+def test_what_was_written_while_nobody_watched_is_seen():
+    model, x, choices = layer("lora:rank=2"), torch.randn(2, 12), ["a", "b"]
+    kept = [{}, {}, {}]
+    for stacks_of in kept[:2]:
+        routed(model, x, choices, stacks=stacks_of)
+    kept[0].clear()  # the parameters are plain ones again, though the second holds copies of them
+    by_data(model[0].adapters["a"][0].B)
+    expected = alone(model, x, choices)
+    torch.testing.assert_close(routed(model, x, choices, stacks=kept[2]), expected)
+    torch.testing.assert_close(routed(model, x, choices, stacks=kept[1]), expected)
+
+
+@torch.no_grad()
+def test_a_rank_that_is_cut_meanwhile():
+    model, x, choices = layer("lora:rank=2"), torch.randn(3, 12), ["c", "a", "b"]
+    with spectune.route(model, choices):
+        model(x)
+        update = model[0].adapters["a"][0]
+        update.A, update.B = nn.Parameter(update.A[:1]), nn.Parameter(update.B[:, :1])
+        answers = [model(x), model(x)]
+    for answer in answers:
+        torch.testing.assert_close(answer, alone(model, x, choices))
+
+
+@torch.no_grad()
+def test_other_bases_than_those_of_the_batch_before():
+    model, x, kept = layer("svf"), torch.randn(2, 12), {}
+    routed(model, x, ["a", "b"], stacks=kept)
+    spectune.detach(model)
+    model[0].weight.mul_(-0.5).add_(0.3)
+    for adapter in NAMES:
+        spectune.adapt(model, "svf", name=adapter)
+    model[0].adapters["a"][0].z.mul_(1.5)
+    torch.testing.assert_close(routed(model, x, ["a", "b"], stacks=kept), alone(model, x, ["a", "b"]))
+
+
+@torch.no_grad()
+def test_what_comes_to_take_w_away_goes_by_itself_in_every_pass():
+    model = layer("dora:inner=lora,rank=2")
+    choices = ["a", None, "b"]
+    x = torch.randn(3, 12)
+    with spectune.route(model, choices):
+        model(x)
+        (update,) = model[0].adapters["a"]
+        update.A[0] = model[0].weight[3]
+        update.B.zero_()
+        update.B[3, 0] = -(1 - 1e-6) / update.method.inner.scale
+        answers = [model(x) for _ in range(3)]
+    for answer in answers:
+        torch.testing.assert_close(answer, alone(model, x, choices), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_threads_that_share_what_is_kept():
+    model, kept, wrong = layer("lora:rank=2"), {}, []
+    x = torch.randn(2, 12)
+    expected = {choices: alone(model, x, choices) for choices in (("a", "b"), ("c", "a"))}
+
+    def ask(choices):
+        for _ in range(60):
+            answer = routed(model, x, choices, stacks=kept)
+            wrong.extend([choices] if not torch.allclose(answer, expected[choices], atol=1e-5) else [])
+
+    threads = [Thread(target=ask, args=(choices,)) for choices in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@torch.no_grad()
+def test_a_parameter_that_another_took_the_place_of_is_let_go():
+    model, x = layer("lora:rank=2"), torch.randn(2, 12)
+    with spectune.route(model, ["a", "b"]):
+        model(x)
+        update = model[0].adapters["a"][0]
+        before, update.B = update.B, nn.Parameter(update.B * 2)
+        model(x)
+        assert type(before) is nn.Parameter
+        assert type(update.B) is Watched
 
 
 @settings(max_examples=40, deadline=None)

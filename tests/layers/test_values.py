@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,56 @@ def test_a_second_dora_starts_at_the_norms_of_the_weight_that_is_there(x: Tensor
     swap(adapted[0].weight)
     spectune.adapt(adapted, DoRA(LoRA(4)), name="second")
     torch.testing.assert_close(adapted(x), model_with(NEW)(x))
+
+
+@pytest.mark.parametrize("change", WAYS)
+@torch.no_grad()
+def test_what_changes_within_fused_is_seen_by_every_pass(change: Callable[[nn.Parameter], None], x: Tensor) -> None:
+    adapted = trained(LoRA(4)).eval()
+    with spectune.fused(adapted):
+        adapted(x)
+        change(adapted[0].weight)
+        for _ in range(6):
+            torch.testing.assert_close(adapted(x), dense(adapted, x), rtol=1e-5, atol=2e-6)
+
+
+@torch.no_grad()
+def test_what_was_written_between_two_watches_is_seen(x: Tensor) -> None:
+    adapted = trained(DoRA(LoRA(4))).eval()
+    for _ in range(2):
+        with spectune.fused(adapted):
+            torch.testing.assert_close(adapted(x), dense(adapted, x), rtol=1e-5, atol=2e-6)
+        swap(adapted[0].weight)
+        torch.testing.assert_close(adapted(x), dense(adapted, x), rtol=1e-5, atol=2e-6)
+
+
+def test_a_step_counts_for_what_it_writes_alone(x: Tensor) -> None:
+    adapted = trained(DoRA(LoRA(4)))
+    adapted(x).sum().backward()
+    parameters = list(adapted.parameters())
+    versions = [parameter._version for parameter in parameters]
+    watched = [type(parameter) is Watched for parameter in parameters]
+    torch.optim.SGD(parameters, lr=0.1, fused=True).step()
+    for parameter, version, is_watched in zip(parameters, versions, watched, strict=True):
+        assert (parameter._version > version) == (is_watched and parameter.grad is not None)
+
+
+def test_what_is_saved_while_it_is_watched_is_a_plain_parameter(x: Tensor) -> None:
+    adapted = trained(DoRA(LoRA(4))).eval()
+    with torch.no_grad():
+        adapted(x)
+    weight = adapted[0].weight
+    assert type(weight) is Watched
+    file = io.BytesIO()
+    torch.save([weight, weight], file)
+    file.seek(0)
+    one, same = torch.load(file, weights_only=True)
+    assert type(one) is nn.Parameter
+    assert one is same
+    assert not vars(one)
+    assert torch.equal(one, weight)
+    assert not weight.asked
+    assert not weight.lent
 
 
 @pytest.mark.parametrize("of", ["weight", "B"])

@@ -77,10 +77,10 @@ def sketch_weight(weight: Tensor) -> Tensor:
     owner = weight.held if isinstance(weight, Packed) else owner
     state: Any = owner._version, owner.data_ptr()
     if not isinstance(weight, Packed) and not is_part(weight):
-        state = digest(weight).tolist()  # versions do not count what fused optimizers write, nor what `data` is given
+        state = digest(weight).clone()  # versions do not count what fused optimizers write, nor what `data` is given
     kept = cast("dict[object, tuple[object, Tensor]]", _kept.setdefault(owner, {}))
-    part = _place(weight), weight.shape, weight.stride()  # of a tensor that holds several weights
-    if part not in kept or kept[part][0] != state:
+    part = _place(weight, owner), weight.shape, weight.stride()  # of a tensor that holds several weights
+    if part not in kept or not _same(kept[part][0], state):
         all_of_it = whole(weight)
         sketches = torch.stack([_sketch(all_of_it, None), *(_sketch(all_of_it, d) for d in _ROUNDINGS)]).float()
         kept[part] = state, sketches
@@ -92,8 +92,14 @@ def is_sketch(tensor: Tensor) -> bool:
     return tuple(tensor.shape) == WEIGHT_SHAPE and tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
 
 
-def _place(weight: Tensor) -> int:
-    return 0 if isinstance(weight, Packed) else weight.data_ptr()
+def _place(weight: Tensor, owner: Tensor) -> int:
+    return 0 if isinstance(weight, Packed) else weight.data_ptr() - owner.data_ptr()
+
+
+def _same(state: Any, other: Any) -> bool:
+    if isinstance(state, Tensor) and isinstance(other, Tensor):
+        return state.device == other.device and torch.equal(state, other)
+    return type(state) is type(other) and state == other
 
 
 def _sketch(weight: Tensor, rounding: torch.dtype | None) -> Tensor:

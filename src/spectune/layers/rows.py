@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class Rows:
 
     def forward_of(self, layer: Layer, x: Tensor, layout: Layout) -> RoutedForward:
         """Return how a layer answers without gradients, kept as long as its adapters do not change."""
-        key = (layer, x.shape[0], x.dim(), self.count, x.dtype, x.device, layer.training)
+        key = (layer, x.shape[0], x.dim(), self.count, x.dtype, x.device, layer.training, get_ident())
         found = self._forwards.get(key)
         if found is None or found.outdated:
             shares = self.shares(layer, x, layout)

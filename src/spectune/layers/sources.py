@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import finalize
 
+import torch
 import torch.nn as nn
 
-from spectune.layers.values import Watched, requests, unwatch, watch
+from spectune.layers.values import requests, unwatch, watch
 from spectune.private import is_shared
 
 Held = dict[str, "nn.Parameter | None"]
@@ -30,12 +32,11 @@ class Sources:
         self._tensors: list[nn.Parameter | None] = []
         self._versions: list[int] = []
         self._pointers: list[int] = []
-        self._marks: list[tuple[int, int]] = []
-        self._unsure: set[int] = set()
+        self._marks: list[Marks] = []
+        self._unsure: set[int] = set()  # places of which it is not known that nothing was written there
         self._requests = -1
-        self._watched: list[nn.Parameter] = []
-        self._finish = finalize(self, _unwatch_all, self._watched)
-        self._finish.atexit = False
+        self._watched: dict[int, nn.Parameter] = {}
+        finalize(self, _unwatch_all, self._watched).atexit = False
 
     def put(self, place: int, held: Held, key: str) -> None:
         """Take what a module holds by a key for the source at a place, the next one or one that is there; note it."""
@@ -45,67 +46,108 @@ class Sources:
             self._tensors.append(None)
             self._versions.append(0)
             self._pointers.append(0)
-            self._marks.append((0, 0))
+            self._marks.append(Marks())
         self._held[place], self._keys[place] = held, key
         self.note(place)
 
     def cut(self, count: int) -> None:
         """Keep the first sources alone."""
+        gone = self._tensors[count:]
         for column in (self._held, self._keys, self._tensors, self._versions, self._pointers, self._marks):
             del column[count:]
         self._unsure = {place for place in self._unsure if place < count}
+        for tensor in gone:
+            self._release(tensor)
 
     def note(self, place: int) -> None:
         """Take the values that are there now for those that something is made of."""
-        tensor = self._held[place].get(self._keys[place])
+        before, tensor = self._tensors[place], self._held[place].get(self._keys[place])
         if tensor is not None and watch(tensor):
-            self._watched.append(tensor)
+            self._watched[id(tensor)] = tensor
         self._tensors[place] = tensor
+        if before is not tensor:
+            self._release(before)
         self._unsure.add(place)
-        if isinstance(tensor, Watched):
-            self._versions[place], self._pointers[place] = tensor._version, tensor.data_ptr()
-            self._marks[place] = tensor.asked, tensor.lent
-            if not tensor.asked and not (is_shared(tensor) if self._wary else tensor.is_lent):
-                self._unsure.discard(place)
+        if tensor is None:
+            return
+        self._versions[place], self._pointers[place] = _version_of(tensor), tensor.data_ptr()
+        self._marks[place] = marks = Marks.of(tensor)
+        if (
+            marks.number
+            and not marks.asked
+            and not (_may_be_written(tensor) if self._wary else getattr(tensor, "is_lent", True))
+        ):
+            self._unsure.discard(place)
 
     def changed(self) -> Sequence[int]:
-        """Return the places of what is another than it was, or may be."""
-        tensors = self._tensors
+        """Return the places of what is another than it was, or may be, until it is noted again."""
         if (
             not self._unsure
             and self._requests == requests()
-            and all(map(operator.is_, map(dict.get, self._held, self._keys), tensors))
-            and [t._version for t in tensors if t is not None] == self._versions
-            and [t.data_ptr() for t in tensors if t is not None] == self._pointers
+            and all(map(operator.is_, map(dict.get, self._held, self._keys), self._tensors))
+            and [t._version for t in self._tensors] == self._versions  # type: ignore[union-attr]
+            and [t.data_ptr() for t in self._tensors] == self._pointers  # type: ignore[union-attr]
         ):
             return ()
         self._requests = requests()
-        return [place for place in range(len(tensors)) if place in self._unsure or not self.is_same(place)]
+        self._unsure.update(place for place in range(len(self._tensors)) if not self.is_same(place))
+        return sorted(self._unsure)
 
     def is_same(self, place: int, *, but_lent: bool = False) -> bool:
         """Whether a source is what it was; `but_lent` leaves aside that somebody was lent its memory meanwhile."""
-        tensor = self._tensors[place]
+        tensor, marks = self._tensors[place], self._marks[place]
+        if tensor is None or self._held[place].get(self._keys[place]) is not tensor:
+            return False
+        now = Marks.of(tensor)
         return (
-            isinstance(tensor, Watched)  # still, where a context around this one ended
-            and self._held[place].get(self._keys[place]) is tensor
-            and tensor._version == self._versions[place]
+            now.number == marks.number  # watched without a break
+            and _version_of(tensor) == self._versions[place]
             and tensor.data_ptr() == self._pointers[place]
-            and tensor.asked == self._marks[place][0]
-            and (but_lent or tensor.lent == self._marks[place][1])
+            and now.asked == marks.asked
+            and (but_lent or now.lent == marks.lent)
         )
 
     def is_hidden(self, place: int) -> bool:
         """Whether writes go unnoticed: whoever asked for `data` may write there as long as the parameter is there."""
-        tensor = self._tensors[place]
-        return not isinstance(tensor, Watched) or tensor.asked > 0
+        marks = Marks.of(self._tensors[place])
+        return not marks.number or marks.asked > 0
 
     def end(self) -> None:
         """Let the parameters be as they were."""
-        self._finish()
         self.cut(0)
 
+    def _release(self, tensor: nn.Parameter | None) -> None:
+        """Watch a parameter no longer that is at no place any more."""
+        if id(tensor) in self._watched and not any(t is tensor for t in self._tensors):
+            unwatch(self._watched.pop(id(tensor)))
 
-def _unwatch_all(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
+
+class Marks(NamedTuple):
+    """What a watched parameter counts; zero where it is not watched."""
+
+    number: int = 0
+    asked: int = 0
+    lent: int = 0
+
+    @classmethod
+    def of(cls, tensor: object) -> Marks:
+        # with a default, since another thread may let it be as it was at any time
+        return cls(getattr(tensor, "number", 0), getattr(tensor, "asked", 0), getattr(tensor, "lent", 0))
+
+
+def _version_of(tensor: nn.Parameter) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _may_be_written(tensor: nn.Parameter) -> bool:
+    """Whether something may write to a parameter's memory unseen: another tensor or array, or another process."""
+    if is_shared(tensor) or (tensor.device.type == "cpu" and tensor.untyped_storage().is_shared()):
+        return True
+    # c10d's collectives count no version
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _unwatch_all(parameters: dict[int, nn.Parameter]) -> None:
+    for parameter in parameters.values():
         unwatch(parameter)
     parameters.clear()

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from threading import get_ident
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -56,12 +57,13 @@ class Stack:
         core: one of the cores.
         by_core: whether L and R are shared and nothing else but C makes a difference.
         by_ratio: whether there is one.
-        cancels: whether an update turned out to take so much of a row of W that the rest is no difference of products.
+        unfit: whether an update turned out to take so much of a row of W that the rest is no difference of products, or
+            to be of this kind no longer.
         small: whether what is copied is little more than what trains.
     """
 
     def __init__(self, layer: Layer, like: Update) -> None:
-        self._layer, self.cancels = layer, False
+        self._layer, self.unfit = layer, False
         one, self.core = self._of(like)
         tensors, trained = layer.tensors(like), like.trained()
         # a piece that is one of the tensors is told by being that very object: what `factors` makes of them is
@@ -69,6 +71,9 @@ class Stack:
         names = [next((key for key, tensor in tensors.items() if tensor is piece), None) for piece in one]
         shared = [name is not None and name not in trained for name in names]
         self._shared = [piece if of_all else None for piece, of_all in zip(one, shared, strict=True)]
+        self._frozen = {
+            name: piece for name, piece in zip(names, self._shared, strict=True) if name and piece is not None
+        }
         own = {k: piece for k, piece in enumerate(one) if piece is not None and not shared[k]}
         self._trained = {k: name for k in own if (name := names[k]) in trained}
         # what is computed may depend on any trained tensor: all of them are looked at then, and else those alone that
@@ -76,22 +81,42 @@ class Stack:
         self._computed = len(self._trained) < len(own)
         self._names = list(trained) if self._computed else list(self._trained.values())
         self.by_core, self.by_ratio = all(shared[:2]) and one.ratio is None, one.ratio is not None
+        self._shapes = {k: piece.shape for k, piece in own.items()}
         self._bytes = sum(piece.nbytes for piece in own.values())
         self.small = sum(map(torch.numel, own.values())) <= _LARGEST * sum(map(torch.numel, trained.values()))
         self._updates: list[Update | None] = []  # whose pieces are kept, by their places
         self._sources, self._of_weight = Sources(wary=True), tuple[Tensor, ...]()
         self._kept: dict[int, Tensor] = {}
-        self._version, self._refused, self._device = 0, math.inf, one.left.device
+        self._version, self._device = 0, one.left.device
+        self._refused = math.inf  # updates, for which there was no room
+
+    def is_of(self, like: Update) -> bool:
+        """Whether the frozen tensors are those that the layer has now."""
+        if not self._frozen:
+            return True
+        tensors = self._layer.tensors(like)
+        return all(tensors.get(name) is piece for name, piece in self._frozen.items())
+
+    def end(self) -> None:
+        """Keep nothing, and let the parameters be as they were."""
+        self._sources.end()
+        self._updates, self._kept = [], {}
+
+    def begin(self) -> None:
+        """Look again whether there is room."""
+        self._refused = math.inf
 
     def pieces(self, updates: Sequence[Update]) -> tuple[Pieces, int | None]:
         """Return the pieces of these updates in this order, and a number that is the same as long as they are."""
         n = len(updates)
+        self.unfit |= not self.is_of(updates[0])
         if n == 1 and not self._computed:  # one alone is no copy at all
             return self._with({k: values_of(piece)[None] for k, piece in self._pieces_of(updates[0]).items()}), None
         of_weight = self._layer.base().seen() if self.by_ratio else ()
         if of_weight is None or not self._has_room(n):
             made = [self._pieces_of(update) for update in updates]
-            return self._with({k: torch.stack([of[k] for of in made]) for k in made[0]}), None
+            of_all = {} if self.unfit else {k: torch.stack([of[k] for of in made]) for k in self._shapes}
+            return self._with(of_all), None
         stale = self._stale(updates, of_weight)
         if stale:
             self._renew(updates, stale)
@@ -143,6 +168,8 @@ class Stack:
             for k, name in enumerate(self._names):
                 self._sources.put(place * each + k, *updates[place].places()[name])
         made = [self._pieces_of(updates[place]) for place in stale]
+        if self.unfit:
+            return
         for k, piece in made[0].items():
             if k not in self._kept or len(self._kept[k]) < len(updates):
                 self._kept[k] = _grown(self._kept.get(k), len(updates), piece)
@@ -155,10 +182,13 @@ class Stack:
 
     def _pieces_of(self, update: Update) -> dict[int, Tensor]:
         """Return the pieces of an update that are not those of all."""
-        if not self._computed:
-            return {k: update.tensor(name) for k, name in self._trained.items()}
-        pieces, _ = self._of(update)
-        return {k: piece for k, piece in enumerate(pieces) if piece is not None and self._shared[k] is None}
+        if self._computed:
+            pieces, _ = self._of(update)
+            own = {k: piece for k, piece in enumerate(pieces) if piece is not None and self._shared[k] is None}
+        else:
+            own = {k: update.tensor(name) for k, name in self._trained.items()}
+        self.unfit |= {k: piece.shape for k, piece in own.items()} != self._shapes
+        return own
 
     def _with(self, own: Mapping[int, Tensor]) -> Pieces:
         return Pieces(*(own.get(k, piece) for k, piece in enumerate(self._shared)))  # type: ignore[arg-type]
@@ -167,7 +197,7 @@ class Stack:
         tensors = self._layer.tensors(update)
         factors, ratio = update.method.factors(tensors), update.ratio(tensors, self._layer.base())
         update.scale = factors.scale
-        self.cancels |= ratio is not None and ratio.rows is not None
+        self.unfit |= ratio is not None and ratio.rows is not None
         values = None if ratio is None else ratio.values
         return Pieces(*factors[:2], getattr(factors.core, "values", None), values), factors.core
 
@@ -333,7 +363,7 @@ class RoutedForward:
         self._layer, self._there = layer, list(layer.adapters._modules.values())
         self._groups: list[_ByCore | _ByFactors] = []
         self._alone: list[Use] = []
-        self._copies = False
+        self._copies = self._unfit = False
         kinds: dict[object, list[Use]] = {}
         for name, share in shares.items():
             for update in updates_in(layer.adapters, name):
@@ -343,9 +373,14 @@ class RoutedForward:
                     continue
                 # of one basis and of the same shapes: what can lie side by side in one tensor
                 shapes = [(key, p.shape, p.dtype) for key, p in update.trained().items()]
-                kinds.setdefault((layer, x.device, update.basis_key, *shapes), []).append((update, share))
+                # and of one thread, which no other gets in the way of
+                kind = layer, x.device, get_ident(), update.basis_key, *shapes
+                kinds.setdefault(kind, []).append((update, share))
         for kind, uses in kinds.items():
-            stack = stacks.get(kind) or Stack(layer, uses[0][0])
+            stack = stacks.get(kind)
+            if stack is None or not stack.is_of(uses[0][0]):
+                stack = Stack(layer, uses[0][0])
+            stack.begin()
             if not stack.small:
                 self._alone += uses
                 continue
@@ -359,18 +394,19 @@ class RoutedForward:
 
     @property
     def outdated(self) -> bool:
-        """Whether an adapter came or went."""
+        """Whether an adapter came or went, or turned out not to be answered with the others."""
         # modules are equal if they are the same: another adapter by the old name is noticed too
-        return list(self._layer.adapters._modules.values()) != self._there
+        return self._unfit or list(self._layer.adapters._modules.values()) != self._there
 
     def answer(self, x: Tensor, plain: Tensor) -> Tensor:
         """Return the answer to x, where the base's is `plain`, which may be written to."""
         pieces = [group.stack.pieces(group.updates) for group in self._groups]
-        if any(group.stack.cancels for group in self._groups):
-            # found out as the pieces were made: these updates go one by one from now on, where W + dW is taken row by
-            # row
+        if any(group.stack.unfit for group in self._groups):
+            # found out as the pieces were made: what takes W away goes by itself from now on, row by row of W + dW, and
+            # what is of another kind by now among its like
+            self._unfit = True
             for group in self._groups:
-                group.stack.cancels = False
+                group.stack.unfit = False
             return self._again().answer(x, plain)
         # what is multiplied by a ratio, or answered by itself, needs the base's answer as it was
         y = plain.clone() if self._copies else plain

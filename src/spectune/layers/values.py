@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from spectune.layers.packed import Packed
 from spectune.layers.shards import is_part
@@ -38,10 +43,12 @@ class Watched(nn.Parameter):
     Attributes:
         asked: how often `data` was asked for, where one may write as long as the parameter is there.
         lent: how often another tensor, or an array, was made of its memory, where one may write as long as that is.
+        number: of the time since which it is watched; what was counted before is forgotten.
     """
 
     asked = 0
     lent = 0
+    number = 0
 
     @property
     def data(self) -> Tensor:
@@ -86,6 +93,9 @@ class Watched(nn.Parameter):
             memo[id(self)] = nn.Parameter(values_of(self).clone(), self.requires_grad)
         return memo[id(self)]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # nor is what is read back
+        return nn.Parameter(values_of(self), self.requires_grad).__reduce_ex__(protocol)
+
 
 PLAIN = (nn.Parameter, Watched)  # a weight that is not packed, nor of another library's making
 
@@ -96,8 +106,12 @@ def watch(parameter: object) -> bool:
         return False
     # the class and not the object: optimizers, ties and graphs hold this very parameter
     parameter.__class__ = Watched
+    vars(parameter)["number"] = next(_numbers)
     _count_steps()
     return True
+
+
+_numbers = count(1)
 
 
 @cache
@@ -109,9 +123,11 @@ def _count_steps() -> None:
     """
 
     def stepped(optimizer: Optimizer, *_: object) -> None:
-        written = [p for group in optimizer.param_groups for p in group["params"] if type(p) is Watched]
-        torch.autograd.graph.increment_version(written)
+        of_all = (p for group in optimizer.param_groups for p in group["params"])
+        torch.autograd.graph.increment_version([p for p in of_all if type(p) is Watched and p.grad is not None])
 
+    # before it too: hooks of the optimizer itself come before those of all
+    register_optimizer_step_pre_hook(stepped)
     register_optimizer_step_post_hook(stepped)
 
 
@@ -121,8 +137,8 @@ def unwatch(parameter: object) -> None:
     if kind is Watched:
         parameter.__class__ = nn.Parameter
         _note_request()  # whoever else watched it has to look again
-        for count in ("asked", "lent"):
-            vars(parameter).pop(count, None)
+        for name in ("asked", "lent", "number"):
+            vars(parameter).pop(name, None)
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -166,6 +182,7 @@ class Seen(NamedTuple):
     owner: Any
     version: int
     pointer: int
+    number: int
     lent: int
     digest: Tensor
     norms: Tensor
@@ -196,6 +213,7 @@ class WeightValues:
             and type(owner) is Watched
             and not owner.asked
             and owner.lent == seen.lent
+            and owner.number == seen.number
             and not owner.is_lent
             and owner._version == seen.version
             and owner.data_ptr() == seen.pointer
@@ -204,7 +222,7 @@ class WeightValues:
         # several processes gather a weight of parts anew, and it has the version of those
         if not once and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             watch(owner)
-        version, lent = (owner._version, owner.lent) if type(owner) is Watched else (0, 0)
+        version, number, lent = (owner._version, owner.number, owner.lent) if type(owner) is Watched else (0, 0, 0)
         with torch.inference_mode(False), torch.no_grad():
             now = digest(weight).clone()
             same = seen is not None and seen.digest.device == now.device and torch.equal(seen.digest, now)
@@ -212,7 +230,8 @@ class WeightValues:
                 now, norms = seen.digest, seen.norms
             else:
                 norms = row_norms(weight)
-        self._seen = seen = Seen(owner, version, 0 if owner is None else owner.data_ptr(), lent, now, norms)
+        pointer = 0 if owner is None else owner.data_ptr()
+        self._seen = seen = Seen(owner, version, pointer, number, lent, now, norms)
         return seen
 
     def end(self) -> None:

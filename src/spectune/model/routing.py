@@ -133,8 +133,12 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[object, Stac
     layers = parts_of(model)
     shared = selections(layers)
     routed = Rows(_mixtures(layers, rows), shared[0].layouts, stacks)
-    with within(shared, routed), _expanding(model), _told_apart(model, layers, routed, shared):
-        yield
+    try:
+        with within(shared, routed), _expanding(model), _told_apart(model, layers, routed, shared):
+            yield
+    finally:
+        for stack in routed.stacks.values() if stacks is None else ():
+            stack.end()
 
 
 @contextmanager

@@ -21,6 +21,8 @@ def has_room(device: torch.device, size: int) -> bool:
 
 def _free_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        # what PyTorch holds for the next tensor is free too
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
     memory = psutil.virtual_memory()
     return memory.available, memory.total
