@@ -38,7 +38,7 @@ class Surface(NamedTuple):
         truth: mean of the test by place; more is better.
         seeds: of each rate.
         tests: by place and seed, as in `truth`; the worst of them where a run failed.
-        start: the place that `lr: auto` came to.
+        start: the place that `lr: auto` came to; None where it measured nothing.
     """
 
     runs: dict[Key, Run]
@@ -46,7 +46,7 @@ class Surface(NamedTuple):
     truth: dict[int, float]
     seeds: int
     tests: Mapping[Key, float] = MappingProxyType({})
-    start: int = 0
+    start: int | None = None
 
     def turned(self, by: int) -> Surface:
         """Return it with another seed first."""
@@ -83,7 +83,8 @@ def surfaces(
         truth = {place: float(np.mean([tests[place, seed] for seed in range(plan.seeds)])) for place in plan.places}
         losses = {key: line["losses"] for key, line in own.items()}
         rates = {place: own[place, 0]["lr"] for place in plan.places}
-        start = next((_nearest(rates, line["lr"]) for line in measured if line["method"] == method and line["lr"]), 0)
+        taken = [line["lr"] for line in measured if line["method"] == method and line["lr"]]
+        start = _nearest(rates, taken[0]) if taken else None
         found[method] = Surface(runs, losses, truth, plan.seeds, tests, start)
     return found
 
@@ -102,7 +103,7 @@ def run_of(line: Mapping[str, Any]) -> Run:
 
 def race(surface: Surface) -> tuple[int | None, float]:
     """Search as `spectune compare` does, for a quarter of the grid's cost."""
-    return _raced(surface, 0, len(surface.runs) / 4 - MARGIN)
+    return _raced(surface, None, len(surface.runs) / 4 - MARGIN)
 
 
 def race_from_auto(surface: Surface) -> tuple[int | None, float]:
@@ -110,9 +111,9 @@ def race_from_auto(surface: Surface) -> tuple[int | None, float]:
     return _raced(surface, surface.start, 0.75 * (len(surface.runs) / 4 - MARGIN))
 
 
-def _raced(surface: Surface, start: int, whole: float) -> tuple[int | None, float]:
-    """Search from a place of the grid, for so many whole runs."""
-    places = list(surface.truth)
+def _raced(surface: Surface, measured: int | None, whole: float) -> tuple[int | None, float]:
+    """Search from a place that was measured, or from the method's own rate, for so many whole runs."""
+    places, start = list(surface.truth), measured or 0
     rules = Race(
         first=5 if len(places) > 5 else 3,
         runs=whole,
@@ -120,6 +121,7 @@ def _raced(surface: Surface, start: int, whole: float) -> tuple[int | None, floa
         low=min(places) - start,
         high=max(places) - start,
         seeds=surface.seeds,
+        measured=measured is not None,
     )
     seen: Runs = {}
     while wanted := rules.next(seen):

@@ -43,6 +43,32 @@ def test_regret_and_cost_on_drawn_surfaces():
     assert max(costs) <= 8.75  # a quarter of seven rates at five seeds
 
 
+def test_a_rate_that_was_measured_stays_unless_another_is_better_beyond_chance():
+    rng = np.random.default_rng(3)
+    lost = {True: [], False: []}
+    for _ in range(60):
+        runs, true = surface(rng)
+        # as few records as tell rates apart by chance alone: runs of one rate are off by more than the rates
+        noisy = {key: run(one.value + rng.normal(0, 0.12), rng=rng) for key, one in runs.items()}
+        best = max(true, key=lambda place: true[place])
+        moved = {(place - best, seed): one for (place, seed), one in noisy.items()}
+        for measured in (True, False):
+            race = Race(low=-5 - best, high=6 - best, measured=measured)
+            chosen = race.best(raced(race, moved))
+            lost[measured].append(100 * (true[best] - true[best + chosen]))
+    assert np.mean(lost[True]) < np.mean(lost[False])
+    assert np.median(lost[True]) == 0
+
+
+def test_a_rate_that_was_measured_is_left_where_it_falls_apart_or_fails():
+    values = {-2: 0.7, -1: 0.8, 0: 0.3, 1: 0.3, 2: 0.3}
+    seen = {(p, s): run(v) for p, v in values.items() for s in range(2)}
+    assert Race(measured=True).best(seen) == -1
+    assert Race(measured=True).best(seen | {(0, s): Run() for s in range(2)}) == -1
+    assert Race(measured=True).best({(0, 0): run(0.3)}) == 0
+    assert Race(measured=True).best({(0, 0): Run(), (-1, 0): run(0.8), (-1, 1): run(0.8)}) == -1
+
+
 def test_most_runs_go_to_the_closest_rates():
     values = {-2: 0.6, -1: 0.79, 0: 0.82, 1: 0.815, 2: 0.5, 3: 0.3}
     rng = np.random.default_rng(1)

@@ -34,6 +34,11 @@ _EDGE = 0.1  # weight of the next rate up where one is chosen: beyond the best, 
 _SOUND = 3  # runs that the best rate has in the end
 _FAR = 8  # places from the middle, a factor of a hundred by default, where nothing learns
 _AT_ONCE = 2  # runs that are chosen together
+_NEAR = (
+    0.05  # of what is learned: so much less is expected of the places beside one that was measured, by their squares
+)
+_AWAY = 3  # places from it, from which on no less is expected
+_LEFT = 1.0  # standard deviations of a difference: by more, another place has to be better than it
 
 
 class Look(NamedTuple):
@@ -88,6 +93,8 @@ class Race:
         warmup: share of the steps in which the rate rises.
         low, high: the ends of the ladder.
         seeds: that a rate is given at most.
+        measured: whether the middle was found near the best by something else than these runs (`lr: auto`): it is
+            chosen unless another is better beyond chance, or all of its runs, two at least, fell apart.
     """
 
     first: int = 3
@@ -96,6 +103,7 @@ class Race:
     low: int = -10
     high: int = 10
     seeds: int = 5
+    measured: bool = False
 
     def next(self, runs: Runs) -> list[Key]:
         """Return the runs that come next, which do not depend on each other; none when the race is over.
@@ -138,7 +146,7 @@ class Race:
 
     def _wanted(self, runs: Runs) -> list[Key]:
         """Return the runs that say most of which rate is best, in order."""
-        seen = Seen(runs)
+        seen = Seen(runs, self.measured)
         if not seen.learned:
             return self._outwards(runs)
         leader, tried = seen.leader(), set(seen.places)
@@ -205,8 +213,9 @@ class Race:
         It is one with as many runs as the race gave any, as far as there is one that did not fall apart in a third of
         them.
         """
-        seen = Seen(runs)
-        return seen.leader(most=True) if seen.places else None
+        seen = Seen(runs, self.measured)
+        leader = seen.leader(most=True) if seen.places else None
+        return 0 if leader is not None and self.measured and not seen.surpassed(0, leader) else leader
 
 
 def _record_error(one: Look, other: Look, learned: float) -> float:
@@ -222,9 +231,10 @@ class Seen:
 
     Args:
         runs: those that ended or were stopped, or failed.
+        measured: whether the middle was found near the best by something else.
     """
 
-    def __init__(self, runs: Runs) -> None:
+    def __init__(self, runs: Runs, measured: bool = False) -> None:
         ended = [run.value for run in runs.values() if run.ended]
         known = [value for value in ended if math.isfinite(value)]
         self.top = max(known, default=-math.inf)
@@ -233,7 +243,7 @@ class Seen:
         self.gain = self.top - self.start if known and starts else 0.0
         self.keys = list(runs) if known else []
         self.places = sorted({place for place, _ in self.keys})
-        self._runs = runs
+        self._runs, self._measured = runs, measured
         self._ended = {key for key in self.keys if runs[key].ended}
 
     @cached_property
@@ -296,10 +306,24 @@ class Seen:
         shared = (seeds[:, None] == seeds[None, :]) * self._noise  # seeds differ as much as runs of one do
         within = kernel(own, own) + shared + self._noise * np.eye(len(own))
         across = kernel(asked, own)
-        weights = np.linalg.solve(within, np.column_stack([self._values[held], np.ones(len(own)), across.T]))
+        values = self._values[held] - self._expected(own)
+        weights = np.linalg.solve(within, np.column_stack([values, np.ones(len(own)), across.T]))
         mean = float(weights[:, 0].sum() / weights[:, 1].sum())  # by generalized least squares
-        found = mean + across @ (weights[:, 0] - mean * weights[:, 1])
+        found = mean + self._expected(asked) + across @ (weights[:, 0] - mean * weights[:, 1])
         return found, kernel(asked, asked) - across @ weights[:, 2:]
+
+    def _expected(self, places: Values) -> Values:
+        """Return what is expected of places before any run, but for a constant."""
+        return -_NEAR * max(self.gain, 0.0) * np.minimum(np.abs(places), _AWAY) ** 2 * self._measured
+
+    def surpassed(self, place: int, other: int) -> bool:
+        """Return whether another place is better beyond chance, or all runs of this one failed or fell apart."""
+        own = [key for key in self.keys if key[0] == place]
+        if not self._ended.intersection(own) or (len(own) >= 2 and all(map(self._fell, own))):
+            return True
+        mean, covariance = self.posterior([place, other])
+        spread = math.sqrt(max(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1], 0.0))
+        return bool(mean[1] - mean[0] > _LEFT * spread)
 
     def leader(self, *, most: bool = False) -> int:
         """Return the place with the best mean of those that do not fall apart, or of all where all do.

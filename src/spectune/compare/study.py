@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -110,10 +111,16 @@ class Study:
         """Whether a method's search, or its run at the one rate there is, can begin."""
         return self._is_timed(method) and all(result is not None for _, result in self.starts(method))
 
+    def _measured(self, method: str) -> float | None:
+        """Return the rate at which a method's search begins, where one was measured."""
+        return next((result.get("start") for _, result in self.starts(method) if result is not None), None)
+
     def _rate(self, method: str, place: int = 0) -> float | None:
         """Return the rate at a place of a method's ladder; where none could be measured, around the method's own."""
-        measured = [result.get("start") for _, result in self.starts(method) if result is not None]
-        return rate(self.config, method, place, measured[0] if measured else None)
+        return rate(self.config, method, place, self._measured(method))
+
+    def _race(self, method: str) -> Race:
+        return replace(self.race, measured=self._measured(method) is not None)
 
     def searches(self, method: str) -> list[tuple[Trial, Result | None]]:
         """Return the trials of a method's learning rates, with their results."""
@@ -131,7 +138,7 @@ class Study:
                 if None in ended.values():
                     break
                 seen = {**rounds[-1].before, **{key: run_of(result) for key, result in ended.items() if result}}
-            rounds.append(Round(seen, {key: self._search(method, *key) for key in self.race.next(seen)}))
+            rounds.append(Round(seen, {key: self._search(method, *key) for key in self._race(method).next(seen)}))
         return rounds
 
     def _search(self, method: str, place: int, seed: int) -> Trial:
@@ -155,7 +162,7 @@ class Study:
             return self._rate(method) if self._is_ready(method) else None
         rounds = self._rounds(method)
         if method not in self._chosen and rounds and not rounds[-1].trials:
-            best = self.race.best(rounds[-1].before)
+            best = self._race(method).best(rounds[-1].before)
             self._chosen[method] = None if best is None else self._rate(method, best)
         return self._chosen.get(method)
 
