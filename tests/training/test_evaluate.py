@@ -95,7 +95,16 @@ def test_runs_that_are_not_there(place, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "less"),
-    [("loss", True), ("eval_loss", True), ("mse", True), ("mae", True), ("accuracy", False), ("pearson", False)],
+    [
+        ("loss", True),
+        ("eval_loss", True),
+        ("mse", True),
+        ("mae", True),
+        ("kl", True),
+        ("reward_bad", True),
+        ("accuracy", False),
+        ("pearson", False),
+    ],
 )
 def test_which_side_is_better(name, less):
     assert better(name, 0.5, 0.4) == less

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NAME = "run"
-_LESS = ("mse", "mae")  # measures of which less is better, beside losses
+_LESS = ("mse", "mae", "kl", "reward_bad", "reward_rejected")  # measures of which less is better, beside losses
 SIDES = ("base", "adapter")
 
 
