@@ -290,7 +290,7 @@ def test_sixteen_bits_that_would_lose_the_update_are_left():
 def test_thin_factors_are_fused_for_fewer_passes_where_one_row_gains_by_it(monkeypatch):
     thin, also, wide = network("lora:rank=4"), network("dora:inner=lora,rank=4"), network("svf")
     for pays in (True, False):
-        monkeypatch.setattr(fusing, "one_row_pays", lambda pays=pays: pays)
+        monkeypatch.setattr(fusing, "one_row_pays", lambda _, pays=pays: pays)
         for model, passes, fuses in ((thin, 100, pays), (also, 100, pays), (thin, 200, True), (wide, 100, True)):
             with torch.no_grad(), fused_where_it_pays(model, passes):
                 assert any(layer.fused is not None for layer in adapted_layers(model).values()) == fuses

@@ -9,7 +9,6 @@ from spectune.errors import SpectuneError
 from spectune.serving.batch import Batch
 from spectune.serving.shelf import Shelf
 from spectune.speed import dense
-from spectune.speed import laid_out as speed
 from tiny import t5
 from transformer2.cases import adapter
 
@@ -60,8 +59,7 @@ def _with(model, forward, function):
 
 
 def test_weights_stay_laid_out_while_adapters_come_and_go(begin, monkeypatch):
-    monkeypatch.setattr(dense, "one_row_pays", lambda: True)
-    monkeypatch.setattr(speed, "one_row_pays", lambda: True)
+    monkeypatch.setattr(dense, "least_rows", lambda _: 1)
     if not dense.PackedWeight.takes(torch.ones(2, 2)):
         pytest.skip("no such products here")
     made, lay_out = [], dense.PackedWeight.__init__

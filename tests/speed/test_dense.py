@@ -37,7 +37,7 @@ def test_matrices_may_be_held_transposed_or_in_part(slow_mkl):
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (7,), (0, 7), (1, 7), (7, 2)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dtype, monkeypatch):
-    monkeypatch.setattr(dense, "one_row_pays", lambda: True)
+    monkeypatch.setattr(dense, "least_rows", lambda _: 1)
     weight, bias = torch.randn(4, 7).to(dtype), torch.randn(4).to(dtype) if biased else None
     x = torch.randn(shape).to(dtype)
     x = x.T if shape[-1] != 7 else x
@@ -47,14 +47,35 @@ def test_a_product_with_a_weight_that_is_laid_out_is_pytorchs(shape, biased, dty
     torch.testing.assert_close(packed.linear(x, bias), F.linear(x, weight, bias))
 
 
-def test_one_row_is_left_where_it_would_take_longer(monkeypatch):
-    monkeypatch.setattr(dense, "one_row_pays", lambda: False)
+@pytest.mark.parametrize("least", [2, 4])
+def test_few_rows_are_left_where_they_would_take_longer(monkeypatch, least):
+    monkeypatch.setattr(dense, "least_rows", lambda _: least)
     packed = dense.PackedWeight(torch.randn(4, 7))
-    assert packed.linear(torch.randn(7)) is packed.linear(torch.randn(1, 1, 7)) is None
-    assert packed.linear(torch.randn(2, 7)) is not None
+    assert packed.linear(torch.randn(7)) is packed.linear(torch.randn(1, least - 1, 7)) is None
+    assert packed.linear(torch.randn(least, 7)) is not None
+
+
+@pytest.mark.parametrize(
+    ("capability", "processor", "of_float32", "of_bfloat16"),
+    [("AVX2", "AuthenticAMD", 2, 2), ("AVX512", "AuthenticAMD", 1, 1), ("AVX512", "GenuineIntel", 4, 1)],
+)
+def test_from_how_many_rows_it_pays(monkeypatch, capability, processor, of_float32, of_bfloat16):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(dense, "_processor", lambda: processor)
+    caches = (dense.least_rows, dense._mkl_is_slow)
+    for found in caches:
+        found.cache_clear()
+    try:
+        assert dense.least_rows(torch.float32) == of_float32
+        assert dense.least_rows(torch.bfloat16) == of_bfloat16
+        assert dense.one_row_pays(torch.bfloat16) == (of_bfloat16 == 1)
+    finally:
+        for found in caches:
+            found.cache_clear()
 
 
 def test_a_weight_that_is_laid_out_leaves_what_is_not_its_own(monkeypatch):
+    monkeypatch.setattr(dense, "least_rows", lambda _: 1)
     packed, x = dense.PackedWeight(torch.randn(4, 7)), torch.randn(2, 7)
     assert packed.linear(x.double()) is None
     assert packed.linear(x.clone().requires_grad_()) is None

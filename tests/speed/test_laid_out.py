@@ -9,7 +9,6 @@ import torch.nn as nn
 import spectune
 import tiny
 from spectune.speed import dense
-from spectune.speed import laid_out as module
 from spectune.speed.dense import PackedWeight
 from spectune.speed.laid_out import laid_out
 
@@ -19,8 +18,7 @@ pytestmark = pytest.mark.skipif(not PackedWeight.takes(torch.ones(2, 2)), reason
 @pytest.fixture(autouse=True)
 def one_row_pays(monkeypatch):
     """A processor that lays out at once."""
-    monkeypatch.setattr(dense, "one_row_pays", lambda: True)
-    monkeypatch.setattr(module, "one_row_pays", lambda: True)
+    monkeypatch.setattr(dense, "least_rows", lambda _: 1)
 
 
 @pytest.fixture
@@ -155,8 +153,7 @@ def test_gradients_go_by_the_adapted_layer(model):
 
 
 def test_one_prompt_is_no_reason_where_one_row_gains_nothing(model, monkeypatch):
-    for where in (dense, module):
-        monkeypatch.setattr(where, "one_row_pays", lambda: False)
+    monkeypatch.setattr(dense, "least_rows", lambda _: 2)
     made, lay_out = [], PackedWeight.__init__
     monkeypatch.setattr(PackedWeight, "__init__", lambda *args: made.append(1) or lay_out(*args))
     with laid_out(model), torch.no_grad():

@@ -90,7 +90,7 @@ class Fused:
             return False
         made = _made(self._layer, parts)
         # W' is held once: laid out, it has to be right for one row too
-        self._weight = PackedWeight(made) if PackedWeight.takes(made) and one_row_pays() else made
+        self._weight = PackedWeight(made) if PackedWeight.takes(made) and one_row_pays(made.dtype) else made
         self._bias = whole_bias(self._layer, parts)
         return True
 

@@ -150,7 +150,8 @@ def _may_be_fused(layers: Iterable[Adapted], passes: float) -> bool:
     need = room_needed([layer for layer, _ in used])
     if not used or used[0][0]._parameters["weight"].is_meta or 2 * need > room(used[0][0]._parameters["weight"].device):
         return False
-    if passes < _PASSES_OF_FEW and not one_row_pays() and all(_is_thin(u) for _, parts in used for u, _ in parts):
+    pays = one_row_pays(used[0][0]._parameters["weight"].dtype)
+    if passes < _PASSES_OF_FEW and not pays and all(_is_thin(u) for _, parts in used for u, _ in parts):
         return False
     return _lost(used[:: max(1, len(used) // 4)]) <= _LOST
 

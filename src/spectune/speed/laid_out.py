@@ -43,7 +43,7 @@ class LaidWeight:
         if self._packed is None:
             self._calls += x.numel() > x.shape[-1]
             # where only several rows gain by it, a prompt's pass alone is no reason to lay W out
-            if self._calls < 2 and not one_row_pays():
+            if self._calls < 2 and not one_row_pays(self._weight.dtype):
                 return None
             # not by its own `detach`, which counts who has its memory where it is watched
             self._packed = PackedWeight(Tensor.detach(self._weight))
