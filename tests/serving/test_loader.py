@@ -1,12 +1,12 @@
 """The thread that reads adapters: what waits for the engine, what is undone where reading fails, and who is told."""
 
 import threading
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from serving.at_once import at_once
 from serving.servers import tiny
 from spectune.errors import SpectuneError
 from spectune.model.names import adapter_names
@@ -14,16 +14,6 @@ from spectune.serving.jobs import Closing
 from spectune.serving.loader import Loader
 from spectune.serving.shelf import NameInUse, Shelf, Unreadable, Version
 from transformer2.cases import adapter
-
-
-def at_once(function):
-    """Call as the engine does between two steps."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from serving.at_once import at_once
 from serving.servers import shelf_of, tiny, words
 from spectune.errors import SpectuneError
 from spectune.serving.app import Service, make_app
@@ -38,12 +38,7 @@ class Engine:
         self.cancelled.append(job)
 
     def call(self, function: Any) -> Any:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return at_once(function)
 
     def load(self, version: Any, read: Any, *, replace: bool = False) -> Any:
         return self.call(lambda: self.shelf.put(version.name, read(), version.path, replace=replace))

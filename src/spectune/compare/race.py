@@ -34,9 +34,7 @@ _EDGE = 0.1  # weight of the next rate up where one is chosen: beyond the best, 
 _SOUND = 3  # runs that the best rate has in the end
 _FAR = 8  # places from the middle, a factor of a hundred by default, where nothing learns
 _AT_ONCE = 2  # runs that are chosen together
-_NEAR = (
-    0.05  # of what is learned: so much less is expected of the places beside one that was measured, by their squares
-)
+_NEAR = 0.05  # of what is learned: less expected of a place beside one that was measured, by the square of how far
 _AWAY = 3  # places from it, from which on no less is expected
 _LEFT = 1.0  # standard deviations of a difference: by more, another place has to be better than it
 
@@ -158,7 +156,7 @@ class Race:
         at = places.index(leader)
         behind = {}
         for i, place in enumerate(places):
-            spread = math.sqrt(max(covariance[i, i] + covariance[at, at] - 2 * covariance[i, at], 0.0))
+            spread = _spread(covariance, i, at)
             if not seen.unstable(place) and seen.count(place) < self.seeds:
                 behind[place] = (mean[at] - mean[i]) / spread if spread > 0 else 0.0 if i == at else math.inf
         close = [place for place in behind if behind[place] <= _BEHIND]
@@ -224,6 +222,11 @@ def _record_error(one: Look, other: Look, learned: float) -> float:
         return 0.5 * _DEEP * learned
     differences = np.subtract(one.right, other.right)
     return max(float(differences.std()), 1 / len(differences)) / math.sqrt(len(differences))
+
+
+def _spread(covariance: Values, i: int, j: int) -> float:
+    """Return the standard deviation of a difference."""
+    return math.sqrt(max(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j], 0.0))
 
 
 class Seen:
@@ -322,8 +325,7 @@ class Seen:
         if not self._ended.intersection(own) or (len(own) >= 2 and all(map(self._fell, own))):
             return True
         mean, covariance = self.posterior([place, other])
-        spread = math.sqrt(max(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1], 0.0))
-        return bool(mean[1] - mean[0] > _LEFT * spread)
+        return bool(mean[1] - mean[0] > _LEFT * _spread(covariance, 0, 1))
 
     def leader(self, *, most: bool = False) -> int:
         """Return the place with the best mean of those that do not fall apart, or of all where all do.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
 from spectune.bases.devices import default_device, resolve_dtype
@@ -12,6 +11,7 @@ from spectune.compare.config import CompareConfig
 from spectune.errors import SpectuneError
 from spectune.pages.units import gigabytes
 from spectune.planning.memory import precision_of_run, weights_of
+from spectune.speed.room import room
 
 _FULL = 16  # bytes a weight: float32, its gradient, and AdamW's two moments
 
@@ -35,7 +35,7 @@ def check_room(config: CompareConfig, free: int | None = None) -> list[str]:
     precision = precision_of_run(config.quantize, "fp32" if dtype == torch.float32 else "bf16")
     weights = weights_of(built, precision or "bf16").total
     if free is None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = room(device)
     if weights * config.workers > free:
         fewer = f"workers={max(1, int(free // weights))}, " if config.workers > 1 and weights <= free else ""
         half = "dtype=bf16, " if dtype == torch.float32 else ""

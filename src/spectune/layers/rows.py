@@ -12,7 +12,8 @@ from spectune.errors import SpectuneError
 from spectune.layers.layouts import UNTRIED, Layout, Layouts
 from spectune.layers.mixtures import Mixture, RowWeights, weight_at
 from spectune.layers.protocols import Layer, Place
-from spectune.layers.stacks import RoutedForward, Stack
+from spectune.layers.routed import RoutedForward
+from spectune.layers.stacks import Stack
 
 
 class Rows:
