@@ -107,6 +107,11 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
         raise SpectuneError(f"{path} cannot be read: {reason(error)}") from None
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text: line ends alone end them, and not what else `str.splitlines` takes for one."""
+    return re.split(r"\r\n?|\n", text)
+
+
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds.
 
@@ -158,7 +163,8 @@ def parse_yaml(text: str, where: str) -> object:
     except SpectuneError as error:
         raise SpectuneError(f"{where}: {error}") from None
     except Exception as error:  # whatever a tag makes of the constructors
-        raise SpectuneError(f"{where} is not valid YAML: {reason(error)}") from None
+        told = reason(error).replace(' in "<unicode string>",', ", at")
+        raise SpectuneError(f"{where} is not valid YAML: {told}") from None
     _check_tree(found, where)
     return found
 

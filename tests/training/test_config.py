@@ -106,3 +106,43 @@ def test_paths_are_told_in_full_and_what_is_no_source_stays(tmp_path, monkeypatc
     assert in_full(["a.jsonl", {"path": "a.jsonl", "weight": 2}]) == [full, {"path": full, "weight": 2}]
     assert in_full({"pth": "a.jsonl"}) == {"pth": "a.jsonl"}
     assert in_full("user/data") == "user/data"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lr: yes", "lr: YAML reads yes, no, on and off as true and false: .* write a number for one .given: True."),
+        ("batch_size: true", "batch_size: YAML reads yes, no"),
+        ("targets: no", "targets: YAML reads yes, no, on and off as true and false: quote a name"),
+        ("yes: 1", "run.yaml: True is no key: quote it, for YAML reads yes, no, on, off and ~ as values"),
+        (
+            "columns: text",
+            r"columns: Input should be a valid dictionary .given: 'text'.; columns is: the data's names for",
+        ),
+        (
+            "targets: [q_proj, 3]",
+            "targets, item 2: Input should be a valid string .given: 3.; targets is: all-linear, ",
+        ),
+        ("data: [a.jsonl, {path: b.jsonl, weigth: 2}]", "data, item 2: unknown key 'weigth'; did you mean 'weight'"),
+        ("data: [a.jsonl, {weight: 2}]", "data, item 2: path is not given"),
+        ("data: ''", "data is empty"),
+        ("save_total_limit: 2", "unknown key 'save_total_limit': it is seen to without a setting: leave it out"),
+        ("datasets: [{path: d.jsonl, type: alpaca}]", "unknown key 'datasets': write data: a file, or a list of"),
+        ("a: *b", "run.yaml is not valid YAML: found undefined alias, at line 4, column 4$"),
+    ],
+)
+def test_yaml_as_people_write_it(line, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    kept = [f"{key}: {key[0]}" for key in ("model", "data", "output") if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*kept, line]))
+    with pytest.raises(SpectuneError, match=message):
+        load_config(path, [])
+
+
+def test_one_source_with_a_weight_and_data_for_settings(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\noutput: o\ndata: {path: d.jsonl, weight: 2}\nbest: no\n")
+    assert load_config(tmp_path / "run.yaml", []).data[0].weight == 2
+    with pytest.raises(
+        SpectuneError, match=r"d.jsonl is data, and settings are needed: give model=..., data=.*d.jsonl"
+    ):
+        load_config(tmp_path / "d.jsonl", [])

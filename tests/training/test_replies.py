@@ -1,6 +1,7 @@
 """Prompts that are shown with replies."""
 
-from spectune.training.replies import asked
+from spectune.compare.answers import question
+from spectune.training.replies import asked, spoken
 
 
 def test_a_prompt_is_shown_once():
@@ -12,3 +13,13 @@ def test_a_prompt_is_shown_once():
     found = asked([*chats, *pairs], 10)
     assert [one.answer for one in found] == ["1", "2", "3", "4"]
     assert len(asked(chats, 2)) == 2
+
+
+def test_an_answer_may_be_in_parts():
+    parts = ["say ", {"type": "text", "text": "one"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
+    (found,) = asked([chat], 1)
+    assert (found.answer, spoken(found.prompt)) == ("say one", "say one")
+    assert question(chat)[1] == "say one"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert question({"messages": [*chat["messages"][:1], call]})[1] == ""

@@ -23,11 +23,18 @@ def test_the_prompts_of_every_tasks_data(tmp_path):
         {"prompt": [{"role": "system", "content": "be kind"}, *TURNS[:1]], "answer": "one"},
         {"prompt": "say four", "chosen": "four", "rejected": "five"},
         {"text": "say five", "label": 1},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "say "}, {"type": "text", "text": "six"}]}
+            ]
+        },
     ]
     read = read_prompts(write(tmp_path / "data.jsonl", *records))
-    assert read == ["say one", "say two", "say three", "say one", "say four", "say five"]
+    assert read == ["say one", "say two", "say three", "say one", "say four", "say five", "say six"]
     (tmp_path / "data.csv").write_text("prompt,answer\n1+1=,2\n")
     assert read_prompts(tmp_path / "data.csv") == ["1+1="]
+    (tmp_path / "data.txt").write_text("\ufeffsay\u2028one\x0c\r\n\nsay two\n")
+    assert read_prompts(tmp_path / "data.txt") == ["say\u2028one", "say two"]
 
 
 @pytest.mark.parametrize(

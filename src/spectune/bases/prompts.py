@@ -143,6 +143,12 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return False
 
 
+def text_of(message: Message) -> str:
+    """Return what a message says, of which the content may be a text, a list of parts, or nothing beside a call."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(p if isinstance(p, str) else p["text"] for p in content)
+
+
 def plain(messages: Sequence[Message], as_text: bool = False, parts: bool = False) -> list[dict[str, Any]]:
     """Return messages as chat templates take them: a content is text, calls are OpenAI's, no key is without a value.
 
@@ -154,11 +160,7 @@ def plain(messages: Sequence[Message], as_text: bool = False, parts: bool = Fals
     found = []
     for message in messages:
         said = {key: value for key, value in message.items() if value is not None}
-        content = said.get("content")
-        if isinstance(content, list):
-            said["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
-        elif content is None:
-            said["content"] = ""  # many templates write None, or stumble over a key that is not there
+        said["content"] = text_of(said)  # many templates write None, or stumble over a key that is not there
         if parts:
             said["content"] = [{"type": "text", "text": said["content"]}] if said["content"] else []
         if isinstance(said.get("function_call"), Mapping):  # the older form

@@ -21,6 +21,7 @@ from spectune.cli.shared import (
     say_export,
 )
 from spectune.errors import SpectuneError
+from spectune.reading import lines_of
 
 if TYPE_CHECKING:
     from spectune.bases.classifiers import Prediction
@@ -43,7 +44,7 @@ def classify(
 
     spectune classify runs/spam "You have won a prize!"
     """
-    asked = texts or [line for line in read_stdin().splitlines() if line.strip()]
+    asked = texts or [line for line in lines_of(read_stdin()) if line.strip()]
     if not asked:
         raise SpectuneError("there is no text; give it as an argument or on stdin, one a line")
     from spectune.bases.classifiers import classify as classify_

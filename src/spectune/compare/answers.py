@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from spectune.bases.generation import generate
-from spectune.bases.prompts import Message
+from spectune.bases.prompts import Message, text_of
 from spectune.errors import SpectuneError
 from spectune.model.fusing import fused_where_it_pays
 from spectune.training.data.records import Record, form
@@ -69,9 +69,9 @@ def question(record: Record) -> tuple[str | Sequence[Message], str, bool]:
     kind = form(record)
     if kind == "messages":
         *before, last = record["messages"]
-        return before, last["content"], False
+        return before, text_of(last), False
     if kind == "completion" and isinstance(record["prompt"], list):
-        return record["prompt"], record["completion"][-1]["content"], False
+        return record["prompt"], text_of(record["completion"][-1]), False
     if kind == "completion":
         return record["prompt"], record["completion"], True
     raise SpectuneError("metric: exact_match needs records with messages, or with prompt and completion")

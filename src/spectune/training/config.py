@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
 
 from spectune.bases.embedded import EMBEDDED
 from spectune.errors import SpectuneError, nearest
@@ -24,6 +34,7 @@ PLACES = ("model", "data", "adapter", "eval_data")
 _NARROWED = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "split")
 # the data, unless `train` is given them
 FOLLOWING = ("batch_size", "epochs", "held_out", "eval_steps", "max_eval_samples", "max_length")
+_OF_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz")  # no settings
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -182,6 +193,22 @@ class TrainConfig(BaseModel):
         kept = ("model",) if self.model in EMBEDDED else ()
         return {key: in_full(value) if key in PLACES and key not in kept else value for key, value in found.items()}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic would take for 1 or 0: the yes of `lr: yes`."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and not _takes(field.annotation, bool):
+            raise ValueError(
+                "YAML reads yes, no, on and off as true and false: quote a name, and write a number for one"
+            )
+        return value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_source(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value
+
     @field_validator("data")
     @classmethod
     def _some_data(cls, value: object) -> object:
@@ -290,6 +317,10 @@ class TrainConfig(BaseModel):
         return self.lr if isinstance(self.lr, (int, float)) else self.parsed_method().learning_rate
 
 
+def _takes(annotation: object, kind: type) -> bool:
+    return annotation is kind or any(_takes(each, kind) for each in get_args(annotation))
+
+
 C = TypeVar("C", bound=TrainConfig)
 
 
@@ -312,6 +343,23 @@ def _made(kind: type[C], values: dict[str, Any]) -> C:
     return kind(**values)
 
 
+def _told(error: ValidationError, known: dict[str, FieldInfo]) -> str:
+    """Return the first wrong value of a configuration in a sentence."""
+    key = str(error.errors()[0]["loc"][0])
+    # of a key that may be of several types each says what it is not: the one that comes farthest is what was meant
+    found = max((each for each in error.errors() if each["loc"][0] == key), key=lambda each: len(each["loc"]))
+    item = next((f", item {part + 1}" for part in found["loc"] if isinstance(part, int)), "")
+    description = known[key].description
+    if found["type"] == "missing":
+        inner = "" if len(found["loc"]) == 1 else f": {found['loc'][-1]}"
+        return f"{key}{item}{inner} is not given: {description}"
+    if found["type"] == "extra_forbidden":
+        name = str(found["loc"][-1])
+        return f"{key}{item}: unknown key {name!r}{nearest(name, Source.model_fields)}"
+    said = f"{key}{item}: {found['msg'].removeprefix('Value error, ')} (given: {found['input']!r:.200})"
+    return f"{said}; {key} is: {description}" if found["type"].endswith("_type") else said
+
+
 def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = TrainConfig, **presets: object) -> C:
     """Read a YAML file and apply key=value overrides.
 
@@ -326,6 +374,11 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     """
     values: dict[str, Any] = dict(presets)
     if path is not None:
+        if Path(path).suffix.lower() in _OF_DATA:
+            raise SpectuneError(
+                f"{path} is data, and settings are needed: give model=..., data={path} and output=..., or a file of "
+                f"them, which `spectune init {path} -m MODEL` writes"
+            )
         read = read_yaml(Path(path))
         if read is not None and not isinstance(read, dict):
             raise SpectuneError(f"{path} must hold key: value pairs")
@@ -335,8 +388,11 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
         if not equals:
             raise SpectuneError(f"{pair!r} is not key=value")
         values[(key := key.strip())] = value_of(text, kind.model_fields.get(key))
+    other = next((key for key in values if not isinstance(key, str)), "")
+    if not isinstance(other, str):
+        raise SpectuneError(f"{path}: {other!r} is no key: quote it, for YAML reads yes, no, on, off and ~ as values")
     values = aliased(values, {*kind.model_fields, *task_keys()})
-    for key in ("model", "output"):  # an empty path would be the working directory
+    for key in ("model", "output", "data", "eval_data", "adapter"):  # an empty path would be the working directory
         if values.get(key) == "" and presets.get(key) != "":
             raise SpectuneError(f"{key} is empty")
     kind = with_task(kind, str(values.get("task", kind.model_fields["task"].default)))
@@ -357,11 +413,7 @@ def load_config(path: str | Path | None, overrides: list[str], kind: type[C] = T
     try:
         config = kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"][:1]))
-        if first["type"] == "missing":
-            raise SpectuneError(f"{key} is not given: {known[key].description}") from None
-        raise SpectuneError(f"{key}: {first['msg']} (given: {first['input']!r})") from None
+        raise SpectuneError(_told(error, known)) from None
     config.check()
     from spectune.methods import parse  # with torch, which the command line's help does without
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from spectune.bases.generation import Reply, generate
+from spectune.bases.prompts import text_of
 from spectune.errors import SpectuneError
 from spectune.training.data.messages import is_learned
 from spectune.training.data.records import Record, form
@@ -53,19 +54,14 @@ def _asked(record: Record) -> Asked | None:
     if kind == "messages":
         turns = record["messages"]
         last = max((i for i, message in enumerate(turns) if is_learned(message)), default=0)
-        return Asked(list(turns[:last]), _text(turns[last]), False) if last and not record.get("tools") else None
+        return Asked(list(turns[:last]), text_of(turns[last]), False) if last and not record.get("tools") else None
     prompt = record.get("prompt")
     answer = record.get("completion", record.get("chosen"))
     if not prompt or not answer or record.get("tools"):
         return None
     if isinstance(prompt, str):
         return Asked(prompt, answer, True)
-    return Asked(list(prompt), _text(answer[-1]), False)
-
-
-def _text(message: Any) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return Asked(list(prompt), text_of(answer[-1]), False)
 
 
 def replies(
@@ -89,7 +85,7 @@ def replies(
 
 def spoken(prompt: Any) -> str:
     """Return a prompt as text, of a conversation the last message."""
-    return prompt if isinstance(prompt, str) else _text(prompt[-1])
+    return prompt if isinstance(prompt, str) else text_of(prompt[-1])
 
 
 def short(text: str, limit: int = _SHOWN) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spectune.bases.prompts import Message
+from spectune.bases.prompts import Message, text_of
 from spectune.errors import SpectuneError
-from spectune.reading import TEXT_BYTES, read_text
+from spectune.reading import TEXT_BYTES, lines_of, read_text
 from spectune.training.config import TrainConfig
 from spectune.training.data.messages import is_conversation
 from spectune.training.data.records import Record, read
@@ -46,7 +46,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if Path(path).suffix != ".txt":
         return [prompt_of(record) for record in read(path, _Prompts(_config(path)))]
     try:
-        lines = read_text(Path(path), TEXT_BYTES).splitlines()
+        lines = lines_of(read_text(Path(path), TEXT_BYTES))
     except FileNotFoundError:
         raise SpectuneError(f"cannot read {path}: no such file") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -60,7 +60,7 @@ def prompt_of(record: Record) -> str:
     asked = _asked(record)
     if isinstance(asked, str):
         return asked
-    return next((m["content"] for m in reversed(asked or []) if m["role"] == "user"), "")
+    return next((text_of(m) for m in reversed(asked or []) if m["role"] == "user"), "")
 
 
 def _asked(record: Record) -> str | list[Message] | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.bases.generation import last_logits
-from spectune.bases.prompts import Message
+from spectune.bases.prompts import Message, text_of
 from spectune.errors import SpectuneError
 from spectune.training.data.encoding import Example, encode_one
 from spectune.training.data.records import Record
@@ -54,11 +54,11 @@ def as_shot(record: Record, tokenizer: PreTrainedTokenizerBase) -> Shot:
         turns = list(record["messages"])
         prompt: Any = turns[:-1]
         wrong = len(turns) < 2 or turns[-1].get("role") != "assistant"
-        completion = "" if wrong else turns[-1]["content"]
+        completion = "" if wrong else text_of(turns[-1])
     else:
         prompt, completion = record.get("prompt"), record.get("completion") or ""
         if isinstance(completion, list):
-            completion = completion[-1]["content"]
+            completion = text_of(completion[-1])
         wrong = not prompt or not completion
         if not wrong and isinstance(prompt, str) and getattr(tokenizer, "chat_template", None):
             prompt = [{"role": "user", "content": prompt}]

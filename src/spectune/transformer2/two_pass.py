@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spectune.bases.generation import Message, generate
 from spectune.bases.places import model_path
+from spectune.bases.prompts import text_of
 from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError
 from spectune.transformer2.classifier import CONFIG, FOLDER
@@ -120,7 +121,7 @@ def default_strategy(library: Library) -> str:
 def _asked(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
-    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    return next((text_of(m) for m in reversed(prompt) if m["role"] == "user"), "")
 
 
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -4,12 +4,14 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 
 import pytest
 
 from spectune import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.data.detect import detect
+from spectune.training.data.files import rows
 from spectune.training.data.records import read
 from spectune.training.tasks import make_task
 
@@ -39,6 +41,9 @@ TABLES = {
     "index.csv": ",,text,label\n0,0,hello,a\n1,1,ho,b\n",
     "last comma.csv": "text,label,\nhello,a,\nho,b,\n",
     "empty rows.csv": "text,label\n\nhello,a\n,\nho,b\n,\n",
+    "more commas.csv": "text,label\nhello,a,,\n,,\nho,b,\n",
+    "not packed.csv.gz": "text,label\nhello,a\nho,b\n",
+    "put together.jsonl": "".join(f"\ufeff{json.dumps({'text': t, 'label': c})}\n" for t, c in TWO),
     "quoted.csv": '"text","label"\n"hello","a"\n"ho","b"\n',
     "packed under another name.jsonl": gzip.compress(lines(*({"text": t, "label": c} for t, c in TWO)).encode()),
     "array.jsonl": json.dumps([{"text": t, "label": c} for t, c in TWO]),
@@ -99,7 +104,65 @@ def test_openais_preferences_are_pairs(tmp_path):
             "line 1: messages has no assistant turn to learn from (roles: user)",
         ),
         ("a.jsonl", '{"text": "a"}\n[1]', "line 2: not a JSON object"),
-        ("a.csv", "text\nhello, there\n", "row 1: has other columns than the first line; quote commas in texts"),
+        (
+            "a.csv",
+            "text\nhello, there\n",
+            "row 1: has other columns than the first line (2 for 1 names); quote commas in texts",
+        ),
+        (
+            "a.csv",
+            "text,label\nhello\n",
+            "row 1: has other columns than the first line (1 for 2 names); quote texts with",
+        ),
+        (
+            "a.csv",
+            'text,b\na,b\n"c\nd",e\n"f" g,h\n',
+            "row 3, which begins in line 5: it is not CSV (',' expected after",
+        ),
+        ("a.csv", "text,label\nhello,a\ntext,label\n", "row 2: has the names of the first line again: take it out"),
+        ("a.tsv", 'text\tlabel\n"Good\ta\nBad"\tb\n', "row 1: 'text' goes on over the ends of rows, from one quote to"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar" + b"\0" * 300),
+            "is a tar archive: unpack it",
+        ),
+        ("a.pkl", b"\x80\x04\x95abc", "is binary, and of no known kind"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "a"},\n',
+            "line 2 is not valid JSON: a comma follows the record; take the",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}{"text": "b"}',
+            "line 1 is not valid JSON: more follows the record at character 14; write",
+        ),
+        ("a.jsonl", '{\n"text": "a"\n}', "at character 2; write each record on one line, as `jq -c . FILE` does"),
+        (
+            "a.jsonl",
+            "{'text': 'a'}",
+            "at character 2; names and texts stand in double quotes: write records by json.dumps",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b',
+            "line 2 is not valid JSON: Unterminated string at character",
+        ),
+        (
+            "a.json",
+            '{\n"text": "a"\n}\n{\n"text": "b"\n}',
+            "Extra data: line 4 column 1 (char 16); write one record a line",
+        ),
+        ("a.json", '[{"text": "a"},]', "Expecting value; JSON has no comments, and no comma before a bracket"),
+        ("a.json", '{"prompt": ["a", "b"], "completion": ["c", "d"]}', "holds a list for each column and not records"),
+        (
+            "a.json",
+            '{"prompt": {"0": "a"}, "completion": {"0": "c"}}',
+            "holds objects inside one object and not records",
+        ),
+        ("a.json", '{"a": {"text": "b"}, "c": {"text": "d"}}', "orient='records', lines=True) does"),
+        ("a.jsonl", '{"prompt": "a", "completion": 5}', "lists of messages; completion is 5: write it in quotes"),
+        ("a.jsonl", '{"prompt": "a", "completion": ["b"]}', "prompt is text, completion is a list"),
         ("a.csv", "text,text\na,b\n", "two columns are named 'text'"),
     ],
 )
@@ -123,6 +186,33 @@ def test_what_a_user_should_know_is_said(tmp_path):
     csv.writer(out).writerows([("text", "label"), ("häl", "a")])
     _, notes = found(tmp_path / "d.csv", out.getvalue().encode("utf-16-be"), "classify")
     assert "was read as utf-16-be" in notes
+    _, notes = found(
+        tmp_path / "e.csv", "It was good,pos\nBad,neg\nWell,pos\n", "classify", text="It was good", label="pos"
+    )
+    assert "e.csv, row 2 has 'pos' in the column of that name: the first line was taken for names" in notes
+    _, notes = found(tmp_path / "f.csv", ",text,,\n0,a,,good\n1,b,,bad\n", "sft")
+    assert "f.csv is not read, for it has no name in the first line; in" in notes
+    _, notes = found(tmp_path / "g.jsonl", lines({"prompt": "a", "completion": " \n"}))
+    assert "1 records have an empty answer" in notes
+    _, notes = found(tmp_path / "h.jsonl", lines(*({"prompt": "a", "chosen": "b", "rejected": r} for r in "bc")), "dpo")
+    assert "1 records have one answer as 'chosen' and as 'rejected'" in notes
+
+
+def test_answers_of_a_table_that_are_called_bad_are_not_learned(tmp_path):
+    table = "prompt,completion,label\na,b,True\nc,d,False\n,,\n"
+    records, notes = found(tmp_path / "a.csv", table)
+    assert [record["completion"] for record in records] == ["b"]
+    assert "left out, for their label is false (1)" in notes
+    assert detect(str(tmp_path / "a.csv"), generates=True).task == "kto"
+    assert [record["label"] for record in found(tmp_path / "a.csv", table, "kto")[0]] == [True, False]
+
+
+def test_numbers_and_texts_of_a_table_as_programs_write_them(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": [b"h\xc3\xa4", None, b"\xff"], "label": [Decimal("1.50"), None, Decimal("2.00")]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    read_ = [row for row, _ in rows(str(tmp_path / "a.parquet"), None, None, print)]
+    assert read_ == [{"text": "hä", "label": 1.5}, {"text": None, "label": None}, {"text": b"\xff", "label": 2.0}]
 
 
 @pytest.mark.parametrize(

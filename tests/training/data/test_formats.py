@@ -287,7 +287,7 @@ def test_patterns_lists_and_mixtures(tmp_path):
     train_, held = make_task(load_config(None, ["model=m", "output=o", mixed, "held_out=0.3"])).read()
     assert {r["text"] for r in train_}.isdisjoint(r["text"] for r in held)  # what is repeated is not what is held out
     assert len({r["text"] for r in held}) == len(held) == 4
-    for wrong, message in (("data=[]", "empty"), (f"data=[{{path: {a}, wieght: 2}}]", "data: ")):
+    for wrong, message in (("data=[]", "empty"), (f"data=[{{path: {a}, wieght: 2}}]", "item 1: unknown key 'wieght'")):
         with pytest.raises(SpectuneError, match=message):
             load_config(None, ["model=m", "output=o", wrong])
 

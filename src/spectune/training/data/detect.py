@@ -7,9 +7,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from spectune.errors import SpectuneError
+from spectune.training.data.common import says_yes
 from spectune.training.data.files import rows
-from spectune.training.data.formats import convert
+from spectune.training.data.formats import Converted, convert
 from spectune.training.data.records import form
+from spectune.training.data.rows import of
 
 _LOOKED_AT = 2000
 _LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent", "topic", "tag", "rating", "stars")
@@ -19,6 +21,8 @@ _TEXTS += ("utterance", "query", "title", "description")
 _PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"))
 _PAIRS += (("question", "sentence"), ("sentence_a", "sentence_b"), ("query", "passage"))
 _ASKED = ("prompt", "question", "instruction", "input", "query", "user", "source", "q", "request", "problem")
+_OF_FORMATS = {"messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "context"}
+_OF_FORMATS |= {"instruction", "input", "output", "question", "answer", "response", "system", "history", "tools"}
 _INDEX = ("", "__index_level_0__", "Unnamed: 0")  # the numbers of rows, as pandas writes them
 _KINDS = 150  # labels at most
 
@@ -49,21 +53,40 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
     Raises:
         SpectuneError: nothing that a task could learn is there.
     """
-    read: list[Any] = [row for row, _ in islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
-    if not read:
+    placed: list[Any] = [*islice(rows(source, config, split, lambda note: None), _LOOKED_AT)]
+    if not placed:
         raise SpectuneError(f"{source} holds no records")
-    other = next((row for row in read if not isinstance(row, Mapping)), None)
-    if other is not None or not all(isinstance(row, Mapping) for row in read):
-        raise SpectuneError(
-            f"{source}: a record is an object with names for its values, and not {type(other).__name__} ({other!r:.40})"
-        )
+    for row, where in placed:
+        if not isinstance(row, Mapping):
+            raise SpectuneError(
+                f'{where}: a record is an object with names for its values, as {{"prompt": ..., "completion": ...}}, '
+                f"and not {row!r:.40}"
+            )
+    theirs = _in_other_case(placed[0][0])
+    ours = {name: key for key, name in theirs.items()}
+    found = _of(source, [({ours.get(k, k): v for k, v in row.items()}, where) for row, where in placed], generates)
+    columns = {key: theirs.get(name, name) if isinstance(name, str) else name for key, name in found.columns.items()}
+    if theirs and not columns and found.task != "classify":
+        first = {ours.get(name, name): value for name, value in placed[0][0].items()}
+        columns = {key: theirs[key] for key in convert(first, found.task).read if key in theirs}
+    return found._replace(columns=columns)
+
+
+def _in_other_case(row: Mapping[str, object]) -> dict[str, str]:
+    """Return names of formats for those of a record that differ from them in case or spaces, as headings do."""
+    spelled = {name.strip().casefold(): name for name in row}
+    return {key: name for key, name in spelled.items() if key in _OF_FORMATS and key not in row}
+
+
+def _of(source: str, placed: Sequence[tuple[Mapping[str, Any], str]], generates: bool) -> Found:
+    read = [row for row, _ in placed]
     names = [name for name in read[0] if name not in _INDEX and any(row.get(name) not in (None, "") for row in read)]
     there = set(names)
     if {"chosen", "rejected"} <= there and generates:
         return Found("dpo", {}, "'chosen' and 'rejected' are there")
     if {"prompt", "completion", "label"} <= there and generates and _judged(read):
         return Found("kto", {}, "'label' says of each 'completion' whether it is good")
-    answers = _answers(read)
+    answers = _answers(placed)
     label = _label(read, names)
     if not generates or (label is not None and not answers):
         found = _labelled(read, names, label)
@@ -71,25 +94,45 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
             return found
         if not generates:
             raise SpectuneError(
-                f"{source} has no column that looks like a label ({', '.join(names)}), and this model learns labels: "
-                "name the columns, columns='{text: ..., label: ...}', or take a model that generates text"
+                f"{source} {_not_labelled(read, names, label)}, and this model learns labels: name the columns, "
+                "columns='{text: ..., label: ...}', or take a model that generates text"
             )
     if answers or "text" in there:
         return Found("sft", {}, f"{answers or 'text'} to learn from")
     return _asked(source, read, names)
 
 
-def _answers(read: Sequence[Mapping[str, object]]) -> str | None:
+def _answers(placed: Sequence[tuple[Mapping[str, object], str]]) -> str | None:
     """Return the format of records with answers, where all of them have one."""
-    converted = [convert(row, "sft") for row in read[:200]]
+    converted: list[Converted] = []
+    for row, where in placed[:200]:
+        with of(row, where):
+            converted.append(convert(row, "sft"))
     kinds = {each.format for each in converted if form(each.values) in ("messages", "completion")}
     known = all(form(each.values) in ("messages", "completion") for each in converted)
     return (max(kinds, key=len) or "prompt and completion") if known and kinds else None
 
 
+def _not_labelled(read: Sequence[Mapping[str, object]], names: Sequence[str], label: str | None) -> str:
+    """Return why records have no labels that could be learned, in words."""
+    if label is not None:
+        return f"has labels in {label!r}, and no text beside them ({', '.join(names)})"
+    named = next((name for name in names if name.lower() in _LABELS), None)
+    if named is None:
+        return f"has no column that looks like a label ({', '.join(names)})"
+    values = _values(read, named)
+    kinds = sorted({type(value).__name__ for value in values})
+    count = len({str(value) for value in values})
+    if count == 1:
+        return f"has one label only in {named!r}, {values[0]!r:.40}, so that there is nothing to tell apart"
+    if len(kinds) > 1:
+        return f"has labels of several kinds in {named!r} ({', '.join(kinds)})"
+    return f"has {count} different values in {named!r} in {len(values)} records, such as {values[0]!r:.40}: no labels"
+
+
 def _judged(read: Sequence[Mapping[str, object]]) -> bool:
     values = _values(read, "label")
-    return all(isinstance(value, bool) for value in values) and len(set(values)) == 2
+    return all(says_yes(value) is not None for value in values) and len(set(map(says_yes, values))) == 2
 
 
 def _values(read: Sequence[Mapping[str, object]], name: str) -> list[Any]:

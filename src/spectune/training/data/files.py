@@ -44,6 +44,8 @@ _OTHERS = {  # what files under the name of data are instead
     b"%PDF": "is a PDF and not data",
     b"SQLite format": "is a database: write out the records as JSON lines",
 }
+_QUOTES = "a field that begins with a quote ends with one, and quotes inside it are doubled"
+_BINARY = re.compile(rb"[\0-\x08\x0e-\x1a]")  # what no text has
 _ARRAY = ("[{", "[\n", "[\r", "[ ")  # what an array begins with, whatever the file is named
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 _SUFFIXES = (*_LINES, ".json", *_TABLES, ".parquet", ".arrow")
@@ -101,6 +103,8 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
         for magic, what in _OTHERS.items():
             if begin.startswith(magic):
                 raise SpectuneError(f"{path} {what}")
+        if begin[257:262] == b"ustar":
+            raise SpectuneError(f"{path} is a tar archive: unpack it, and give the files in it")
         if begin and not any(begin):
             raise SpectuneError(f"{path} begins with zeros and no text: it was not written or copied to its end")
         encoding = _encoding(begin)
@@ -108,12 +112,15 @@ def _file(path: Path, say: Callable[[str], None]) -> Rows:
             say(f"{path} was read as {encoding}, for every other byte is zero")
         begins = begin.decode(encoding, "ignore").lstrip()[:2]
         if suffix in _TABLES:
-            yield from _separated(path, _table_lines(path, stream, encoding, say), "\t" if suffix == ".tsv" else None)
+            lines = _table_lines(path, stream, encoding, say)
+            yield from _separated(path, lines, "\t" if suffix == ".tsv" else None, say)
         elif begins in _ARRAY or (suffix == ".json" and begins[:1] == "["):
             yield from list_of(path, _reader(path, stream, encoding))
         elif suffix == ".json" and begins[:1] == "{":
             yield from object_of(path, _lines(path, stream, encoding, DOCUMENT_BYTES), say)
         elif begins and begins[0] not in "{[" and suffix not in (*_LINES, ".json"):
+            if encoding == _UTF8 and _BINARY.search(begin):
+                raise SpectuneError(f"{path} is binary, and of no known kind: write out the records as JSON lines")
             raise SpectuneError(
                 f'{path} is plain text and holds no records: write each as a line of JSON, as {{"text": "..."}}, '
                 "in a file named .jsonl"
@@ -148,8 +155,9 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """Give a file's bytes, unpacked as they are read."""
     with path.open("rb") as file:
         begin = file.read(8)
-        by_content = next((suffix for magic, suffix in _MAGIC.items() if begin.startswith(magic)), None)
-        unpack = _PACKED.get(by_content or path.suffix.lower())
+        # by content alone: whoever fetches a file may unpack it, and leave it its name
+        packing = next((suffix for magic, suffix in _MAGIC.items() if begin.startswith(magic)), None)
+        unpack = None if packing is None else _PACKED[packing]
         file.seek(0)
         if unpack is None:
             yield file
@@ -245,32 +253,92 @@ def _zstd(file: BinaryIO, path: Path) -> object:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd")
 
 
-def _separated(path: Path, lines: Iterator[str], delimiter: str | None) -> Rows:
+def _separated(path: Path, lines: Iterator[str], delimiter: str | None, say: Callable[[str], None]) -> Rows:
     """Yield the rows of a table, every field as the text that it is: neither 007 nor None means anything else."""
     csv.field_size_limit(RECORD_BYTES)  # the default is 128 KiB
-    head = next(lines, "")
+    head, above = next(lines, ""), 0
     said = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it
     if said is not None:
-        delimiter, head = said[1], next(lines, "")
+        delimiter, head, above = said[1], next(lines, ""), 1
     outside = re.sub(r'"[^"]*"', "", head)
     delimiter = delimiter or max(",;\t|", key=outside.count)
+    reader = csv.DictReader(chain([head], lines), strict=True, delimiter=delimiter)
+    number, end = 0, 0  # of rows, and of lines of them
     try:
-        reader = csv.DictReader(chain([head], lines), strict=True, delimiter=delimiter)
         names = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = names
         twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
         if twice:
             raise SpectuneError(f"{path}: two columns are named {twice[0]!r}, and only one of them would be read")
+        look, end = _Columns(path, names, delimiter, say), reader.line_num
         for number, row in enumerate(reader, start=1):
-            if None in row or None in row.values():  # what is too much, and what is missing
-                raise SpectuneError(
-                    f"{path}, row {number}: has other columns than the first line; quote "
-                    f"{'commas' if delimiter == ',' else repr(delimiter)} in texts"
-                )
-            row.pop("", None)  # numbers of rows, or behind a last delimiter
-            yield row, f"{path}, row {number}"
+            where, end = f"{path}, row {number}", reader.line_num
+            yield look.row(row, where), where
     except csv.Error as error:
-        raise SpectuneError(f"cannot read {path}: it is not CSV ({error})") from None
+        begin = f"row {number + 1}, which begins in line {end + above + 1}" if end else "the first line"
+        raise SpectuneError(f"cannot read {path}, {begin}: it is not CSV ({error}); {_QUOTES}") from None
+
+
+class _Columns:
+    """Looks at the rows of a table, whether they are what its first line says.
+
+    Args:
+        path: of the file.
+        names: that the first line has.
+        delimiter: between fields.
+        say: told, once each, of what was taken for names or has none.
+    """
+
+    def __init__(self, path: Path, names: list[str], delimiter: str, say: Callable[[str], None]) -> None:
+        self._path, self._delimiter, self._say = path, delimiter, say
+        self._count, self._names = len(names), [name for name in names if name]
+        self._told = set[str]()
+
+    def row(self, row: dict[Any, Any], where: str) -> dict[str, str]:
+        """Return the fields of a row by the names that there are.
+
+        Raises:
+            SpectuneError: they are others, the names again, or several rows in one.
+        """
+        more = row.pop(None, [])
+        if any(more) or (None in row.values() and any(row.values())):
+            self._refuse(self._count + len(more) if more else sum(v is not None for v in row.values()), where)
+        unnamed = row.pop("", None)  # numbers of rows, or behind a last delimiter
+        if unnamed and not unnamed.strip().isdecimal():
+            what = f"is not read, for it has no name in the first line; in {where} it holds {unnamed!r:.60}"
+            self._tell("unnamed", f"a column of {self._path} {what}")
+        for name in self._names:
+            field = row[name] = row[name] or ""  # a line of fewer delimiters, which is empty
+            if self._delimiter == "\t" and "\t" in field and "\n" in field:
+                raise SpectuneError(
+                    f"{where}: {name!r} goes on over the ends of rows, from one quote to the next; {_QUOTES}"
+                )
+            if field == name:
+                self._repeats(row, name, where)
+        return row
+
+    def _refuse(self, count: int, where: str) -> None:
+        quoted = "commas" if self._delimiter == "," else repr(self._delimiter)
+        remedy = f"quote {quoted} in texts"
+        if count < self._count:
+            remedy = "quote texts with line ends in them, and leave empty what is missing"
+        raise SpectuneError(
+            f"{where}: has other columns than the first line ({count} for {self._count} names); {remedy}"
+        )
+
+    def _repeats(self, row: dict[Any, Any], name: str, where: str) -> None:
+        if len(self._names) > 1 and all(row[each] == each for each in self._names):
+            raise SpectuneError(f"{where}: has the names of the first line again: take it out")
+        self._tell(
+            "names",
+            f"{where} has {name!r} in the column of that name: the first line was taken for names; if it is a record, "
+            "write a line of names above it",
+        )
+
+    def _tell(self, kind: str, note: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            self._say(note)
 
 
 def _table(path: Path, suffix: str) -> Iterator[dict[str, object]]:
@@ -329,9 +397,22 @@ def _with_names(features: datasets.Features, rows: Iterable[dict[str, Any]]) -> 
 
     names = {k: f for k, f in features.items() if isinstance(f, datasets.ClassLabel)}
     several = {k: inner for k, f in features.items() if isinstance(inner := _inside(f), datasets.ClassLabel)}
+    of_kind = {k: str(getattr(f, "dtype", "")) for k, f in features.items()}
+    numbers = [k for k, kind in of_kind.items() if kind.startswith("decimal")]
+    texts = [k for k, kind in of_kind.items() if kind in ("binary", "large_binary")]
     for row in rows:  # what has no label has -1
+        row |= {k: float(row[k]) for k in numbers if row[k] is not None}
+        row |= {k: _text(row[k]) for k in texts}
         row |= {k: f.int2str(row[k]) for k, f in names.items() if row[k] is not None and row[k] >= 0}
         yield row | {k: [f.int2str(n) for n in row[k]] for k, f in several.items() if row[k] is not None}
+
+
+def _text(value: object) -> object:
+    """Return the text that bytes are, as some programs write it; other bytes as they are."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def _inside(feature: object) -> object:

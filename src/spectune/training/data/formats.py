@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from spectune.errors import SpectuneError
 from spectune.reading import parse_json
-from spectune.training.data.common import in_common
+from spectune.training.data.common import in_common, says_yes
 from spectune.training.data.messages import as_messages, without_nulls
 
 Values = Mapping[str, Any]
@@ -338,7 +338,7 @@ def _scored(there: Values) -> Converted | None:
 def _unpaired(there: Values, task: str) -> Converted | None:
     """Recognise answers that are good or bad, each by itself."""
     key = next((key for key in ("label", "kto_tag") if key in there), None)
-    if key is None or task not in ("sft", "kto") or (task == "sft" and not isinstance(there[key], bool)):
+    if key is None or task not in ("sft", "kto") or (task == "sft" and not _is_bool(there[key])):
         return None
     found = _prompted(there, task) if {"prompt", "completion"} <= there.keys() else None
     if found is None:
@@ -351,8 +351,13 @@ def _unpaired(there: Values, task: str) -> Converted | None:
         values |= {"prompt": prompt, "completion": [last]}
     chosen = ", of which those with label true are learned; task: kto learns from both" if task == "sft" else ""
     name = f"unpaired preferences{chosen}"
-    values["label"] = there[key]
+    values["label"] = says_yes(there[key]) if _is_bool(there[key]) else there[key]
     return found._replace(format=name, read=(*found.read, key), values=values)
+
+
+def _is_bool(value: object) -> bool:
+    """Whether a value is true or false, or a table's text for them."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
 
 
 def _dialogue(text: str) -> list[dict[str, str]] | None:

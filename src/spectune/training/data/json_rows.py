@@ -16,6 +16,7 @@ _AROUND = ("data", "train", "rows", "examples", "records", "instances")  # the k
 _EMPTY_LINES, _EMPTY_TEXT = 100_000, 1 << 20  # in a row: a small packed file may hold billions of them
 _CHUNK = 1 << 18
 _SPACE = re.compile(r"[ \t\n\r]*")
+_JQ = ", as `jq -c . FILE` does"
 _DECODER = json.JSONDecoder()
 
 
@@ -34,7 +35,12 @@ def lines_of(path: Path, lines: Iterable[str]) -> Rows:
                 raise SpectuneError(f"{where}: it and {_EMPTY_LINES:,} lines before it are empty")
             continue
         empty = 0
-        yield parse_json(line.removesuffix("\n"), where), where
+        line = line.removesuffix("\n").removeprefix("\ufeff")  # which files that were put together have inside
+        try:
+            found = parse_json(line, where)
+        except SpectuneError as error:
+            raise SpectuneError(_told(line, where) or str(error)) from None
+        yield found, where
 
 
 def object_of(path: Path, lines: Iterator[str], say: Callable[[str], None]) -> Rows:
@@ -66,7 +72,20 @@ def object_of(path: Path, lines: Iterator[str], say: Callable[[str], None]) -> R
                 f"{path} is one document of more than {DOCUMENT_BYTES:,} bytes: write each record as a line of JSON"
             )
         pieces.append(line)
-    found = parse_json("".join(pieces), str(path), DOCUMENT_BYTES)
+    text = "".join(pieces)
+    try:
+        found = parse_json(text, str(path), DOCUMENT_BYTES)
+    except SpectuneError as error:
+        problem = str(error)
+        raise SpectuneError(
+            f"{problem}; write one record a line{_JQ}" if "Extra data" in problem else problem
+        ) from None
+    around = _columns(found)
+    if around is not None:
+        raise SpectuneError(
+            f"{path} holds {around} and not records: write a list of records, or one a line, as pandas' "
+            "to_json(path, orient='records', lines=True) does"
+        )
     lists = [key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     key = next((key for key in _AROUND if key in lists), None)
     if key is not None and len(lists) > 1:
@@ -79,6 +98,51 @@ def numbered(found: Iterable[object], name: str) -> Rows:
     """Yield records with their numbers in what is called so."""
     for number, row in enumerate(found, start=1):
         yield row, f"{name}, row {number}"
+
+
+def _told(text: str, where: str) -> str | None:
+    """Return what is wrong with the JSON of a line, and what to do; None where it is JSON."""
+    begin = _skipped(text, 0)
+    try:
+        _, end = _DECODER.raw_decode(text, begin)
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "pos", begin)
+        said = getattr(error, "msg", "too deep").removesuffix(" starting at")
+        problem = f"{said} at character {at + 1}"
+        return f"{where} is not valid JSON: {problem}{_remedy(text[begin:], at - begin)}"
+    end = _skipped(text, end)
+    if end == len(text):
+        return None
+    if text[end] == ",":
+        return f"{where} is not valid JSON: a comma follows the record; take the commas at the ends of lines out"
+    more = f"more follows the record at character {end + 1}"
+    return f"{where} is not valid JSON: {more}; write one record a line{_JQ if text[end] in '{[' else ''}"
+
+
+def _remedy(text: str, at: int) -> str:
+    """Return what to do about JSON that is broken at a character, as far as it shows."""
+    if text[:1] == "{" and text[at : at + 1] == "'":
+        return "; names and texts stand in double quotes: write records by json.dumps, and not as Python shows them"
+    if text.rstrip() in ("{", "["):
+        return f"; write each record on one line{_JQ}"
+    if not text[at:].strip() or (text[at] == '"' and not text.rstrip().endswith(("}", "]"))):
+        return "; it was not written to its end, or goes on behind the line"
+    return "; JSON has no comments, and no comma before a bracket" if text[at] in "#/]}" else ""
+
+
+def _columns(found: dict[str, object]) -> str | None:
+    """Return what one object holds that is no record, but values by column or records by name; None otherwise."""
+    values = [*found.values()]
+    if len(values) > 1 and all(isinstance(value, list) for value in values):
+        lists = [value for value in values if isinstance(value, list)]
+        plain = all(isinstance(each, (str, int, float, type(None))) for value in lists for each in value)
+        return "a list for each column" if plain and len(set(map(len, lists))) == 1 and len(lists[0]) > 1 else None
+    if not values or not all(isinstance(value, dict) and value for value in values):
+        return None
+    inner = [tuple(value) for value in values if isinstance(value, dict)]
+    if inner[0][0].isdecimal() or (len(inner) > 1 and len(set(inner)) == 1):
+        return "objects inside one object"
+    return None
 
 
 def _is_object(line: str) -> bool:
@@ -109,9 +173,11 @@ def list_of(path: Path, read: Callable[[int], str]) -> Rows:
                 break
             try:
                 _, end = _DECODER.raw_decode(text, begin)
-                end, problem = _skipped(text, end), "Expecting ',' delimiter"
+                broken = end = _skipped(text, end)
+                problem = "Expecting ',' delimiter"
             except (ValueError, RecursionError) as error:
                 end, problem = len(text), getattr(error, "msg", "too deep")
+                broken = getattr(error, "pos", begin)
             if end < len(text):  # else the item may go on
                 last = text[end] == "]"
                 if last or text[end] == ",":
@@ -121,7 +187,8 @@ def list_of(path: Path, read: Callable[[int], str]) -> Rows:
                 if end - begin > RECORD_BYTES:
                     problem = f"it has more than {RECORD_BYTES:,} bytes: {problem}"
                 line = lines + text.count("\n", 0, begin)
-                raise SpectuneError(f"{where}, which begins in line {line}, is not valid JSON: {problem}")
+                remedy = _remedy(text[begin:], broken - begin)
+                raise SpectuneError(f"{where}, which begins in line {line}, is not valid JSON: {problem}{remedy}")
             lines += text.count("\n", 0, at)
             text, at, chunk = text[at:] + more, 0, 2 * chunk
         if end > begin or not last:

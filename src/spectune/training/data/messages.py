@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,16 @@ def message_problem(messages: object, first: int = 0) -> str | None:
     if not any(map(is_learned, messages[first:])):
         return "messages has no assistant turn to learn from: each has weight 0 or train false"
     return None
+
+
+def kinds_of(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return what some values are that should all be text, or all be lists of messages, in words."""
+    other = next((key for key in keys if not isinstance(values.get(key), (str, list))), None)
+    if other is not None:
+        value = values.get(other)
+        remedy = ": write it in quotes" if isinstance(value, (int, float)) and math.isfinite(value) else ""
+        return f"{other} is {values.get(other)!r:.40}{remedy}"
+    return ", ".join(f"{key} is {'text' if isinstance(values[key], str) else 'a list'}" for key in keys)
 
 
 def other_fields(messages: Sequence[Message]) -> set[str]:

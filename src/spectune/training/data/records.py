@@ -112,7 +112,7 @@ class _Reading:
     def __init__(self, task: Form) -> None:
         self._form, self._task = task, task.config.task
         self.formats, self.fields = Counter[str](), Counter[str]()
-        self.blank, self.empty = _Places(), _Places()
+        self.blank, self.empty, self.alike = _Places(), _Places(), _Places()
 
     def record(self, values: object, where: str) -> Row | None:
         """Return the record of a row; None where it is left out.
@@ -155,8 +155,10 @@ class _Reading:
                 f"{_shape(converted.values)}: take it out, or put it into {place}"
             )
         self.fields.update(others)
-        if converted.values.get("completion") in ("", []) or _says_nothing(converted.values.get("messages")):
+        if _is_empty(converted.values.get("completion")) or _says_nothing(converted.values.get("messages")):
             self.empty.add(where)
+        if self._task == "dpo" and converted.values["chosen"] == converted.values["rejected"]:
+            self.alike.add(where)
 
     def tell(self, source: str, say: Callable[[str], None]) -> None:
         """Say how a source was read, and what of it was not."""
@@ -165,7 +167,7 @@ class _Reading:
             say(f"{source} was read as " + ", ".join(f"{name} ({count})" for name, count in known.items()))
         if self.fields:
             say(f"{source} has fields that are not used: {', '.join(sorted(self.fields))}")
-        blank, empty = self.blank, self.empty
+        blank, empty, alike = self.blank, self.empty, self.alike
         if blank.count:
             say(
                 f"{source}: {blank.count} records have a text without content and were left out, the first in "
@@ -175,6 +177,11 @@ class _Reading:
             say(
                 f"{source}: {empty.count} records have an empty answer, of which a stop is learned, the first in "
                 f"{empty.first}"
+            )
+        if alike.count:
+            say(
+                f"{source}: {alike.count} records have one answer as 'chosen' and as 'rejected', of which nothing is "
+                f"learned, the first in {alike.first}"
             )
 
 
@@ -190,7 +197,7 @@ def _shape(values: Record) -> str:
 
 
 def _is_blank(values: Record, task: Form) -> bool:
-    if values.get("messages") == [] or (task.config.task == "classify" and _no_row(values)):
+    if values.get("messages") == [] or _no_row(values):
         return True
     only = not {"messages", "prompt", "chosen"} & {key for key, value in values.items() if value is not None}
     return only and isinstance(values.get("text"), str) and not values["text"].strip()
@@ -199,6 +206,10 @@ def _is_blank(values: Record, task: Form) -> bool:
 def _no_row(values: Record) -> bool:
     """Whether a row of a table has no field at all, as spreadsheets end in them."""
     return bool(values) and all(value in (None, "") for value in values.values())
+
+
+def _is_empty(completion: object) -> bool:
+    return completion == [] or (isinstance(completion, str) and not completion.strip())
 
 
 def _says_nothing(messages: object) -> bool:
@@ -214,7 +225,8 @@ def _renamed(record: Record, task: Form) -> Record:
     wanted = {name for theirs in columns.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
     for theirs in sorted(wanted):
         if theirs not in record:
-            raise SpectuneError(f"columns: the data has no {theirs!r}{nearest(theirs, record)}")
+            there = ", ".join(map(repr, record)) or "nothing"
+            raise SpectuneError(f"columns: the data has no {theirs!r}{nearest(theirs, record) or f', but {there:.80}'}")
     others = {k: v for k, v in record.items() if k not in columns and k not in wanted}
     found = {ours: record[theirs] for ours, theirs in columns.items() if isinstance(theirs, str)}
     for ours, names in columns.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
@@ -13,6 +14,8 @@ from spectune.errors import SpectuneError
 from spectune.reading import parse_json
 from spectune.training.data.records import Record, of
 
+_AS_PYTHON = re.compile(r"\s*\[\s*'.*'\s*\]\s*$")  # a list of names
+_MISSING = ("nan", "none", "null", "na", "n/a", "<na>")  # as tables write what is not there
 _FEW = 50  # numbers as labels, which may be classes; more are told of
 
 
@@ -26,8 +29,11 @@ def label_problem(label: object, problem: str | None) -> str | None:
     if isinstance(label, list):
         wrong = [each for each in label if not isinstance(each, (str, int)) or each == ""]
         if wrong:
-            return f"label must be a list of names, and has {wrong[0]!r}"
+            remedy = "; write the names of those that are 1" if _is_vector(label) else ""
+            return f"label must be a list of names, and has {wrong[0]!r}{remedy}"
         return None if problem in (None, SEVERAL) else f"label is a list, and problem_type is {problem}"
+    if problem != ONE and isinstance(label, str) and _AS_PYTHON.match(label):
+        return f"label is {label!r:.40}, a list as Python shows it: write JSON, with double quotes around the names"
     if isinstance(label, float) and not math.isfinite(label):
         return f"label must be a finite number, not {label!r}"
     if problem == NUMBER:
@@ -35,7 +41,10 @@ def label_problem(label: object, problem: str | None) -> str | None:
     if problem == SEVERAL:
         return None if _listed(label) is not None else f"label must be a list of names, not {label!r}"
     whole = isinstance(label, (str, int)) or (isinstance(label, float) and (problem is None or label.is_integer()))
-    return None if whole and label != "" else f"label must be a name, a number or a list of names, not {label!r}"
+    if whole and label != "":
+        return None
+    missing = ": name it, or take the record out" if label in (None, "") else ""
+    return f"label must be a name, a number or a list of names, not {label!r}{missing}"
 
 
 def _number(label: object) -> float | None:
@@ -56,6 +65,11 @@ def _listed(label: object) -> list[str] | None:
         except SpectuneError:
             return None
     return [name_of(each) for each in label] if isinstance(label, list) else None
+
+
+def _is_vector(label: Sequence[object]) -> bool:
+    """Whether a list may be a zero or one for each of several labels, and not their names."""
+    return len(label) > 1 and all(str(each).removesuffix(".0") in ("0", "1", "True", "False") for each in label)
 
 
 def name_of(label: object) -> str:
@@ -83,10 +97,17 @@ def settle(records: Sequence[Record], problem: str) -> None:
     Raises:
         SpectuneError: a label that is of another kind than the others, with its place.
     """
+    if problem == ONE:
+        return
+    lists = [_listed(record["label"]) for record in records] if problem == SEVERAL else []
+    if lists and all(each and _is_vector(each) and len(each) == len(lists[0] or ()) for each in lists):
+        with of(records[0]):
+            raise SpectuneError(
+                f"label is {records[0]['label']!r:.40}, a zero or one for each label, as all others are: write the "
+                "names of those that are 1, or a column for each label, columns='{label: [toxic, insult]}'"
+            )
     for record in records:
         label = record["label"]
-        if problem == ONE:
-            continue
         found = _number(label) if problem == NUMBER else _listed(label)
         if found is None:
             kind = "numbers" if problem == NUMBER else "lists of names"
@@ -159,11 +180,30 @@ def notes(records: Sequence[Record], problem: str, given: bool) -> list[str]:
     written: dict[str, set[str]] = {}
     for name in there:
         written.setdefault(" ".join(name.split()).casefold(), set()).add(name)
+    missing = sorted(name for name in there if name.strip().casefold() in _MISSING)
+    if missing:
+        found.append(
+            f"{', '.join(map(repr, missing))} is a label like others: take these records out, if it stands for none"
+        )
+    if problem == ONE:
+        found += _of_lists(there)
     for spellings in written.values():
         if len(spellings) > 1:
             listed = ", ".join(map(repr, sorted(spellings)))
             found.append(f"{listed} are {len(spellings)} labels that differ in case or spaces")
     return found
+
+
+def _of_lists(there: set[str]) -> list[str]:
+    """Return what a user should know of names that look like numbers or lists and are taken as they stand."""
+    comma = next((name for name in sorted(there) if re.fullmatch(r"-?\d+,\d+", name.strip())), None)
+    if comma is not None and all(re.fullmatch(r"-?\d+(,\d+)?", name.strip()) for name in there):
+        return [f"{comma!r} is taken as a name: numbers to predict have a point, and not a comma"]
+    parts = {part.strip() for name in there for part in re.split(r"[,;|]", name)}
+    several = next((name for name in sorted(there) if re.search(r"[,;|]", name)), None)
+    if several is not None and len(parts) < len({name.strip() for name in there}):
+        return [f'{several!r} is taken as one name: of several labels write a list, ["...", "..."]']
+    return []
 
 
 def _of_numbers(values: Sequence[float], given: bool) -> list[str]:

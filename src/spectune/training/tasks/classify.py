@@ -58,7 +58,7 @@ class Classify(Task):
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}"
         for key in ("text", "text_pair"):
             if key in record and not isinstance(record[key], str):
-                return f"{key} must be a string"
+                return f"{key} must be a string, and is {record[key]!r:.40}"
         return targets.label_problem(record["label"], self.options.problem_type)
 
     def look(self, records: Sequence[Record], held: Sequence[Record]) -> None:

@@ -15,7 +15,7 @@ from spectune.errors import SpectuneError
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
 from spectune.training.data.formats import parts_of
-from spectune.training.data.messages import message_problem
+from spectune.training.data.messages import kinds_of, message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record
 from spectune.training.data.store import stored
@@ -66,7 +66,7 @@ class Dpo(Preferences):
         if all(isinstance(record[key], str) for key in keys):
             return None
         if not all(isinstance(record[key], list) for key in keys):
-            return f"{', '.join(keys)} must all be text, or all be lists of messages"
+            return f"{', '.join(keys)} must all be text, or all be lists of messages; {kinds_of(record, keys)}"
         for key in ("chosen", "rejected"):
             problem = message_problem([*record.get("prompt", ()), *record[key]])
             if problem is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from spectune.bases.prompts import stop_tokens
 from spectune.bases.tokens import Asking, answered, padding
 from spectune.errors import SpectuneError
+from spectune.training.data.common import says_yes
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.messages import message_problem
+from spectune.training.data.messages import kinds_of, message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record
 from spectune.training.data.store import stored
@@ -64,18 +65,19 @@ class Kto(Preferences):
         if not {"prompt", "completion", "label"} <= {key for key, value in record.items() if value is not None}:
             pairs = "; task: dpo learns from pairs" if {"chosen", "rejected"} <= record.keys() else ""
             return f"has the keys {', '.join(map(repr, record)) or 'none'}; it needs {self.forms}{pairs}"
-        if _good(record["label"]) is None:
+        if says_yes(record["label"]) is None:
             return f"label must be true or false, not {record['label']!r}"
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return None
         if not (isinstance(prompt, list) and isinstance(completion, list)):
-            return "prompt and completion must both be text, or both be lists of messages"
+            kinds = kinds_of(record, ("prompt", "completion"))
+            return f"prompt and completion must both be text, or both be lists of messages; {kinds}"
         problem = message_problem([*prompt, *completion], len(prompt))
         return None if problem is None else f"completion: {problem}"
 
     def kind(self, record: Record) -> object:
-        return _good(record["label"])
+        return says_yes(record["label"])
 
     def look(self, records: Sequence[Record], held: Sequence[Record]) -> None:
         good = sum(self.kind(record) is True for record in records)
@@ -101,7 +103,7 @@ class Kto(Preferences):
             cut += len(example.tokens) > limit
             example = Example(example.tokens[:limit], example.supervised[:limit])
             if any(example.supervised[1:]):
-                found.append((example, bool(_good(record["label"]))))
+                found.append((example, bool(says_yes(record["label"]))))
         if not found:
             raise SpectuneError(f"no answer has a token within max_length={limit}; raise it, or check the data")
         behind = [*found[1:], found[0]]
@@ -156,12 +158,6 @@ class Kto(Preferences):
         chosen, rejected = float(sums["reward_good"]) / max(1, good), float(sums["reward_bad"]) / max(1, items - good)
         found = {key: float(sums[key]) / items for key in ("loss", "reward_accuracy", "kl")}
         return {**found, "reward_margin": chosen - rejected, "reward_good": chosen, "reward_bad": rejected}
-
-
-def _good(label: object) -> bool | None:
-    """Return whether a label says that an answer is good, None where it says neither."""
-    said = str(label).strip().lower().removesuffix(".0")
-    return True if said in ("true", "1") else False if said in ("false", "0") else None
 
 
 def _example(record: Record, encoder: Encoder) -> Asking[list[Example]]:

@@ -13,7 +13,7 @@ from spectune.errors import SpectuneError
 from spectune.speed.loss import cross_entropy_sum
 from spectune.speed.shapes import IGNORE
 from spectune.training.data.encoding import Encoded, Encoder, Example
-from spectune.training.data.messages import message_problem
+from spectune.training.data.messages import kinds_of, message_problem
 from spectune.training.data.packing import Packer
 from spectune.training.data.records import Record, form
 from spectune.training.data.store import stored
@@ -39,12 +39,13 @@ class Sft(Task):
         if kind == "messages":
             return message_problem(record["messages"])
         if kind == "text":
-            return None if isinstance(record["text"], str) else "text must be a string"
+            return None if isinstance(record["text"], str) else f"text must be a string, and is {record['text']!r:.40}"
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return None
         if not (isinstance(prompt, list) and isinstance(completion, list)):
-            return "prompt and completion must both be text, or both be lists of messages"
+            kinds = kinds_of(record, ("prompt", "completion"))
+            return f"prompt and completion must both be text, or both be lists of messages; {kinds}"
         problem = message_problem([*prompt, *completion], len(prompt))
         return None if problem is None else f"completion: {problem}"
 
