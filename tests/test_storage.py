@@ -5,7 +5,7 @@ import pytest
 from spectune.compare.trial import Results, Trial
 from spectune.errors import SpectuneError
 from spectune.spectrum.ledger import Ledger
-from spectune.storage import open_itself, write_atomically
+from spectune.storage import check_place, open_itself, write_atomically
 
 TRIAL = Trial("svf", 1e-3, 0, "final")
 
@@ -56,3 +56,13 @@ def test_a_write_takes_away_what_killed_ones_of_the_same_file_left(tmp_path):
         path.touch()
     write_atomically(tmp_path / "a[1].png", lambda to: to.write_text("new"))
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a[1].png", left[1]])
+
+
+def test_a_place_is_looked_at_before_the_work(tmp_path):
+    check_place(tmp_path / "new" / "page.html")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SpectuneError, match=r"file/page.html cannot be written .*: give another place"):
+        check_place(tmp_path / "file" / "page.html")
+    with pytest.raises(SpectuneError, match="new is a folder: name a file in it"):
+        check_place(tmp_path / "new")

@@ -117,6 +117,22 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
         flush(target.parent)
 
 
+def check_place(path: Path) -> None:
+    """Make the folder of a file that is to be written when long work is done, before the work is begun.
+
+    Raises:
+        SpectuneError: the file could not be written there.
+    """
+    if path.is_dir():
+        raise SpectuneError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path):
+            pass
+    except OSError as error:
+        raise SpectuneError(f"{path} cannot be written ({error.strerror}): give another place") from None
+
+
 def open_itself(path: Path, mode: str) -> IO[bytes]:
     """Open a file to be written to in place, itself and never through a link to another.
 

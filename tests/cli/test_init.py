@@ -65,5 +65,6 @@ def test_eval_shows_base_and_adapter_and_a_run_is_a_model(monkeypatch, capsys, m
     assert f"next: spectune chat {place / 'out'}" in " ".join(shown.stderr.split())
     asked = ["say one", "--max-new-tokens", "4", "--json"]
     assert run("generate", "out", *asked).stdout == run("generate", model, "-a", "out", *asked).stdout
+    assert "cannot be written" in fails(monkeypatch, capsys, "eval", "out", "--html", "own.txt/page.html")
     assert "it has no config.yaml" in fails(monkeypatch, capsys, "eval", model)
     assert "pip install lm_eval" in fails(monkeypatch, capsys, "eval", "out", "--tasks", "piqa")
