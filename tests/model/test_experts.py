@@ -190,6 +190,14 @@ def test_rows_with_adapters_of_their_own(name):
     assert torch.equal(model(IDS).logits, made(name)(IDS).logits)
 
 
+@pytest.mark.parametrize("split", [None, "auto"])
+def test_another_adapter_with_split_on_a_model_that_has_one(split):
+    model = made("mixtral")
+    for name, how in (("a", split), ("b", "auto")):
+        spectune.adapt(model, LoRA(rank=2), name=name, split=how)
+    assert list(spectune.extract(model, "b").layers) == list(spectune.extract(model, "a").layers)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plain_trainer_goes_on_from_its_checkpoint(name, tmp_path):

@@ -158,6 +158,8 @@ def projections(around: nn.Module, key: str) -> dict[str, Rows]:
     layer = around._modules.get(key)
     if key not in (*_ATTENTION, *_MLP) or not isinstance(layer, (nn.Linear, Conv1D)) or is_packed(layer):
         return {}
+    if isinstance(layer, PartLinear):  # an adapted expert, which is a layer as a whole before it is adapted too
+        return {}
     out, into = tensor_of(layer, "weight").shape if not isinstance(layer, Conv1D) else (layer.nf, layer.nx)
     if key in _MLP:
         half = out // 2
