@@ -109,6 +109,21 @@ def test_rows_of_modules_that_answer_once_for_all():
     torch.testing.assert_close(routed, torch.stack([changed[0], plain[1], plain[2]]), atol=1e-5, rtol=1e-4)
 
 
+def test_rows_of_a_module_with_adapted_layers_inside():
+    torch.manual_seed(0)
+    base = tf.BertForMaskedLM(tf.BertConfig(**BERT)).eval()  # whose `predictions` hold a bias, and a dense layer inside
+    model, alone = copy.deepcopy(base), [base(IDS).logits]
+    for i, name in enumerate("ab"):
+        single = moved(spectune.adapt(copy.deepcopy(base), LORA, ["query", "dense"], bias="all"), i)
+        alone.append(single(IDS).logits)
+        spectune.attach(model, spectune.extract(single), name)
+    choices = [None, "a", "b"]
+    for context in (torch.no_grad, torch.enable_grad):
+        with spectune.route(model, choices), context():
+            routed = model(IDS).logits
+        torch.testing.assert_close(routed, torch.stack([alone[i][i] for i in range(3)]), atol=1e-5, rtol=1e-4)
+
+
 def test_statistics_that_move_are_the_adapters_own(tmp_path):
     def base():
         torch.manual_seed(0)

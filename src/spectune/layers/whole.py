@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import is_linear, named_modules
 from spectune.layers.rows import Rows
-from spectune.layers.selection import Selection
+from spectune.layers.selection import Selection, within
 from spectune.layers.shards import is_part
 from spectune.layers.stored import Stored
 
@@ -85,6 +86,7 @@ class Whole(Stored):
             return self._answer(self._weights(rows.mixtures[0]), args, kwargs)
         count, slices = rows.count or len(rows.mixtures), x.shape[layout.axis]
         answers, order, counts = [], [], []
+        inside = {m.selection for m in self.modules() if m is not self and isinstance(m, (Adapted, Whole))}
         for mixture, wanted in rows.groups():
             index = torch.tensor(wanted, device=x.device)
 
@@ -93,7 +95,9 @@ class Whole(Stored):
                 return layout.take(value, count, index) if laid_out and value.shape[layout.axis] == slices else value
 
             taken = [part(a) for a in args], {k: part(v) for k, v in kwargs.items()}
-            answers.append(self._answer(self._weights(mixture), *taken))
+            # to what lies inside and adapters change too, these rows are the batch
+            with within(list(inside), mixture) if inside else nullcontext():
+                answers.append(self._answer(self._weights(mixture), *taken))
             order += wanted
             counts.append(len(wanted))
         if not all(isinstance(answer, Tensor) and answer.dim() > layout.axis for answer in answers):
