@@ -122,6 +122,21 @@ def test_a_lasting_change_is_fused_anew(monkeypatch):
         torch.testing.assert_close(model(x), expected)
 
 
+def test_a_weight_that_is_a_tensor_is_what_it_is_by_then():
+    model, x = network(), torch.randn(5, 8)
+    weight = torch.tensor(0.5, requires_grad=True)
+    with spectune.fused(model):
+        spectune.activate(model, {"a": weight})
+        for _ in range(6):
+            with torch.no_grad():
+                weight += 0.25
+                found = model(x)
+        model.requires_grad_(False)
+        model(x).sum().backward()
+    assert weight.grad
+    torch.testing.assert_close(found, spectune.activate(model, {"a": 2.0})(x), atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_are_those_of_the_adapters():
     model, x = network(), torch.randn(5, 8)
     with spectune.fused(model):

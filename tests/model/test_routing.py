@@ -313,6 +313,36 @@ def test_weights_may_be_tensors_that_get_gradients():
         assert float(weight.grad) == pytest.approx(float(up - down) / 2e-2, rel=2e-2)
 
 
+@pytest.mark.parametrize("method", ["lora:rank=2", "svf", "dora:rank=2"])
+def test_passes_of_one_context_have_the_weights_that_tensors_are_by_then(method):
+    model, tokens = several(tiny.llama(), {"a": method, "b": method}), ids(2)
+    weight = torch.tensor(0.5, requires_grad=True)
+    with spectune.route(model, [{"a": weight}, "b"]):
+        for context in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.enable_grad, torch.no_grad):
+            with torch.no_grad():
+                weight += 0.25
+            with context():
+                routed = model(tokens).logits
+            with torch.no_grad():
+                with spectune.route(model, [{"a": float(weight)}, "b"]):
+                    expected = model(tokens).logits
+                torch.testing.assert_close(routed.clone(), expected, rtol=1e-4, atol=1e-4)
+            if routed.requires_grad:
+                weight.grad = None
+                routed.square().mean().backward()
+                assert weight.grad
+
+
+def test_gradients_after_a_pass_of_inference_mode():
+    model, tokens = several(tiny.llama(), {"a": "lora:rank=2", "b": "svf"}), ids(2)
+    with spectune.route(model, [{"a": 0.5}, {"b": 2.0}]):
+        with torch.inference_mode():
+            expected = model(tokens).logits
+        logits = model(tokens).logits
+    torch.testing.assert_close(logits, expected.clone(), rtol=1e-4, atol=1e-4)
+    logits.sum().backward()
+
+
 def test_layers_that_are_not_there_are_told():
     model = several(tiny.llama(), {"a": SVF()})
     near = r"no adapted layer '.*up_prj'; did you mean '.*up_proj'"

@@ -46,7 +46,8 @@ class Fused:
 
     def answer(self, scope: Scope, parts: Sequence[Part] | None, x: Tensor) -> Tensor | None:
         """Return W' x + b', or None where that is not what these parts answer, or gradients for them are needed."""
-        if parts is None or not parts:
+        # a weight that is a tensor may take a gradient, and be another number by the next pass
+        if not parts or any(isinstance(weight, Tensor) for _, weight in parts):
             return None
         if not self._holds(scope):
             lasting = scope is self._layer.selection.scope_of_model

@@ -23,13 +23,18 @@ class RowWeights(NamedTuple):
         column: weights (batch), zero where the adapter has no part.
         rows: the rows (n) where it has.
         weights: their weights (n).
-        uses: both, by row, without gradients.
+        uses: both, by row, as they were given.
     """
 
     column: Tensor
     rows: Tensor
     weights: Tensor
-    uses: Sequence[tuple[int, Weight | float]]
+    uses: Sequence[tuple[int, Weight]]
+
+    @property
+    def moves(self) -> bool:
+        """Whether some weights are tensors, whose values may change and which may take gradients."""
+        return any(isinstance(weight, Tensor) for _, weight in self.uses)
 
 
 def weight_at(mixture: Mixture, name: str, layer: Place) -> Weight:

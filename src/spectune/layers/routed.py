@@ -191,15 +191,19 @@ class RoutedForward:
             self._groups.append((_ByCore if stack.by_core else _ByFactors)(stack, uses, x))
             self._copies |= stack.by_ratio
         self._copies |= bool(self._alone)
+        of_all = (weight for share in shares.values() for _, weight in share.uses)
+        self._moving = [(weight, float(weight)) for weight in of_all if isinstance(weight, Tensor)]
         # of x no more than its rows, dtype and device: to hold x itself would keep an activation as long as this
         # lives
         self._again = partial(RoutedForward, layer, shares, x.new_empty(x.shape[0], 0), stacks)
 
     @property
     def outdated(self) -> bool:
-        """Whether an adapter came or went, or turned out not to be answered with the others."""
+        """Whether an adapter came or went, has another weight, or turned out not to be answered with the others."""
         # modules are equal if they are the same: another adapter by the old name is noticed too
-        return self._unfit or list(self._layer.adapters._modules.values()) != self._there
+        if self._unfit or list(self._layer.adapters._modules.values()) != self._there:
+            return True
+        return any(float(weight) != seen for weight, seen in self._moving)
 
     def answer(self, x: Tensor, plain: Tensor) -> Tensor:
         """Return the answer to x, where the base's is `plain`, which may be written to."""

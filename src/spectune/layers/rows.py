@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectune.errors import SpectuneError
 from spectune.layers.layouts import UNTRIED, Layout, Layouts
-from spectune.layers.mixtures import Mixture, RowWeights, weight_at
+from spectune.layers.mixtures import Mixture, RowWeights, Weight, weight_at
 from spectune.layers.protocols import Layer, Place
 from spectune.layers.routed import RoutedForward
 from spectune.layers.stacks import Stack
@@ -94,15 +94,15 @@ class Rows:
         key = (name, layer if name in self._by_layer else None, times, device)
         if key not in self._shares:
             column = [weight_at(row, name, layer) for row in self.mixtures for _ in range(times)]
-            rows = [i for i, weight in enumerate(column) if isinstance(weight, Tensor) or weight]
-            if any(isinstance(weight, Tensor) for weight in column):
-                weights = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device) for w in column])
-            else:
-                weights = torch.tensor(column, device=device)
-            index = torch.tensor(rows, device=device, dtype=torch.int64)
-            uses = [(i, weight.detach() if isinstance(weight := column[i], Tensor) else weight) for i in rows]
-            self._shares[key] = RowWeights(weights, index, weights[index], uses) if rows else None
-        return self._shares[key]
+            with torch.inference_mode(False), torch.no_grad():  # kept, and a pass with gradients may come
+                self._shares[key] = _share(column, device)
+        share = self._shares[key]
+        if share is None or not share.moves:
+            return share
+        # made for each pass, whose graph they are in: a tensor's value may be another one by the next
+        weights = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device) for _, w in share.uses])
+        column = torch.zeros(len(share.column), device=device).index_copy(0, share.rows, weights)
+        return share._replace(column=column, weights=weights)
 
     def times(self, layer: Layer, x: Tensor, layout: Layout) -> int:
         """Return for how many consecutive slices of a layer's input x, its rows in front, a mixture stands."""
@@ -131,6 +131,16 @@ class Rows:
             shares = self.shares(layer, x, layout)
             found = self._forwards[key] = RoutedForward(layer, shares, x, self.stacks)
         return found
+
+
+def _share(column: Sequence[Weight], device: torch.device) -> RowWeights | None:
+    """Return what is known of an adapter's weights in each row before a pass; None where it has no part."""
+    uses = [(i, weight) for i, weight in enumerate(column) if isinstance(weight, Tensor) or weight]
+    if not uses:
+        return None
+    rows = torch.tensor([i for i, _ in uses], device=device, dtype=torch.int64)
+    weights = torch.tensor([float(weight) for weight in column], device=device)
+    return RowWeights(weights, rows, weights[rows], uses)
 
 
 def _identity(mixture: Mixture) -> object:
