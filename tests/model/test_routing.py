@@ -236,6 +236,10 @@ def test_the_wrong_number_of_rows_is_told(rows):
         model(ids(4))
     with spectune.route(model, ["a", None]), pytest.raises(SpectuneError, match="one entry for each row"):
         model(ids(4))  # a multiple is meant for generate's beams only
+    mask = torch.ones(4, 7).long()
+    for prompts in ({"inputs": ids(4)}, {"input_ids": ids(4)}, {"inputs_embeds": model.model.embed_tokens(ids(4))}):
+        with spectune.route(model, ["a", None]), pytest.raises(SpectuneError, match=r"given 2 rows .*\(4, 7"):
+            model.generate(**prompts, attention_mask=mask, max_new_tokens=1)
 
 
 def test_what_cannot_be_routed_is_told():

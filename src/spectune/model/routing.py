@@ -134,7 +134,7 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[object, Stac
     shared = selections(layers)
     routed = Rows(_mixtures(layers, rows), shared[0].layouts, stacks)
     try:
-        with within(shared, routed), _expanding(model), _told_apart(model, layers, routed, shared):
+        with within(shared, routed), _expanding(model, len(rows)), _told_apart(model, layers, routed, shared):
             yield
     finally:
         for stack in routed.stacks.values() if stacks is None else ():
@@ -142,11 +142,16 @@ def route(model: nn.Module, rows: Sequence[Choice], *, stacks: dict[object, Stac
 
 
 @contextmanager
-def _expanding(model: nn.Module) -> Iterator[None]:
+def _expanding(model: nn.Module, given: int) -> Iterator[None]:
     """Within the context `model.generate` may make several rows of one: its beams, or its returned sequences."""
 
     def wrap(generate: Callable[..., T]) -> Callable[..., T]:
         def generate_rows(*args: object, **kwargs: object) -> T:
+            # several prompts for an entry look as its beams do from here on
+            asked = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+            prompts = next((x for x in asked if isinstance(x, Tensor) and x.dim() > 1), None)
+            if prompts is not None and len(prompts) > given:
+                raise _another_count(given, tuple(prompts.shape))
             with generating():
                 return generate(*args, **kwargs)
 
@@ -223,10 +228,7 @@ class _Watch:
         if count is None:
             return False
         if not isinstance(count, int):
-            raise SpectuneError(
-                f"route was given {given} rows and the input of the model is {count}; give one entry for each row "
-                "of the batch"
-            )
+            raise _another_count(given, count)
         routed.count = count
         if routed.alike:
             return False
@@ -258,6 +260,12 @@ class _Watch:
                     find_layouts(layouts, call, parts)
                 layouts.tried.add(structure)
         self._routed.forget()
+
+
+def _another_count(given: int, shape: tuple[int, ...]) -> SpectuneError:
+    return SpectuneError(
+        f"route was given {given} rows and the input of the model is {shape}; give one entry for each row of the batch"
+    )
 
 
 def _refuse_batch_norm(module: nn.Module) -> None:
