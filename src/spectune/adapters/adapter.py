@@ -294,11 +294,11 @@ class Adapter(Contents):
         if format == "gguf" and config is None:
             raise SpectuneError("gguf needs the configuration of the base model: give config=model.config")
         adapter = self if is_peft(self) and rank is None else self.to_lora(rank)
-        if to is not None:
-            check_ranks(to, adapter)
         if not allow_loss and adapter is not self:
             self.check_loss(adapter)
         adapter = adapter if adapter is self else Adapter.of(joined(adapter))
+        if to is not None:
+            check_ranks(to, adapter)  # of a fused layer, whose parts' ranks add up
         adapter = Adapter.of(to_one_rank(adapter)) if one_rank or format in ("gguf", "mlx") else adapter
         if config is not None and format == "gguf":
             save_gguf(adapter, Path(path), config)

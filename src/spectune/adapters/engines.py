@@ -52,6 +52,13 @@ def check_taken(name: str, adapter: Contents, rank: int | None) -> Engine:
     has_dora = any(isinstance(t.method, DoRA) for layer in adapter.layers.values() for t in layer.terms)
     if has_dora and not engine.dora and rank is None:
         raise SpectuneError(f"{name} takes no DoRA: {instead}")
+    # SGLang, TGI and LoRAX leave it out without a word
+    heads = (n for n, layer in adapter.layers.items() if any(t.method.replaces for t in layer.terms))
+    whole = min([*adapter.modules, *heads], default=None)
+    if engine.format == "peft" and whole is not None:
+        raise SpectuneError(
+            f"{whole!r} was trained beside the LoRA, and {name} takes LoRA alone: merge it (--format merged)"
+        )
     if rank is not None and engine.most is not None and rank > engine.most:
         raise SpectuneError(f"{name} takes ranks of up to {engine.most}, not {rank}: {instead}")
     return engine
