@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import spectune
 from cli.typed import fails, run
-from spectune.cli import app
+from spectune.cli import app, main
 from training.folder import make_model, make_tokenizer, save_folder
 
 COMMANDS = ["", "demo", "methods", "train", "generate", "classify", "chat", "compose", "export", "import", "cache"]
@@ -185,3 +185,15 @@ def test_memory_that_is_not_there(monkeypatch, capsys):
     for fail in (allocate, no_memory):
         monkeypatch.setattr("spectune.planning.plan.plan", fail)
         assert "there is not enough memory for this" in fails(monkeypatch, capsys, "plan", "minilm-l6")
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectune.training.doctor.examine", interrupted)
+    monkeypatch.setattr(sys, "argv", ["spectune", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "error: interrupted" in capsys.readouterr().err

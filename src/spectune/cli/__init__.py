@@ -12,6 +12,7 @@ import sys
 from contextvars import ContextVar
 
 import typer
+from typer.core import TyperGroup
 
 from spectune.cli import cache as cache_
 from spectune.cli import (
@@ -41,7 +42,24 @@ from spectune.plugins import import_module_of_user
 from spectune.reading import check_text
 
 _debug = ContextVar("debug", default=False)
+
+
+class _Stopped(Exception):
+    """Somebody wanted it to end."""
+
+
+class _Group(TyperGroup):
+    """The commands; an interruption of one comes through to `main`, where typer would end without a word."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Stopped(str(interrupt)) from None
+
+
 app = typer.Typer(
+    cls=_Group,
     name="spectune",
     help="Fine-tune transformer models through the singular values and vectors of their own weights.",
     no_args_is_help=True,
@@ -122,7 +140,7 @@ def main() -> None:
     except UnicodeDecodeError as error:
         say_error(f"what was given is not text in UTF-8 ({error.reason} at byte {error.start}): convert it")
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, _Stopped) as interrupt:
         say_error(str(interrupt) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away

@@ -64,11 +64,11 @@ def detect(source: str, *, generates: bool, config: str | None = None, split: st
             )
     theirs = _in_other_case(placed[0][0])
     ours = {name: key for key, name in theirs.items()}
-    found = _of(source, [({ours.get(k, k): v for k, v in row.items()}, where) for row, where in placed], generates)
+    found = _of(source, [(_renamed(row, ours), where) for row, where in placed], generates)
     columns = {key: theirs.get(name, name) if isinstance(name, str) else name for key, name in found.columns.items()}
     if theirs and not columns and found.task != "classify":
-        first = {ours.get(name, name): value for name, value in placed[0][0].items()}
-        columns = {key: theirs[key] for key in convert(first, found.task).read if key in theirs}
+        read = convert(_renamed(placed[0][0], ours), found.task).read
+        columns = {key: theirs[key] for key in read if key in theirs}
     return found._replace(columns=columns)
 
 
@@ -76,6 +76,10 @@ def _in_other_case(row: Mapping[str, object]) -> dict[str, str]:
     """Return names of formats for those of a record that differ from them in case or spaces, as headings do."""
     spelled = {name.strip().casefold(): name for name in row}
     return {key: name for key, name in spelled.items() if key in _OF_FORMATS and key not in row}
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _of(source: str, placed: Sequence[tuple[Mapping[str, Any], str]], generates: bool) -> Found:
