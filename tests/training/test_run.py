@@ -102,6 +102,14 @@ def test_an_output_in_use_is_refused_and_resume_without_a_checkpoint_too(setting
     run(settings, output, "max_steps=1", "overwrite=true")
 
 
+def test_an_output_that_cannot_be_is_refused_before_anything_is_loaded(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SpectuneError, match=r"cannot be written, for .*file is in the way \(it is a file\): give another"
+    ):
+        run(settings, f"output={tmp_path / 'file' / 'run'}", "model=nowhere")
+
+
 def test_accumulated_batches_equal_one_large_batch(settings, tmp_path):
     large = run(settings, f"output={tmp_path / 'a'}", "batch_size=8", "max_steps=3", "lr=1e-2")
     small = run(

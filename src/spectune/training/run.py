@@ -127,6 +127,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Result:
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
+    there = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    if processes.is_main() and not (there.is_dir() and os.access(there, os.W_OK)):
+        why = "permissions forbid it" if there.is_dir() else "it is a file"
+        raise SpectuneError(
+            f"output: {output} cannot be written, for {there} is in the way ({why}): give another folder"
+        )
     check_run_folder(output, [config.model], "run.json", ("config.yaml", "README.md", "log.jsonl", "curve.png"))
     if config.resume or config.overwrite:
         return
