@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from spectune.adapters.adding import add_layers
 from spectune.adapters.compress import LOSSY, compress, errors_by_rank, to_lora, to_one_rank
 from spectune.adapters.contents import Contents
 from spectune.adapters.engines import LoRAFormat, check_ranks, check_taken
@@ -25,7 +26,7 @@ from spectune.adapters.formats.peft import is_peft, save_peft
 from spectune.adapters.formats.peft_reading import load_peft
 from spectune.adapters.hub import card_of, fetch, is_repository, push
 from spectune.adapters.joining import joined
-from spectune.adapters.terms import add_layers, as_head
+from spectune.adapters.terms import as_head
 from spectune.errors import SpectuneError
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.reading import path_of
