@@ -82,21 +82,6 @@ def test_functional_calls_ask_the_adapter():
     assert torch.equal(inner, expected)
 
 
-def test_a_model_that_calls_a_layer_and_looks_at_its_weight_as_well_is_told_once():
-    class Penalized(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 6)
-
-        def forward(self, x):
-            return self.layer(x) + 1e-3 * sum(p.square().sum() for p in self.parameters())
-
-    model = spectune.adapt(Penalized(), "lora:rank=2")
-    with pytest.warns(UserWarning, match="calls 'layer' and takes values of the weights themselves as well"):
-        model(torch.randn(2, 6))
-    model(torch.randn(2, 6))
-
-
 @pytest.mark.parametrize("gradients", [False, True])
 def test_compiled_code_of_classes_with_a_forward_of_their_own(gradients):
     class Scaled(nn.Linear):

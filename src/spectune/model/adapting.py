@@ -19,7 +19,7 @@ from spectune.layers.packed import keep_layout
 from spectune.layers.updates import Update
 from spectune.layers.whole import whole_modules
 from spectune.methods import Method, to_text
-from spectune.model.asked import watch_first_pass
+from spectune.model.first_pass import watch_first_pass
 from spectune.model.install import prepared, put_on, selections
 from spectune.model.names import M, check_known_on, check_new_name, method_of, updates_of
 from spectune.model.patterns import Patterns

@@ -26,7 +26,7 @@ from spectune.layers.whole import Whole, give_back_whole, parts_of, whole_module
 from spectune.methods import Method
 from spectune.methods.bias import Bias
 from spectune.methods.head import Head
-from spectune.model.asked import leave_first_pass
+from spectune.model.first_pass import leave_first_pass
 from spectune.model.install import selections
 from spectune.model.names import M, check_known_on, check_not_replaced, check_own_weights, method_of, updates_of
 from spectune.model.saving import leave_saving
