@@ -48,6 +48,8 @@ def test_init_replaces_nothing_and_names_what_is_wrong(monkeypatch, capsys, mode
         monkeypatch, capsys, "init", "my chat.jsonl", "-m", model, "--out", "b"
     )
     assert "did you mean 'epochs'" in fails(monkeypatch, capsys, *asked[:4], "--overwrite", "epoch=3")
+    inside = fails(monkeypatch, capsys, *asked[:4], "--out", "my chats.jsonl/run.yaml")
+    assert "my chats.jsonl/run.yaml cannot be written" in inside
 
 
 def test_eval_shows_base_and_adapter_and_a_run_is_a_model(monkeypatch, capsys, model, place):

@@ -25,6 +25,7 @@ def init(
 
     spectune init chats.jsonl -m smollm2-135m
     """
+    from spectune.storage import check_place
     from spectune.training.start import propose, write
 
     file, pairs = data_and_pairs(source)
@@ -32,6 +33,7 @@ def init(
         raise SpectuneError(f"{out} is a folder: name a file, --out {out / 'run.yaml'}")
     if out.exists() and not overwrite:
         raise SpectuneError(f"{out} is there already: give --overwrite, or another --out")
+    check_place(out)
     console = Console(stderr=True, highlight=False)
     with working(console, "looking at the data"):
         start = propose(file, model, pairs, trust_remote_code=trust_remote_code)
