@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from spectune.training.config import FOLLOWING, load_config
 from spectune.training.data.encoding import Encoded
-from spectune.training.defaults import by_count, by_lengths, settle
+from spectune.training.defaults import by_count, by_lengths, settle, steps_of
 from spectune.training.draw import Drawn, encode_needed
 
 
@@ -16,6 +16,13 @@ def config(*pairs):
 
 def chosen(count, *pairs):
     return {choice.key: choice.value for choice in by_count(config(*pairs), count, FOLLOWING)}
+
+
+def test_the_steps_of_a_run_are_its_batches_in_every_pass():
+    assert steps_of(config("max_steps=7"), 1000, 1) == 7
+    assert steps_of(config("batch_size=4", "epochs=2"), 10, 1) == 6
+    assert steps_of(config("batch_size=4", "epochs=1.5"), 10, 1) == 5  # 4.5, rounded up
+    assert steps_of(config("batch_size=2", "gradient_accumulation_steps=2", "epochs=1"), 17, 2) == 3
 
 
 def test_few_and_many_records_both_make_a_sensible_run():

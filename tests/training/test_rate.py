@@ -31,7 +31,10 @@ def test_rates_are_tried_uphill_and_the_best_has_both_beside_it():
 
 def test_a_run_takes_less_than_the_best_of_short_ones():
     curve = [Tried(1e-3, 2.0), Tried(1e-2, 1.0), Tried(1e-1, math.inf)]
-    assert choose(3.0, curve)[0] == pytest.approx(5.6e-3)
+    assert choose(3.0, curve)[0] == choose(3.0, curve, 32)[0] == choose(3.0, curve, 8)[0] == pytest.approx(5.6e-3)
+    rate, reason = choose(3.0, curve, 3200)
+    assert rate == pytest.approx(5.6e-4)
+    assert reason.endswith("a run of 3,200 wants less")
 
 
 def test_the_best_and_those_beside_it_run_again():

@@ -148,6 +148,12 @@ def _up(tokens: int) -> int:
     return next((size for size in _ROUND if size >= tokens), _ROUND[-1])
 
 
+def steps_of(config: TrainConfig, learned: int, processes: int) -> int:
+    """Return how many steps a run has, given the records that it learns from and the processes that share a step."""
+    each = config.batch_size * config.gradient_accumulation_steps * processes
+    return config.max_steps or math.ceil(math.ceil(learned / each) * config.epochs)
+
+
 def sentence(config: TrainConfig, choices: Sequence[Choice], count: int, learned: int, processes: int = 1) -> str:
     """Return the choices and what they follow from, in a sentence.
 
@@ -163,7 +169,7 @@ def sentence(config: TrainConfig, choices: Sequence[Choice], count: int, learned
     said = [f"{count:,} records" + (f", {lengths.reason}" if lengths else "")]
     each = config.batch_size * config.gradient_accumulation_steps * processes
     if config.max_steps is None:
-        steps = math.ceil(math.ceil(learned / each) * config.epochs)
+        steps = steps_of(config, learned, processes)
         passes = f"{config.epochs:g} epoch{'s' * (config.epochs != 1)} = {steps:,} steps of {each:,}"
     else:
         passes = f"{config.max_steps:,} steps of {each:,}"

@@ -6,7 +6,7 @@ and falls as a whole one does.  Eight steps say nothing yet: all rates that hold
 ones of a run a higher one (docs/study.md).  One run of a rate says less than its neighbour's differs by, so that the
 best and those beside it have a second one, in another order of other batches.  Short runs favour higher rates than long
 ones (arXiv:1803.02021), and one that is too high costs more than one that is too low, so that the rate taken is below
-the best of them.
+the best of them, and the further below, the longer the run is: by the square root of its steps.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from spectune.speed.parts import training_parts
 from spectune.training import processes
 from spectune.training.config import TrainConfig
 from spectune.training.data.records import Record
+from spectune.training.defaults import steps_of
 from spectune.training.preparing import prepare, token_limit
 from spectune.training.tasks import Task, make_task
 
@@ -42,6 +43,7 @@ _PLACES = range(-4, 7)  # of rates, a factor of 10^(1/4) apart, around the metho
 _JUDGED = 6  # batches, of training records that the steps do not see
 _AGAIN = 1  # places beside the best that have a second run: of one run the best is off by a place in a third of cases
 _BELOW = 10**0.25  # times: by so much the best of short runs was above that of longer ones, in six grids of eight
+_ALIKE = 32  # steps, those of the grids, up to which no more is taken off
 
 Batch = dict[str, Any]  # as a task's collator makes it
 
@@ -106,7 +108,8 @@ def find_rate(
             with warnings.catch_warnings():
                 # a run this short prunes nothing, as the one whose rate is asked for does not in its first steps
                 warnings.filterwarnings("ignore", "AdaLoRA does not know the length of the run")
-                return _search(config, task, model, judged, learned, bar)
+                steps = steps_of(config, len(records), processes.count())
+                return _search(config, task, model, judged, learned, steps, bar)
         finally:
             detach(model)
             model.eval()
@@ -130,7 +133,13 @@ def _batches(
 
 
 def _search(
-    config: TrainConfig, task: Task, model: PreTrainedModel, judged: Sequence[Batch], learned: Sequence[Batch], bar: Bar
+    config: TrainConfig,
+    task: Task,
+    model: PreTrainedModel,
+    judged: Sequence[Batch],
+    learned: Sequence[Batch],
+    steps: int,
+    bar: Bar,
 ) -> Rate:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
@@ -154,7 +163,7 @@ def _search(
     for place in run_again({at: each[0] for at, each in losses.items()}):
         run(place)
     tried = [Tried(own * 10 ** (at / 4), sum(each) / len(each), len(each)) for at, each in sorted(losses.items())]
-    rate, reason = choose(before, tried)
+    rate, reason = choose(before, tried, steps)
     return Rate(rate, reason, before, tried, STEPS * sum(each.runs for each in tried))
 
 
@@ -229,14 +238,16 @@ def _placed(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
+def choose(before: float, tried: Sequence[Tried], steps: int = _ALIKE) -> tuple[float, str]:
     """Return the rate to train at, given the losses after short runs at several, and why.
 
-    It is a quarter of a decade below the one with the lowest mean loss of those with the most runs.
+    It is a quarter of a decade below the one with the lowest mean loss of those with the most runs, and for a run of n
+    steps, where these are more than 32, sqrt(32 / n) of that.
 
     Args:
         before: the loss before any step.
         tried: by rate.
+        steps: of the run.
 
     Raises:
         SpectuneError: no rate lowers the loss.
@@ -252,9 +263,10 @@ def choose(before: float, tried: Sequence[Tried]) -> tuple[float, str]:
     best = min(able, key=lambda each: each.loss)
     reason = (
         f"of {len(tried)} rates from {tried[0].rate:.2g} to {tried[-1].rate:.2g}, {best.rate:.2g} took the loss of "
-        f"unseen records lowest in {STEPS} steps ({before:.3f} -> {best.loss:.3f}); a longer run wants less"
+        f"unseen records lowest in {STEPS} steps ({before:.3f} -> {best.loss:.3f}); a run of {steps:,} wants less"
     )
-    return float(f"{best.rate / _BELOW:.2g}"), reason
+    longer = max(1.0, steps / _ALIKE) ** 0.5
+    return float(f"{best.rate / _BELOW / longer:.2g}"), reason
 
 
 def measure(config: TrainConfig, console: Console | None = None) -> Rate:
