@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 from spectune.bases.classifiers import load_classifier
 from spectune.bases.devices import checked_device, resolve_dtype
@@ -228,8 +229,6 @@ def _of_diffusers(folder: str) -> Any:
 
 
 def auto_class(config: PreTrainedConfig) -> type[_BaseAutoModelClass]:
-    from transformers.models.auto import modeling_auto  # takes its time to import
-
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
     architectures = getattr(config, "architectures", None) or []

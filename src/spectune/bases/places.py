@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from spectune.adapters.folder import CONFIG
@@ -90,8 +91,6 @@ def _converted(name: str, gguf: Path, dtype: torch.dtype) -> Path:
     target = cache_dir() / "models" / f"{name}-{version}{suffix}"
     if (target / "config.json").is_file():
         return target
-    import transformers  # the first time alone
-
     if whole:
         need("gguf", f"the embedded model {name}")
     temporary = None

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from spectune.bases.tokens import end_of_text, first_added, ids, known, text_tokens
 from spectune.errors import SpectuneError
 from spectune.reading import parse_json
@@ -104,9 +107,6 @@ def _rendered(
     marks: bool = False,
     parts: bool | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     template = _template(tokenizer, tools)
     options = {**tokenizer.special_tokens_map, **(variables or {})}
     as_parts = known(tokenizer, "parts", lambda: _wants_parts(tokenizer)) if parts is None else parts

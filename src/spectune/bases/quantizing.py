@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from spectune.errors import SpectuneError, nearest, need
 from spectune.layers.modules import find_module, linear_layers
@@ -87,8 +88,6 @@ def quantization(quantize: str | None, dtype: torch.dtype, device: torch.device 
     how = parsed(quantize)
     if how.rank:
         return {}
-    from transformers import BitsAndBytesConfig
-
     if how.kind == "nf4":
         options: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         options |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

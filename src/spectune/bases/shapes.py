@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spectune.bases.embedded import EMBEDDED, package_file
 from spectune.bases.loading import auto_class, check_config
@@ -98,8 +99,6 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         SpectuneError: an unknown name (the nearest are listed), a folder without config.json, or one that is not
             understood.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes its time to import
-
     plain = name.lower().rpartition("/")[2]
     shapes = {**BUILT_IN, **_EMBEDDED_GGUF}
     if plain in shapes and not Path(name).is_dir():

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 import typer
 from typer.core import TyperGroup
 
+from spectune import __version__
 from spectune.cli import cache as cache_
 from spectune.cli import (
     chat,
@@ -90,8 +91,6 @@ app.add_typer(cache_.app, name="cache")
 
 def _version(value: bool) -> None:
     if value:
-        from spectune import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 

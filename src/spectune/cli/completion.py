@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Literal, get_args, get_origin
 
 from spectune.bases.embedded import EMBEDDED
+from spectune.training.config import TrainConfig
+from spectune.training.registry import task_keys, task_names
 
 
 def settings(incomplete: str) -> list[str]:
     """Return what `key` or `key=val` may become."""
-    from spectune.training.config import TrainConfig
-    from spectune.training.registry import task_keys
-
     fields = {**TrainConfig.model_fields, **task_keys()}
     key, equals, begun = incomplete.partition("=")
     if not equals:
@@ -27,8 +26,6 @@ def _values(key: str, kind: object) -> list[str]:
     if key == "model":
         return models("")
     if key == "task":
-        from spectune.training.registry import task_names
-
         return task_names()
     if kind is bool:
         return ["true", "false"]

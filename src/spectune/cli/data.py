@@ -11,6 +11,7 @@ from rich.text import Text
 
 from spectune.cli.shared import JSON, REMOTE_CODE, print_json, say_next
 from spectune.cli.train import DATA, DATA_MODEL, data_and_pairs
+from spectune.training.config import load_config
 
 
 def data(
@@ -27,7 +28,6 @@ def data(
     spectune data chats.jsonl -m smollm2-135m --out data.html
     """
     from spectune.storage import check_place
-    from spectune.training.config import load_config
     from spectune.training.inspect import inspect, write_page
 
     file, pairs = data_and_pairs(source)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spectune.cli.shared import DTYPE, JSON, print_json
+from spectune.training.config import load_config
 
 
 def demo(
@@ -28,7 +29,6 @@ def demo(
     spectune demo --method svf
     """
     from spectune.demo import run_demo
-    from spectune.training.config import load_config
 
     settings = {
         "model": model,

@@ -10,6 +10,7 @@ from rich.console import Console
 from spectune.cli import completion
 from spectune.cli.shared import JSON, print_json, say_next
 from spectune.cli.train import file_and_pairs
+from spectune.training.config import load_config
 
 
 def lr(
@@ -25,7 +26,6 @@ def lr(
 
     spectune lr run.yaml method=lora
     """
-    from spectune.training.config import load_config
     from spectune.training.rate import measure
 
     file, pairs = file_and_pairs(settings or [])

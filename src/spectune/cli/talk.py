@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from transformers import TextStreamer
 
+from spectune.bases import generation
 from spectune.cli.shared import decision_text
 from spectune.errors import SpectuneError, nearest
+from spectune.layers.merged import active_adapters
+from spectune.layers.whole import parts_of
+from spectune.model.routing import activate
 from spectune.transformer2.two_pass import Transformer2
 
 if TYPE_CHECKING:
@@ -98,8 +103,6 @@ class Talk:
         self._activate(None if base else self._choice or self._at_first)
 
     def _activate(self, choice: dict[str, float] | None) -> None:
-        from spectune.model.routing import activate
-
         activate(self._model, choice)
 
     def _mix(self, text: str) -> None:
@@ -136,10 +139,6 @@ class Talk:
         self._messages.append({"role": "assistant", "content": said})
 
     def _reply(self) -> str:
-        from transformers import TextStreamer
-
-        from spectune.bases import generation
-
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         if self._two is None:
             found = generation.generate(
@@ -168,9 +167,6 @@ class Talk:
 
 def _active(model: PreTrainedModel) -> dict[str, float]:
     """Return the adapters that answer, by their names on the model, with their weights."""
-    from spectune.layers.merged import active_adapters
-    from spectune.layers.whole import parts_of
-
     found: dict[str, float] = {}
     for part in parts_of(model).values():
         found |= dict(active_adapters(part))

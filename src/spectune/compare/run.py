@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -19,17 +19,15 @@ import yaml
 from spectune.compare.bench import Bench
 from spectune.compare.candidates import BASE, baseline, candidates
 from spectune.compare.config import ONCE, RECORDS, CompareConfig, check_folder, digest
+from spectune.compare.report.document import document
 from spectune.compare.report.model import Document
 from spectune.compare.room import check_room
+from spectune.compare.study import Study, beforehand, work
 from spectune.compare.trial import Result, Results
 from spectune.errors import SpectuneError, need
 from spectune.pages.about import describe
 from spectune.storage import write_atomically
 from spectune.training import record
-
-if TYPE_CHECKING:
-    from spectune.compare.study import Study
-
 
 _POLL = 0.5
 Tell = Callable[[int, int, str], None]  # trials done, trials in all, and what ended last
@@ -49,10 +47,9 @@ def compare(config: CompareConfig, tell: Tell = lambda done, total, last: None) 
         SpectuneError: bad data, a wrong value, another comparison in the folder, a missing package, or no trial that
             ran to its end.
     """
-    _check_packages(config)  # before what imports them
-    from spectune.compare.report.document import document
-    from spectune.compare.report.files import write_report
-    from spectune.compare.study import Study, beforehand
+    from spectune.compare.report.files import write_report  # with matplotlib, which workers go without
+
+    _check_packages(config)
 
     check_folder(config)
     too_large = check_room(config)
@@ -125,8 +122,6 @@ def _check_packages(config: CompareConfig) -> None:
 
 
 def _run(config: CompareConfig, methods: list[str], study: Study, bench: Bench, told: Callable[..., None]) -> None:
-    from spectune.compare.study import work
-
     told()
     if not study.pending():
         return
@@ -198,8 +193,6 @@ def _threads(workers: int) -> int:
 
 def worker(values: dict[str, Any], methods: list[str], settings: str, threads: int) -> None:
     """Take part in a comparison, as one of its processes."""
-    from spectune.compare.study import work
-
     torch.set_num_threads(threads)
     config = CompareConfig(**values)
     _check_packages(config)

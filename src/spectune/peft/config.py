@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import peft
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 
 from spectune.adapters.formats.bilingual import VERSION as FORMAT_VERSION
@@ -115,8 +115,6 @@ class SpectuneConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from peft import PeftType
-
         self.peft_type = PeftType(type_for(find(self.method)))
         if self.format_version != FORMAT_VERSION:
             raise SpectuneError(

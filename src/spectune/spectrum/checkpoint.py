@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from spectune.bases.places import model_path
@@ -172,9 +174,6 @@ def _locate(model: str, allow_bin: bool) -> Path:
     named = model_path(model)
     if Path(named).is_dir():
         return Path(named)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.safetensors", *(["*.bin"] if allow_bin else [])]
     try:
         return Path(snapshot_download(named, allow_patterns=patterns))

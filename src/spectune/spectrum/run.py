@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 
 from spectune.adapters.destination import check_run_folder
@@ -170,8 +171,6 @@ def _layers(folder: Path) -> list[str] | None:
     """Return the linear layers of the model that transformers makes of a folder's config, None where it makes none."""
     if not (folder / "config.json").is_file():
         return None
-    import transformers  # only for a folder of its own kind; a file of tensors does without
-
     try:
         with torch.device("meta"), quiet():
             config = transformers.AutoConfig.from_pretrained(folder)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import transformers
+
 from spectune.bases.generation import Message, generate
 from spectune.bases.places import model_path
 from spectune.bases.prompts import text_of
@@ -125,8 +127,6 @@ def _asked(prompt: str | Sequence[Message]) -> str:
 
 
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    import transformers  # for who gives no tokenizer
-
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     try:
         with quiet():

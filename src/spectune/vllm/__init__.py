@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from spectune.errors import SpectuneError
+
 
 def register() -> None:
     """Have vLLM take our adapters' folders where it takes LoRAs; called by vLLM in each of its processes.
@@ -13,8 +15,7 @@ def register() -> None:
     """
     if os.environ.get("SPECTUNE_VLLM", "on").lower() in ("off", "0", "false"):
         return
-    from spectune.errors import SpectuneError
-    from spectune.vllm.plugin import patch
+    from spectune.vllm.plugin import patch  # with PyTorch, which a vLLM without us need not wait for
 
     try:
         patch()

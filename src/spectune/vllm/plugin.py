@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from spectune.adapters.adapter import Adapter
@@ -258,8 +259,6 @@ def _folder_of(config: Foreign) -> Path:
     """Return the folder of a model's checkpoint, which is there since the model was loaded from it."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    from huggingface_hub import snapshot_download
-
     return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
 
 

@@ -393,7 +393,7 @@ def _named(table: datasets.Dataset) -> Iterator[dict[str, object]]:
 
 
 def _with_names(features: datasets.Features, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import datasets
+    import datasets  # there already, where there is a table of its
 
     names = {k: f for k, f in features.items() if isinstance(f, datasets.ClassLabel)}
     several = {k: inner for k, f in features.items() if isinstance(inner := _inside(f), datasets.ClassLabel)}
