@@ -82,8 +82,8 @@ def test_a_data_set_without_datasets(monkeypatch, tmp_path, name):
 
 
 def test_a_gguf_file_without_gguf(monkeypatch, tmp_path):
-    from spectune.spectrum.checkpoint import _gguf
+    from spectune.spectrum.listing import READERS
 
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(SpectuneError, match=r"model.gguf' needs gguf: pip install gguf$"):
-        next(_gguf(tmp_path / "model.gguf"))
+        next(READERS["gguf"](tmp_path / "model.gguf"))

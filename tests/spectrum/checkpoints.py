@@ -58,3 +58,15 @@ def gguf(path, held, kinds=("Q8_0", "F16", "F32")):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+LINEAR = {name for name in tensors() if name.endswith("proj.weight")}
+
+
+def read_all(checkpoint):
+    return {m.name: m.read() for m in checkpoint.matrices}
+
+
+def same(found, held):
+    assert found.keys() == held.keys()
+    assert all(torch.equal(found[name], held[name]) for name in held)
