@@ -1,75 +1,12 @@
 """The routes by themselves, over an engine that is none: statuses, documents, and what is asked of the engine."""
 
-import asyncio
-import json
 from types import SimpleNamespace
-from typing import Any
 
-import httpx
 import pytest
 
-from serving.at_once import at_once
-from serving.servers import shelf_of, tiny, words
-from spectune.errors import SpectuneError
-from spectune.serving.app import Service, make_app
-from spectune.serving.asking import Reader
-from spectune.serving.jobs import Busy, Closing, Event, TooSlow
-from spectune.serving.shelf import Shelf, UnknownAdapter, Unreadable
-
-
-class Engine:
-    """Answers each request with what it was told to say, or fails as it was told to."""
-
-    def __init__(self, shelf: Any) -> None:
-        self.shelf, self.alive = shelf, True
-        self.events: list[Event] = [Event(0, "ahoy", (), 2, None), Event(0, " there", (), 3, "stop")]
-        self.error: Exception | None = None
-        self.jobs: list[Any] = []
-        self.cancelled: list[Any] = []
-
-    def submit(self, job: Any) -> None:
-        if self.error is not None:
-            raise self.error
-        self.jobs.append(job)
-        for event in self.events:
-            job.deliver([event])
-
-    def cancel(self, job: Any) -> None:
-        self.cancelled.append(job)
-
-    def call(self, function: Any) -> Any:
-        return at_once(function)
-
-    def load(self, version: Any, read: Any, *, replace: bool = False) -> Any:
-        return self.call(lambda: self.shelf.put(version.name, read(), version.path, replace=replace))
-
-
-@pytest.fixture(scope="module")
-def parts():
-    model = tiny()
-    return model, words(), shelf_of(model, 2)
-
-
-@pytest.fixture
-def served(parts):
-    """Return an engine, its service, and a function that asks the application."""
-    model, tokenizer, shelf = parts
-    engine: Any = Engine(shelf)
-    service = Service(engine, Reader(model, tokenizer), "tiny")
-    app = make_app(service, page=b"<p>home")
-
-    def ask(method, path, body=None):
-        async def asking():
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                return await client.request(method, path, json=body)
-
-        return asyncio.run(asking())
-
-    return SimpleNamespace(engine=engine, service=service, ask=ask)
-
-
-TALK = {"model": "a0", "messages": [{"role": "user", "content": "say"}]}
+from serving.servers import tiny
+from serving.told import TALK
+from spectune.serving.shelf import Shelf
 
 
 def test_a_chat_is_what_the_engine_says(served):
@@ -81,52 +18,6 @@ def test_a_chat_is_what_the_engine_says(served):
     assert job.weights == {"a0": 1.0}
     assert found["usage"]["prompt_tokens"] == len(job.rows[0].prompt)
     assert served.engine.cancelled == [job]  # its rows are free, whatever became of it
-
-
-def test_a_stream_is_its_pieces_and_an_end(served):
-    reply = served.ask("POST", "/v1/completions", {"model": "base", "prompt": "say", "stream": True})
-    assert reply.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == "ahoy there"
-
-
-ERRORS = [
-    (UnknownAdapter("there is no adapter 'x'"), 404, "model_not_found"),
-    (Busy("9 requests wait already"), 429, "too_many_requests"),
-    (TooSlow("it took too long"), 408, "timeout"),
-    (Unreadable("it cannot be had again"), 503, "adapter_unreadable"),
-    (Closing("the server is being shut down"), 503, "shutting_down"),
-    (SpectuneError("the prompt is too long"), 400, None),
-    (MemoryError(), 503, None),
-    (ZeroDivisionError("a secret"), 500, None),
-]
-
-
-@pytest.mark.parametrize(("error", "status", "code"), ERRORS)
-def test_what_fails_has_a_status_and_a_sentence(served, error, status, code):
-    served.engine.error = error
-    reply = served.ask("POST", "/v1/chat/completions", TALK)
-    assert reply.status_code == status
-    assert reply.json()["error"]["code"] == code
-    assert (reply.headers.get("retry-after") == "1") == (status in (429, 503))
-    if status == 500:
-        assert (
-            reply.json()["error"]["message"] == "this should not have happened (ZeroDivisionError); the log says more"
-        )
-    elif not isinstance(error, MemoryError):
-        assert reply.json()["error"]["message"] == str(error)
-
-
-def test_a_request_that_fails_once_it_has_begun_says_so_in_either_way(served):
-    served.engine.events = [Event(0, "ahoy", (), 1, None), Event(0, error=TooSlow("it took too long"))]
-    reply = served.ask("POST", "/v1/chat/completions", TALK)
-    assert (reply.status_code, reply.json()["error"]["message"]) == (408, "it took too long")
-    reply = served.ask("POST", "/v1/chat/completions", {**TALK, "stream": True})
-    assert reply.status_code == 200  # which was sent by then
-    *_, last, end = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
-    assert json.loads(last)["error"]["message"] == "it took too long"
-    assert end == "[DONE]"
 
 
 def test_models_are_the_base_and_the_adapters(served):

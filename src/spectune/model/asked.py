@@ -84,8 +84,7 @@ def past_layers(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str
     It takes their weights for its own products, or calls another module that has the weight of an embedding as well.
 
     Each transformers model in it is passed through once, and a large one on the meta device, where nothing is
-    computed.  What no inputs can be made for is not tried: there `first_pass` tells in the first forward
-    pass.
+    computed.  What no inputs can be made for is not tried: there `first_pass` tells in the first forward pass.
 
     Args:
         model: the model.
