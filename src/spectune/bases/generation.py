@@ -71,6 +71,16 @@ def check_generates(model: PreTrainedModel) -> None:
         raise SpectuneError(f"{type(model).__name__} does not generate text; a classifier answers `spectune classify`")
 
 
+def _check_length(rows: Sequence[Sequence[int]], context: int | None) -> None:
+    for row in rows:
+        if context is not None and len(row) + 1 > context:
+            raise SpectuneError(
+                f"the prompt has {len(row)} tokens and the model's context holds {context}; shorten the prompt"
+            )
+        if not row:
+            raise SpectuneError("the prompt has no token, and a reply must have one to begin with")
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -100,18 +110,12 @@ def generate(
         fused: answer from merged weights beside the base's, where that is faster (`spectune.fused`).
 
     Raises:
-        SpectuneError: a prompt longer than the model's context.
+        SpectuneError: a prompt longer than the model's context, or without a token.
     """
     check_generates(model)
     rows = [prompt_tokens(tokenizer, prompt, raw=raw) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None)
-    for row in rows:
-        if context is not None and len(row) + 1 > context:
-            raise SpectuneError(
-                f"the prompt has {len(row)} tokens and the model's context holds {context}; shorten the prompt"
-            )
-        if not row:
-            raise SpectuneError("the prompt has no token, and a reply must have one to begin with")
+    _check_length(rows, context)
     longest, pad = max(map(len, rows)), padding(tokenizer)
     ends = stop_tokens(model, tokenizer)
     ids, mask = left_padded(rows, pad, model.device)

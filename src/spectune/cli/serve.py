@@ -69,15 +69,11 @@ def serve(
     from spectune.serving import run
     from spectune.serving.jobs import Limits
 
-    sources: dict[str, Any] = {}
     base, own, packed = named(model)
     if packed is not None:
         raise SpectuneError(f"{model} was trained on a base in {packed}, and a server's base is whole: train it so")
-    for text in [*([own] if own is not None and library is None else []), *adapter]:
-        name, folder = _named(text)
-        if name in sources:
-            raise SpectuneError(f"two adapters are to be called {name!r}: give each a name of its own")
-        sources[name] = partial(Adapter.load, folder)
+    folders = _by_name([*([own] if own is not None and library is None else []), *adapter])
+    sources: dict[str, Any] = {name: partial(Adapter.load, folder) for name, folder in folders.items()}
     if api_key is not None and not api_key.strip():
         raise SpectuneError("the API key is empty; leave --api-key and SPECTUNE_API_KEY out, or give one")
     settings = run.Settings(
@@ -107,6 +103,17 @@ def serve(
             options = {"device": device or default_device(), "trust_remote_code": trust_remote_code}
             loaded, tokenizer = load_base(base, dtype, **options)
         run.serve(loaded, tokenizer, sources, name=base, settings=settings, listening=listening, two=two)
+
+
+def _by_name(texts: list[str]) -> dict[str, str]:
+    """Return the adapters' folders by the names that they are asked by."""
+    folders: dict[str, str] = {}
+    for text in texts:
+        name, folder = _named(text)
+        if name in folders:
+            raise SpectuneError(f"two adapters are to be called {name!r}: give each a name of its own")
+        folders[name] = folder
+    return folders
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -119,18 +119,26 @@ def choose(
     if not final:
         why = "exclude and overrides take away every target"
         if targets == ALL_LINEAR and not exclude and not overrides:
-            why = (
-                f"every linear layer is an output embedding ({', '.join([*layers][:3])}): name targets"
-                if layers
-                else f"the model has no linear layer; name layers of other kinds, such as {names[0]!r}, as targets"
-            )
+            why = _why_none_is_linear(names, layers)
         raise SpectuneError(f"nothing is left to adapt: {why}")
     for field, patterns in (("rank", rank_pattern), ("alpha", alpha_pattern)):
-        updated = [name for name, m in final.items() if not m.replaces]
-        for name, value in by_pattern(patterns or {}, updated, f"{field}_pattern", tensors).items():
-            final[name] = _with_field(final[name], field, value, name)
+        _set_by_pattern(final, field, patterns or {}, tensors)
     check_asked(model, final)
     return final
+
+
+def _set_by_pattern(
+    methods: dict[str, Method], field: str, patterns: Mapping[str, float], tensors: Mapping[str, str]
+) -> None:
+    updated = [name for name, m in methods.items() if not m.replaces]
+    for name, value in by_pattern(patterns, updated, f"{field}_pattern", tensors).items():
+        methods[name] = _with_field(methods[name], field, value, name)
+
+
+def _why_none_is_linear(names: Sequence[str], layers: Mapping[str, nn.Module]) -> str:
+    if layers:
+        return f"every linear layer is an output embedding ({', '.join([*layers][:3])}): name targets"
+    return f"the model has no linear layer; name layers of other kinds, such as {names[0]!r}, as targets"
 
 
 def _all_linear(model: nn.Module, layers: Mapping[str, nn.Module], dropped: set[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from spectune.bases.shapes import build, find_config
 from spectune.errors import SpectuneError
@@ -122,14 +122,20 @@ def plan(
         keep(machine)  # what has been timed by now, so that a plan that is broken off is quicker the next time
         if progress is not None:
             progress(i + 1, len(asked))
-    if limit is not None and not any(row["budget"] for row in rows):
-        least = min(rows, key=lambda row: row["smallest"])
-        raise SpectuneError(
-            f"no rank or width of {', '.join(row['method'] for row in rows)} trains as few as {limit:,} parameters on "
-            f"{model}: the least is {least['smallest']:,} by {least['method']}; raise the budget or narrow the targets"
-        )
+    if limit is not None:
+        _check_budget(model, rows, limit)
     total = sum(p.numel() for p in built.parameters())
     return Plan(model, total, batch, machine, planner.floors(), rows, planner.notes)
+
+
+def _check_budget(model: str, rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+    if any(row["budget"] for row in rows):
+        return
+    least = min(rows, key=lambda row: row["smallest"])
+    raise SpectuneError(
+        f"no rank or width of {', '.join(row['method'] for row in rows)} trains as few as {limit:,} parameters on "
+        f"{model}: the least is {least['smallest']:,} by {least['method']}; raise the budget or narrow the targets"
+    )
 
 
 def _check(batch: Batch, precisions: Sequence[str]) -> None:
