@@ -15,7 +15,7 @@ from claims import FULL, LORA, MARGIN, MILORA, PISSA, SVF, SVFT, XS
 from control import CONTROL, FOUND, TASK
 from grid import GRID, PLANS, lines
 from marked import put
-from regret import Surface, metric_of, surfaces
+from regret import Surface, best_place, metric_of, surfaces
 
 from spectune.compare.config import LESS
 from spectune.compare.report.statistics import paired_difference
@@ -35,15 +35,6 @@ PAIRS = [
     (PISSA, CONTROL),
     (CONTROL, LORA),
 ]
-
-
-def best_place(surface: Surface) -> int:
-    """Return the place of a ladder that the validation folds say is best."""
-    means = {
-        place: float(np.mean([surface.runs[place, seed].value for seed in range(surface.seeds)]))
-        for place in surface.truth
-    }
-    return max(means, key=lambda place: (means[place], -place))
 
 
 def named(surfaces: Mapping[str, Surface], method: str) -> str | None:

@@ -1,10 +1,12 @@
-"""The article's claims against the study's results: a table and a picture, from results/*/report.json.
+"""The article's claims against the study's results: a table and a picture, from results/*/report.json and grid/*.jsonl.
 
     python benchmarks/study/claims.py
 
 Writes results/claims.md, results/study.png, the part of docs/study.md that shows them and the verdicts in README.md
 (run.py does this at its end).
 
+* A task that tasks.py takes counts by its report, and where it has none by its grid: each method at the rate whose
+  runs were best on the validation folds, in the mean over all seeds.
 * That one method is better than another, or overfits more (the gap between training and test), is tested on every task
   by the paired differences over the seeds at which both ran, and over the test records where a report has them,
   corrected for the number of tasks (Holm): supported where some task shows it and none the opposite, refuted the other
@@ -23,16 +25,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from grid import GRID, PLANS, Plan, lines
 from marked import put
-from run import TASKS
+from regret import best_place, metric_of, surfaces
+from tasks import taken
 
+from spectune.compare.config import LESS
 from spectune.compare.report.soundness import fell_apart, uncounted
-from spectune.compare.report.statistics import Difference, crossed_difference, holm, paired_difference
+from spectune.compare.report.statistics import Difference, crossed_difference, holm, mean_interval, paired_difference
+from spectune.methods import parse, to_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SVF, SVFT, LORA, XS = "svf", "svft:pattern=banded", "lora:rank=16", "lora_xs:rank=16"
 PISSA, MILORA, FULL = "pissa:rank=16", "milora:rank=16", "full"
+_RECORDS = 1000  # of a grid's task
 LEVEL = 0.05
 MARGIN = 0.02  # of a share, and of a loss: what is less is no difference
 ALT = "The metric of each task over the number of trained parameters, method by method, with 95% intervals"
@@ -40,8 +48,55 @@ ALT = "The metric of each task over the number of trained parameters, method by 
 
 def reports() -> dict[str, Any]:
     """Return the report of each task that has one, and not those of runs with other settings."""
-    paths = {name: HERE / "results" / name / "report.json" for name in sorted(TASKS)}
+    paths = {name: HERE / "results" / name / "report.json" for name in sorted(taken())}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
+def grids(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the tasks that have a grid and no report, as reports."""
+    counts = {(r["model"], e["method"]): e["trainable_parameters"] for r in found.values() for e in r["methods"]}
+    named = [(name, plan) for name, plan in PLANS.items() if name in taken() and name not in found]
+    made = {name: _of_grid(name, plan, counts) for name, plan in named}
+    return {name: report for name, report in made.items() if report is not None}
+
+
+def _of_grid(name: str, plan: Plan, counts: dict[tuple[str, str], int]) -> Any:
+    held, metric = lines(GRID / f"{name}.jsonl"), metric_of(plan)
+    whole = surfaces(plan, held)
+    if not whole:
+        return None
+    sign, seeds = -1 if metric in LESS else 1, list(range(plan.seeds))
+    tests, rows = {}, []
+    for given, surface in whole.items():
+        method = given if given == FULL else to_text(parse(given))  # as reports have it, without its defaults
+        place = best_place(surface)
+        tests[method] = [surface.tests[place, seed] for seed in seeds]
+        interval = mean_interval(tests[method])
+        ends = [interval.mean, *sorted(sign * end for end in (interval.low, interval.high) if end is not None)]
+        measured = {"mean": sign * ends[0], "low": None, "high": None, "values": [sign * v for v in tests[method]]}
+        if len(ends) > 1:
+            measured |= {"low": ends[1], "high": ends[2]}
+        rows.append({"method": method, "ran": True, "label": method, "seeds": seeds, "metric": measured, "gap": None})
+        rows[-1] |= {"trainable_parameters": counts.get((plan.keys["model"], method)), "difference": None}
+    for row in rows:
+        if row["method"] != LORA:
+            row["difference"] = paired_difference(tests[row["method"]], tests[LORA])._asdict()
+    starts = [run.start for surface in whole.values() for run in surface.runs.values() if np.isfinite(run.start)]
+    return {
+        "methods": sorted(rows, key=lambda row: -sign * row["metric"]["mean"]),
+        "model": plan.keys["model"],
+        "metric": metric,
+        "percent": metric not in LESS,
+        "greater_is_better": metric not in LESS,
+        "gap_of": metric,
+        "seeds": seeds,
+        "start": sign * float(np.median(starts)),
+        "split": {"test": round(plan.keys["test"] * _RECORDS)},
+        "steps": plan.keys["max_steps"],
+        "batch_size": plan.keys["batch_size"],
+        "trials": [],
+        "runs": len(held),
+    }
 
 
 def why_not(report: Any) -> str | None:
@@ -110,8 +165,8 @@ def fewer(found: dict[str, Any], method: str, other: str, times: float) -> tuple
     ratios = {}
     for report in found.values():
         pair = [row(report, name) for name in (other, method)]
-        if all(pair):
-            counts = [each["trainable_parameters"] for each in pair]
+        counts = [each and each["trainable_parameters"] for each in pair]
+        if all(counts):
             ratios.setdefault(report["model"], counts[0] / counts[1])
     if not ratios:
         return "undecided", "not run"
@@ -264,6 +319,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Write the table and the picture."""
     found = reports()
+    found |= grids(found)
     lines = ["| claim | here | numbers |", "|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in claims(found)]
     note = (
@@ -292,27 +348,38 @@ def verdicts(found: list[tuple[str, str, str]]) -> str:
         [
             f"- {counts}, {len(by['refuted'])} do not, and {len(by['undecided'])} are open.",
             *(f"- **{verdict}**: {'; '.join(named) or 'none'}." for verdict, named in by.items()),
-            "- The runs are short, and rates were searched coarsely: [the tables](docs/study.md) say how sure each is, "
-            "and which tasks do not count.",
+            "- Models are small and most runs short: [the tables](docs/study.md) say how sure each verdict is, and "
+            "which tasks do not count.",
         ]
     )
 
 
 def setting(found: dict[str, Any]) -> str:
     """Return sentences on what was run, where and when."""
-    said = [
-        f"{task} ({report['model']}, {len(report['methods'])} methods, {len(report['seeds'])} seeds, {report['steps']} "
-        f"steps of {report['batch_size']}, {report['split']['test']} test records)"
-        for task, report in found.items()
-    ]
-    about = next(iter(found.values()))
+    said = []
+    for task, report in found.items():
+        seeds, records = len(report["seeds"]), report["split"]["test"]
+        steps = f"{report['steps']} steps"
+        if "runs" in report:
+            how = f"every rate of its grid, {report['runs']} runs"
+        else:
+            if "until: plateau" in report["config"]:
+                steps = f"at most {steps}, until the held-out loss stops falling,"
+            how = "rates by a race"
+        said.append(
+            f"**{task}** ({report['model']}, {len(report['methods'])} methods, {seeds} seeds, {steps} of "
+            f"{report['batch_size']}, {records} test records; {how})"
+        )
+    ran = [report for report in found.values() if "machine" in report]
+    about = max(ran, key=lambda report: report["date"])
     processor = f"{about['machine']['processor']}, {about['machine']['cores']} cores"
     return (
         "The study (`python benchmarks/study/run.py`; reports in "
-        "[benchmarks/study/results](../benchmarks/study/results)) "
-        f"ran on {processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. A learning rate "
-        "was searched for each method. The runs are short: they say which method learns much from few steps, not which "
-        "is best in the end."
+        "[benchmarks/study/results](../benchmarks/study/results)) has the tasks that a rule on the base alone takes "
+        "([tasks.py](../benchmarks/study/tasks.py)): the base is neither at its ceiling there nor unable. It ran on "
+        f"{processor}, torch {about['versions']['torch']}, {about['date']}: {'; '.join(said)}. Runs of a fixed number "
+        "of steps say which method learns much from few of them, and those that end by their loss which is best in "
+        "the end."
     )
 
 

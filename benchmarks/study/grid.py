@@ -97,7 +97,7 @@ def data_of(plan: Plan) -> Path:
     """Return the file of a task's records, which is then there."""
     sys.path.insert(0, str(HERE))
     try:
-        from run import TASKS
+        from tasks import CANDIDATES
     finally:
         sys.path.remove(str(HERE))
     from spectune.compare.presets import write_records
@@ -105,7 +105,7 @@ def data_of(plan: Plan) -> Path:
     path = DATA / f"{plan.records}.jsonl"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_records(path, TASKS[plan.records][0]())
+        write_records(path, CANDIDATES[plan.records][0]())
     return path
 
 

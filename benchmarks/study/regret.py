@@ -89,6 +89,15 @@ def surfaces(
     return found
 
 
+def best_place(surface: Surface) -> int:
+    """Return the place of a ladder that the validation folds say is best."""
+    means = {
+        place: float(np.mean([surface.runs[place, seed].value for seed in range(surface.seeds)]))
+        for place in surface.truth
+    }
+    return max(means, key=lambda place: (means[place], -place))
+
+
 def _nearest(rates: Mapping[int, float], lr: float) -> int:
     return min(rates, key=lambda place: abs(math.log(rates[place] / lr)))
 
