@@ -129,18 +129,19 @@ def choice() -> str:
     measures = [f"{r['label']}: {r['metric']}{', %' if r['percent'] else ', less is better'} (lr)" for r in counted]
     lines = [f"| method | trained values | {' | '.join(measures)} |", f"|---|---|{'---|' * len(counted)}"]
     for method, found in sorted(rows.items(), key=lambda row: -_trained(row[1])):
-        values = " / ".join(f"{entry['trainable_parameters']:,.0f}" for entry, _, _ in found.values())
+        counts = dict.fromkeys(f"{n:,.0f}" for entry, _, _ in found.values() if (n := entry["trainable_parameters"]))
+        values = " / ".join(counts)
         cells = [_measured(*found[report["label"]]) if report["label"] in found else "" for report in counted]
         lines.append(f"| `{method}` | {values} | {' | '.join(cells)} |")
-    labels = ", ".join(report["label"] for report in counted)
     note = (
-        f"Trained values for each task in turn ({labels}). In brackets the learning rate. *fell apart*: at some seed."
+        "Trained values differ by the model, and by a task's labels. In brackets the learning rate. *fell apart*: at "
+        "some seed."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 120)])
 
 
 def _trained(found: dict[str, Any]) -> float:
-    return max(entry["trainable_parameters"] for entry, _, _ in found.values())
+    return max(entry["trainable_parameters"] or 0 for entry, _, _ in found.values())
 
 
 def _measured(entry: Any, report: Any, apart: bool) -> str:

@@ -1,5 +1,6 @@
 """The verdicts on the article's claims, from reports made up for it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -108,3 +109,31 @@ def test_every_claim_has_one_of_three_verdicts(claims):
     for _, verdict, numbers in claims.claims(claims.reports()):
         assert verdict in ("supported", "refuted", "undecided")
         assert numbers
+
+
+def test_a_task_without_a_report_counts_by_its_grid(claims, tmp_path, monkeypatch):
+    plan = claims.Plan("made", {"model": "tiny", "test": 0.25, "max_steps": 4, "batch_size": 2}, (), range(2), 3)
+    found = {  # by method and place: what the fold says of each seed, and the test
+        ("lora:rank=16", 0): ([0.5, 0.6, 0.7], [0.61, 0.62, 0.63]),
+        ("lora:rank=16", 1): ([0.6, 0.7, 0.8], [0.71, 0.72, 0.73]),
+        ("dora:rank=16", 0): ([0.9, 0.8, 0.9], [0.81, 0.83, 0.82]),  # the fold chooses, whatever the test says
+        ("dora:rank=16", 1): ([0.1, 0.1, 0.2], [0.91, 0.92, 0.93]),
+    }
+    rows = [
+        {"method": method, "place": place, "lr": 10.0**place, "seed": seed, "error": None}
+        | {"looks": [[0, 0.2, None], [4, fold, None]], "losses": [1.0, 0.5], "test": {"accuracy": test}}
+        for (method, place), (folds, tests) in found.items()
+        for seed, (fold, test) in enumerate(zip(folds, tests, strict=True))
+    ]
+    (tmp_path / "made.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(claims, "GRID", tmp_path)
+    monkeypatch.setattr(claims, "PLANS", {"made": plan, "left": plan})
+    monkeypatch.setattr(claims, "taken", lambda: ["made"])
+    report = claims.grids({})["made"]
+    best, second = report["methods"]
+    assert (best["method"], best["lr"], best["metric"]["mean"]) == ("dora", 1.0, pytest.approx(0.82))
+    assert (second["method"], second["lr"], second["metric"]["values"]) == ("lora:rank=16", 10.0, [0.71, 0.72, 0.73])
+    assert best["difference"]["mean"] == pytest.approx(0.10)
+    assert (report["start"], report["split"]["test"], claims.why_not(report)) == (0.2, 250, None)
+    assert claims.versus({"made": report}, "dora", "lora:rank=16")[0] == "supported"
+    assert claims.grids({"made": report}) == {}

@@ -47,6 +47,12 @@ ALT = "The metric of each task over the number of trained parameters, method by 
 
 
 def reports() -> dict[str, Any]:
+    """Return what there is of each task that is taken: its report, or what its grid says."""
+    found = written()
+    return found | grids(found)
+
+
+def written() -> dict[str, Any]:
     """Return the report of each task that has one, and not those of runs with other settings."""
     paths = {name: HERE / "results" / name / "report.json" for name in sorted(taken())}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
@@ -78,12 +84,14 @@ def _of_grid(name: str, plan: Plan, counts: dict[tuple[str, str], int]) -> Any:
             measured |= {"low": ends[1], "high": ends[2]}
         rows.append({"method": method, "ran": True, "label": method, "seeds": seeds, "metric": measured, "gap": None})
         rows[-1] |= {"trainable_parameters": counts.get((plan.keys["model"], method)), "difference": None}
+        rows[-1] |= {"lr": next(line["lr"] for line in held if (line["method"], line["place"]) == (given, place))}
     for row in rows:
         if row["method"] != LORA:
             row["difference"] = paired_difference(tests[row["method"]], tests[LORA])._asdict()
     starts = [run.start for surface in whole.values() for run in surface.runs.values() if np.isfinite(run.start)]
     return {
         "methods": sorted(rows, key=lambda row: -sign * row["metric"]["mean"]),
+        "label": f"{plan.keys['model']} on {name}",
         "model": plan.keys["model"],
         "metric": metric,
         "percent": metric not in LESS,
@@ -319,7 +327,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Write the table and the picture."""
     found = reports()
-    found |= grids(found)
     lines = ["| claim | here | numbers |", "|---|---|---|"]
     lines += [f"| {' | '.join(cells)} |" for cells in claims(found)]
     note = (

@@ -22,12 +22,14 @@ from typing import Any
 
 import reasoning_gym
 import torch
+from marked import put
 
 from spectune.bases import sources
 from spectune.compare.presets import film_reviews, question_types, write_records
 
 HERE = Path(__file__).parent
 PATH = HERE / "tasks.json"
+PAGE = HERE.parents[1] / "docs" / "study.md"
 RUNS = Path("runs/study")
 Records = list[dict[str, Any]]
 ENCODER: dict[str, Any] = {
@@ -47,7 +49,7 @@ DECODER: dict[str, Any] = {
     "max_steps": 40,
     "max_length": 64,
     "seeds": 3,
-    "search": 5,
+    "search": 4,
     "validation": 0.08,
     "test": 0.25,
     "dtype": "bf16",
@@ -117,7 +119,7 @@ def _some(records: Records, count: int) -> Records:
 CANDIDATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "film-reviews": (lambda: film_reviews(1000), ENCODER),
     "product-reviews": (product_reviews, ENCODER),
-    "question-types": (lambda: question_types(1000), {**ENCODER, "max_steps": 300, "until": "plateau"}),
+    "question-types": (lambda: question_types(1000), {**ENCODER, "max_steps": 300, "until": "plateau", "search": 5}),
     "question-details": (question_details, ENCODER),
     "spam": (spam, ENCODER),
     "question-words": (question_words, {**DECODER, "metric": "exact_match"}),
@@ -231,6 +233,20 @@ def main() -> None:
         found[name] = looked_at(name)
         print(name, found[name], flush=True)
     PATH.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    put(PAGE, "tasks", f"{table(found)}\n")
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return what the rule asked of every candidate, as a table."""
+    rows = ["| candidate | model | what the base does | taken |", "|---|---|---|---|"]
+    for name, about in found.items():
+        said = "; ".join(f"{what}: {_shown(value, what)}" for what, value in about.items() if what != "taken")
+        rows.append(f"| {name} | {CANDIDATES[name][1]['model']} | {said} | {'yes' if about['taken'] else 'no'} |")
+    return "\n".join(rows)
+
+
+def _shown(value: float, what: str) -> str:
+    return f"{value:.2f}" if what.startswith("loss") else f"{value:.1%}"
 
 
 if __name__ == "__main__":
