@@ -1,5 +1,7 @@
 """What each method comes to at each rate of the grid, and how wide the range of good rates is: for docs/study.md.
 
+What the searches of the study's reports saw of rates goes beside it, for those whose runs end by their loss.
+
     python benchmarks/study/sensitivity.py
 
 Means are over the seeds, of the test.  Methods whose grid is not whole yet are left out.
@@ -7,9 +9,10 @@ Means are over the seeds, of the test.  Methods whose grid is not whole yet are 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from claims import written
 from grid import GRID, PLANS, Plan, lines
 from marked import put
 from regret import Surface, metric_of, surfaces
@@ -82,11 +85,34 @@ def table(task: str, plan: Plan) -> str:
     )
 
 
+def searched(task: str, report: Any) -> str:
+    """Return what the races of a report saw of each rate, as means over their runs on validation data."""
+    scale, digits = (100, 1) if report["percent"] else (1, 3)
+    text = ["| method | chosen | on validation data, by rate |", "|---|---|---|"]
+    for row in report["methods"]:
+        runs: dict[float, list[float]] = {}
+        for trial in report["trials"]:
+            if (trial["method"], trial["kind"]) == (row["method"], "search") and not (
+                trial["pruned"] or trial["error"]
+            ):
+                runs.setdefault(trial["lr"], []).append(trial["validation"])
+        if runs:
+            seen = (f"{lr:.2g}: {scale * np.mean(values):.{digits}f}" for lr, values in sorted(runs.items()))
+            text.append(f"| `{row['method']}` | {row['lr']:.2g} | {', '.join(seen)} |")
+    name = f"{report['searched_by']}{', %' if report['percent'] else ''}"
+    return (
+        f"**{task}** ({report['model']}, at most {report['steps']} steps of {report['batch_size']}, until the held-out "
+        f"loss stops falling): {name}\n\n" + "\n".join(text)
+    )
+
+
 def main() -> None:
     """Print the tables, and put them on their page."""
     made = "\n\n".join(filter(None, (table(task, plan) for task, plan in PLANS.items())))
     print(made)
     put(PAGE, "sensitivity", f"{made}\n")
+    ended = {task: report for task, report in written().items() if "until: plateau" in report["config"]}
+    put(PAGE, "plateau", "\n\n".join(searched(task, report) for task, report in ended.items()) + "\n")
 
 
 if __name__ == "__main__":
