@@ -112,7 +112,7 @@ def test_every_claim_has_one_of_three_verdicts(claims):
 
 
 def test_a_task_without_a_report_counts_by_its_grid(claims, tmp_path, monkeypatch):
-    plan = claims.Plan("made", {"model": "tiny", "test": 0.25, "max_steps": 4, "batch_size": 2}, (), range(2), 3)
+    plan = claims.Plan("made", {"model": "tiny", "task": "classify", "test": 0.25, "max_steps": 4, "batch_size": 2}, (), range(2), 3)
     found = {  # by method and place: what the fold says of each seed, and the test
         ("lora:rank=16", 0): ([0.5, 0.6, 0.7], [0.61, 0.62, 0.63]),
         ("lora:rank=16", 1): ([0.6, 0.7, 0.8], [0.71, 0.72, 0.73]),
@@ -129,11 +129,11 @@ def test_a_task_without_a_report_counts_by_its_grid(claims, tmp_path, monkeypatc
     monkeypatch.setattr(claims, "GRID", tmp_path)
     monkeypatch.setattr(claims, "PLANS", {"made": plan, "left": plan})
     monkeypatch.setattr(claims, "taken", lambda: ["made"])
-    report = claims.grids({})["made"]
+    report = claims.grids([])["made"]
     best, second = report["methods"]
     assert (best["method"], best["lr"], best["metric"]["mean"]) == ("dora", 1.0, pytest.approx(0.82))
     assert (second["method"], second["lr"], second["metric"]["values"]) == ("lora:rank=16", 10.0, [0.71, 0.72, 0.73])
     assert best["difference"]["mean"] == pytest.approx(0.10)
     assert (report["start"], report["split"]["test"], claims.why_not(report)) == (0.2, 250, None)
     assert claims.versus({"made": report}, "dora", "lora:rank=16")[0] == "supported"
-    assert claims.grids({"made": report}) == {}
+    assert claims.grids(["made"]) == {}

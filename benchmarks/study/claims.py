@@ -22,10 +22,13 @@ Writes results/claims.md, results/study.png, the part of docs/study.md that show
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from grid import GRID, PLANS, Plan, lines
 from marked import put
 from regret import best_place, metric_of, surfaces
@@ -49,7 +52,7 @@ ALT = "The metric of each task over the number of trained parameters, method by 
 def reports() -> dict[str, Any]:
     """Return what there is of each task that is taken: its report, or what its grid says."""
     found = written()
-    return found | grids(found)
+    return found | grids(list(found))
 
 
 def written() -> dict[str, Any]:
@@ -58,15 +61,18 @@ def written() -> dict[str, Any]:
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
 
 
-def grids(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the tasks that have a grid and no report, as reports."""
-    counts = {(r["model"], e["method"]): e["trainable_parameters"] for r in found.values() for e in r["methods"]}
+def grids(found: Sequence[str]) -> dict[str, Any]:
+    """Return the tasks that have a grid and no report, as reports.
+
+    Args:
+        found: tasks that have one.
+    """
     named = [(name, plan) for name, plan in PLANS.items() if name in taken() and name not in found]
-    made = {name: _of_grid(name, plan, counts) for name, plan in named}
+    made = {name: _of_grid(name, plan) for name, plan in named}
     return {name: report for name, report in made.items() if report is not None}
 
 
-def _of_grid(name: str, plan: Plan, counts: dict[tuple[str, str], int]) -> Any:
+def _of_grid(name: str, plan: Plan) -> Any:
     held, metric = lines(GRID / f"{name}.jsonl"), metric_of(plan)
     whole = surfaces(plan, held)
     if not whole:
@@ -83,7 +89,7 @@ def _of_grid(name: str, plan: Plan, counts: dict[tuple[str, str], int]) -> Any:
         if len(ends) > 1:
             measured |= {"low": ends[1], "high": ends[2]}
         rows.append({"method": method, "ran": True, "label": method, "seeds": seeds, "metric": measured, "gap": None})
-        rows[-1] |= {"trainable_parameters": counts.get((plan.keys["model"], method)), "difference": None}
+        rows[-1] |= {"trainable_parameters": trained_values(plan, method), "difference": None}
         rows[-1] |= {"lr": next(line["lr"] for line in held if (line["method"], line["place"]) == (given, place))}
     for row in rows:
         if row["method"] != LORA:
@@ -105,6 +111,23 @@ def _of_grid(name: str, plan: Plan, counts: dict[tuple[str, str], int]) -> Any:
         "trials": [],
         "runs": len(held),
     }
+
+
+def trained_values(plan: Plan, method: str) -> int | None:
+    """Return how many values a method trains of a decoder that replies; what a new head has is in reports alone."""
+    if plan.keys["task"] != "sft" or method == FULL:
+        return None
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from spectune.bases.places import model_path
+    from spectune.model.targets import resolve
+
+    config = AutoConfig.from_pretrained(model_path(plan.keys["model"]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = resolve(model, method).items()
+    shapes = [m.shapes(*model.get_submodule(layer).weight.shape).values() for layer, m in layers]
+    return sum(math.prod(shape) for each in shapes for shape in each)
 
 
 def why_not(report: Any) -> str | None:
