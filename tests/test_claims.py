@@ -112,7 +112,8 @@ def test_every_claim_has_one_of_three_verdicts(claims):
 
 
 def test_a_task_without_a_report_counts_by_its_grid(claims, tmp_path, monkeypatch):
-    plan = claims.Plan("made", {"model": "tiny", "task": "classify", "test": 0.25, "max_steps": 4, "batch_size": 2}, (), range(2), 3)
+    keys = {"model": "tiny", "task": "classify", "test": 0.25, "max_steps": 4, "batch_size": 2}
+    plan = claims.Plan("made", keys, (), range(2), 3)
     found = {  # by method and place: what the fold says of each seed, and the test
         ("lora:rank=16", 0): ([0.5, 0.6, 0.7], [0.61, 0.62, 0.63]),
         ("lora:rank=16", 1): ([0.6, 0.7, 0.8], [0.71, 0.72, 0.73]),
