@@ -138,3 +138,10 @@ def test_a_task_without_a_report_counts_by_its_grid(claims, tmp_path, monkeypatc
     assert (report["start"], report["split"]["test"], claims.why_not(report)) == (0.2, 250, None)
     assert claims.versus({"made": report}, "dora", "lora:rank=16")[0] == "supported"
     assert claims.grids(["made"]) == {}
+
+
+def test_a_task_whose_runs_end_by_their_loss_has_a_line(claims):
+    row = {"label": "LoRA", "ran": True, "metric": {"mean": 0.891}}
+    found = {"methods": [row, {"label": "SVF", "ran": False}], "percent": True, "config": "until: plateau\nseeds: 5\n"}
+    assert claims.ended({"one": {**found, "config": "seeds: 5\n"}}) == ""
+    assert claims.ended({"one": found}) == "\n- Where runs end when their loss stops falling (one): LoRA 89.1%."

@@ -361,7 +361,7 @@ def main() -> None:
     plot(found, HERE / "results/study.png")
     shown = f"{setting(found)}\n\n![{ALT}](../benchmarks/study/results/study.png)\n\n{text}"
     put(ROOT / "docs/study.md", "study", shown)
-    put(ROOT / "README.md", "study", f"{verdicts(claims(found))}\n")
+    put(ROOT / "README.md", "study", f"{verdicts(claims(found))}{ended(found)}\n")
     print(text)
 
 
@@ -382,6 +382,19 @@ def verdicts(found: list[tuple[str, str, str]]) -> str:
             "which tasks do not count.",
         ]
     )
+
+
+def ended(found: dict[str, Any]) -> str:
+    """Return a line for each task whose runs end by their loss: what each method comes to."""
+    text = ""
+    for task, report in found.items():
+        if "until: plateau" in report.get("config", ""):
+            scale, unit = (100, "%") if report["percent"] else (1, "")
+            each = (
+                f"{row['label']} {scale * row['metric']['mean']:.3g}{unit}" for row in report["methods"] if row["ran"]
+            )
+            text += f"\n- Where runs end when their loss stops falling ({task}): {', '.join(each)}."
+    return text
 
 
 def setting(found: dict[str, Any]) -> str:
