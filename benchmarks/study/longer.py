@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from claims import LORA, PISSA, SVF
+from claims import LORA, SVF
 from grid import GRID, PLANS, lines
 from marked import put
 from run import settings
@@ -18,7 +18,7 @@ from run import settings
 TASK, STEPS = "question-types", 200
 FOUND = GRID / "longer.jsonl"
 PAGE = GRID.parents[2] / "docs" / "study.md"
-METHODS, POWERS, SEEDS = (LORA, SVF, PISSA), (0.0, 0.5, 1.0), 1
+METHODS, POWERS, SEEDS = (LORA, SVF), (0.0, 0.5, 1.0), 1
 
 
 def fill() -> None:
