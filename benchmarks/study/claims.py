@@ -384,11 +384,16 @@ def verdicts(found: list[tuple[str, str, str]]) -> str:
     )
 
 
+def ends_by_loss(report: Any) -> bool:
+    """Whether the runs of a report end where their loss stops falling, and not after some number of steps."""
+    return "until: plateau" in report.get("config", "")
+
+
 def ended(found: dict[str, Any]) -> str:
     """Return a line for each task whose runs end by their loss: what each method comes to."""
     text = ""
     for task, report in found.items():
-        if "until: plateau" in report.get("config", ""):
+        if ends_by_loss(report):
             scale, unit = (100, "%") if report["percent"] else (1, "")
             each = (
                 f"{row['label']} {scale * row['metric']['mean']:.3g}{unit}" for row in report["methods"] if row["ran"]
@@ -406,7 +411,7 @@ def setting(found: dict[str, Any]) -> str:
         if "runs" in report:
             how = f"every rate of its grid, {report['runs']} runs"
         else:
-            if "until: plateau" in report["config"]:
+            if ends_by_loss(report):
                 steps = f"at most {steps}, until the held-out loss stops falling,"
             how = "rates by a race"
         said.append(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from claims import written
+from claims import ends_by_loss, written
 from grid import GRID, PLANS, Plan, lines
 from marked import put
 from regret import Surface, metric_of, surfaces
@@ -111,7 +111,7 @@ def main() -> None:
     made = "\n\n".join(filter(None, (table(task, plan) for task, plan in PLANS.items())))
     print(made)
     put(PAGE, "sensitivity", f"{made}\n")
-    ended = {task: report for task, report in written().items() if "until: plateau" in report["config"]}
+    ended = {task: report for task, report in written().items() if ends_by_loss(report)}
     put(PAGE, "plateau", "\n\n".join(searched(task, report) for task, report in ended.items()) + "\n")
 
 

@@ -25,7 +25,7 @@ import torch
 from marked import put
 
 from spectune.bases import sources
-from spectune.compare.presets import film_reviews, question_types, write_records
+from spectune.compare.presets import question_types, rated_reviews, write_records
 
 HERE = Path(__file__).parent
 PATH = HERE / "tasks.json"
@@ -66,12 +66,6 @@ _WORDS = {
 }
 
 
-def product_reviews() -> Records:
-    """Return sentences of reviews of products, as film_reviews does of films."""
-    ratings = sources.reviews("amazonReviewSnippets").items()
-    return _some([{"text": t, "label": "positive" if r > 0 else "negative"} for t, r in ratings if abs(r) >= 1], 1000)
-
-
 def question_details() -> Records:
     """Return questions with what they ask for in detail, of the ten commonest kinds."""
     labels = {question.strip(): label for label, question in sources.questions() if question.strip()}
@@ -96,8 +90,8 @@ def sums() -> Records:
 
 def question_words() -> Records:
     """Return questions with what they ask for as a word that is to be written."""
-    labels = {question.strip(): label.partition(":")[0] for label, question in sources.questions() if question.strip()}
-    return _some([_answered(f"{text} This asks for a", _WORDS[label]) for text, label in labels.items()], 1000)
+    asked = question_types(1000)
+    return [_answered(f"{record['text']} This asks for a", _WORDS[record["label"]]) for record in asked]
 
 
 def dialogue() -> Records:
@@ -117,8 +111,8 @@ def _some(records: Records, count: int) -> Records:
 
 
 CANDIDATES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "film-reviews": (lambda: film_reviews(1000), ENCODER),
-    "product-reviews": (product_reviews, ENCODER),
+    "film-reviews": (lambda: rated_reviews(1000), ENCODER),
+    "product-reviews": (lambda: rated_reviews(1000, "amazonReviewSnippets"), ENCODER),
     "question-types": (lambda: question_types(1000), {**ENCODER, "max_steps": 300, "until": "plateau", "search": 5}),
     "question-details": (question_details, ENCODER),
     "spam": (spam, ENCODER),

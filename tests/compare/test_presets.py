@@ -7,7 +7,7 @@ import pytest
 from spectune.bases import sources
 from spectune.compare import presets
 from spectune.compare.config import CompareConfig
-from spectune.compare.presets import film_reviews, preset, question_types, write_records
+from spectune.compare.presets import preset, question_types, rated_reviews, write_records
 from spectune.errors import SpectuneError
 
 
@@ -24,11 +24,11 @@ def test_questions_are_there_once_with_the_first_part_of_their_label():
 
 def test_reviews_are_of_both_kinds_and_none_is_lukewarm():
     ratings = sources.reviews()
-    found = film_reviews(10**9)
+    found = rated_reviews(10**9)
     assert len(found) == sum(abs(rating) >= 1 for rating in ratings.values())
     assert all((record["label"] == "positive") == (ratings[record["text"]] > 0) for record in found)
     assert {record["label"] for record in found} == {"positive", "negative"}
-    assert film_reviews(5) == found[:5]
+    assert rated_reviews(5) == found[:5]
 
 
 def test_the_quick_one_writes_its_data_once(tmp_path, monkeypatch):

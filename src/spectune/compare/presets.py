@@ -47,15 +47,19 @@ def preset(name: str) -> dict[str, object]:
     return {**_QUICK, "data": str(path)}
 
 
-def film_reviews(count: int) -> list[dict[str, str]]:
-    """Return sentences of film reviews with "positive" or "negative", by their mean rating, without what is lukewarm.
+def rated_reviews(count: int, source: str = "movieReviewSnippets") -> list[dict[str, str]]:
+    """Return sentences of reviews with "positive" or "negative", by their mean rating, without what is lukewarm.
+
+    Args:
+        count: of them, at most.
+        source: as `sources.reviews` knows it.
 
     Raises:
         SpectuneError: the data package is not installed.
     """
     records = [
         {"text": text, "label": "positive" if rating > 0 else "negative"}
-        for text, rating in sources.reviews().items()
+        for text, rating in sources.reviews(source).items()
         if abs(rating) >= 1
     ]
     random.Random(0).shuffle(records)
