@@ -1,8 +1,9 @@
 """Trained parameters of the built-in shapes equal the papers', as docs/plan.md lists them."""
 
 import pytest
+import transformers as tf
 
-from spectune import SVF, SVFT, DoRA, LoRA, LoRAXS
+from spectune import SVF, SVFT, DoRA, LoRA, LoRAXS, SpectuneError
 from spectune.bases.shapes import build, find_config, known
 from spectune.layers.modules import effective_weight
 from spectune.methods.adalora import AdaLoRA
@@ -98,3 +99,28 @@ def test_keras_trains_factors_of_every_head(name, rank, expected):
 @pytest.mark.parametrize("name", known())
 def test_a_base_has_its_published_size(models, name):
     assert sum(p.numel() for p in models(name).parameters()) == BASES[name]
+
+
+def hub_cache(folder, monkeypatch, name, config):
+    """Put a configuration where the hub's library keeps those of a name."""
+    place = folder / f"models--{name.replace('/', '--')}"
+    (place / "snapshots" / "0123").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0123", encoding="utf-8")
+    config.save_pretrained(place / "snapshots" / "0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+
+
+@pytest.mark.parametrize("name", ["somebody/a-model", "somebody/llama-3-8b"])  # the second, and not the shape of its name
+def test_a_model_of_the_hub_is_read_from_its_cache(name, tmp_path, monkeypatch):
+    hub_cache(tmp_path, monkeypatch, name, tf.LlamaConfig(vocab_size=77, hidden_size=64))
+    assert (find_config(name).vocab_size, find_config(name).hidden_size) == (77, 64)
+
+
+def test_a_model_that_the_hub_does_not_give_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_config("meta-llama/Llama-3-8B").hidden_size == 4096
+    with pytest.raises(SpectuneError, match=r"unknown model 'somebody/qwen4-8b'.*'qwen3-8b'.*not to be had from the hub"):
+        find_config("somebody/qwen4-8b")
+    with pytest.raises(SpectuneError, match="unknown model 'no name/--x'"):
+        find_config("no name/--x")

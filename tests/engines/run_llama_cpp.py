@@ -3,14 +3,17 @@
     python tests/engines/run_llama_cpp.py [--python PYTHON]
 
 llama.cpp comes as the package xllamacpp, in `.venv-engines` beside `.venv` or an environment that is given.  The base
-is the embedded GGUF file with its weights in float32, so that both sides compute with the same numbers.  What was
-answered is written to `tests/engines/llama_cpp.json`, and the exit code is 1 if a token differs.
+is the embedded GGUF file with its weights in float32, so that both sides compute with the same numbers; and then that
+file as it is, whose four bits llama.cpp multiplies with rounded states: its answers part from ours sooner or later,
+with an adapter as without.  What was answered is written to `tests/engines/llama_cpp.json`, and the exit code is 1 if
+a token differs over float32, or over four bits an adapter's answers part from ours where the base's do not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,11 +91,17 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     return said
 
 
-def llama_cpp(python: Path, folder: Path, adapters: list[Path]) -> list[str]:
+def shared(said: list[str], expected: list[str]) -> float:
+    """Return how much of the answers is the same from their start, as a share of their characters."""
+    same = [len(os.path.commonprefix(pair)) for pair in zip(said, expected, strict=True)]
+    return sum(same) / sum(map(len, expected))
+
+
+def llama_cpp(python: Path, folder: Path, base: Path, adapters: list[Path]) -> list[str]:
     """Return what llama.cpp answers to the prompts."""
     asked, said = folder / "asked.json", folder / "said.json"
     given = {
-        "model": str(folder / "base.gguf"),
+        "model": str(base),
         "adapters": list(map(str, adapters)),
         "prompts": PROMPTS,
         "tokens": TOKENS,
@@ -112,10 +121,12 @@ def main() -> None:
     table: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        in_float32(Path(str(embedded.locate())), folder / "base.gguf")
+        exact, packed = folder / "base.gguf", Path(str(embedded.locate()))
+        in_float32(packed, exact)
         model, tokenizer = spectune.load_base("smollm2-135m", "fp32")
         alone = answers(model, tokenizer)
-        table["(base)"] = "equal tokens" if llama_cpp(python, folder, []) == alone else "other tokens"
+        table["(base)"] = "equal tokens" if llama_cpp(python, folder, exact, []) == alone else "other tokens"
+        of_packed = {"(base)": shared(llama_cpp(python, folder, packed, []), alone)}
         for method in METHODS:
             spectune.adapt(model, method)
             generator = torch.Generator().manual_seed(0)
@@ -130,11 +141,13 @@ def main() -> None:
                 table[method] = f"refused: {error}"
                 continue
             size = (folder / "out" / "adapter.gguf").stat().st_size / 1e6
-            same = llama_cpp(python, folder, [folder / "out" / "adapter.gguf"]) == expected
+            file = folder / "out" / "adapter.gguf"
+            same = llama_cpp(python, folder, exact, [file]) == expected
+            of_packed[method] = shared(llama_cpp(python, folder, packed, [file]), expected)
             moved = "" if expected != alone else ", those of the base"
             table[method] = f"{'equal' if same else 'other'} tokens{moved}; {size:.1f} MB"
-            print(method, table[method], flush=True)
-    result = {"llama.cpp": LLAMA_CPP, "prompts": len(PROMPTS), "tokens": TOKENS, "table": table}
+            print(method, table[method], f"{of_packed[method]:.0%} over four bits", flush=True)
+    result = {"llama.cpp": LLAMA_CPP, "prompts": len(PROMPTS), "tokens": TOKENS, "table": table, "four_bits": of_packed}
     (HERE / "llama_cpp.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     sys.exit(any(line.startswith("other") for line in table.values()))

@@ -275,7 +275,7 @@ class Adapter(Contents):
             allow_loss: write it even where that error is above 0.1, which is another adapter.
             component: for diffusers, the pipeline's component that the adapter is of ("unet", "transformer",
                 "text_encoder", ...); by default told from the class of its model.
-            config: for gguf, of the base model.
+            config: of the base model: for gguf, and for mlx where mlx_lm calls its layers otherwise (GPT-2).
 
         Raises:
             SpectuneError: an unknown format, program or component, a program that does not take it, no basis at hand,
@@ -304,7 +304,7 @@ class Adapter(Contents):
         if config is not None and format == "gguf":
             save_gguf(adapter, Path(path), config)
         elif format == "mlx":
-            save_mlx(adapter, Path(path))
+            save_mlx(adapter, Path(path), config)
         elif format == "diffusers":
             save_diffusers(adapter, Path(path), component)
         else:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spectune.bases.embedded import EMBEDDED, package_file
@@ -93,7 +95,9 @@ def known() -> list[str]:
 
 
 def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the transformers config of a built-in or embedded name, or of a folder with a config.json.
+    """Return the transformers config of a built-in or embedded name, of the hub's, or of a folder with a config.json.
+
+    What of the hub is on this machine is taken before a built-in shape of that name, and asked for after it.
 
     Raises:
         SpectuneError: an unknown name (the nearest are listed), a folder without config.json, or one that is not
@@ -101,7 +105,8 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     """
     plain = name.lower().rpartition("/")[2]
     shapes = {**BUILT_IN, **_EMBEDDED_GGUF}
-    if plain in shapes and not Path(name).is_dir():
+    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    if plain in shapes and not Path(name).is_dir() and not (of_hub and _is_cached(name)):
         kind, values = shapes[plain]
         config = transformers.AutoConfig.for_model(kind, **values)
         if kind in _DECODERS:
@@ -111,6 +116,8 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         folder = package_file(EMBEDDED[name].package, EMBEDDED[name].file).parent
     elif Path(name).is_dir():
         folder = Path(name)
+    elif of_hub:
+        return _of_hub(name, trust_remote_code)
     else:
         what = "there is no model folder" if name.startswith((".", "/", "~")) else "unknown model"
         raise SpectuneError(f"{what} {name!r}{nearest(plain, known())} (known without a folder: {', '.join(known())})")
@@ -122,6 +129,25 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     except Exception as error:  # whatever a broken file makes of transformers
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpectuneError(f"the config.json of {name!r} is not understood: {first}") from None
+
+
+def _is_cached(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _of_hub(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the hub, its cache or a strange file makes of transformers
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SpectuneError(
+            f"unknown model {name!r}{nearest(name.rpartition('/')[2], known())}: its config.json is not to be had from "
+            f"the hub or its cache ({first}); known without it: {', '.join(known())}"
+        ) from None
 
 
 def build(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:

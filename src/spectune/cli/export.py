@@ -97,7 +97,7 @@ def export(
     loaded = Adapter.load(adapter)
     if to is not None:
         check_taken(to.value, loaded, rank)
-    config = find_config(base_name(loaded, base)) if format is Format.gguf else None
+    config = find_config(base_name(loaded, base)) if format in (Format.gguf, Format.mlx) else None
     error = 0.0
     if merged:
         name, labels = base_name(loaded, base), loaded.labels
