@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
 
 def shared(said: list[str], expected: list[str]) -> float:
     """Return how much of the answers is the same from their start, as a share of their characters."""
-    same = [len(os.path.commonprefix(pair)) for pair in zip(said, expected, strict=True)]
+    pairs = [zip(*pair, strict=False) for pair in zip(said, expected, strict=True)]
+    same = [sum(1 for _ in takewhile(lambda two: two[0] == two[1], pair)) for pair in pairs]
     return sum(same) / sum(map(len, expected))
 
 

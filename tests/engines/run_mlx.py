@@ -35,9 +35,10 @@ SIZES: dict[str, Any] = {
 }
 # what a kind needs beside the sizes; mlx_lm looks for what older configurations had beside `rope_parameters`
 KINDS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("mistral", "qwen2", "starcoder2", "smollm3", "nemotron", "olmo2", "phi3", "granite", "mamba"), {}),
-    **dict.fromkeys(("qwen3", "glm4", "helium", "hunyuan_v1_dense", "seed_oss"), {"head_dim": 8}),
-    **dict.fromkeys(("phi", "stablelm"), {"num_attention_heads": 2}),
+    **{kind: {} for kind in ("mistral", "qwen2", "starcoder2", "smollm3", "nemotron", "olmo2", "phi3", "granite")},
+    "mamba": {},
+    **{kind: {"head_dim": 8} for kind in ("qwen3", "glm4", "helium", "hunyuan_v1_dense", "seed_oss")},
+    **{kind: {"num_attention_heads": 2} for kind in ("phi", "stablelm")},
     "gemma2": {"head_dim": 8, "tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
 }

@@ -37,12 +37,16 @@ def test_what_mlx_reads_is_the_update(method, tmp_path):
 def test_gpt2_has_the_names_that_mlx_gives_it(tmp_path):
     base = tiny.gpt2()
     adapter = trained(base, "lora:rank=2,alpha=3").bind(base)
-    with pytest.raises(SpectuneError, match=r"'transformer\.h\.0\.attn\.c_attn' goes by the model's type: give config="):
+    with pytest.raises(
+        SpectuneError, match=r"'transformer\.h\.0\.attn\.c_attn' goes by the model's type: give config="
+    ):
         adapter.export(tmp_path / "mlx", "mlx")
     adapter.export(tmp_path / "mlx", "mlx", config=base.config)
     given = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
     assert given["keys"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
-    assert {key.rpartition(".")[0] for key in tensors} == {f"model.h.{i}.{key}" for i in (0, 1) for key in given["keys"]}
+    assert {key.rpartition(".")[0] for key in tensors} == {
+        f"model.h.{i}.{key}" for i in (0, 1) for key in given["keys"]
+    }
     made = (tensors["model.h.1.attn.c_attn.lora_a"] @ tensors["model.h.1.attn.c_attn.lora_b"]).T
     torch.testing.assert_close(made, adapter.delta("transformer.h.1.attn.c_attn"))

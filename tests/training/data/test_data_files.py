@@ -4,14 +4,12 @@ import csv
 import gzip
 import io
 import json
-from decimal import Decimal
 
 import pytest
 
 from spectune import SpectuneError
 from spectune.training.config import load_config
 from spectune.training.data.detect import detect
-from spectune.training.data.files import rows
 from spectune.training.data.records import read
 from spectune.training.tasks import make_task
 
@@ -55,11 +53,6 @@ def test_tables_of_every_kind(name, tmp_path):
     records, _ = found(tmp_path / name, TABLES[name], "classify")
     assert [(record["text"], record["label"]) for record in records] == TWO
     assert detect(str(tmp_path / name), generates=False).columns == {}
-
-
-def test_a_long_name_in_quotes_does_not_decide_what_separates(tmp_path):
-    records, _ = found(tmp_path / "a.csv", '"the, text, it is";label\nhello;a\n', "classify", text="the, text, it is")
-    assert records[0]["text"] == "hello"
 
 
 FORMATS = [
@@ -207,14 +200,6 @@ def test_answers_of_a_table_that_are_called_bad_are_not_learned(tmp_path):
     assert [record["label"] for record in found(tmp_path / "a.csv", table, "kto")[0]] == [True, False]
 
 
-def test_numbers_and_texts_of_a_table_as_programs_write_them(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"text": [b"h\xc3\xa4", None, b"\xff"], "label": [Decimal("1.50"), None, Decimal("2.00")]})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    read_ = [row for row, _ in rows(str(tmp_path / "a.parquet"), None, None, print)]
-    assert read_ == [{"text": "hä", "label": 1.5}, {"text": None, "label": None}, {"text": b"\xff", "label": 2.0}]
-
-
 @pytest.mark.parametrize(
     ("record", "name"),
     [
@@ -240,12 +225,3 @@ def test_a_format_that_is_not_known_is_not_guessed_at(record, name, tmp_path):
 def test_what_data_is_for(rows, task, columns, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(*rows))
     assert detect(str(tmp_path / "a.jsonl"), generates=True)[:2] == (task, columns)
-
-
-def test_labels_of_a_list_have_their_names(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    from spectune.training.data.files import _named
-
-    feature = datasets.Features({"labels": datasets.Sequence(datasets.ClassLabel(names=["joy", "fear"]))})
-    table = datasets.Dataset.from_dict({"labels": [[1], [0, 1], []]}, features=feature)
-    assert [row["labels"] for row in _named(table)] == [["fear"], ["joy", "fear"], []]

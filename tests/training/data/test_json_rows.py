@@ -96,16 +96,6 @@ def test_records_have_a_bound(monkeypatch, tmp_path):
         found(tmp_path / "a.csv", "text\n" + '""\n' * 9)
 
 
-def test_rows_of_parquet_are_counted_before_they_are_read(monkeypatch, tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["a"] * 200}), path)
-    assert [row for row, _ in rows(str(path), None, None, print)] == [{"text": "a"}] * 200
-    monkeypatch.setattr(files, "RECORDS", 199)
-    with pytest.raises(SpectuneError, match=r"a.parquet has 200 rows, and at most 199 are read"):
-        list(rows(str(path), None, None, print))
-
-
 @pytest.mark.parametrize("depth", [100, 5000, 100000])
 def test_json_in_a_column_has_a_depth(depth, tmp_path):
     deep = "[" * depth + "{}" + "]" * depth
