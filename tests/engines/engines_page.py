@@ -115,9 +115,15 @@ def name_of(method: str) -> str:
     return "rsLoRA" if getattr(parsed, "rslora", False) else titles[parsed.name]
 
 
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
 def page(methods: Iterable[str] = METHODS) -> str:
     """Return docs/engines.md, of some methods or all."""
     vllm, llama, mlx = read("vllm_plugin/suite/table.json"), read("engines/llama_cpp.json"), read("engines/mlx.json")
+    four = llama["four_bits"]
+    off, moved = (_range([four[name][key] for name in four if name != "(base)"]) for key in ("off", "moved"))
     plain = ["SGLang, TGI, LoRAX, plain vLLM", "llama.cpp, Ollama", "MLX", "diffusers"]
     head = ["method", "vLLM with [the plug-in](vllm.md)", *plain]
     lines = [
@@ -131,6 +137,9 @@ def page(methods: Iterable[str] = METHODS) -> str:
         "  all adapters and the base in one batch;",
         f"- llama.cpp (`make test-engines`, {llama['llama.cpp'].replace('==', ' ')}): {llama['tokens']} greedy tokens",
         f"  of {llama['prompts']} prompts by SmolLM2-135M in float32;",
+        "- llama.cpp over that model's file of four bits, whose products it rounds: log-probabilities of ten tokens",
+        f"  after each prompt, off by {four['(base)']['off']:.2f} for the base, and by {off} with adapters,",
+        f"  which moved them by {moved};",
         f"- MLX (`make test-engines`, {', '.join(mlx['mlx']).replace('==', ' ')}): logits of a random Llama;",
         f"  and with LoRA of {', '.join(mlx['kinds'])}, within {max(k['lora'] for k in mlx['kinds'].values()):.0e}.",
         "",

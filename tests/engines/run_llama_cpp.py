@@ -4,9 +4,10 @@
 
 llama.cpp comes as the package xllamacpp, in `.venv-engines` beside `.venv` or an environment that is given.  The base
 is the embedded GGUF file with its weights in float32, so that both sides compute with the same numbers; and then that
-file as it is, whose four bits llama.cpp multiplies with rounded states: its answers part from ours sooner or later,
-with an adapter as without.  What was answered is written to `tests/engines/llama_cpp.json`, and the exit code is 1 if
-a token differs over float32, or over four bits an adapter's answers part from ours where the base's do not.
+file as it is, whose four bits llama.cpp multiplies with rounded states: of the likeliest next tokens, how far the
+logarithms of the probabilities are from ours, beside how far the adapter moved them.  What was answered is written to
+`tests/engines/llama_cpp.json`, and the exit code is 1 if a token differs over float32, or if over four bits an adapter
+is farther from ours than twice the base is and than a third of what it moved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import files
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ p.model.path, p.n_ctx, p.n_parallel, p.cpuparams.n_threads = asked["model"], 256
 p.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in asked["adapters"]]
 server, said = xllamacpp.Server(p), []
 for prompt in asked["prompts"]:
-    answer = server.handle_completions({"prompt": prompt, "max_tokens": asked["tokens"], "temperature": 0})
-    said.append(answer["choices"][0]["text"])
+    how = {"max_tokens": asked["tokens"], "temperature": 0, "logprobs": 10}
+    answer = server.handle_completions({"prompt": prompt, **how})
+    choice = answer["choices"][0]
+    said.append([choice["text"], [[t["id"], t["logprob"]] for t in choice["logprobs"]["content"][0]["top_logprobs"]]])
 json.dump(said, open(sys.argv[2], "w"))
 """
 
@@ -91,26 +93,30 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     return said
 
 
-def shared(said: list[str], expected: list[str]) -> float:
-    """Return how much of the answers is the same from their start, as a share of their characters."""
-    pairs = [zip(*pair, strict=False) for pair in zip(said, expected, strict=True)]
-    same = [sum(1 for _ in takewhile(lambda two: two[0] == two[1], pair)) for pair in pairs]
-    return sum(same) / sum(map(len, expected))
+def likelihoods(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Return the logarithm of each next token's probability after the prompts."""
+    with torch.no_grad():
+        logits = [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1] for prompt in PROMPTS]
+    return torch.stack(logits).log_softmax(-1)
 
 
-def llama_cpp(python: Path, folder: Path, base: Path, adapters: list[Path]) -> list[str]:
-    """Return what llama.cpp answers to the prompts."""
+def llama_cpp(python: Path, folder: Path, base: Path, adapters: list[Path], tokens: int = TOKENS) -> list[Any]:
+    """Return what llama.cpp answers to the prompts: texts, and of the first tokens how likely ten are."""
     asked, said = folder / "asked.json", folder / "said.json"
     given = {
         "model": str(base),
         "adapters": list(map(str, adapters)),
         "prompts": PROMPTS,
-        "tokens": TOKENS,
+        "tokens": tokens,
     }
     asked.write_text(json.dumps(given), encoding="utf-8")
     command = [str(python), "-c", ASK, str(asked), str(said)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads(said.read_text(encoding="utf-8"))
+
+
+def texts(said: list[Any]) -> list[str]:
+    return [text for text, _ in said]
 
 
 def main() -> None:
@@ -126,15 +132,29 @@ def main() -> None:
         in_float32(packed, exact)
         model, tokenizer = spectune.load_base("smollm2-135m", "fp32")
         alone = answers(model, tokenizer)
-        table["(base)"] = "equal tokens" if llama_cpp(python, folder, exact, []) == alone else "other tokens"
-        of_packed = {"(base)": shared(llama_cpp(python, folder, packed, []), alone)}
+        table["(base)"] = "equal tokens" if texts(llama_cpp(python, folder, exact, [])) == alone else "other tokens"
+        usual = likelihoods(model, tokenizer)
+        of_packed: dict[str, dict[str, float]] = {}
+
+        def look(name: str, adapters: list[Path], ours: torch.Tensor) -> None:
+            answered = llama_cpp(python, folder, packed, adapters, tokens=1)
+            said = [(i, *pair) for i, (_, top) in enumerate(answered) for pair in top]
+            off = sum(abs(told - float(ours[i, token])) for i, token, told in said) / len(said)
+            moved = sum(abs(float(ours[i, token] - usual[i, token])) for i, token, _ in said) / len(said)
+            of_packed[name] = {"off": round(off, 4), "moved": round(moved, 4)}
+
+        look("(base)", [], usual)
         for method in METHODS:
             spectune.adapt(model, method)
             generator = torch.Generator().manual_seed(0)
             for name, parameter in model.named_parameters():
                 if ".adapters." in name:
                     parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-            expected, adapter = answers(model, tokenizer), spectune.extract(model)
+            expected, likely, adapter = (
+                answers(model, tokenizer),
+                likelihoods(model, tokenizer),
+                spectune.extract(model),
+            )
             spectune.detach(model)
             try:
                 adapter.export(folder / "out", "gguf", config=model.config)
@@ -143,15 +163,17 @@ def main() -> None:
                 continue
             size = (folder / "out" / "adapter.gguf").stat().st_size / 1e6
             file = folder / "out" / "adapter.gguf"
-            same = llama_cpp(python, folder, exact, [file]) == expected
-            of_packed[method] = shared(llama_cpp(python, folder, packed, [file]), expected)
+            same = texts(llama_cpp(python, folder, exact, [file])) == expected
+            look(method, [file], likely)
             moved = "" if expected != alone else ", those of the base"
             table[method] = f"{'equal' if same else 'other'} tokens{moved}; {size:.1f} MB"
-            print(method, table[method], f"{of_packed[method]:.0%} over four bits", flush=True)
+            print(method, table[method], f"over four bits: {of_packed[method]}", flush=True)
     result = {"llama.cpp": LLAMA_CPP, "prompts": len(PROMPTS), "tokens": TOKENS, "table": table, "four_bits": of_packed}
     (HERE / "llama_cpp.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
-    sys.exit(any(line.startswith("other") for line in table.values()))
+    usual_off = of_packed["(base)"]["off"]
+    far = any(found["off"] > max(2 * usual_off, found["moved"] / 3) for found in of_packed.values())
+    sys.exit(far or any(line.startswith("other") for line in table.values()))
 
 
 if __name__ == "__main__":

@@ -146,3 +146,19 @@ def test_one_source_with_a_weight_and_data_for_settings(tmp_path):
         SpectuneError, match=r"d.jsonl is data, and settings are needed: give model=..., data=.*d.jsonl"
     ):
         load_config(tmp_path / "d.jsonl", [])
+
+
+def test_a_path_may_name_the_home_folder_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "runs")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    given = ["model=m", "data=~/a.jsonl", "output=${HOME}/$RUNS/one"]
+    config = load_config(None, given)
+    assert (config.data, config.output) == (f"{tmp_path}/a.jsonl", f"{tmp_path}/runs/one")
+    with pytest.raises(SpectuneError, match=r"output: \$\{NOWHERE\} is not set in the environment"):
+        load_config(None, [*given[:2], "output=${NOWHERE}/one"])
+    several = load_config(None, ["model=m", "output=o", "data=[~/a.jsonl, {path: $RUNS/b.jsonl, weight: 2}]"])
+    assert several.data[0] == f"{tmp_path}/a.jsonl"
+    assert (several.data[1].path, several.data[1].weight) == ("runs/b.jsonl", 2)
+    (tmp_path / "$odd").mkdir()  # a name that there is
+    assert load_config(None, [*given[:2], f"output={tmp_path}/$odd"]).output == f"{tmp_path}/$odd"

@@ -137,9 +137,12 @@ def full(*args, **kwargs):
 
 
 def test_a_full_disk_is_one_sentence_that_names_what_is_kept(settings, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+    out, original = tmp_path / "out", torch.save
     with monkeypatch.context() as patch:
-        original = torch.save
+        patch.setattr(torch, "save", lambda x, path: full() if "checkpoint" in str(path) else original(x, path))
+        with pytest.raises(SpectuneError, match=r"-5 cannot be .*; no checkpoint yet; free .* and run it again"):
+            run(settings, "max_steps=10")
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda x, path: full() if "checkpoint-10" in str(path) else original(x, path))
         with pytest.raises(SpectuneError, match=r"-10 cannot be written \(No space left on device\).*-5; free"):
             run(settings, "max_steps=10")

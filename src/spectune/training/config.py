@@ -25,7 +25,7 @@ from spectune.reading import read_yaml
 from spectune.training.aliases import aliased, hint
 from spectune.training.options import TaskOptions
 from spectune.training.registry import options_of, owner_of, task_keys
-from spectune.training.values import in_full, number_of, place_of, value_of
+from spectune.training.values import in_full, number_of, place_of, value_of, written_out
 
 if TYPE_CHECKING:
     from spectune.methods import Method
@@ -183,9 +183,9 @@ class TrainConfig(BaseModel):
 
     @field_validator("model", "data", "output", "adapter", "eval_data", mode="before")
     @classmethod
-    def _at_home(cls, value: object) -> object:
-        """Return a path of the home folder in full, which a shell writes out only where it stands alone."""
-        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+    def _written_out(cls, value: object) -> object:
+        """Return a path with the home folder and variables in full, which a shell writes out and a file does not."""
+        return written_out(value)
 
     def in_full(self) -> dict[str, object]:
         """Return all settings, with the paths of files and folders that are there in full: true in every folder."""

@@ -208,7 +208,7 @@ class RunLog(TrainerCallback):
         self.history.append(line)
         with processes.together():
             if processes.is_main():
-                kept = self._trainer.kept() if self._trainer is not None else ""
+                kept = self._trainer.with_more_space() if self._trainer is not None else "free some space"
                 with telling_of_full_disks(self._path, kept), open_itself(self._path, "ab") as file:
                     file.write(json.dumps(line).encode() + b"\n")
 

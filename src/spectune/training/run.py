@@ -279,9 +279,7 @@ class _Run:
         adapter = extract(self.model)
         with processes.together():
             if processes.is_main():
-                with telling_of_full_disks(
-                    self.output, f"{trainer.kept()}; free some space and go on with resume=true"
-                ):
+                with telling_of_full_disks(self.output, trainer.with_more_space()):
                     adapter.save(self.output)
                     title, task = f"{self.config.model}, {self.config.method}", self.task
                     plot_curve(log.history, self.output / _CURVE, title, task.unit, task.shown, task.curve)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from spectune.errors import SpectuneError
 from spectune.reading import parse_yaml
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w*\})")
 
 
 def in_full(value: Any) -> object:
@@ -20,6 +23,25 @@ def in_full(value: Any) -> object:
         return {**value, "path": in_full(value["path"])} if "path" in value else value
     there = isinstance(value, str) and (os.path.exists(value) or glob.glob(value))
     return os.path.abspath(value) if there else value
+
+
+def written_out(value: Any) -> Any:
+    """Return paths with the home folder and variables in full, as a shell writes them out and a file's are not.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    if isinstance(value, list):
+        return [written_out(each) for each in value]
+    if isinstance(value, dict):
+        return {**value, "path": written_out(value["path"])} if "path" in value else value
+    if not isinstance(value, str) or os.path.exists(value):
+        return value
+    place = os.path.expandvars(os.path.expanduser(value))
+    unset = _VARIABLE.search(place)
+    if unset is not None:
+        raise ValueError(f"{unset[0]} is not set in the environment")
+    return place
 
 
 def place_of(data: str) -> str:

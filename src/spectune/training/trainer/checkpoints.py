@@ -155,7 +155,7 @@ class AdapterCheckpoints(_Base):
         # collective calls: a process that skipped one would leave the others waiting for ever
         adapter, state = self._extracted(), {k: whole(v) for k, v in adapter_state(self.model).items()}
         optimizer = optimizer_state(self.optimizer)
-        remedy = f"{self.kept()}; free some space and go on with resume=true"
+        remedy = self.with_more_space()
         with processes.together(), telling_of_full_disks(place, remedy):
             own_rng = self._rng_files()
         rngs = processes.gather(own_rng)
@@ -256,6 +256,11 @@ class AdapterCheckpoints(_Base):
         """Say which checkpoint a run that fails now can go on from."""
         last = self.last_checkpoint
         return f"the last good checkpoint is {last}" if last else "no checkpoint yet"
+
+    def with_more_space(self) -> str:
+        """Say what to do where the disk is full."""
+        then = "go on with resume=true" if self.last_checkpoint else "run it again"
+        return f"{self.kept()}; free some space and {then}"
 
     # these four read what `_save_checkpoint` wrote, which transformers' own would look for by other names; and they
     # unpickle nothing

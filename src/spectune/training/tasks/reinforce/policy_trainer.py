@@ -92,7 +92,7 @@ class PolicyTrainer(AdapterTrainer):
         file = Path(self.args.output_dir or ".") / "outcomes" / f"step-{self.state.global_step}.jsonl"
         with processes.together():
             if processes.is_main():
-                with telling_of_full_disks(file, self.kept()):
+                with telling_of_full_disks(file, self.with_more_space()):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
         return output
