@@ -1,7 +1,6 @@
 """Adapters are vectors: sums, multiples and differences are those of their updates, on models and on files."""
 
 import copy
-import json
 import operator
 from typing import Any
 
@@ -200,29 +199,3 @@ def test_weights_are_finite_numbers():
             operation(a, other)
     with pytest.raises(ZeroDivisionError):
         a / 0
-
-
-def test_an_export_names_the_program_or_the_format(tmp_path):
-    own = spectune.extract(spectune.adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), "lora:rank=2"))
-    own.export(tmp_path / "served", to="mlx")
-    assert (tmp_path / "served" / "adapters.safetensors").is_file()
-    with pytest.raises(SpectuneError, match="no program 'ollam' is known: one of vllm, sglang, "):
-        own.export(tmp_path / "none", to="ollam")
-    with pytest.raises(SpectuneError, match="to='mlx' says the format"):
-        own.export(tmp_path / "none", "peft", to="mlx")
-
-
-@pytest.mark.parametrize("engine", ["sglang", "tgi", "lorax"])
-def test_programs_that_read_one_scale_are_given_one(tmp_path, engine):
-    overrides = {"2": "lora:rank=4,alpha=2,rslora=true"}
-    own = spectune.extract(spectune.adapt(small(), "lora:rank=2,alpha=6,rslora=true", overrides=overrides))
-    for layer in own.layers.values():
-        layer.terms[0].trained["B"].normal_()
-    own.export(tmp_path / "served", to=engine)
-    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    served = Adapter.load(tmp_path / "served")
-    for name in own.layers:
-        torch.testing.assert_close(served.delta(name), own.delta(name))

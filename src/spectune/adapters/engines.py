@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from spectune.adapters.contents import Contents
 from spectune.errors import SpectuneError
+from spectune.layers.kinds import LINEAR
 from spectune.methods.dora import DoRA
 
 LoRAFormat = Literal["peft", "diffusers", "gguf", "mlx"]
@@ -19,17 +20,19 @@ class Engine(NamedTuple):
         dora: it knows DoRA.
         most: the largest rank that it takes.
         one_rank: it reads one rank and one alpha for all layers, s = alpha / rank, whatever else the files say.
+        embeddings: it knows LoRAs of embeddings.
     """
 
     format: LoRAFormat
     dora: bool = False
     most: int | None = None
     one_rank: bool = False
+    embeddings: bool = False
 
 
 ENGINES = {
-    "vllm": Engine("peft", most=512),
-    "sglang": Engine("peft", one_rank=True),
+    "vllm": Engine("peft", most=512, embeddings=True),
+    "sglang": Engine("peft", one_rank=True, embeddings=True),
     "tgi": Engine("peft", one_rank=True),
     "lorax": Engine("peft", one_rank=True),
     "llama.cpp": Engine("gguf"),
@@ -59,6 +62,14 @@ def check_taken(name: str, adapter: Contents, rank: int | None) -> Engine:
         raise SpectuneError(
             f"{whole!r} was trained beside the LoRA, and {name} takes LoRA alone: merge it (--format merged)"
         )
+    # told here what each format tells itself: of these the file could hold them, and the program would not read them
+    taken = (LINEAR, "embedding") if engine.embeddings else (LINEAR,)
+    for other, layer in adapter.layers.items() if engine.format == "peft" else ():
+        if layer.kind not in taken or (engine.one_rank and layer.experts):
+            what = "experts" if layer.experts else f"{layer.kind} layers"
+            raise SpectuneError(
+                f"{name} takes no LoRA of {what}, as {other!r}: leave it out, or merge it (--format merged)"
+            )
     if rank is not None and engine.most is not None and rank > engine.most:
         raise SpectuneError(f"{name} takes ranks of up to {engine.most}, not {rank}: {instead}")
     return engine

@@ -9,7 +9,6 @@ import torch
 import spectune
 import tiny
 from spectune import SpectuneError
-from spectune.adapters.engines import ENGINES
 
 IDS = torch.arange(1, 15).reshape(2, 7)
 
@@ -99,19 +98,3 @@ def test_the_command_line_chooses_by_the_program(tmp_path):
         assert isinstance(result.exception, SpectuneError)
         assert said in str(result.exception)
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("options", [{"modules_to_save": ["norm"]}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
-@pytest.mark.parametrize("program", ["vllm", "sglang", "tgi", "lorax"])
-def test_what_was_trained_beside_the_lora_goes_to_no_program_that_leaves_it_out(program, options, tmp_path):
-    adapter = trained(tiny.gpt2() if "bias" in options else tiny.llama(), "lora:rank=2", **options)
-    with pytest.raises(SpectuneError, match=f"was trained beside the LoRA, and {program} takes LoRA alone"):
-        adapter.export(tmp_path / "a", to=program)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_rank_that_a_program_takes_is_that_of_the_fused_layer(monkeypatch, tmp_path):
-    monkeypatch.setitem(ENGINES, "vllm", ENGINES["vllm"]._replace(most=6))
-    adapter = trained(tiny.phi3(), "lora:rank=3", targets=["q_proj", "k_proj", "v_proj"], split="auto")
-    with pytest.raises(SpectuneError, match="up to 6, and an exact LoRA of this adapter has 9"):
-        adapter.export(tmp_path / "a", to="vllm")
