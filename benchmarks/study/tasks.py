@@ -117,7 +117,7 @@ CANDIDATES: dict[str, tuple[Any, dict[str, Any]]] = {
     "question-details": (question_details, ENCODER),
     "spam": (spam, ENCODER),
     "question-words": (question_words, {**DECODER, "metric": "exact_match"}),
-    "sums": (sums, {**DECODER, "metric": "exact_match"}),
+    "sums": (sums, {**DECODER, "metric": "exact_match", "max_steps": 240, "until": "plateau"}),
     "dialogue": (dialogue, {**DECODER, "metric": "loss"}),
 }
 
