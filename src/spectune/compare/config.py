@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from spectune.errors import SpectuneError, nearest
 from spectune.reading import read_json
 from spectune.training.config import TrainConfig
 from spectune.training.registry import options_of, task_names
+from spectune.training.values import written_out
 
 _CHOSEN = {  # what a comparison sets itself, and how to say it instead
     "method": "give methods",
@@ -106,6 +107,12 @@ class CompareConfig(TrainConfig):
     workers: int = Field(1, ge=1, description="processes that share the trials")
     launcher: Literal["local", "ray"] = Field("local", description="where the workers run")
     address: str | None = Field(None, description="ray: of the cluster; one on this machine if not given")
+
+    @field_validator("test_data", "general", mode="before")
+    @classmethod
+    def _also_written_out(cls, value: object) -> object:
+        """Return a path with the home folder and variables in full."""
+        return written_out(value)
 
     def check(self) -> None:
         """Raise for keys that do not go together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,9 @@ class Encoder:
         self.tokenizer, self.ends = tokenizer, tuple(ends)
         self._ways: Counter[str] = Counter()
         self._unused: set[str] = set()
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._special_name = ""
 
     def examples(self, record: Record, everything: bool = False) -> list[Example]:
         """Return the examples of one record.
@@ -303,6 +307,11 @@ class Encoder:
     def _watch(self, messages: Sequence[Message], tools: Sequence[object] | None) -> None:
         names = other_fields(messages) | ({"tools"} if tools else set())
         self._unused |= {name for name in names if not uses(self.tokenizer, name)}
+        found = [self._special.search(content) for m in messages if isinstance(content := m.get("content"), str)]
+        name = next((match[0] for match in found if match is not None), None)
+        if name is not None:
+            self._ways["special"] += 1
+            self._special_name = self._special_name or name
 
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the way in which records became examples."""
@@ -325,6 +334,11 @@ class Encoder:
         if ways["foreign"]:
             notes.append(
                 f"the chat template ends answers with no token: {self.tokenizer.eos_token} is put behind each of them"
+            )
+        if ways["special"]:
+            notes.append(
+                f"{self._special_name} stands as text in messages ({ways['special']} of the conversations) and is read "
+                "as the special token: what follows it may count as another's turn"
             )
         if self._unused:
             notes.append(f"not read by the chat template: {', '.join(sorted(self._unused))}")
