@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from spectune.errors import SpectuneError
 from spectune.layers.frozen import FrozenLayer
@@ -42,10 +43,12 @@ def merged_weight(
         SpectuneError: the weight cannot hold the sum.
     """
     if stored_weight(layer) is None:
+        # torch's older functions, of a hook, have a way back each: remove_weight_norm, remove_spectral_norm, prune
+        plain = "parametrize.remove_parametrizations" if is_parametrized(layer, "weight") else "remove_weight_norm"
         raise SpectuneError(
             f"the weight of {layer_name!r} is computed from other parameters, as weight_norm does, and cannot hold a "
-            "merged update: detach, make it a plain one with torch.nn.utils.parametrize.remove_parametrizations, and "
-            "attach again, or keep the adapter beside it"
+            f"merged update: detach, make it a plain one with torch.nn.utils.{plain} or what takes off what it was put "
+            "under, and attach again, or keep the adapter beside it"
         )
     weight = effective_weight(layer).detach()
     if isinstance(weight, Packed):
