@@ -18,6 +18,8 @@ from spectune.speed import attention
 OWNERS = {
     "_are_functorch_transforms_active": torch._C,
     "_current_graph_task_id": torch._C,
+    "_functorch": torch._C,
+    "_is_tracing": torch._C,
     "_is_any_autocast_enabled": torch._C,
     "DisableTorchFunction": torch._C,
     "_storage_Use_Count": torch._C,
@@ -44,6 +46,7 @@ def test_none_is_needed_to_import(without):
     assert without.sdp_choice is None
     assert without.is_transformed()  # unknown: plain operations alone
     assert without.graph_task() == -1
+    assert not without._in_trace()
     assert not without.multiplies_bfloat16()
     assert without.is_shared(torch.zeros(1))  # unknown: looked at each time
     assert not private.is_shared(torch.zeros(1))

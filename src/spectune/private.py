@@ -46,6 +46,9 @@ def _forget(callback: Callable[[], None]) -> None:
 # whether torch.func sees every operation; not knowing, one writes as if it did: nothing in place, nothing hidden
 _in_transform: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", _always)
 
+# whether torch.jit.trace writes every operation down, in place or not
+_in_trace: Callable[[], bool] = getattr(_C, "_is_tracing", torch.jit.is_tracing)
+
 # the backward pass that runs here, or -1; torch.utils.checkpoint asks the same.  Without it a checkpointed layer
 # answers as the model is set when it runs again: another choice where a context was left before the backward pass
 graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", _in_no_graph)
@@ -87,8 +90,21 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func, or differentiation forwards, sees every operation: nothing may be in place or hidden."""
-    return _in_transform() or getattr(forward_ad, "_current_level", 0) >= 0
+    """Whether torch.func, differentiation forwards or a trace sees every operation: nothing in place or hidden then."""
+    return _in_transform() or _in_trace() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor is many, of each of which torch.func.vmap sees its own: none can be asked for a value."""
+    functorch = getattr(_C, "_functorch", None)
+    tells = getattr(functorch, "is_batchedtensor", None)
+    if tells is None or not _in_transform():
+        return False
+    while functorch.is_functorch_wrapped_tensor(tensor):  # those of other transforms may lie around it
+        if tells(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def multiplies_bfloat16() -> bool:

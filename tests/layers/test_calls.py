@@ -47,12 +47,56 @@ def test_transforms_of_functions(method):
     def loss(parameters):
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
-    found = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.func.grad(loss)(trained)
+    _, slope = torch.func.jvp(loss, (trained,), (trained,))  # DoRA's norm is a constant in both directions
+    torch.testing.assert_close(slope, sum((found[n] * p).sum() for n, p in trained.items()))
     if "adalora" not in name(method):  # which adds its penalty to the gradients of a backward pass
         model(x).square().sum().backward()
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 torch.testing.assert_close(found[key], parameter.grad)
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "svf", "dora:rank=2", "dora:inner=svf"])
+def test_models_of_an_ensemble(method):
+    x = values(3, 8)
+    ensemble = [network(method) for _ in range(3)]
+    for i, model in enumerate(ensemble):
+        for p in model[0].adapters.parameters():
+            p.data *= i  # one of them leaves nothing of W's rows, where the method is DoRA
+    parameters, buffers = torch.func.stack_module_state(ensemble)
+
+    def answer(parameters, buffers):
+        return torch.func.functional_call(ensemble[0], (parameters, buffers), (x,))
+
+    found = torch.func.vmap(answer)(parameters, buffers)
+    for model, y in zip(ensemble, found, strict=True):
+        torch.testing.assert_close(y, model(x))
+    slopes = torch.func.vmap(torch.func.grad(lambda p, b: answer(p, b).square().sum()))(parameters, buffers)
+    for i, model in enumerate(ensemble[1:], 1):
+        model(x).square().sum().backward()
+        for key, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(slopes[key][i], p.grad)
+
+
+@pytest.mark.parametrize("method", ["lora:rank=2", "dora:rank=2", "svft:pattern=banded,width=2"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_of_plain_operations_with_gradients_or_without(method):
+    model, x = network(method), values(3, 8)
+    with pytest.raises(SpectuneError, match="once before"):
+        torch.jit.trace(model, x)
+    model(x)
+    traced = torch.jit.trace(model, x)  # which compares it with a trace without gradients
+    torch.testing.assert_close(traced(x[:2]), model(x[:2]))
+    names, trained = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    ours, theirs = (torch.autograd.grad(m(x).square().sum(), trained) for m in (traced, model))
+    for key, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+    with pytest.raises(SpectuneError, match=r"spectune\.merge"):
+        torch.jit.script(model)
+    assert torch.jit.script(spectune.merge(model).float())(x.float()).shape == (3, 8)
 
 
 @pytest.mark.parametrize("method", EVERY, ids=name)

@@ -44,6 +44,12 @@ class Stored(Remade, nn.Module):
         """Return the tensors that the adapters that answer now make, by their names in the module."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> object:  # torch.jit.script asks for it first
+        raise SpectuneError(
+            "torch.jit.script takes no model with adapters: fold them in before it with spectune.merge(model), or take "
+            "torch.export or torch.jit.trace"
+        )
+
     def state_dict(self, *args: Any, **kwargs: Any) -> object:
         if (fused := vars(self).get("fused")) is not None:
             fused.check_own_weight()

@@ -18,6 +18,7 @@ from spectune.layers.updates import Update
 from spectune.methods.base import Decomposition, Method, Shapes, Tensors
 from spectune.methods.lora import LoRA
 from spectune.methods.registry import register
+from spectune.private import is_batched
 from spectune.spectral import Request
 from spectune.speed.recompute_cache import current_cache
 
@@ -147,7 +148,7 @@ class DoRA(Method):
                 largest.append((p.square() @ lengths.to(dtype))[..., 0])
         of_sum = of_weight**2 + torch.cat(squared, -1)
         terms = of_weight + torch.cat(largest, -1).sqrt()  # as long as W_i and the terms of dW_i together, end to end
-        norms = of_sum.clamp_min(0).sqrt()
+        norms = of_sum.clamp_min(0).sqrt().detach()  # no_grad is nothing to differentiation forwards
         little = (of_sum < lost * terms**2) | (t["magnitude"].abs() < _SMALLEST * norms)
         if cache is not None:
             cache.keep(norms, little, looked_at=True)
@@ -157,9 +158,10 @@ class DoRA(Method):
         f = self.factors(t)
         norms, little = self._norms(t, f, base)
         told = base.rows is not None and not little.is_meta and not torch.compiler.is_compiling()
-        if not told or not little.any():
+        batched = is_batched(little)  # which rows these are differs then, and none can be asked: all of them
+        if not told or not (batched or little.any()):
             return Ratio(_ratio(t["magnitude"], norms))
-        rows = little.nonzero()[:, 0]
+        rows = torch.arange(len(norms), device=norms.device) if batched else little.nonzero()[:, 0]
         sums = self._sums(t, base, rows)
         # the norm is no part of the gradient, as in the paper
         exact = torch.linalg.vector_norm(sums.detach(), dim=1).to(norms.dtype)

@@ -52,6 +52,11 @@ class _FirstPass:
     def before(self, model: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
             return
+        if torch.jit.is_tracing():  # which compares what it writes of two passes, of which one would be watched
+            raise SpectuneError(
+                "a model with adapters cannot be traced in its first pass, which shows whether it goes past an adapted "
+                "layer: pass the batch through it once before torch.jit.trace"
+            )
         with self._lock:
             if self._thread == get_ident():
                 self._depth += 1
