@@ -123,6 +123,12 @@ def test_mistakes_are_one_sentence_and_code_2(monkeypatch, capsys, model, adapte
     assert "unknown method 'svv'" in says("demo", "--method", "svv")
     assert "is not an adapter" in says("import", str(tmp_path), str(tmp_path / "out"))
     assert "unknown dtype 'fp31'" in says("generate", model, "say", "--dtype", "fp31")
+    assert says("plan") == "error: missing argument 'model' (see `spectune plan --help`)"
+    assert says("nope") == "error: no such command 'nope' (see `spectune --help`)"
+    assert says("--nope") == "error: no such option: --nope (see `spectune --help`)"
+    told = says("generate", model, "say", "--max-new-tokens", "0")
+    assert told.startswith("error: invalid value for '--max-new-tokens': ")
+    assert told.endswith("(see `spectune generate --help`)")
 
 
 def test_classify_says_labels_and_probabilities(model, monkeypatch, capsys, tmp_path):

@@ -44,6 +44,15 @@ def test_export_merged_is_a_plain_model_with_the_same_tokens(model, adapters, tm
     assert merged[0]["tokens"] == adapted[0]["tokens"]
 
 
+def test_options_of_another_format_are_refused(adapters, tmp_path, monkeypatch, capsys):
+    export = ("export", adapters["pirate"], str(tmp_path / "out"))
+    for option in (("--rank", "2"), ("--one-rank",)):
+        told = fails(monkeypatch, capsys, *export, "--format", "merged", *option)
+        assert f"{option[0]} is for a LoRA, and --format merged" in told
+    assert "--dtype is for --format merged, and not for peft" in fails(monkeypatch, capsys, *export, "--dtype", "bf16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_folder_it_goes_beside_the_adapter(tmp_path, monkeypatch, capsys):
     made = spectune.adapt(torch.nn.Sequential(torch.nn.Linear(6, 5)), "lora:rank=2")
     spectune.extract(made).save(tmp_path / "mine")

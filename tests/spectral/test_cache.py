@@ -445,6 +445,26 @@ def test_verify_removes_the_damaged_and_only_those(folder, weights, damage):
     assert cache.verify() == []
 
 
+def test_what_is_no_entry_is_left_alone(folder, weights):
+    decompose_many(weights, TOP)
+    adapter = folder / "xs" / "adapter_model.safetensors"  # as where SPECTUNE_CACHE names a folder of runs
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"an adapter")
+    moved = folder / "xs" / files(folder)[0].name  # by an entry's name, and not in its place
+    files(folder)[0].rename(moved)
+    assert len(cache.ls()) == 2
+    assert cache.verify() == []
+    assert len(cache.prune(0)) == 2
+    assert files(folder) == sorted([adapter, moved])
+
+
+def test_a_file_for_a_folder_is_told(folder):
+    folder.write_text("a file, not a folder")
+    for command in (cache.ls, cache.verify, cache.prune):
+        with pytest.raises(SpectuneError, match="is no folder: give another by --cache"):
+            command()
+
+
 # -- trouble with the disk
 
 

@@ -239,11 +239,14 @@ def test_degenerate_matrices_have_a_report(tmp_path):
         ({"method": "svf"}, "rank"),
         ({"epsilon": 0}, "epsilon in"),
         ({"adapter": "nowhere"}, "there is no adapter folder"),
+        ({"compare": "./nowhere"}, "there is no model folder"),
+        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "exclude takes away every target"),
     ],
 )
 def test_wrong_arguments(base, tmp_path, options, message):
     with pytest.raises(SpectuneError, match=message):
         report(base, tmp_path, **options)
+    assert not list(tmp_path.iterdir())  # before anything was measured
 
 
 def test_without_a_layer_of_the_model_there_is_no_file(tmp_path):

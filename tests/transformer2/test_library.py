@@ -66,6 +66,15 @@ def test_a_folder_of_an_adapter_can_be_added(tmp_path):
     assert library.sketches().keys() == library.adapter("made").layers.keys()
 
 
+def test_an_adapter_that_brings_a_module_whole_is_refused(tmp_path):
+    model = cases.tiny()
+    spectune.adapt(model, "svf", targets=["q_proj"], modules_to_save=["norm"])
+    library = Library(tmp_path / "library")
+    with pytest.raises(SpectuneError, match=r"change linear layers only, and this one brings 'model\.norm' whole"):
+        library.add("made", spectune.extract(model))
+    assert not len(library)
+
+
 def test_two_adapters_with_one_name_are_refused(tmp_path):
     library = cases.library(tmp_path)
     for name in ("ahoy", "AHOY"):  # one folder on some systems

@@ -324,7 +324,7 @@ class Adapter(Contents):
         enough = next(rank for rank, error in errors.items() if error <= LOSSY)
         raise SpectuneError(
             f"the relative error would be {result.error:.2g}, which is another adapter (by rank, {table}): "
-            f"take rank {enough}, a merged model (--format merged), or --allow-loss (allow_loss=True)"
+            f"take rank {enough}, a merged model (`spectune export --format merged`), or --allow-loss (allow_loss=True)"
         )
 
     @staticmethod

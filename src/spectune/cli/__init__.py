@@ -9,7 +9,10 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -50,13 +53,34 @@ class _Stopped(Exception):
 
 
 class _Group(TyperGroup):
-    """The commands; an interruption of one comes through to `main`, where typer would end without a word."""
+    """The commands; a mistake in one and its interruption come through to `main`, which says both in its own way."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _plainly():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: typer.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _plainly():
+                return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             raise _Stopped(str(interrupt)) from None
+
+
+_UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the copy of it in newer typer
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Within the context options that do not fit are told in one sentence, where typer would draw a box."""
+    try:
+        yield
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: the help is what it shows
+            raise
+        told = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+        within = error.ctx.command_path.removeprefix(error.ctx.find_root().command_path) if error.ctx else ""
+        raise SpectuneError(f"{told[:1].lower()}{told[1:]} (see `spectune{within} --help`)") from None
 
 
 app = typer.Typer(

@@ -65,7 +65,7 @@ def export(
         help="For diffusers: the pipeline's component, unet or transformer say; told from the model by default.",
     ),
     base: str | None = typer.Option(None, help="The base model; the adapter's own by default."),
-    dtype: str | None = typer.Option("fp32", help="For merged: the dtype of the written model."),
+    dtype: str | None = typer.Option(None, help="For merged: the dtype of the written model, fp32 if not given."),
     check: bool = CHECK,
     overwrite: bool = OVERWRITE,
     allow_loss: bool = ALLOW_LOSS,
@@ -93,6 +93,13 @@ def export(
     out = out or _beside(adapter, (to or format).value)
     if component is not None and format is not Format.diffusers:
         raise SpectuneError(f"--component is for --format diffusers, and not for {format.value}")
+    if merged and (rank is not None or one_rank):
+        option = "--one-rank" if rank is None else "--rank"
+        raise SpectuneError(
+            f"{option} is for a LoRA, and --format merged writes the exact update: leave one of them out"
+        )
+    if dtype is not None and not merged:
+        raise SpectuneError(f"--dtype is for --format merged, and not for {format.value}")
     check_destination(out, [adapter, *([base] if base else [])], overwrite=overwrite, merged=merged)
     loaded = Adapter.load(adapter)
     if to is not None:
@@ -102,7 +109,9 @@ def export(
     if merged:
         name, labels = base_name(loaded, base), loaded.labels
         check_destination(out, [name], overwrite=overwrite, merged=True)
-        model, tokenizer = load_base(name, dtype, labels=labels, new_head=True, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_base(
+            name, dtype or "fp32", labels=labels, new_head=True, trust_remote_code=trust_remote_code
+        )
         write_merged(attach(model, loaded, check=check), tokenizer, out, name, adapter)
     else:
         bound = bind_to_base(loaded, base, check=check)

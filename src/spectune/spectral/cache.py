@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
 import warnings
@@ -37,6 +38,7 @@ from spectune.storage import collect_temporaries, save_tensors, temporary_beside
 VERSION = 2  # of the algorithms: raised whenever results change by more than rounding
 DEFAULT_BYTES = 20 * 10**9
 
+_ENTRY = re.compile("[0-9a-f]{64}")
 _warned = threading.Event()
 
 
@@ -244,11 +246,15 @@ def _path(name: str, folder: Path) -> Path:
 
 def _places(folder: Path | None) -> list[Path]:
     folder = directory() if folder is None else folder
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise SpectuneError(f"the cache's folder {folder} is no folder: give another by --cache or SPECTUNE_CACHE")
     return [] if folder is None else sorted(folder.glob("??"))
 
 
 def _files(folder: Path | None) -> list[Path]:
-    return [path for place in _places(folder) for path in sorted(place.glob("*.safetensors"))]
+    """Return the entries: what has another name in the folder, such as an adapter, is not the cache's to delete."""
+    found = [path for place in _places(folder) for path in sorted(place.glob("*.safetensors"))]
+    return [path for path in found if _ENTRY.fullmatch(path.stem) and path.stem.startswith(path.parent.name)]
 
 
 def _stats(folder: Path | None) -> Iterator[tuple[Path, os.stat_result]]:

@@ -130,7 +130,8 @@ def _choose(
         elif tensor.name.endswith(".weight"):
             problems[tensor.name] = f"has {len(tensor.shape)} dimensions and is no stack of experts"
     if not matrices:
-        why = next((f"{name}: {reason}" for name, reason in problems.items()), "it has no matrices")
+        none = "exclude takes away every target" if dropped else "it has no matrices"
+        why = next((f"{name}: {reason}" for name, reason in problems.items()), none)
         raise SpectuneError(f"nothing is left to measure ({why}); name what to measure with --targets")
     return matrices, problems
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 
+from spectune.adapters.adapter import Adapter
 from spectune.adapters.destination import check_run_folder
 from spectune.bases.devices import checked_device
 from spectune.bases.loading import auto_class
@@ -20,8 +21,8 @@ from spectune.bases.quiet import quiet
 from spectune.errors import SpectuneError
 from spectune.methods import parse, to_text
 from spectune.model.targets import resolve
-from spectune.spectrum.checkpoint import open_checkpoint
-from spectune.spectrum.collect import Progress, collect, collect_movement
+from spectune.spectrum.checkpoint import Checkpoint, open_checkpoint
+from spectune.spectrum.collect import Progress, collect, collect_movement, match_layers
 from spectune.spectrum.document import Spectra, compared, describe, moved
 from spectune.spectrum.figures import Other, write_png
 from spectune.spectrum.model import Advice, Document
@@ -82,12 +83,16 @@ def report(
     out = Path(out)
     inputs = [name for name in (model, compare, adapter) if name is not None]
     check_run_folder(out, inputs, "values-*.jsonl", ("spectrum.json", "spectrum.html", "overrides.yaml"))
-    spectra = _measure(model, out, targets, exclude, allow_bin, device, progress)
+    opened = open_checkpoint(model, targets, exclude, allow_bin=allow_bin)
+    another = None if compare is None else open_checkpoint(compare, targets, exclude, allow_bin=allow_bin)
+    if adapter is not None:
+        match_layers(Adapter.load(adapter), opened)  # what cannot be is told before hours of decompositions
+    spectra = _measure(opened, out, device, progress)
     options: dict[str, Any] = {"low": low, "high": high, "rank": rank, "ranks": ranks}
     document = describe(spectra, **options)
     other = None
-    if compare is not None:
-        theirs = _measure(compare, out, targets, exclude, allow_bin, device, progress)
+    if another is not None:
+        theirs = _measure(another, out, device, progress)
         document.compare = compared(document, spectra, theirs, **options)
         other = (document.compare, theirs.values)
     if adapter is not None:
@@ -120,17 +125,9 @@ def _with_rank(method: str, rank: int) -> str:
     return to_text(parse(text))
 
 
-def _measure(
-    model: str,
-    out: Path,
-    targets: Targets,
-    exclude: Targets,
-    allow_bin: bool,
-    device: str,
-    progress: Callable[[str], Progress] | None,
-) -> Spectra:
-    checkpoint = open_checkpoint(model, targets, exclude, allow_bin=allow_bin)
-    values, problems = collect(checkpoint, out, device=device, progress=progress(model) if progress else None)
+def _measure(checkpoint: Checkpoint, out: Path, device: str, progress: Callable[[str], Progress] | None) -> Spectra:
+    tell = progress(checkpoint.model) if progress else None
+    values, problems = collect(checkpoint, out, device=device, progress=tell)
     return Spectra(checkpoint, values, problems)
 
 

@@ -23,6 +23,7 @@ from spectune.errors import SpectuneError, nearest
 from spectune.layers.modules import effective_weight, find_linear
 from spectune.reading import check_memory, check_tensors_file, parsed, path_of, read_json
 from spectune.storage import collect_temporaries, locked, save_tensors, telling_of_full_disks, write_atomically
+from spectune.transformer2.packed import structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -220,13 +221,16 @@ class Library:
             model: the base; where given, the adapter is checked against its weights.
 
         Raises:
-            SpectuneError: a name in use, a name that cannot be one, or an adapter for another base.
+            SpectuneError: a name in use, a name that cannot be one, an adapter for another base, or one with modules
+                that it brings whole.
         """
         if not _NAME.fullmatch(name) or name.lower() == NONE:
             raise SpectuneError(
-                f"{name!r} cannot be an adapter's name in a library; use letters, digits, '-' and '_', not {NONE!r}"
+                f"{name!r} cannot be an adapter's name in a library; give one (--name) of letters, digits, "
+                f"'-' and '_', not {NONE!r}"
             )
         loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+        structure_of(loaded)  # what no strategy could use is not taken
         with self._alone(), telling_of_full_disks(self.path, "the library is as it was; free some space"):
             taken = next((other for other in self._records if other.lower() == name.lower()), None)
             if taken is not None:

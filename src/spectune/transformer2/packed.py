@@ -61,7 +61,7 @@ def structure_of(adapter: Adapter) -> Structure:
     if adapter.modules:
         raise SpectuneError(
             f"a library's adapters change linear layers only, and this one brings {next(iter(adapter.modules))!r} "
-            "whole: attach it with spectune.attach"
+            "whole: put it on the model by itself (-a, spectune.attach)"
         )
     return tuple(
         Piece(name, i, key, tuple(tensor.shape), term.method, term.weight)
