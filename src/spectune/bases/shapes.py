@@ -146,7 +146,7 @@ def _of_hub(name: str, trust_remote_code: bool) -> PreTrainedConfig:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpectuneError(
             f"unknown model {name!r}{nearest(name.rpartition('/')[2], known())}: its config.json is not to be had from "
-            f"the hub or its cache ({first}); known without it: {', '.join(known())}"
+            f"the hub or its cache ({first.rstrip('.')}); known without it: {', '.join(known())}"
         ) from None
 
 
