@@ -259,3 +259,98 @@ def test_modules_by_the_names_that_adapters_use_are_the_model_s_own():
     with pytest.raises(SpectuneError, match=r"'0' .Linear. has 'selection' of its own"):
         spectune.adapt(layer, "lora:rank=2")
     assert layer[0].selection == 3
+
+
+class Reading(nn.Module):
+    """Takes the tensors of its norm and its table itself, as fused norms and tied heads do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.linear, self.norm = nn.Embedding(90, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, ids):
+        hidden = torch.tanh(self.linear(self.table(ids)))
+        assert self.norm.weight.dtype is hidden.dtype
+        return nn.functional.layer_norm(hidden, (8,), self.norm.weight, self.norm.bias) @ self.table.weight.T
+
+
+@pytest.mark.parametrize("wanted", [["norm"], ["table"], {"table": [3, 80]}], ids=str)
+def test_whoever_reads_the_tensors_of_a_whole_module_has_the_adapters(wanted):
+    model, plain = Reading(), Reading()
+    before = plain(IDS).detach()
+    spectune.adapt(model, LORA, ["linear"], modules_to_save=wanted)
+    torch.testing.assert_close(model(IDS), before)
+    moved(model)(IDS).square().mean().backward()
+    adapter = spectune.extract(model)
+    with torch.no_grad():
+        plain.linear.weight += adapter.delta("linear")
+        for name, (term,) in adapter.modules.items():
+            for key, tensor in term.tensors.items():
+                own = plain.get_submodule(name).get_parameter(key)
+                own[slice(None) if term.rows is None else list(term.rows)] = tensor
+    expected = plain(IDS)
+    expected.square().mean().backward()
+    torch.testing.assert_close(model(IDS), expected)
+    for name, values in (("norm", None), ("table", [3, 80])):
+        part = model.get_submodule(name)
+        if hasattr(part, "adapters"):
+            theirs = plain.get_submodule(name).weight.grad
+            theirs = theirs if values is None or not isinstance(wanted, dict) else theirs[values]
+            torch.testing.assert_close(part.adapters["default"].weight.grad, theirs, atol=1e-6, rtol=1e-4)
+    with spectune.route(model, ["default", None, None]), pytest.raises(SpectuneError, match="all rows the same choice"):
+        model(IDS)
+    with torch.no_grad(), spectune.route(model, ["default"] * 3):
+        torch.testing.assert_close(model(IDS), expected)
+    torch.testing.assert_close(spectune.activate(model, None)(IDS), before)
+    torch.testing.assert_close(spectune.merge(spectune.activate(model, "default"))(IDS), expected)
+
+
+def test_compiled_code_that_reads_the_tensors_of_a_whole_module():
+    model = moved(spectune.adapt(Reading(), LORA, ["linear"], modules_to_save=["norm"]))
+    torch.testing.assert_close(answer(torch.compile(model, backend="eager")), answer(model))
+
+
+def test_a_projection_of_attention_beside_one_that_is_brought_whole():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2).eval()
+    model, x = nn.Sequential(attention), torch.randn(4, 2, 8)
+    plain = copy.deepcopy(attention)
+    spectune.adapt(model, LORA, ["0.in_proj"], modules_to_save=["0.out_proj"])
+    moved(model)
+    adapter = spectune.extract(model)
+    with torch.no_grad():
+        plain.in_proj_weight += adapter.delta("0.in_proj")
+        (own,) = adapter.modules["0.out_proj"]
+        plain.out_proj.load_state_dict(own.tensors)
+    torch.testing.assert_close(attention(x, x, x)[0], plain(x, x, x)[0])
+    attention(x, x, x)[0].square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(8, 8, 1)])
+def test_a_weight_that_is_computed_is_trained_by_what_it_is_computed_of(layer, tmp_path):
+    def base():
+        return nn.Sequential(
+            nn.utils.parametrizations.weight_norm(copy.deepcopy(layer)), nn.Flatten(), nn.Linear(64, 3)
+        )
+
+    model, x = base(), torch.randn(2, 8, 8)
+    plain = copy.deepcopy(model)
+    spectune.adapt(model, LORA, ["2"], modules_to_save=["0"])
+    moved(model)(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    adapter = saved_and_back(spectune.extract(model), tmp_path)
+    assert {key for (term,) in adapter.modules.values() for key in term.tensors} == {"bias", "original0", "original1"}
+    expected = answer(model, x)
+    with torch.no_grad(), spectune.route(model, ["default", None]):
+        torch.testing.assert_close(model(x), torch.stack([expected[0], answer(plain, x)[1]]))
+    with torch.no_grad():
+        for name, (term,) in adapter.modules.items():
+            plain.get_submodule(name).load_state_dict(term.tensors, strict=False)
+        plain[2].weight += adapter.delta("2")
+    torch.testing.assert_close(answer(plain, x), expected)
+    old = nn.Sequential(nn.utils.weight_norm(copy.deepcopy(layer)), nn.Linear(8, 3))
+    with pytest.raises(SpectuneError, match=r"parametrizations\.weight_norm"):
+        spectune.adapt(old, LORA, ["1"], modules_to_save=["0"])

@@ -87,6 +87,8 @@ class Attention(Owner):
         modules: dict[str, object] = dict(self._modules)
         if of_out:  # whose layer adds its own bias
             modules["out_proj"] = types.SimpleNamespace(weight=WeightStandIn(out, "weight", [out]), bias=None)
+        elif hasattr(out, "read"):  # which adapters bring whole
+            modules["out_proj"] = out.read()
         kind, copy = self.plain_class, object.__new__(self.plain_class)
         kept = {key: p for key, p in self._parameters.items() if key not in stand_ins}
         vars(copy).update({**vars(self), "_parameters": kept, "_modules": modules}, **stand_ins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakSet
@@ -82,37 +83,46 @@ class WatchedWeight(Tensor):
 
     Attributes:
         layer_name: the layer.
+        made: returns the values that are to be had in its place, of a module that is brought whole; None refuses.
     """
 
     layer_name: str
+    made: Callable[[], Tensor] | None
     # private in torch: the metaclass of parameters asks for it.  Without it `isinstance(weight, nn.Parameter)` is
     # False, by which models decide whether a layer has a weight at all
     _is_param = True  # so that isinstance takes it for the parameter
 
     @classmethod
+    @torch.compiler.disable  # which a break in the code around leads into
     def __torch_function__(cls, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
-        def plain(value: object) -> Any:
+        def plain(value: object, of: Callable[[WatchedWeight], Tensor]) -> Any:
             if isinstance(value, (list, tuple)):
-                return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value
-            return value.as_subclass(Tensor) if isinstance(value, WatchedWeight) else value
+                return type(value)(plain(v, of) for v in value) if type(value) in (list, tuple) else value
+            return of(value) if isinstance(value, WatchedWeight) else value
+
+        def asked(of: Callable[[WatchedWeight], Tensor]) -> Any:
+            return func(*plain(list(args), of), **{k: plain(v, of) for k, v in (kwargs or {}).items()})
 
         with torch._C.DisableTorchFunctionSubclass():
             seen = [*args, *(kwargs or {}).values()]
             seen += [v for value in seen if isinstance(value, (list, tuple)) for v in value]
-            names = [value.layer_name for value in seen if isinstance(value, WatchedWeight)]
-            result = func(*plain(list(args)), **{k: plain(v) for k, v in (kwargs or {}).items()})
-        if names and takes_values(func, [isinstance(value, WatchedWeight) for value in args], result):
-            raise SpectuneError(bypassed(names[0]))
-        return result
+            weights = [value for value in seen if isinstance(value, WatchedWeight)]
+            result = asked(lambda weight: weight.as_subclass(Tensor))
+        if not weights or not takes_values(func, [isinstance(value, WatchedWeight) for value in args], result):
+            return result
+        for weight in weights:
+            if weight.made is None:
+                raise SpectuneError(bypassed(weight.layer_name))
+        return asked(lambda weight: weight.made())  # type: ignore[misc]
 
 
-def watched(weight: Tensor, layer_name: str) -> Tensor:
-    """Return a weight that raises where values are taken of it."""
+def watched(weight: Tensor, layer_name: str, made: Callable[[], Tensor] | None = None) -> Tensor:
+    """Return a weight that raises where values are taken of it, or has the values that are made then."""
     if type(weight) not in (Tensor, *PLAIN):
         return weight
     with torch._C.DisableTorchFunctionSubclass():
         seen = weight.as_subclass(WatchedWeight)
-    seen.layer_name = layer_name
+    seen.layer_name, seen.made = layer_name, made
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -19,6 +20,7 @@ from spectune.layers.classes import change_class, without
 from spectune.layers.merged import active_adapters
 from spectune.layers.mixtures import Mixture, weight_at
 from spectune.layers.modules import is_linear, named_modules
+from spectune.layers.reads import reader_of, watched
 from spectune.layers.rows import Rows
 from spectune.layers.selection import Selection, within
 from spectune.layers.shards import is_part
@@ -79,11 +81,12 @@ class Whole(Stored):
 
     def _chosen(self, rows: Mixture | Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         if not isinstance(rows, Rows):
-            return self._answer(self._weights(rows), args, kwargs)
+            weights = self._weights(rows)
+            return self._answer(weights, args, kwargs) if weights else super().forward(*args, **kwargs)
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        layout = None if rows.same(self) or x is None else rows.layout(self, x)
+        layout = None if x is None else rows.layout(self, x)
         if x is None or layout is None:
-            return self._answer(self._weights(rows.mixtures[0]), args, kwargs)
+            return self._answer(self._weights(self._only(rows)), args, kwargs)
         count, slices = rows.count or len(rows.mixtures), x.shape[layout.axis]
         answers, order, counts = [], [], []
         inside = {m.selection for m in self.modules() if m is not self and isinstance(m, (Adapted, Whole))}
@@ -114,10 +117,9 @@ class Whole(Stored):
     def _answer(self, weights: Weights, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
         partial = [name for name, _ in weights if self.values(name).rows is not None]
         whole = tuple((name, weight) for name, weight in weights if name not in partial)
-        plain = self.version(whole) if whole else None
-        # the plain answer is that of the whole versions already, so that what has rows of its own is laid over it
-        y = super().forward(*args, **kwargs) if plain is None else plain.forward(*args, **kwargs)
-        total = y
+        # the plain answer is that of the whole versions already, so that what has rows of its own is laid over it;
+        # and a copy's, so that whoever reads a tensor of this module is another one
+        total = y = cast(Any, self.version(whole)).forward(*args, **kwargs)
         for name, weight in weights:
             if name in partial:
                 own = self._with_rows(y, name, *args)
@@ -142,6 +144,44 @@ class Whole(Stored):
         hit = values.rows[places] == ids
         small = shallow(self, self.plain_class, {"weight": weight.to(y.dtype)}, padding_idx=None)
         return torch.where(hit[..., None], small.forward(places), y)
+
+    def __getattr__(self, name: str) -> Any:
+        held = super().__getattr__(name)
+        if not isinstance(held, Tensor) or "selection" not in vars(self):
+            return held
+        if torch.compiler.is_compiling():
+            return self._own(name, held)
+        choice = self.selection.scope().choice
+        mixtures = choice.mixtures if isinstance(choice, Rows) else [choice]
+        if not any(map(self._weights, mixtures)) or reader_of(self, sys._getframe(1), None) is None:
+            return held
+        # another module's forward method computes with what this one holds: with the adapters' values as well
+        return watched(held, self.adapted_as, lambda: self._own(name, held))
+
+    @torch.compiler.disable  # which knows no context, and no frames
+    def _own(self, name: str, held: Tensor) -> Tensor:
+        """Return what is in the place of one of the module's tensors now, with the adapters that answer."""
+        weights = self._weights(self._only(self.selection.scope().choice))
+        return self.mixed(weights).get(name, held) if weights else held
+
+    def read(self) -> nn.Module:
+        """Return the module for whoever computes with its tensors in its place: of its plain class, with those now."""
+        return self.version(self._weights(self._only(self.selection.scope().choice)))
+
+    def _only(self, choice: Mixture | Rows) -> Mixture:
+        """Return the mixture that all rows have here.
+
+        Raises:
+            SpectuneError: they have different ones.
+        """
+        if not isinstance(choice, Rows):
+            return choice
+        if not choice.same(self):
+            raise SpectuneError(
+                f"rows of one batch cannot have different versions of {self.adapted_as!r}, whose tensors the model "
+                "reads apart from any row: give all rows the same choice, or leave it out of modules_to_save"
+            )
+        return choice.mixtures[0]
 
     def values(self, name: str) -> Values:
         """Return what an adapter has here."""

@@ -216,9 +216,10 @@ def _recording(layers: Iterable[nn.Module], modules: Iterable[nn.Module]) -> Ite
     here = get_ident()  # other threads may pass meanwhile; and a hook that goes may be called without keywords
 
     def of_layer(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
-        if get_ident() != here:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if get_ident() != here or given is None:  # as what computes a weight is given nothing
             return
-        record.inputs[module].append(Seen.of(args[0] if args else next(iter(kwargs.values())), features=True))
+        record.inputs[module].append(Seen.of(given, features=True))
 
     def before(module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object] = _NONE) -> None:
         if get_ident() != here:

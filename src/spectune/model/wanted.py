@@ -10,7 +10,7 @@ import torch.nn as nn
 from spectune.adapters.terms import WholeTerm
 from spectune.errors import SpectuneError, nearest
 from spectune.layers.attention import reads_children
-from spectune.layers.modules import find_module, is_linear, named_modules
+from spectune.layers.modules import find_module, is_linear, named_modules, stored_weight
 from spectune.model.fresh import fresh_modules, fresh_rows
 from spectune.model.patterns import Regex
 
@@ -58,9 +58,9 @@ def with_tied_rows(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]])
 
 
 def is_head(model: nn.Module, name: str, rows: Sequence[int] | None) -> bool:
-    """Whether a module is a linear layer to be trained whole, which `Head` does."""
-    owner = find_module(model, name.rpartition(".")[0])
-    return rows is None and is_linear(find_module(model, name)) and not reads_children(owner)
+    """Whether a module is a linear layer to be trained whole, which `Head` does where it holds its weight."""
+    owner, layer = find_module(model, name.rpartition(".")[0]), find_module(model, name)
+    return rows is None and is_linear(layer) and stored_weight(layer) is not None and not reads_children(owner)
 
 
 def groups_of(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -88,7 +88,13 @@ def prepare(model: nn.Module, modules: Mapping[str, Sequence[WholeTerm]]) -> dic
         SpectuneError: a module that is not there, or has other tensors than the adapter's.
     """
     for name in modules:
-        check_free(name, _find(model, name), Whole)
+        module = _find(model, name)
+        check_free(name, module, Whole)
+        if module._forward_pre_hooks and any(isinstance(value, Tensor) for value in vars(module).values()):
+            raise SpectuneError(
+                f"{name!r} cannot be brought whole: a hook computes its weight from other parameters, as the older "
+                "torch.nn.utils.weight_norm does: take torch.nn.utils.parametrizations.weight_norm, or remove it"
+            )
     return {name: _values(name, _find(model, name), terms) for name, terms in modules.items()}
 
 
