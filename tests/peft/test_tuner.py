@@ -111,6 +111,16 @@ def test_unloading_leaves_the_base(new):
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3, 5]}, {"modules_to_save": ["layers.0.mlp"]}])
+def test_unloading_takes_what_pefts_own_wrappers_hold(new, more):
+    model = trained(new(), sp.SVFConfig(target_modules=["q_proj"], **more))
+    y = logits(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.allclose(logits(merged), y, atol=1e-4)
+    assert merged.state_dict().keys() == new().state_dict().keys()
+    assert torch.equal(logits(model.unload()), logits(new()))  # the module that is trained whole has not moved
+
+
 @pytest.mark.parametrize("config", SHORT)
 def test_each_row_has_its_adapter(new, config):
     model = trained(trained(new(), config, "one"), config, "two", seed=2)

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, TaskType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from spectune.adapters.formats.dialect import PREFIX
@@ -149,6 +150,9 @@ class SpectuneTuner(BaseTuner):
         if isinstance(new_module, ExpertLinear):  # unloaded, and out of its module again unless others adapt it still
             if isinstance(new_module, Adapted):
                 parent._modules[child_name] = new_module
+            return
+        if isinstance(child, AuxiliaryTrainingWrapper):  # unloaded; its weight may be none, or made of rows that train
+            setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
 

@@ -253,3 +253,23 @@ def test_modules_to_save_are_ends_of_names_at_a_dot_or_not(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(theirs | {"modules_to_save": ["lm_head"]}))
     with pytest.raises(SpectuneError, match="belongs to no linear layer's LoRA"):
         Adapter.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": [2, 5]}])
+def test_tying_that_peft_ensures_where_nothing_whole_is_tied(tmp_path, options):
+    config = peft.LoraConfig(target_modules=["c_attn"], r=4, ensure_weight_tying=True, **options)
+    theirs = shaken(peft_model(tiny.gpt2(), config))
+    for name, parameter in theirs.named_parameters():
+        parameter.data += 0.1 if "trainable_tokens_delta" in name else 0.0
+    theirs.save_pretrained(tmp_path)
+    assert_we_answer_like(tmp_path, tiny.gpt2, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize("options", [{"modules_to_save": ["wte"]}, {"target_modules": ["c_attn", "wte"]}])
+def test_tying_of_what_the_file_holds_once_is_refused(tmp_path, options):
+    config = peft.LoraConfig(**{"target_modules": ["c_attn"], "r": 4, "ensure_weight_tying": True, **options})
+    peft_model(tiny.gpt2(), config).save_pretrained(tmp_path)
+    with pytest.raises(SpectuneError, match="ensure_weight_tying=True and holds once what two tied layers have"):
+        Adapter.from_peft(tmp_path)

@@ -63,7 +63,7 @@ _HARMLESS = {
 _READ = {
     *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "init_r"),
     *("use_rslora", "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
-    *("trainable_token_indices", "target_parameters"),
+    *("trainable_token_indices", "target_parameters", "ensure_weight_tying"),
 }
 
 
@@ -90,6 +90,11 @@ def load_peft(path: Source, *, allow_bin: bool = False) -> Contents:
         if part.removeprefix(_OWN) in parts:
             raise SpectuneError(f"{path / WEIGHTS} has two tensors for one part of {name!r}, the second {key!r}")
         parts[part.removeprefix(_OWN)] = tensor
+    if found.get("ensure_weight_tying") and (listed or any("embedding_A" in parts for parts in grouped.values())):
+        raise SpectuneError(
+            f"{path} was saved by PEFT with ensure_weight_tying=True and holds once what two tied layers have: merge "
+            "it in PEFT (merge_and_unload), or train it without ensure_weight_tying"
+        )
     read = _adalora if kind == "ADALORA" else _plain
     ours = peft_kinds.ours(grouped)
     more = read_more(path)
