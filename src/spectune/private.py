@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def is_transformed() -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor is many, of each of which torch.func.vmap sees its own: none can be asked for a value."""
-    functorch = getattr(_C, "_functorch", None)
+    functorch: Any = getattr(_C, "_functorch", None)
     tells = getattr(functorch, "is_batchedtensor", None)
     if tells is None or not _in_transform():
         return False

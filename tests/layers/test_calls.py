@@ -88,7 +88,7 @@ def test_a_trace_is_of_plain_operations_with_gradients_or_without(method):
     with pytest.raises(SpectuneError, match="once before"):
         torch.jit.trace(model, x)
     model(x)
-    traced = torch.jit.trace(model, x)  # which compares it with a trace without gradients
+    traced: Any = torch.jit.trace(model, x)  # which compares it with a trace without gradients
     torch.testing.assert_close(traced(x[:2]), model(x[:2]))
     names, trained = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     ours, theirs = (torch.autograd.grad(m(x).square().sum(), trained) for m in (traced, model))

@@ -1,6 +1,7 @@
 """Modules that adapters bring whole: heads that the checkpoint lacked, what is asked for, rows, statistics."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -277,7 +278,8 @@ class Reading(nn.Module):
 
 @pytest.mark.parametrize("wanted", [["norm"], ["table"], {"table": [3, 80]}], ids=str)
 def test_whoever_reads_the_tensors_of_a_whole_module_has_the_adapters(wanted):
-    model, plain = Reading(), Reading()
+    model: Any = Reading()
+    plain: Any = Reading()
     before = plain(IDS).detach()
     spectune.adapt(model, LORA, ["linear"], modules_to_save=wanted)
     torch.testing.assert_close(model(IDS), before)
@@ -285,7 +287,7 @@ def test_whoever_reads_the_tensors_of_a_whole_module_has_the_adapters(wanted):
     adapter = spectune.extract(model)
     with torch.no_grad():
         plain.linear.weight += adapter.delta("linear")
-        for name, (term,) in adapter.modules.items():
+        for name, (term, *_) in adapter.modules.items():
             for key, tensor in term.tensors.items():
                 own = plain.get_submodule(name).get_parameter(key)
                 own[slice(None) if term.rows is None else list(term.rows)] = tensor
@@ -313,7 +315,7 @@ def test_compiled_code_that_reads_the_tensors_of_a_whole_module():
 
 def test_a_projection_of_attention_beside_one_that_is_brought_whole():
     torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2).eval()
+    attention: Any = nn.MultiheadAttention(8, 2).eval()
     model, x = nn.Sequential(attention), torch.randn(4, 2, 8)
     plain = copy.deepcopy(attention)
     spectune.adapt(model, LORA, ["0.in_proj"], modules_to_save=["0.out_proj"])
@@ -321,7 +323,7 @@ def test_a_projection_of_attention_beside_one_that_is_brought_whole():
     adapter = spectune.extract(model)
     with torch.no_grad():
         plain.in_proj_weight += adapter.delta("0.in_proj")
-        (own,) = adapter.modules["0.out_proj"]
+        own = adapter.modules["0.out_proj"][0]
         plain.out_proj.load_state_dict(own.tensors)
     torch.testing.assert_close(attention(x, x, x)[0], plain(x, x, x)[0])
     attention(x, x, x)[0].square().sum().backward()
@@ -342,12 +344,12 @@ def test_a_weight_that_is_computed_is_trained_by_what_it_is_computed_of(layer, t
     moved(model)(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     adapter = saved_and_back(spectune.extract(model), tmp_path)
-    assert {key for (term,) in adapter.modules.values() for key in term.tensors} == {"bias", "original0", "original1"}
+    assert {key for terms in adapter.modules.values() for key in terms[0].tensors} == {"bias", "original0", "original1"}
     expected = answer(model, x)
     with torch.no_grad(), spectune.route(model, ["default", None]):
         torch.testing.assert_close(model(x), torch.stack([expected[0], answer(plain, x)[1]]))
     with torch.no_grad():
-        for name, (term,) in adapter.modules.items():
+        for name, (term, *_) in adapter.modules.items():
             plain.get_submodule(name).load_state_dict(term.tensors, strict=False)
         plain[2].weight += adapter.delta("2")
     torch.testing.assert_close(answer(plain, x), expected)

@@ -150,13 +150,14 @@ class Whole(Stored):
         if not isinstance(held, Tensor) or "selection" not in vars(self):
             return held
         if torch.compiler.is_compiling():
-            return self._own(name, held)
+            return self._own(name, held)  # type: ignore[call-arg,arg-type] - its decorator has no type
         choice = self.selection.scope().choice
         mixtures = choice.mixtures if isinstance(choice, Rows) else [choice]
         if not any(map(self._weights, mixtures)) or reader_of(self, sys._getframe(1), None) is None:
             return held
         # another module's forward method computes with what this one holds: with the adapters' values as well
-        return watched(held, self.adapted_as, lambda: self._own(name, held))
+        own: Any = self._own
+        return watched(held, self.adapted_as, lambda: own(name, held))
 
     @torch.compiler.disable  # which knows no context, and no frames
     def _own(self, name: str, held: Tensor) -> Tensor:
