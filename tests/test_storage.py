@@ -5,7 +5,7 @@ import pytest
 from spectune.compare.trial import Results, Trial
 from spectune.errors import SpectuneError
 from spectune.spectrum.ledger import Ledger
-from spectune.storage import check_place, open_itself, write_atomically
+from spectune.storage import check_page_place, check_place, open_itself, write_atomically
 
 TRIAL = Trial("svf", 1e-3, 0, "final")
 
@@ -56,6 +56,16 @@ def test_a_write_takes_away_what_killed_ones_of_the_same_file_left(tmp_path):
         path.touch()
     write_atomically(tmp_path / "a[1].png", lambda to: to.write_text("new"))
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a[1].png", left[1]])
+
+
+def test_a_page_takes_the_place_of_a_page_alone(tmp_path):
+    data, page = tmp_path / "data.jsonl", tmp_path / "page.html"
+    data.write_text('{"text": "one"}')
+    page.write_text("<!DOCTYPE html>\n<html>")
+    check_page_place(page)
+    check_page_place(tmp_path / "new.html")
+    with pytest.raises(SpectuneError, match=r"data\.jsonl exists and is no web page"):
+        check_page_place(data)
 
 
 def test_a_place_is_looked_at_before_the_work(tmp_path):

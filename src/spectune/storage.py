@@ -133,6 +133,20 @@ def check_place(path: Path) -> None:
         raise SpectuneError(f"{path} cannot be written ({error.strerror}): give another place") from None
 
 
+def check_page_place(path: Path) -> None:
+    """Do as `check_place` does for a web page, which takes the place of an earlier page and of nothing else.
+
+    Raises:
+        SpectuneError: the file could not be written there, or is something else.
+    """
+    check_place(path)
+    if path.exists():
+        with path.open("rb") as file:
+            begin = file.read(15)
+        if begin and begin.lower() != b"<!doctype html>":
+            raise SpectuneError(f"{path} exists and is no web page, so that it is not overwritten: give another file")
+
+
 def open_itself(path: Path, mode: str) -> IO[bytes]:
     """Open a file to be written to in place, itself and never through a link to another.
 

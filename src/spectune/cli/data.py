@@ -27,12 +27,12 @@ def data(
 
     spectune data chats.jsonl -m smollm2-135m --out data.html
     """
-    from spectune.storage import check_place
+    from spectune.storage import check_page_place
     from spectune.training.inspect import inspect, write_page
 
     file, pairs = data_and_pairs(source)
     if out is not None:
-        check_place(out)
+        check_page_place(out)
     given: dict[str, Any] = {"model": model, "data": file, "task": task, "output": "", "overwrite": True}
     document = inspect(load_config(None, pairs, **given, trust_remote_code=trust_remote_code), show)
     if out is not None:

@@ -26,12 +26,12 @@ def eval_(
 
     spectune eval runs/chats --prompts mine.txt --html eval.html
     """
-    from spectune.storage import check_place
+    from spectune.storage import check_page_place
     from spectune.training.evaluate import evaluate, write_page
     from spectune.transformer2.prompts import read_prompts
 
     if html is not None:
-        check_place(html)
+        check_page_place(html)
     own = read_prompts(prompts) if prompts is not None else []
     document = evaluate(
         run,
