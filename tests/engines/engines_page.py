@@ -3,7 +3,8 @@
     python tests/engines/engines_page.py
 
 Every adapter is exported to every engine from a small random model.  What engines answered is read from what
-`make test-vllm` and `make test-engines` have written: tests/vllm_plugin/suite/table.json, llama_cpp.json, mlx.json.
+`make test-vllm`, `make test-engines` and run_llama_cpp_kinds.py have written: tests/vllm_plugin/suite/table.json,
+llama_cpp.json, llama_cpp_kinds.json, mlx.json.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _range(values: list[float]) -> str:
 def page(methods: Iterable[str] = METHODS) -> str:
     """Return docs/engines.md, of some methods or all."""
     vllm, llama, mlx = read("vllm_plugin/suite/table.json"), read("engines/llama_cpp.json"), read("engines/mlx.json")
-    four = llama["four_bits"]
+    four, kinds = llama["four_bits"], read("engines/llama_cpp_kinds.json")["kinds"]
     off, moved = (_range([four[name][key] for name in four if name != "(base)"]) for key in ("off", "moved"))
     plain = ["SGLang, TGI, LoRAX, plain vLLM", "llama.cpp, Ollama", "MLX", "diffusers"]
     head = ["method", "vLLM with [the plug-in](vllm.md)", *plain]
@@ -137,7 +138,9 @@ def page(methods: Iterable[str] = METHODS) -> str:
         "  all adapters and the base in one batch;",
         f"- llama.cpp (`make test-engines`, {llama['llama.cpp'].replace('==', ' ')}): {llama['tokens']} greedy tokens",
         f"  of {llama['prompts']} prompts by SmolLM2-135M in float32;",
-        "- llama.cpp over that model's file of four bits, whose products it rounds: log-probabilities of ten tokens",
+        f"- llama.cpp, LoRA of random models in float32 ({', '.join(kinds)}): log-probabilities",
+        f"  within {max(found['lora'] for found in kinds.values()):.0e};",
+        "- llama.cpp over SmolLM2-135M in four bits, whose products it rounds: log-probabilities of ten tokens",
         f"  after each prompt, off by {four['(base)']['off']:.2f} for the base, and by {off} with adapters,",
         f"  which moved them by {moved};",
         f"- MLX (`make test-engines`, {', '.join(mlx['mlx']).replace('==', ' ')}): logits of a random Llama;",
