@@ -52,6 +52,14 @@ def test_one_adapter_that_cannot_be_had_leaves_the_others(tmp_path):
     assert [re.match(r"the adapter '(\w+)' is not served: .", line)[1] for line in told] == ["other", "broken", "none"]
 
 
+def test_a_server_of_which_no_adapter_can_be_had_does_not_begin(tmp_path):
+    told = []
+    sources = {name: lambda name=name: Adapter.load(tmp_path / name) for name in ("none", "nowhere")}
+    with pytest.raises(SpectuneError, match="the adapter 'nowhere' is not served: there is no adapter folder"):
+        run.put_adapters(Shelf(tiny()), sources, told.append)
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("strategy", [{"ahoy": 0.7, "say": 0.3}, "prompt"])
 def test_auto_is_answered_by_what_the_library_chooses(tmp_path, strategy):
     model, tokenizer = tiny(), words()

@@ -94,12 +94,20 @@ def put_adapters(shelf: Shelf, sources: Mapping[str, Callable[[], Adapter]], say
         shelf: the shelf.
         sources: by name, what reads an adapter.
         say: tells people.
+
+    Raises:
+        SpectuneError: none can be had, which is told of the last.
     """
+    failed = 0
     for name, read in sources.items():
         try:
             shelf.put(name, read(), name, read=read)
         except (SpectuneError, OSError, MemoryError) as error:
-            say(f"the adapter {name!r} is not served: {error}")
+            failed += 1
+            told = f"the adapter {name!r} is not served: {error}"
+            if failed == len(sources):
+                raise SpectuneError(told) from None
+            say(told)
 
 
 def start_engine(
