@@ -53,7 +53,7 @@ def save_mlx(adapter: Contents, path: Path, config: PreTrainedConfig | None = No
             tensors[f"{name}.m"] = lora.magnitude
     keys = sorted({_key(name) for name in loras})
     rank = len(next(iter(loras.values())).A)
-    config = {
+    written = {
         "fine_tune_type": "dora" if kinds == {DoRA} else "lora",
         "model": adapter.base_model,
         "num_layers": -1,
@@ -62,7 +62,7 @@ def save_mlx(adapter: Contents, path: Path, config: PreTrainedConfig | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(path, folder=True) as folder:
         save_tensors(tensors, folder / WEIGHTS, {"format": "mlx"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         publish(folder, path)
     return path
 
