@@ -126,7 +126,10 @@ def choice() -> str:
                     report,
                     bool(apart(report, entry["method"])),
                 )
-    measures = [f"{r['label']}: {r['metric']}{', %' if r['percent'] else ', less is better'} (lr)" for r in counted]
+    measures = [
+        f"{r['label']}: {r['metric'].replace('_', ' ')}{', %' if r['percent'] else ', less is better'} (lr)"
+        for r in counted
+    ]
     lines = [f"| method | trained values | {' | '.join(measures)} |", f"|---|---|{'---|' * len(counted)}"]
     for method, found in sorted(rows.items(), key=lambda row: -_trained(row[1])):
         counts = dict.fromkeys(f"{n:,.0f}" for entry, _, _ in found.values() if (n := entry["trainable_parameters"]))

@@ -17,7 +17,7 @@ from grid import GRID, PLANS, Plan, lines
 from marked import put
 from regret import Surface, metric_of, surfaces
 
-from spectune.compare.config import LESS
+from spectune.compare.config import LESS, SHARES
 from spectune.compare.report.soundness import Width, width
 
 PAGE = GRID.parents[2] / "docs" / "study.md"
@@ -87,7 +87,8 @@ def table(task: str, plan: Plan) -> str:
 
 def searched(task: str, report: Any) -> str:
     """Return what the races of a report saw of each rate, as means over their runs on validation data."""
-    scale, digits = (100, 1) if report["percent"] else (1, 3)
+    share = report["searched_by"] in SHARES  # which the report's metric may be where this is a loss
+    scale, digits = (100, 1) if share else (1, 3)
     text = ["| method | chosen | on validation data, by rate |", "|---|---|---|"]
     for row in report["methods"]:
         runs: dict[float, list[float]] = {}
@@ -99,7 +100,7 @@ def searched(task: str, report: Any) -> str:
         if runs:
             seen = (f"{lr:.2g}: {scale * np.mean(values):.{digits}f}" for lr, values in sorted(runs.items()))
             text.append(f"| `{row['method']}` | {row['lr']:.2g} | {', '.join(seen)} |")
-    name = f"{report['searched_by']}{', %' if report['percent'] else ''}"
+    name = f"{report['searched_by']}{', %' if share else ', less is better'}"
     return (
         f"**{task}** ({report['model']}, at most {report['steps']} steps of {report['batch_size']}, until the held-out "
         f"loss stops falling): {name}\n\n" + "\n".join(text)
