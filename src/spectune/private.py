@@ -92,7 +92,8 @@ def is_shared(tensor: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func, differentiation forwards or a trace sees every operation: nothing in place or hidden then."""
-    return _in_transform() or _in_trace() or getattr(forward_ad, "_current_level", 0) >= 0
+    traced = not torch.compiler.is_compiling() and _in_trace()  # which the compiler cannot ask
+    return _in_transform() or traced or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:

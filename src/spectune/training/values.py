@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from spectune.errors import SpectuneError
 from spectune.reading import parse_yaml
 
-_VARIABLE = re.compile(r"\$(\w+|\{\w*\})")
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{\w*\})")
 
 
 def in_full(value: Any) -> object:
