@@ -19,7 +19,7 @@ from spectune.bases.embedded import EMBEDDED
 from spectune.bases.places import model_path
 from spectune.bases.quantizing import pack_the_rest, quantization
 from spectune.bases.quiet import quiet
-from spectune.errors import SpectuneError, need
+from spectune.errors import SpectuneError, first_line, need
 from spectune.layers.packed import keep_odd_layouts, unpack_new_heads
 from spectune.model.lifecycle import QUANTIZE
 from spectune.reading import read_json
@@ -106,8 +106,7 @@ def _tokenizer(path: str | os.PathLike[str], trust_remote_code: bool) -> PreTrai
 
 
 def _unloadable(name: str | os.PathLike[str], error: Exception) -> SpectuneError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first[:300]}")
+    return SpectuneError(f"{os.fspath(name)!r} cannot be loaded as a model: {first_line(error)[:300]}")
 
 
 def load_base(

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from spectune.bases.embedded import EMBEDDED, package_file
 from spectune.bases.loading import auto_class, check_config
 from spectune.bases.quiet import quiet
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError, first_line, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -105,8 +105,9 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
     """
     plain = name.lower().rpartition("/")[2]
     shapes = {**BUILT_IN, **_EMBEDDED_GGUF}
-    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
-    if plain in shapes and not Path(name).is_dir() and not (of_hub and _is_cached(name)):
+    is_folder = Path(name).is_dir()
+    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_folder
+    if plain in shapes and not is_folder and not (of_hub and _is_cached(name)):
         kind, values = shapes[plain]
         config = transformers.AutoConfig.for_model(kind, **values)
         if kind in _DECODERS:
@@ -114,7 +115,7 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         return config
     if name in EMBEDDED:
         folder = package_file(EMBEDDED[name].package, EMBEDDED[name].file).parent
-    elif Path(name).is_dir():
+    elif is_folder:
         folder = Path(name)
     elif of_hub:
         return _of_hub(name, trust_remote_code)
@@ -127,8 +128,7 @@ def find_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         with quiet():
             return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken file makes of transformers
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SpectuneError(f"the config.json of {name!r} is not understood: {first}") from None
+        raise SpectuneError(f"the config.json of {name!r} is not understood: {first_line(error)}") from None
 
 
 def _is_cached(name: str) -> bool:
@@ -143,10 +143,9 @@ def _of_hub(name: str, trust_remote_code: bool) -> PreTrainedConfig:
         with quiet():
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the hub, its cache or a strange file makes of transformers
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpectuneError(
             f"unknown model {name!r}{nearest(name.rpartition('/')[2], known())}: its config.json is not to be had from "
-            f"the hub or its cache ({first.rstrip('.')}); known without it: {', '.join(known())}"
+            f"the hub or its cache ({first_line(error).rstrip('.')}); known without it: {', '.join(known())}"
         ) from None
 
 
@@ -161,5 +160,6 @@ def build(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTr
         with torch.device("meta"), quiet():
             return auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a strange config makes of the model's code
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SpectuneError(f"no model can be built from a config of type {config.model_type!r}: {first}") from None
+        raise SpectuneError(
+            f"no model can be built from a config of type {config.model_type!r}: {first_line(error)}"
+        ) from None

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, first_line
 from spectune.model.patterns import matching
 from spectune.reading import read_json
-from spectune.spectrum.listing import READERS, files_of, first_line, locate, names_in_index
+from spectune.spectrum.listing import READERS, files_of, locate, names_in_index
 from spectune.spectrum.names import Place, is_embedding, places
 from spectune.spectrum.packing import dequantized
 from spectune.spectrum.stored import Stored

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from spectune.adapters.adapter import Adapter
 from spectune.adapters.folder import folder_digest
-from spectune.errors import SpectuneError, nearest
+from spectune.errors import SpectuneError, first_line, nearest
 from spectune.spectral import singular_values
 from spectune.spectrum.checkpoint import Checkpoint, Matrix
 from spectune.spectrum.ledger import Ledger, packed, unpacked
@@ -48,7 +48,7 @@ def collect(
             S = singular_values(lambda m=matrix: m.read().to(device))
             ledger.add(matrix.name, {"shape": matrix.shape, "values": packed(S.cpu().numpy())})
         except _UNREADABLE as error:
-            problems[matrix.name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problems[matrix.name] = first_line(error)
     known = [matrix for matrix in checkpoint.matrices if matrix.name in ledger.done]
     if not known:
         name, reason = next(iter(problems.items()))

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from spectune.bases.places import model_path
-from spectune.errors import SpectuneError, need
+from spectune.errors import SpectuneError, first_line, need
 from spectune.reading import check_file, open_tensors
 from spectune.spectral import shards, weight_map
 from spectune.spectrum.stored import Stored
@@ -160,11 +160,6 @@ def names_in_index(file: Path) -> list[str]:
         except SpectuneError:
             continue
     return []
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Stored]]] = {"safetensors": _safetensors, "gguf": _gguf, "bin": _bin}
